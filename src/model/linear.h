@@ -1,0 +1,40 @@
+// A linear layer with the seams that tensor parallelism and LoRA hang on.
+#pragma once
+
+#include "base/parameter.h"
+
+namespace trireme {
+
+// What keys the dropout masks of one forward: a mask depends on (seed, layer, sample, position, feature), never on how
+// samples are packed or spread over ranks.
+struct DropoutContext {
+  uint64_t seed = 0;        // of this run and step or epoch; set by the caller
+  at::Tensor row_ids_T;     // int64 [T] key of each row: a hash of (sample id, position)
+  bool active = false;      // false: evaluation, no dropout
+};
+
+// y = x W^T + scale * dropout(x) A^T B^T; A [R, I], B [O, R].
+struct LoraAdapter {
+  at::Tensor a_RI, b_OR;
+  double scale = 1.0;
+  double dropout = 0.0;
+};
+
+// forward(x) = after(before(x) W^T + lora) + bias. Weight [O, I] as in Hugging Face files. `before` and `after` are empty
+// (identity) on one device; parallel/ slices weight_OI and sets one of them (column: before; row: after). The bias has
+// the width of what `after` returns.
+class Linear {
+ public:
+  std::string path;      // model.layers.0.self_attn.q_proj
+  int64_t index = 0;     // number of this layer in the model; keys its dropout masks
+  at::Tensor weight_OI;  // leaf
+  at::Tensor bias_O;     // leaf, or undefined
+  std::unique_ptr<LoraAdapter> lora;
+  std::function<at::Tensor(const at::Tensor&)> before, after;
+
+  at::Tensor forward(const at::Tensor& x_TI, const DropoutContext& dropout) const;
+  int64_t out_features() const { return weight_OI.size(0); }
+  int64_t in_features() const { return weight_OI.size(1); }
+};
+
+}  // namespace trireme

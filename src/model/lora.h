@@ -1,0 +1,39 @@
+// LoRA (Hu et al. 2021) with PEFT's names, targets and initial values.
+#pragma once
+
+#include "model/transformer.h"
+
+namespace trireme {
+
+struct LoraConfig {
+  int64_t rank = 0;
+  double alpha = 16.0;
+  double dropout = 0.0;
+  bool rank_stabilized = false;  // rsLoRA (Kalajdzievski 2023): scale = alpha / sqrt(rank) instead of alpha / rank
+  // As PEFT's target_modules. "all-linear": every Linear but the head. Otherwise a name, which matches a path that is
+  // equal to it or ends in ".name" (q_proj, layers.0.mlp.up_proj), or, where it holds other characters than letters,
+  // digits, _ and '.', a regular expression that must match the whole path.
+  std::vector<std::string> targets = {"all-linear"};
+
+  double scale() const;
+};
+
+// Puts an adapter on every matching Linear, in the model's dtype (A uniform(-1, 1) / sqrt(in), B zero; a function of
+// seed, layer and element) and freezes all other parameters. kUninitialized: a file will fill the adapters.
+// ConfigError: rank or dropout out of range, a target that matches nothing (the names there are are listed).
+void attach_lora(Transformer& model, const LoraConfig& config, uint64_t seed, Weights weights = Weights::kRandom);
+
+bool has_lora(Transformer& model);
+
+// W += scale * B A, computed in fp32 (fp64 for fp64) and rounded once; then removes the adapters.
+void merge_lora(Transformer& model);
+
+// adapter_config.json that PEFT loads. `base` is the base model's name or folder.
+Json lora_config_to_json(Transformer& model, const LoraConfig& config, const std::string& base);
+
+// From PEFT's adapter_config.json and the names of the tensors in adapter_model.safetensors, which tell the targets
+// exactly. DataError: another PEFT method, or an option Trireme does not compute (DoRA, rank patterns, biases, ...).
+LoraConfig lora_config_from_json(const Json& json, const std::string& source,
+                                 const std::vector<std::string>& tensor_names);
+
+}  // namespace trireme

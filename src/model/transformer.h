@@ -1,0 +1,106 @@
+// The decoder of the Llama family (Llama, Mistral, Qwen2, Qwen3, SmolLM) on one device, over flat tokens.
+// Shape suffixes: T tokens of all segments, C hidden size, F intermediate size, H query heads, K key/value heads,
+// D head size, S keys (T and what the cache holds), V vocabulary, R rank of an adapter, O/I rows/columns of a weight.
+#pragma once
+
+#include "base/parameter.h"
+#include "model/hf_config.h"
+#include "model/kv_cache.h"
+#include "model/linear.h"
+
+namespace trireme {
+
+// data/batch.h's SequenceBatch on the device. Several rows are one flat run: attention only looks at cu_seqlens.
+struct ModelInput {
+  at::Tensor tokens_T, targets_T, positions_T;  // int64 [T]; targets_T may be undefined where no loss is asked for
+  std::vector<int64_t> cu_seqlens;              // [segments + 1]
+  std::vector<int64_t> sample_ids;              // [segments] keys the dropout masks; may be empty without dropout
+  uint64_t dropout_seed = 0;                    // set afresh for each epoch, so that a sample meets new masks
+};
+
+// What backward computes again instead of keeping it. full: a block's input only is kept. selective: what is cheap is
+// computed again (norms, q/k norm and rotary embedding, SwiGLU), the matrix products and attention are kept.
+// The gradients are the same bits in all three.
+enum class Recompute { kNone, kSelective, kFull };
+Recompute parse_recompute(const std::string& name);  // none, selective, full; ConfigError
+
+enum class Weights { kRandom, kUninitialized };  // kUninitialized: a file will fill them; nothing is written twice
+
+struct Norm {
+  std::string path;
+  at::Tensor weight_C;
+};
+
+struct Block {
+  int64_t index = 0;
+  Norm input_norm, post_attention_norm;
+  Norm q_norm, k_norm;  // weight undefined where the family has none
+  Linear q, k, v, o, gate, up, down;
+  int64_t window = -1;
+  bool uses_rope = true;
+};
+
+class Transformer {
+ public:
+  // kRandom: matrices normal(0, initializer_range), norms 1, biases 0; an element is a function of (seed, parameter, its
+  // place in it), rounded to dtype. Every parameter requires gradients.
+  Transformer(const ModelConfig& config, at::ScalarType dtype, uint64_t seed, Weights weights = Weights::kRandom,
+              at::Device device = at::kCPU);
+
+  const ModelConfig& config() const { return config_; }
+  at::ScalarType dtype() const { return dtype_; }
+  at::Device device() const { return device_; }
+
+  // [T, C] after the final norm. Dropout acts only while training() is true.
+  at::Tensor forward(const ModelInput& input, KvCache* cache = nullptr);
+  // fp32 (fp64 for fp64) logits of hidden states, without gradients, chunk by chunk.
+  at::Tensor logits(const at::Tensor& hidden_TC, int64_t chunk_rows = 512) const;
+  at::Tensor head_weight() const { return head_weight_VC_; }  // the embedding itself where tied
+
+  // All leaves in Hugging Face order and names (a tied head appears once, as the embedding), then the adapters under
+  // PEFT names. Values share storage with the model: fill them to load.
+  std::vector<Parameter> parameters() const;
+  std::vector<Linear*> linears();  // q, k, v, o, gate, up, down of every block, in order; not the head
+  std::vector<Block>& blocks() { return blocks_; }
+
+  void set_recompute(Recompute mode) { recompute_ = mode; }
+  void set_training(bool training) { training_ = training; }
+  bool training() const { return training_; }
+
+  // Runs forward without gradients and returns the path of the first module whose output is not finite, with the number
+  // of bad values ("model.layers.3.mlp.down_proj: 12 of 4096 values are not finite"); "" where all are.
+  // A weight that is not finite is named first.
+  std::string first_nonfinite(const ModelInput& input);
+
+ private:
+  // What every block of one forward needs.
+  struct Pass {
+    at::Tensor cos_TR, sin_TR;
+    std::vector<int64_t> cu_seqlens_q, cu_seqlens_k;
+    DropoutContext dropout;
+    KvCache* cache = nullptr;
+    std::function<void(const std::string& path, const at::Tensor& output)> observe;  // empty, or told every output
+  };
+  Pass prepare(const ModelInput& input, KvCache* cache) const;
+  at::Tensor run(const ModelInput& input, Pass& pass);
+  at::Tensor run_block(const Block& block, const at::Tensor& x_TC, const Pass& pass) const;
+  at::Tensor attention(const Block& block, const at::Tensor& x_TC, const Pass& pass) const;
+  at::Tensor mlp(const Block& block, const at::Tensor& x_TC, const Pass& pass) const;
+
+  ModelConfig config_;
+  at::ScalarType dtype_;
+  at::Device device_;
+  at::Tensor embedding_VC_, head_weight_VC_;
+  std::vector<Block> blocks_;
+  Norm final_norm_;
+  at::Tensor inv_freq_;  // fp32 [D / 2] (fp64 in an fp64 model)
+  double rope_scale_ = 1.0;
+  Recompute recompute_ = Recompute::kNone;
+  bool training_ = false;
+};
+
+// float32 | bfloat16 | float16 | float64 and the short fp32, bf16, ...; ConfigError lists them. `key` is named in it.
+at::ScalarType parse_dtype(const std::string& name, const std::string& key);
+std::string dtype_name(at::ScalarType dtype);  // float32, ...
+
+}  // namespace trireme

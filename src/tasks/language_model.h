@@ -1,0 +1,18 @@
+// Next-token cross-entropy over the learnt positions.
+#pragma once
+
+#include "tasks/task.h"
+
+namespace trireme {
+
+// sums: loss (natural log), count (learnt tokens), correct (argmax equals the target).
+// metrics: loss = loss / count, perplexity = exp(loss), token_accuracy = correct / count, tokens = count.
+class LanguageModelTask : public Task {
+ public:
+  int64_t count(const SequenceBatch& batch) const override;
+  TaskResult run(Transformer& model, const ModelInput& input) const override;
+  std::map<std::string, double> metrics(const std::map<std::string, double>& sums) const override;
+  bool larger_is_better(const std::string& metric) const override;
+};
+
+}  // namespace trireme

@@ -1,0 +1,35 @@
+// A task says how a batch becomes a loss and which metrics it has.
+#pragma once
+
+#include "data/batch.h"
+#include "model/transformer.h"
+
+namespace trireme {
+
+// Sums, never means: sums of micro-batches and ranks add up, so accumulation, data parallelism, packing and chunking
+// cannot change a loss. The one division is done by whoever knows the whole step's count.
+struct TaskResult {
+  at::Tensor loss_sum;  // scalar, fp32 (fp64 for an fp64 model), differentiable
+  int64_t count = 0;    // what the loss is divided by: learnt tokens
+  std::map<std::string, double> sums;  // additive, by name; contains "loss" and "count"
+};
+
+class Task {
+ public:
+  virtual ~Task() = default;
+  // The count that run() will return, known before any forward.
+  virtual int64_t count(const SequenceBatch& batch) const = 0;
+  virtual TaskResult run(Transformer& model, const ModelInput& input) const = 0;
+  // Metrics by name from sums over everything evaluated. Empty sums (count 0) are a DataError.
+  virtual std::map<std::string, double> metrics(const std::map<std::string, double>& sums) const = 0;
+  // Is a larger value of this metric better? ConfigError on a metric the task does not have, which lists those it has.
+  virtual bool larger_is_better(const std::string& metric) const = 0;
+};
+
+// pretrain and sft (both the language-model loss; they differ in which targets the data marks). ConfigError lists the kinds.
+std::unique_ptr<Task> make_task(const std::string& kind);
+
+// A batch as tensors on the device of the model. The copy is safe to keep while the batch goes.
+ModelInput to_device(const SequenceBatch& batch, at::Device device);
+
+}  // namespace trireme
