@@ -1,9 +1,10 @@
 // HDF5 files: whole contiguous datasets of plain numbers, and text attributes. The one place that knows the C API.
 //
-// Debian's HDF5 1.10 is thread-safe behind one global lock, so data moves in pieces of at most 4 MB and a reader on
-// another thread never waits long; who must not wait at all asks a dataset for its file offset and uses pread. File
-// locking is off (network file systems lack it; our files have a single writer). Data is aligned to 64 bytes in the
-// file. HDF5 parsers have a history of memory errors: open only files whose hash is known, never a stranger's.
+// HDF5 lays out the file; the values themselves go by pread and pwrite at the dataset's offset, because Debian's HDF5
+// 1.10 holds one global lock during every call and a token reader must not wait for a checkpoint being written. Space is
+// reserved when a dataset is created, so a full disk is told before anything is written. File locking is off (network
+// file systems lack it; our files have a single writer). Data is aligned to 64 bytes. HDF5 parsers have a history of
+// memory errors: open only files whose hash is known, never a stranger's.
 //
 // SystemError: cannot be created or written (the path and HDF5's own reason are named). DataError: cannot be opened or
 // read, no such dataset or attribute, another type or shape than asked for. HDF5 itself prints nothing.
@@ -12,7 +13,10 @@
 #include <cstdint>
 #include <string>
 #include <string_view>
+#include <utility>
 #include <vector>
+
+#include "base/check.h"
 
 namespace trireme {
 
@@ -34,7 +38,7 @@ template <> constexpr Hdf5Type hdf5_type_of<uint64_t>() { return Hdf5Type::kUint
 template <> constexpr Hdf5Type hdf5_type_of<float>() { return Hdf5Type::kFloat32; }
 template <> constexpr Hdf5Type hdf5_type_of<double>() { return Hdf5Type::kFloat64; }
 
-// A contiguous dataset. Lives no longer than its file. Movable. `first` and `count` are elements in row-major order.
+// A contiguous dataset. Lives no longer than its file. Movable; read() may be called from several threads. `first` and `count` are elements in row-major order.
 class Hdf5Dataset {
  public:
   ~Hdf5Dataset();
@@ -49,23 +53,26 @@ class Hdf5Dataset {
   void write(const void* data, uint64_t first, uint64_t count);
   void read(void* data, uint64_t first, uint64_t count) const;
   template <typename T>
-  void write_all(const std::vector<T>& values);       // TRIREME_CHECK: same type and number
+  void write_all(const std::vector<T>& values);       // same type, else DataError; same number, else InternalError
   template <typename T>
   std::vector<T> read_all() const;                    // DataError where the type differs
 
   // Byte offset of the first element in the file: element i is the little-endian value at offset + i * type bytes.
   // Valid from creation on, and stays so. 0 where the dataset is empty.
-  uint64_t file_offset() const;
+  uint64_t file_offset() const { return offset_; }
 
  private:
   friend class Hdf5File;
-  Hdf5Dataset(int64_t id, std::string where);
+  Hdf5Dataset(int64_t id, int fd, std::string where);
   void check_type(Hdf5Type wanted) const;
+  void check_range(uint64_t first, uint64_t count) const;
 
   int64_t id_;
+  int fd_;  // the file's own
   std::string where_;  // "file: dataset"; begins messages
   Hdf5Type type_ = Hdf5Type::kUint8;
   std::vector<uint64_t> shape_;
+  uint64_t offset_ = 0;
 };
 
 // One part of a virtual dataset: all of `dataset` in `file` (relative to the folder of the virtual file) placed at
@@ -85,7 +92,7 @@ class Hdf5File {
 
   const std::string& path() const { return path_; }
 
-  // Space is allocated at once and not filled. '/' in a name makes groups. An empty shape is a scalar; a dim may be 0.
+  // Space is reserved at once and not filled. '/' in a name makes groups. An empty shape is a scalar; a dim may be 0.
   Hdf5Dataset create_dataset(const std::string& name, Hdf5Type type, const std::vector<uint64_t>& shape);
   Hdf5Dataset open_dataset(const std::string& name) const;
   bool has_dataset(const std::string& name) const;
@@ -104,9 +111,11 @@ class Hdf5File {
   void close();
 
  private:
-  Hdf5File(int64_t id, std::string path, bool writing) : id_(id), path_(std::move(path)), writing_(writing) {}
+  Hdf5File(int64_t id, std::string path, bool writing);
+  void abandon() noexcept;
 
   int64_t id_;
+  int fd_ = -1;  // HDF5's own
   std::string path_;
   bool writing_;
 };
@@ -114,6 +123,7 @@ class Hdf5File {
 template <typename T>
 void Hdf5Dataset::write_all(const std::vector<T>& values) {
   check_type(hdf5_type_of<T>());
+  TRIREME_CHECK(values.size() == num_elements(), where_, ": ", values.size(), " values for ", num_elements());
   write(values.data(), 0, values.size());
 }
 
