@@ -19,8 +19,11 @@ static_assert(sizeof(hid_t) == sizeof(int64_t));
 constexpr uint64_t kMaxTransferBytes = 4 << 20;  // keeps one pwrite short, so that a killed or stopped thread ends soon
 constexpr hsize_t kAlignmentBytes = 64;
 
-// HDF5 prints its error stack unless told otherwise, once per thread.
+// HDF5 prints its error stack unless told otherwise, once per thread. It also cleans up at the end of the process, which
+// crashes when a file could not be closed (full disk); we close our files ourselves.
 void silence() {
+  static bool no_exit_handler = H5dont_atexit() >= 0;  // must come before any other call
+  (void)no_exit_handler;
   thread_local bool silent = H5Eset_auto2(H5E_DEFAULT, nullptr, nullptr) >= 0;
   (void)silent;
 }
@@ -34,6 +37,9 @@ std::string reason() {
     return 0;
   };
   H5Ewalk2(H5E_DEFAULT, H5E_WALK_UPWARD, first, &text);
+  // "file write failed: time = ..., errno = 28, error message = 'No space left on device', buf = ..." says one thing.
+  size_t begin = text.find("error message = '"), end = text.find('\'', begin + 17);
+  if (begin < end && end != std::string::npos) return text.substr(begin + 17, end - begin - 17);
   return text.empty() ? "no reason given" : text;
 }
 
@@ -272,8 +278,7 @@ Hdf5File Hdf5File::open(const std::string& path) {
 Hdf5File::Hdf5File(Hdf5File&& other) noexcept
     : id_(std::exchange(other.id_, -1)), fd_(other.fd_), path_(std::move(other.path_)), writing_(other.writing_) {}
 
-// Closes a file that may not be writable any more. HDF5 crashes at the end of the process when a file could not be
-// closed, so what it still wants to write then goes to memory.
+// Closes a file that may not be writable any more: what HDF5 still wants to write then goes to memory.
 void Hdf5File::abandon() noexcept {
   if (writing_ && H5Fflush(id_, H5F_SCOPE_LOCAL) < 0 && fd_ >= 0) {
     int memory = memfd_create("abandoned", MFD_CLOEXEC);
