@@ -1,0 +1,50 @@
+// A record as token ids and which of them are learnt.
+#pragma once
+
+#include <cstdint>
+#include <string>
+#include <vector>
+
+#include "data/chat_template.h"
+#include "data/records.h"
+#include "data/tokenizer.h"
+
+namespace trireme {
+
+struct EncodedRecord {
+  std::string text;              // what was tokenised: the rendered chat, prompt + completion, or the text
+  std::vector<int64_t> ids;
+  std::vector<uint8_t> learnt;   // 1: the model learns to produce this token; the first is never learnt
+};
+
+struct EncodeOptions {
+  bool learn_all = false;        // data.learn=all: everything but the first token
+  int64_t bos_id = -1, eos_id = -1;  // of the tokenizer; -1: it has none
+  int64_t embedding_rows = 0;    // ids must be below; 0: not checked
+  std::string template_args;     // a JSON object of extra variables for the chat template, or empty
+};
+
+// With a chat template every form but text is rendered as messages; learnt is the assistant's text and its end-of-turn
+// token, not the header, not the newline after it.
+// Without: prompt and completion are tokenised as one text; learnt are the tokens with a character of the completion (a
+// token across the border belongs to it) and the end token added after it. Text: all, and the end token.
+// DataError beginning with `source`: nothing to learn; messages, sharegpt or alpaca without a template; the beginning
+// token twice; no end token to learn; an id outside the embedding; what the template or the tokenizer refuse.
+// Thread-safe.
+class RecordEncoder {
+ public:
+  RecordEncoder(const Tokenizer& tokenizer, const ChatTemplate* chat_template, EncodeOptions options);
+  EncodedRecord encode(const Record& record, const std::string& source) const;
+
+ private:
+  EncodedRecord encode_chat(const Record& record, const std::string& source) const;
+  EncodedRecord encode_plain(const Record& record, const std::string& source) const;
+  void check(const EncodedRecord& encoded, const std::string& source) const;
+
+  Tokenizer tokenizer_;
+  const ChatTemplate* template_;
+  EncodeOptions options_;
+  Json template_args_;
+};
+
+}  // namespace trireme
