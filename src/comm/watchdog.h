@@ -1,0 +1,23 @@
+// What the ranks were doing: a ring of the last collectives of this process (flight recorder), and a thread that ends
+// the job when one takes too long (a rank that was stopped or hangs is otherwise waited for without end).
+#pragma once
+
+#include <cstdint>
+#include <string>
+
+namespace trireme {
+
+// The last 256 collectives of this process, oldest first, one line each: sequence number, group, operation, bytes,
+// state, age and duration. Any thread.
+std::string dump_flight_recorder();
+
+// From now on an operation that is in flight for more than timeout_s prints rank, host, group, operation, sequence
+// number, bytes and time with the recorder's tail on stderr and ends all ranks with status 1. 0 switches it off. The
+// thread runs only while a timeout is set. Not for operations that wait by design: switch it off around them.
+void set_comm_timeout(double timeout_s);
+
+// Used by Communicator: the entry of an operation in the ring.
+uint64_t flight_begin(const std::string& group, const char* op, int64_t num_bytes);  // returns its sequence number
+void flight_end(uint64_t sequence);
+
+}  // namespace trireme

@@ -1,0 +1,80 @@
+// Data parallelism: gradients are gathered in flat buckets and summed over the data axis while backward goes on.
+//
+// Every trained leaf owns a slice of a flat gradient buffer (fp32; fp64 for fp64 weights), in buckets that follow the
+// parameters from last to first, the order in which backward produces gradients. A hook adds each .grad into its slice
+// and releases it. Sums over micro-batches are therefore in fp32 whatever the dtype of the weights.
+//
+// A bucket's all-reduce starts during the last micro-batch's backward, when every contribution of this backward has
+// arrived. How many a leaf gets is not knowable from the graph (nested backward of recomputation fires the hook once a
+// use; a weight gradient can be delayed), so the first backward counts them without overlap, and the next ones expect
+// as many. A contribution beyond that, to a bucket already sent, is kept aside and reduced in finish(): the sum is
+// linear, so the result is right in every case, and the new number is learnt. Fewer than expected: the bucket starts in
+// finish(). Buckets always start in the same order on every rank (last parameters first), whatever order hooks fire in.
+//
+//   GradientReducer reducer(parameters, comms.data);
+//   reducer.begin_step(num_micro_batches);
+//   for each micro-batch i:  reducer.before_backward(i + 1 == num_micro_batches);  (loss_sum).backward();
+//   reducer.finish();                        // slices hold the SUM over micro-batches and ranks
+//   reducer.scale(1.0 / global_count);       // the one place where the loss's count enters
+//   optimizer.step(reducer.slices());
+#pragma once
+
+#include <string>
+#include <vector>
+
+#include "base/parameter.h"
+#include "comm/communicator.h"
+
+namespace trireme {
+
+struct GradientSlice {
+  std::string name;
+  at::Tensor weight;    // the leaf
+  at::Tensor gradient;  // view into the flat buffer, of the weight's shape, fp32 or fp64
+  ShardSpec shard;
+};
+
+struct GradientReducerOptions {
+  int64_t bucket_bytes = 8 << 20;
+  bool overlap = true;  // false: everything is reduced in finish(); the bits are the same
+};
+
+class GradientReducer {
+ public:
+  // Takes the parameters that require gradients; a tensor that appears twice (tied) is taken once, under its first name.
+  // Collective: TRIREME_CHECK on a rank whose parameters differ from rank 0's in name, shape or dtype.
+  GradientReducer(const std::vector<Parameter>& parameters, Communicator data, const GradientReducerOptions& options = {});
+  ~GradientReducer();  // removes the hooks
+  GradientReducer(const GradientReducer&) = delete;
+  GradientReducer& operator=(const GradientReducer&) = delete;
+
+  void begin_step(int num_micro_batches);  // zeroes the buffers
+  void before_backward(bool is_last);
+  // Waits for all buckets. Parameters without a gradient have zeros. After it the slices hold the sum over micro-batches
+  // and ranks, with the same bits on every rank.
+  void finish();
+  // Multiplies all gradients. The only place of Trireme where a gradient is divided by the number of learnt tokens.
+  void scale(double factor);
+  // Moves reductions in flight on; hooks call it, long computations between them may.
+  void progress();
+
+  const std::vector<GradientSlice>& slices() const;  // order of the parameters given
+  const std::vector<at::Tensor>& buckets() const;    // flat, padded with zeros to a multiple of the group's size; ZeRO reduce-scatters these
+  // Sum over the slices of squares, in fp64, of this rank's gradients (replicated over data: no reduction is needed).
+  double squared_norm() const;
+  bool has_non_finite() const;
+  int64_t bytes_reduced() const;  // a step: payload of the all-reduces of the last finish()
+  int64_t late_contributions() const;  // since the start: those reduced as a difference
+
+ private:
+  struct Impl;
+  std::unique_ptr<Impl> impl_;
+};
+
+// Every rank gets rank 0's values. In place; frozen ones as well.
+void broadcast_parameters(const std::vector<Parameter>& parameters, const Communicator& data);
+
+// Collective. SystemError naming the first parameter whose bits differ from rank 0's.
+void check_parameters_equal(const std::vector<Parameter>& parameters, const Communicator& data);
+
+}  // namespace trireme
