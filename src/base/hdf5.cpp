@@ -379,6 +379,13 @@ void Hdf5File::create_virtual_dataset(const std::string& name, Hdf5Type type, co
   if (!id.ok()) throw SystemError(str("cannot create ", path_, ": dataset ", name, ": ", reason(), "."));
 }
 
+void Hdf5File::create_external_link(const std::string& name, const std::string& file, const std::string& dataset) {
+  silence();
+  Handle links = make_link_creation();
+  if (H5Lcreate_external(file.c_str(), dataset.c_str(), id_, name.c_str(), links, H5P_DEFAULT) < 0)
+    throw SystemError(str("cannot create ", path_, ": link ", name, ": ", reason(), "."));
+}
+
 void Hdf5File::set_attribute(const std::string& name, std::string_view text) {
   silence();
   Handle kind = make_text_type();

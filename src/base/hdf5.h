@@ -101,6 +101,9 @@ class Hdf5File {
   void create_virtual_dataset(const std::string& name, Hdf5Type type, const std::vector<uint64_t>& shape,
                               const std::vector<Hdf5Piece>& pieces);
 
+  // A name that leads to a dataset of another file (relative to the folder of this one).
+  void create_external_link(const std::string& name, const std::string& file, const std::string& dataset);
+
   // UTF-8 text attributes of the file's root.
   void set_attribute(const std::string& name, std::string_view text);
   std::string attribute(const std::string& name) const;

@@ -1,0 +1,108 @@
+// Checkpoints: a transaction over all ranks, in a form that knows no ranks.
+//
+// <folder>/step-N/
+//   shard-RRRRR.h5   what one rank wrote: tensors or slices of them, one HDF5 dataset each
+//   manifest.json    {format, version, step, trireme, files: {name: {bytes, hash}},
+//                     tensors: {name: {dtype, shape, pieces: [{file, dataset, offset, shape}]}}, state: the caller's}
+//   manifest.hash    XXH3-128 of manifest.json
+//   all.h5           whole tensors for h5ls and h5py (virtual datasets); never read by Trireme
+// <folder>/latest, <folder>/best: one line, "step-N"
+//
+// Every rank writes into step-N.tmp/, syncs and hashes; all agree; rank 0 writes the manifest and renames to step-N. A
+// step-N folder is therefore whole, or was damaged later, which the hashes tell. Tensors that several ranks hold are
+// written by one of them: the bytes are dealt out evenly. Any layout loads any other: pieces and targets are slices of
+// global tensors and are intersected.
+#pragma once
+
+#include <exception>
+#include <thread>
+
+#include "base/parameter.h"
+#include "checkpoint/manifest.h"
+#include "comm/communicator.h"
+
+namespace trireme {
+
+// A tensor of the state and the slice of the whole that this rank holds. Names may contain '/', which makes groups in
+// HDF5: model/..., optimizer/exp_avg/...
+using NamedTensor = Parameter;
+
+// One whole checkpoint that was found, verified and can be loaded.
+class Checkpoint {
+ public:
+  int64_t step() const { return manifest_.step; }
+  const std::string& folder() const { return folder_; }
+  const Json& state() const { return manifest_.state; }
+  const std::map<std::string, StoredTensor>& tensors() const { return manifest_.tensors; }
+
+  // Fills the targets, bit for bit. Local: no communication. DataError lists names that are missing, names that no
+  // target asks for (unless `partial`), and shapes and dtypes that differ.
+  void load(const std::vector<NamedTensor>& targets, bool partial = false) const;
+
+ private:
+  friend class CheckpointStore;
+  friend Checkpoint open_checkpoint(const std::string& folder);
+  Checkpoint(std::string folder, Manifest manifest) : folder_(std::move(folder)), manifest_(std::move(manifest)) {}
+
+  std::string folder_;
+  Manifest manifest_;
+};
+
+// Reads and verifies one checkpoint folder without communication (for export and the like). DataError says what is wrong.
+Checkpoint open_checkpoint(const std::string& folder);
+
+// The checkpoints of one run. All calls but finished() and the readers of pointers are collective over `comm`, and end
+// with the same result or the same error on every rank.
+class CheckpointStore {
+ public:
+  // keep: how many of the newest stay; 0 keeps all. The best and the latest always stay.
+  CheckpointStore(std::string folder, const Communicator& comm, int64_t keep);
+  ~CheckpointStore();  // waits for the writing thread; a checkpoint that was not committed stays a .tmp folder
+
+  // Creates the folder and removes what killed saves left. SystemError where the folder is not writable. For the start.
+  void prepare();
+
+  // Saves at once. On failure (SystemError names path and reason) the earlier checkpoints are untouched.
+  void save(int64_t step, const std::vector<NamedTensor>& tensors, const Json& state, bool is_best = false);
+
+  // The same in the background: copies the tensors to host memory, returns, and a thread writes. One save at a time: a
+  // pending one is waited for first. `state` is rank 0's; is_best must agree on all ranks.
+  void start_save(int64_t step, const std::vector<NamedTensor>& tensors, const Json& state, bool is_best = false);
+  bool pending() const { return job_ != nullptr; }
+  // Local: has this rank's thread written its part? Take the minimum over the ranks in the step's own small all-reduce,
+  // and call wait() where it is 1: then no rank waits for another.
+  bool finished() const;
+  // Ends the pending save: waits for the thread, agrees, commits. Nothing to do without one. Throws what went wrong.
+  void wait();
+
+  // The newest checkpoint that is whole; broken ones are named in a warning and passed over. None: no checkpoint at all.
+  // DataError: there are some, but all are broken.
+  std::optional<Checkpoint> newest();
+  // The checkpoint that `best` names, if it is there and whole.
+  std::optional<Checkpoint> best();
+
+  const std::string& folder() const { return folder_; }
+
+ private:
+  struct Job;
+
+  void make_plan(const std::vector<NamedTensor>& tensors);
+  std::string temporary(int64_t step) const { return folder_ + "/step-" + std::to_string(step) + ".tmp"; }
+  void commit(const Job& job, const std::vector<std::string>& reports) const;
+  void prune(int64_t step) const;
+  std::string agree(const std::string& error) const;
+  std::vector<std::string> gather_everywhere(const std::string& text) const;
+  std::optional<Checkpoint> open_together(const std::string& name, std::string& why) const;
+  std::vector<std::string> list_together() const;
+
+  std::string folder_;
+  Communicator comm_;
+  int64_t keep_;
+  // Who writes what; made at the first save and kept while every rank holds the same tensors.
+  std::string planned_table_;
+  std::map<std::string, StoredTensor> plan_;
+  std::vector<std::pair<size_t, std::string>> mine_;  // index of a tensor of this rank, its dataset
+  std::unique_ptr<Job> job_;
+};
+
+}  // namespace trireme
