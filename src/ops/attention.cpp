@@ -1,0 +1,168 @@
+// ATen's flash attention for CPUs, segment by segment. It knows the causal mask of equal numbers of queries and keys; a
+// cache (more keys than queries) and a window are cut into blocks of queries, each with the keys it can see and a mask
+// of that block only.
+#include "ops/op_support.h"
+#include "ops/ops.h"
+
+namespace trireme {
+namespace {
+
+using torch::autograd::AutogradContext;
+using torch::autograd::Function;
+using torch::autograd::Variable;
+using torch::autograd::variable_list;
+
+constexpr int64_t kBlockQueries = 128;
+
+// Queries [q_begin, q_end) against keys [k_begin, k_end) of the flat tensors, in one call.
+struct Piece {
+  int64_t q_begin, q_end, k_begin, k_end;
+  bool causal;      // ATen's own causal mask
+  int64_t diagonal;  // else query i sees keys j <= i + diagonal (both within the piece) ...
+  int64_t window;    // ... and j > i + diagonal - window
+  bool masked;
+};
+
+std::vector<Piece> cut(const AttentionSpec& spec) {
+  std::vector<Piece> pieces;
+  for (size_t s = 0; s + 1 < spec.cu_seqlens_q.size(); ++s) {
+    const int64_t q0 = spec.cu_seqlens_q[s], q1 = spec.cu_seqlens_q[s + 1];
+    const int64_t k0 = spec.cu_seqlens_k[s], k1 = spec.cu_seqlens_k[s + 1];
+    const int64_t queries = q1 - q0, keys = k1 - k0, offset = keys - queries;
+    if (queries == 0) continue;
+    TRIREME_CHECK(keys > 0 && (!spec.causal || offset >= 0), queries, " queries, ", keys, " keys");
+    const bool windowed = spec.window >= 0 && spec.window < keys;
+    if (!spec.causal) {
+      pieces.push_back({q0, q1, k0, k1, false, 0, 0, false});
+    } else if (offset == 0 && !windowed) {
+      pieces.push_back({q0, q1, k0, k1, true, 0, 0, false});
+    } else {
+      for (int64_t begin = 0; begin < queries; begin += kBlockQueries) {
+        const int64_t end = std::min(queries, begin + kBlockQueries);
+        const int64_t first = windowed ? std::max<int64_t>(0, begin + offset - spec.window + 1) : 0;
+        const int64_t last = end + offset;
+        const bool masked = end - begin > 1;
+        pieces.push_back({q0 + begin, q0 + end, k0 + first, k0 + last, false, begin + offset - first,
+                          windowed ? spec.window : keys, masked});
+      }
+    }
+  }
+  return pieces;
+}
+
+std::optional<at::Tensor> mask_of(const Piece& piece, const at::TensorOptions& options) {
+  if (!piece.masked) return std::nullopt;
+  const int64_t queries = piece.q_end - piece.q_begin, keys = piece.k_end - piece.k_begin;
+  at::Tensor mask = at::empty({queries, keys}, options.dtype(compute_dtype(c10::typeMetaToScalarType(options.dtype()))));
+  dispatch_floating(mask.scalar_type(), [&](auto zero) {
+    using T = decltype(zero);
+    T* m = mask.data_ptr<T>();
+    for (int64_t i = 0; i < queries; ++i)
+      for (int64_t j = 0; j < keys; ++j) {
+        const bool seen = j <= i + piece.diagonal && j > i + piece.diagonal - piece.window;
+        m[i * keys + j] = seen ? T(0) : -std::numeric_limits<T>::infinity();
+      }
+  });
+  return mask.to(c10::typeMetaToScalarType(options.dtype()));
+}
+
+// [T, K*G, D] -> [K, G, T, D] without copying; keys [S, K, D] -> [K, G, S, D] with stride 0 over the group.
+at::Tensor group_queries(const at::Tensor& q_THD, int64_t key_heads) {
+  return q_THD.unflatten(1, {key_heads, q_THD.size(1) / key_heads}).permute({1, 2, 0, 3});
+}
+at::Tensor group_keys(const at::Tensor& k_SKD, int64_t group) {
+  return k_SKD.permute({1, 0, 2}).unsqueeze(1).expand({k_SKD.size(1), group, k_SKD.size(0), k_SKD.size(2)});
+}
+
+// The out and log-sum-exp of a piece are views of one buffer in ATen's own layout.
+at::Tensor run_attention(const at::Tensor& q_THD, const at::Tensor& k_SKD, const at::Tensor& v_SKD,
+                         const std::vector<Piece>& pieces, double scale, std::vector<at::Tensor>* lse) {
+  const int64_t key_heads = k_SKD.size(1), group = q_THD.size(1) / key_heads;
+  at::Tensor out_THD = at::empty(q_THD.sizes(), q_THD.options());
+  for (const Piece& piece : pieces) {
+    at::Tensor q = group_queries(q_THD.slice(0, piece.q_begin, piece.q_end), key_heads);
+    at::Tensor k = group_keys(k_SKD.slice(0, piece.k_begin, piece.k_end), group);
+    at::Tensor v = group_keys(v_SKD.slice(0, piece.k_begin, piece.k_end), group);
+    auto [out, log_sum] = at::_scaled_dot_product_flash_attention_for_cpu(q, k, v, 0.0, piece.causal,
+                                                                          mask_of(piece, q_THD.options()), scale);
+    group_queries(out_THD.slice(0, piece.q_begin, piece.q_end), key_heads).copy_(out);
+    if (lse) lse->push_back(log_sum);
+  }
+  return out_THD;
+}
+
+struct KeptPieces : torch::CustomClassHolder {
+  std::vector<Piece> pieces;
+  std::vector<at::Tensor> lse;
+};
+
+struct Attention : Function<Attention> {
+  static Variable forward(AutogradContext* ctx, const Variable& q_THD, const Variable& k_SKD, const Variable& v_SKD,
+                          const std::vector<Piece>& pieces, double scale) {
+    at::AutoDispatchBelowADInplaceOrView guard;
+    auto kept = c10::make_intrusive<KeptPieces>();
+    kept->pieces = pieces;
+    at::Tensor out = run_attention(q_THD, k_SKD, v_SKD, pieces, scale, &kept->lse);
+    keep(ctx, "q", q_THD);
+    keep(ctx, "k", k_SKD);
+    keep(ctx, "v", v_SKD);
+    ctx->saved_data["pieces"] = c10::IValue::make_capsule(kept);
+    ctx->saved_data["scale"] = scale;
+    ctx->save_for_backward({out});
+    return out;
+  }
+
+  static variable_list backward(AutogradContext* ctx, const variable_list& grads) {
+    auto kept = c10::static_intrusive_pointer_cast<KeptPieces>(ctx->saved_data.at("pieces").toCapsule());
+    const double scale = ctx->saved_data.at("scale").toDouble();
+    at::Tensor q = take(ctx, "q"), k = take(ctx, "k"), v = take(ctx, "v"), out = ctx->get_saved_variables()[0];
+    ctx->saved_data.clear();
+    const int64_t key_heads = k.size(1), group = q.size(1) / key_heads;
+    at::Tensor grad_out = grads[0].contiguous(), grad_q = at::empty(q.sizes(), q.options());
+    // Blocks of one segment overlap in the keys they see: their gradients add up, in fp32.
+    bool overlap = false;
+    int64_t covered = 0, last_key = 0;
+    for (const Piece& piece : kept->pieces) {
+      overlap = overlap || piece.k_begin < last_key;
+      last_key = piece.k_end;
+      covered += piece.k_end - piece.k_begin;
+    }
+    auto key_options = k.options().dtype(overlap ? compute_dtype(k.scalar_type()) : k.scalar_type());
+    const bool zero = overlap || covered < k.size(0);
+    at::Tensor grad_k = zero ? at::zeros(k.sizes(), key_options) : at::empty(k.sizes(), key_options);
+    at::Tensor grad_v = zero ? at::zeros(k.sizes(), key_options) : at::empty(k.sizes(), key_options);
+    for (size_t i = 0; i < kept->pieces.size(); ++i) {
+      const Piece& piece = kept->pieces[i];
+      auto queries = [&](const at::Tensor& t) { return group_queries(t.slice(0, piece.q_begin, piece.q_end), key_heads); };
+      auto keys = [&](const at::Tensor& t) { return group_keys(t.slice(0, piece.k_begin, piece.k_end), group); };
+      auto [gq, gk, gv] = at::_scaled_dot_product_flash_attention_for_cpu_backward(
+          queries(grad_out), queries(q), keys(k), keys(v), queries(out), kept->lse[i], 0.0, piece.causal,
+          mask_of(piece, q.options()), scale);
+      kept->lse[i].reset();
+      queries(grad_q).copy_(gq);
+      for (auto& [whole, part] : {std::pair{grad_k, gk}, std::pair{grad_v, gv}}) {
+        at::Tensor target = whole.slice(0, piece.k_begin, piece.k_end).permute({1, 0, 2});
+        at::Tensor sum = group == 1 ? part.squeeze(1) : part.sum(1);
+        overlap ? target.add_(sum) : target.copy_(sum);
+      }
+    }
+    return {grad_q, grad_k.to(k.scalar_type()), grad_v.to(k.scalar_type()), {}, {}};
+  }
+};
+
+}  // namespace
+
+at::Tensor attention(const at::Tensor& q_THD, const at::Tensor& k_SKD, const at::Tensor& v_SKD,
+                     const AttentionSpec& spec) {
+  TRIREME_CHECK(q_THD.dim() == 3 && k_SKD.dim() == 3 && v_SKD.sizes() == k_SKD.sizes() &&
+                    q_THD.size(2) == k_SKD.size(2) && k_SKD.size(1) > 0 && q_THD.size(1) % k_SKD.size(1) == 0,
+                q_THD.sizes(), k_SKD.sizes(), v_SKD.sizes());
+  TRIREME_CHECK(spec.cu_seqlens_q.size() == spec.cu_seqlens_k.size() && !spec.cu_seqlens_q.empty() &&
+                    spec.cu_seqlens_q.back() == q_THD.size(0) && spec.cu_seqlens_k.back() == k_SKD.size(0),
+                spec.cu_seqlens_q.size(), " and ", spec.cu_seqlens_k.size(), " bounds");
+  TRIREME_CHECK(spec.window < 0 || (spec.causal && spec.window > 0), "window ", spec.window);
+  const double scale = spec.scale != 0.0 ? spec.scale : 1.0 / std::sqrt(static_cast<double>(q_THD.size(2)));
+  return Attention::apply(q_THD, k_SKD, v_SKD, cut(spec), scale);
+}
+
+}  // namespace trireme

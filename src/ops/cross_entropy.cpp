@@ -1,0 +1,158 @@
+#include "ops/op_support.h"
+#include "ops/ops.h"
+
+namespace trireme {
+namespace {
+
+using torch::autograd::AutogradContext;
+using torch::autograd::Function;
+using torch::autograd::Variable;
+using torch::autograd::variable_list;
+
+constexpr int64_t kIgnored = -100;
+
+struct Rows {
+  std::vector<int64_t> index, target;  // of the learnt rows
+};
+
+Rows learnt_rows(const at::Tensor& targets_T, int64_t vocabulary) {
+  at::Tensor targets = targets_T.contiguous();
+  const int64_t* target = targets.data_ptr<int64_t>();
+  Rows rows;
+  for (int64_t t = 0; t < targets.numel(); ++t) {
+    if (target[t] == kIgnored) continue;
+    TRIREME_CHECK(target[t] >= 0 && target[t] < vocabulary, "target ", target[t], " at row ", t, " with a vocabulary of ",
+                  vocabulary);
+    rows.index.push_back(t);
+    rows.target.push_back(target[t]);
+  }
+  return rows;
+}
+
+struct Computed {
+  double loss = 0.0;
+  int64_t correct = 0;
+  at::Tensor grad_hidden_TC, grad_head_VC;  // for an incoming gradient of 1; undefined where not wanted
+};
+
+Computed run(const at::Tensor& hidden_TC, const at::Tensor& head_VC, const Rows& rows, int64_t chunk_rows,
+             bool want_hidden, bool want_head) {
+  at::NoGradGuard no_grad;
+  const int64_t count = static_cast<int64_t>(rows.index.size()), size = hidden_TC.size(1), vocabulary = head_VC.size(0);
+  const auto dtype = hidden_TC.scalar_type();
+  Computed out;
+  if (want_hidden) out.grad_hidden_TC = count == hidden_TC.size(0) ? at::empty_like(hidden_TC) : at::zeros_like(hidden_TC);
+  // Sums of chunks are kept in fp32; one chunk needs no second buffer.
+  const bool several = count > chunk_rows;
+  if (want_head && (several || count == 0))
+    out.grad_head_VC = at::zeros({vocabulary, size}, head_VC.options().dtype(compute_dtype(dtype)));
+  std::vector<double> losses(static_cast<size_t>(count));
+  std::vector<uint8_t> correct(static_cast<size_t>(count));
+  at::Tensor buffer = at::empty({std::min(count, chunk_rows), vocabulary}, hidden_TC.options());
+  for (int64_t begin = 0; begin < count; begin += chunk_rows) {
+    const int64_t end = std::min(count, begin + chunk_rows), n = end - begin;
+    const int64_t first = rows.index[static_cast<size_t>(begin)], last = rows.index[static_cast<size_t>(end - 1)];
+    const bool dense = last - first + 1 == n;
+    at::Tensor index, hidden;
+    if (dense) {
+      hidden = hidden_TC.slice(0, first, last + 1);
+    } else {
+      index = at::from_blob(const_cast<int64_t*>(rows.index.data()) + begin, {n}, at::kLong);
+      hidden = hidden_TC.index_select(0, index);
+    }
+    at::Tensor logits = buffer.slice(0, 0, n);
+    at::mm_out(logits, hidden, head_VC.t());
+    dispatch_floating(dtype, [&](auto zero) {
+      using T = decltype(zero);
+      at::parallel_for(0, n, 1, [&](int64_t from, int64_t to) {
+        loops<T>().cross_entropy(to - from, vocabulary, logits.data_ptr<T>() + from * vocabulary,
+                                 rows.target.data() + begin + from, losses.data() + begin + from,
+                                 correct.data() + begin + from, want_hidden || want_head);
+      });
+    });
+    if (want_hidden) {
+      if (dense) {
+        at::Tensor part = out.grad_hidden_TC.slice(0, first, last + 1);
+        at::mm_out(part, logits, head_VC);
+      } else {
+        out.grad_hidden_TC.index_copy_(0, index, at::mm(logits, head_VC));
+      }
+    }
+    if (want_head) {
+      at::Tensor part = at::mm(logits.t(), hidden);
+      if (several)
+        out.grad_head_VC.add_(part);
+      else
+        out.grad_head_VC = part;
+    }
+  }
+  for (int64_t i = 0; i < count; ++i) {
+    out.loss += losses[static_cast<size_t>(i)];
+    out.correct += correct[static_cast<size_t>(i)];
+  }
+  return out;
+}
+
+// x * scale, rounded once.
+at::Tensor scaled(const at::Tensor& x, double scale, at::ScalarType dtype) {
+  at::Tensor y = at::empty(x.sizes(), x.options().dtype(dtype));
+  if (x.scalar_type() == dtype) return at::mul_out(y, x, at::scalar_tensor(scale, at::kDouble));
+  dispatch_floating(dtype, [&](auto zero) {
+    using T = decltype(zero);
+    using A = typename ComputeType<T>::type;
+    for_rows(x.numel(), 1, [&](int64_t begin, int64_t end) {
+      loops<T>().scale_from(end - begin, x.data_ptr<A>() + begin, scale, y.data_ptr<T>() + begin);
+    });
+  });
+  return y;
+}
+
+struct LinearCrossEntropy : Function<LinearCrossEntropy> {
+  static Variable forward(AutogradContext* ctx, const Variable& hidden_TC, const Variable& head_VC,
+                          const Computed& computed) {
+    (void)head_VC;
+    if (computed.grad_hidden_TC.defined()) ctx->saved_data["hidden"] = computed.grad_hidden_TC;
+    if (computed.grad_head_VC.defined()) ctx->saved_data["head"] = computed.grad_head_VC;
+    ctx->saved_data["dtype"] = static_cast<int64_t>(hidden_TC.scalar_type());
+    return at::scalar_tensor(computed.loss, at::TensorOptions().dtype(compute_dtype(hidden_TC.scalar_type())));
+  }
+  static variable_list backward(AutogradContext* ctx, const variable_list& grads) {
+    const double scale = grads[0].item<double>();
+    const auto dtype = static_cast<at::ScalarType>(ctx->saved_data.at("dtype").toInt());
+    auto gradient = [&](const char* name) {
+      auto found = ctx->saved_data.find(name);
+      return found == ctx->saved_data.end() ? at::Tensor() : scaled(found->second.toTensor(), scale, dtype);
+    };
+    at::Tensor grad_hidden = gradient("hidden");
+    ctx->saved_data.erase("hidden");
+    at::Tensor grad_head = gradient("head");
+    ctx->saved_data.erase("head");
+    return {grad_hidden, grad_head, {}};
+  }
+};
+
+}  // namespace
+
+LossSum linear_cross_entropy(const at::Tensor& hidden_TC, const at::Tensor& head_VC, const at::Tensor& targets_T,
+                             int64_t chunk_rows) {
+  TRIREME_CHECK(hidden_TC.dim() == 2 && head_VC.dim() == 2 && hidden_TC.size(1) == head_VC.size(1) &&
+                    hidden_TC.scalar_type() == head_VC.scalar_type() && targets_T.dim() == 1 &&
+                    targets_T.size(0) == hidden_TC.size(0) && targets_T.scalar_type() == at::kLong,
+                hidden_TC.sizes(), head_VC.sizes(), targets_T.sizes());
+  const Rows rows = learnt_rows(targets_T, head_VC.size(0));
+  const bool want_hidden = wants_gradient(hidden_TC), want_head = wants_gradient(head_VC);
+  if (chunk_rows <= 0) {
+    // Logits of about 32 MB: large enough for the matrix products, small enough for the caches. A trained head is read
+    // and written once a chunk, so its chunks are larger.
+    const int64_t bytes = head_VC.size(0) * head_VC.element_size();
+    chunk_rows = std::clamp<int64_t>((want_head ? 128ll << 20 : 32ll << 20) / std::max<int64_t>(1, bytes), 32, 2048);
+  }
+  Computed computed = run(hidden_TC.detach().contiguous(), head_VC.detach(), rows, chunk_rows, want_hidden, want_head);
+  LossSum result;
+  result.count = static_cast<int64_t>(rows.index.size());
+  result.correct = at::scalar_tensor(computed.correct, at::kLong);
+  result.sum = LinearCrossEntropy::apply(hidden_TC, head_VC, computed);
+  return result;
+}
+
+}  // namespace trireme

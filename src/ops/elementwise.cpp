@@ -1,0 +1,157 @@
+// rope, swiglu and dropout.
+#include "ops/dropout_mask.h"
+#include "ops/op_support.h"
+#include "ops/ops.h"
+
+namespace trireme {
+namespace {
+
+using torch::autograd::AutogradContext;
+using torch::autograd::Function;
+using torch::autograd::Variable;
+using torch::autograd::variable_list;
+
+at::Tensor run_rope(const at::Tensor& x_THD, const at::Tensor& cos_TR, const at::Tensor& sin_TR, bool inverse) {
+  at::Tensor y = at::empty_like(x_THD);
+  const int64_t tokens = x_THD.size(0), heads = x_THD.size(1), dim = x_THD.size(2), rotary = cos_TR.size(1);
+  dispatch_floating(x_THD.scalar_type(), [&](auto zero) {
+    using T = decltype(zero);
+    using A = typename ComputeType<T>::type;
+    for_rows(tokens, heads * dim, [&](int64_t begin, int64_t end) {
+      const int64_t at = begin * heads * dim;
+      loops<T>().rope(end - begin, heads, dim, rotary, x_THD.data_ptr<T>() + at, cos_TR.data_ptr<A>() + begin * rotary,
+                      sin_TR.data_ptr<A>() + begin * rotary, y.data_ptr<T>() + at, inverse);
+    });
+  });
+  return y;
+}
+
+struct Rope : Function<Rope> {
+  static Variable forward(AutogradContext* ctx, const Variable& x_THD, const Variable& cos_TR, const Variable& sin_TR) {
+    at::AutoDispatchBelowADInplaceOrView guard;
+    ctx->save_for_backward({cos_TR, sin_TR});
+    return run_rope(x_THD.contiguous(), cos_TR, sin_TR, false);
+  }
+  static variable_list backward(AutogradContext* ctx, const variable_list& grads) {
+    auto saved = ctx->get_saved_variables();
+    return {run_rope(grads[0].contiguous(), saved[0], saved[1], true), {}, {}};
+  }
+};
+
+at::Tensor run_swiglu(const at::Tensor& gate, const at::Tensor& up) {
+  at::Tensor y = at::empty_like(gate);
+  dispatch_floating(gate.scalar_type(), [&](auto zero) {
+    using T = decltype(zero);
+    for_rows(gate.numel(), 1, [&](int64_t begin, int64_t end) {
+      loops<T>().swiglu(end - begin, gate.data_ptr<T>() + begin, up.data_ptr<T>() + begin, y.data_ptr<T>() + begin);
+    });
+  });
+  return y;
+}
+
+struct Swiglu : Function<Swiglu> {
+  static Variable forward(AutogradContext* ctx, const Variable& gate_in, const Variable& up_in) {
+    at::AutoDispatchBelowADInplaceOrView guard;
+    at::Tensor gate = gate_in.contiguous(), up = up_in.contiguous();
+    ctx->save_for_backward({gate, up});
+    return run_swiglu(gate, up);
+  }
+  static variable_list backward(AutogradContext* ctx, const variable_list& grads) {
+    auto saved = ctx->get_saved_variables();
+    at::Tensor grad_y = grads[0].contiguous();
+    at::Tensor grad_gate = at::empty_like(saved[0]), grad_up = at::empty_like(saved[0]);
+    dispatch_floating(grad_y.scalar_type(), [&](auto zero) {
+      using T = decltype(zero);
+      for_rows(grad_y.numel(), 1, [&](int64_t begin, int64_t end) {
+        loops<T>().swiglu_backward(end - begin, grad_y.data_ptr<T>() + begin, saved[0].data_ptr<T>() + begin,
+                                   saved[1].data_ptr<T>() + begin, grad_gate.data_ptr<T>() + begin,
+                                   grad_up.data_ptr<T>() + begin);
+      });
+    });
+    return {grad_gate, grad_up};
+  }
+};
+
+struct Dropout : Function<Dropout> {
+  static Variable forward(AutogradContext* ctx, const Variable& x_TC, const DropoutMask& mask) {
+    at::AutoDispatchBelowADInplaceOrView guard;
+    ctx->saved_data["mask"] = c10::IValue::make_capsule(c10::make_intrusive<KeptMask>(mask));
+    return mask.apply(x_TC.contiguous());
+  }
+  static variable_list backward(AutogradContext* ctx, const variable_list& grads) {
+    auto kept = c10::static_intrusive_pointer_cast<KeptMask>(ctx->saved_data.at("mask").toCapsule());
+    return {kept->mask.apply(grads[0].contiguous()), {}};
+  }
+};
+
+}  // namespace
+
+DropoutMask::DropoutMask(const DropoutKey& key) : key_(key) {
+  TRIREME_CHECK(key.p >= 0.0 && key.p < 1.0, "dropout probability ", key.p);
+  bits_.seed = key.seed;
+  bits_.module = key.module;
+  bits_.threshold = static_cast<uint32_t>(std::min(4294967295.0, std::floor(key.p * 4294967296.0)));
+  bits_.keep_scale = 1.0 / (1.0 - key.p);
+  bits_.first_feature = key.first_feature;
+}
+
+void DropoutMask::run(const at::Tensor& x_TC, const at::Tensor& y_TC, bool add) const {
+  const int64_t rows = x_TC.size(0), size = x_TC.size(1);
+  TRIREME_CHECK(key_.row_ids_T.defined() && key_.row_ids_T.numel() == rows && key_.row_ids_T.scalar_type() == at::kLong,
+                "dropout needs one int64 row id for each of ", rows, " rows");
+  at::Tensor ids = key_.row_ids_T.contiguous();
+  dispatch_floating(x_TC.scalar_type(), [&](auto zero) {
+    using T = decltype(zero);
+    for_rows(rows, size, [&](int64_t begin, int64_t end) {
+      loops<T>().dropout(end - begin, size, x_TC.data_ptr<T>() + begin * size, ids.data_ptr<int64_t>() + begin, bits_,
+                         add, y_TC.data_ptr<T>() + begin * size);
+    });
+  });
+}
+
+at::Tensor DropoutMask::apply(const at::Tensor& x_TC) const {
+  at::Tensor y = at::empty_like(x_TC);
+  run(x_TC, y, false);
+  return y;
+}
+void DropoutMask::add_to(const at::Tensor& x_TC, const at::Tensor& y_TC) const { run(x_TC, y_TC, true); }
+
+at::Tensor rope(const at::Tensor& x_THD, const at::Tensor& cos_TR, const at::Tensor& sin_TR) {
+  const auto table = compute_dtype(x_THD.scalar_type());
+  TRIREME_CHECK(x_THD.dim() == 3 && cos_TR.dim() == 2 && cos_TR.sizes() == sin_TR.sizes() &&
+                    cos_TR.size(0) == x_THD.size(0) && cos_TR.size(1) <= x_THD.size(2) && cos_TR.size(1) % 2 == 0 &&
+                    cos_TR.scalar_type() == table && sin_TR.scalar_type() == table,
+                x_THD.sizes(), cos_TR.sizes(), sin_TR.sizes(), cos_TR.scalar_type());
+  at::Tensor cos = cos_TR.contiguous(), sin = sin_TR.contiguous();
+  at::Tensor y = Rope::apply(x_THD, cos, sin);
+  if (selective_recompute()) {
+    auto kept = std::make_shared<Kept>(x_THD);
+    register_recipe(y, [kept, cos, sin] { return run_rope(kept->take().contiguous(), cos, sin, false); });
+  }
+  return y;
+}
+
+at::Tensor swiglu(const at::Tensor& gate_TF, const at::Tensor& up_TF) {
+  TRIREME_CHECK(gate_TF.sizes() == up_TF.sizes() && gate_TF.scalar_type() == up_TF.scalar_type(), gate_TF.sizes(),
+                up_TF.sizes());
+  at::Tensor y = Swiglu::apply(gate_TF, up_TF);
+  if (selective_recompute())
+    register_recipe(y, [gate = gate_TF.detach(), up = up_TF.detach()] {
+      return run_swiglu(gate.contiguous(), up.contiguous());
+    });
+  return y;
+}
+
+at::Tensor dropout(const at::Tensor& x_TC, const DropoutKey& key) {
+  if (key.p == 0.0) return x_TC;
+  TRIREME_CHECK(x_TC.dim() == 2, x_TC.sizes());
+  DropoutMask mask(key);
+  at::Tensor y = Dropout::apply(x_TC, mask);
+  if (selective_recompute()) {
+    auto kept = std::make_shared<Kept>(x_TC);
+    register_recipe(y, [kept, mask] { return mask.apply(kept->take().contiguous()); });
+  }
+  return y;
+}
+
+}  // namespace trireme

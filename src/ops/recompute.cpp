@@ -1,0 +1,122 @@
+#include <torch/csrc/autograd/autograd.h>
+
+#include <unordered_map>
+
+#include "ops/op_support.h"
+#include "ops/ops.h"
+
+namespace trireme {
+namespace {
+
+using torch::autograd::AutogradContext;
+using torch::autograd::Function;
+using torch::autograd::Variable;
+using torch::autograd::variable_list;
+
+using RecomputeFn = std::function<at::Tensor(const std::vector<at::Tensor>&)>;
+
+struct KeptFn : torch::CustomClassHolder {
+  explicit KeptFn(RecomputeFn f) : fn(std::move(f)) {}
+  RecomputeFn fn;
+};
+
+struct RecomputeFunction : Function<RecomputeFunction> {
+  // `anchor` requires gradients where fn trains captured tensors, and so makes the output require them.
+  static Variable forward(AutogradContext* ctx, const variable_list& inputs, const Variable& anchor,
+                          const RecomputeFn& fn) {
+    (void)anchor;
+    ctx->saved_data["fn"] = c10::IValue::make_capsule(c10::make_intrusive<KeptFn>(fn));
+    ctx->save_for_backward(inputs);
+    return fn(inputs).detach();
+  }
+
+  static variable_list backward(AutogradContext* ctx, const variable_list& grads) {
+    auto kept = c10::static_intrusive_pointer_cast<KeptFn>(ctx->saved_data.at("fn").toCapsule());
+    variable_list leaves;
+    for (auto& saved : ctx->get_saved_variables()) {
+      at::Tensor leaf = saved.defined() ? saved.detach() : saved;
+      if (saved.defined() && saved.requires_grad()) leaf.requires_grad_();
+      leaves.push_back(leaf);
+    }
+    at::Tensor output;
+    {
+      at::AutoGradMode enable(true);
+      output = kept->fn(leaves);
+    }
+    ctx->saved_data.clear();
+    if (output.requires_grad()) torch::autograd::backward({output}, {grads[0]});
+    variable_list result;
+    for (auto& leaf : leaves) result.push_back(leaf.defined() && leaf.requires_grad() ? leaf.grad() : Variable());
+    result.emplace_back();  // anchor
+    result.emplace_back();  // fn
+    return result;
+  }
+};
+
+struct RegisteredRecipe {
+  c10::weak_intrusive_ptr<c10::TensorImpl> owner;  // an address may be used again: the recipe belongs to this tensor
+  std::shared_ptr<Recipe> recipe;
+};
+thread_local bool selective = false;
+thread_local std::unordered_map<const c10::TensorImpl*, RegisteredRecipe> recipes;
+
+}  // namespace
+
+at::Tensor recompute(const RecomputeFn& fn, const std::vector<at::Tensor>& inputs, bool trains) {
+  bool any = trains;
+  for (const auto& input : inputs) any = any || wants_gradient(input);
+  if (!any || !at::GradMode::is_enabled()) return fn(inputs);
+  at::Tensor anchor = at::empty({0});
+  anchor.requires_grad_();
+  return RecomputeFunction::apply(inputs, anchor, fn);
+}
+
+SelectiveRecompute::SelectiveRecompute(bool on) : before_(selective) { selective = on && at::GradMode::is_enabled(); }
+SelectiveRecompute::~SelectiveRecompute() {
+  selective = before_;
+  if (!selective) recipes.clear();
+}
+
+bool selective_recompute() { return selective && at::GradMode::is_enabled(); }
+
+void register_recipe(const at::Tensor& output, std::function<at::Tensor()> compute) {
+  // Recipes own what they need, which frees itself with the graph; the table must not keep it longer than the tensor.
+  if (recipes.size() > 64)
+    std::erase_if(recipes, [](auto& entry) { return entry.second.owner.expired(); });
+  recipes.insert_or_assign(output.unsafeGetTensorImpl(),
+                           RegisteredRecipe{c10::weak_intrusive_ptr<c10::TensorImpl>(output.getIntrusivePtr()),
+                                            std::make_shared<Recipe>(std::move(compute))});
+}
+
+at::Tensor Recipe::take() {
+  at::NoGradGuard no_grad;
+  if (!value_.defined()) value_ = compute_();
+  at::Tensor value = value_;
+  if (++taken_ >= users_) {
+    value_.reset();
+    compute_ = nullptr;  // frees what it owns
+  }
+  return value;
+}
+
+Kept::Kept(const at::Tensor& value) {
+  if (selective && value.defined()) {
+    auto found = recipes.find(value.unsafeGetTensorImpl());
+    if (found != recipes.end() && !found->second.owner.expired()) {
+      recipe_ = found->second.recipe;
+      recipe_->add_user();
+      return;
+    }
+  }
+  value_ = value.defined() ? value.detach() : value;
+}
+
+at::Tensor Kept::take() {
+  at::Tensor value = recipe_ ? recipe_->take() : std::move(value_);
+  TRIREME_CHECK(value.defined(), "a second backward through the same graph");
+  recipe_.reset();
+  value_.reset();
+  return value;
+}
+
+}  // namespace trireme
