@@ -5,11 +5,12 @@
 #include <string>
 #include <vector>
 
-#include "data/chat_template.h"
 #include "data/records.h"
 #include "data/tokenizer.h"
 
 namespace trireme {
+
+class ChatTemplate;
 
 struct EncodedRecord {
   std::string text;              // what was tokenised: the rendered chat, prompt + completion, or the text

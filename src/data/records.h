@@ -65,6 +65,7 @@ class RecordReader {
   std::optional<RawRecord> next();
   bool plain_text() const { return plain_text_; }  // a .txt file: the one record is the file
   const std::string& path() const { return file_.path; }
+  uint64_t bytes_read() const { return at_; }
 
  private:
   std::optional<RawRecord> next_line();

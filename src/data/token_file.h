@@ -1,7 +1,8 @@
 // Tokenised records on disk: an HDF5 file of contiguous datasets, read in place.
 //   tokens  int32 [T]     learnt  uint8 [T]      offsets  int64 [R+1]: record r is tokens[offsets[r] .. offsets[r+1])
 //   files   int32 [R], lines  int64 [R]: where record r came from       forms  uint8 [R]: DataForm
-//   attributes: trireme_tokens (format version), origin (JSON: what the key was made from)
+//   attributes: trireme_tokens (format version), largest_id, files (JSON: names by number), origin (JSON: what the key was
+//   made from)
 // NAME.h5 is trusted only with NAME.json beside it, which is written last and holds size and hash of the HDF5 file.
 #pragma once
 
@@ -51,6 +52,7 @@ class TokenFile {
   int64_t end(int64_t record) const { return offsets_[record + 1]; }
   const int32_t* tokens() const { return tokens_; }
   const uint8_t* learnt() const { return learnt_; }
+  int64_t largest_id() const { return largest_id_; }
   DataForm form(int64_t record) const { return static_cast<DataForm>(forms_[record]); }
   std::string source(int64_t record) const;  // "file:line"
   const std::string& path() const { return path_; }
@@ -58,7 +60,7 @@ class TokenFile {
  private:
   std::string path_;
   MappedFile map_;
-  int64_t num_records_ = 0, num_tokens_ = 0;
+  int64_t num_records_ = 0, num_tokens_ = 0, largest_id_ = 0;
   const int32_t* tokens_ = nullptr;
   const uint8_t* learnt_ = nullptr;
   const int64_t* offsets_ = nullptr;
