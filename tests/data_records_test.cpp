@@ -1,0 +1,220 @@
+// Forms of records and the exact words for files that are wrong.
+#include <gtest/gtest.h>
+#include <unistd.h>
+
+#include <filesystem>
+#include <fstream>
+
+#include "base/check.h"
+#include "data/records.h"
+
+namespace trireme {
+namespace {
+
+class Records : public ::testing::Test {
+ protected:
+  void SetUp() override {
+    folder_ = std::filesystem::temp_directory_path() / str("trireme_records_", ::getpid());
+    std::filesystem::create_directories(folder_);
+    before_ = std::filesystem::current_path();
+    std::filesystem::current_path(folder_);  // so that messages name short paths
+  }
+  void TearDown() override {
+    std::filesystem::current_path(before_);
+    std::filesystem::remove_all(folder_);
+  }
+  static void write(const std::string& name, const std::string& text) { std::ofstream(name, std::ios::binary) << text; }
+
+  std::filesystem::path folder_, before_;
+};
+
+template <typename ErrorType = DataError, typename Body>
+std::string error_of(Body body) {
+  try {
+    body();
+  } catch (const ErrorType& error) {
+    return error.what();
+  }
+  return "no error";
+}
+
+std::vector<Record> read_all(const DataFile& file, const RecordOptions& options = {}) {
+  std::vector<Record> records;
+  RecordReader reader(file);
+  while (auto raw = reader.next()) records.push_back(parse_record(raw->text, options, str(file.path, ":", raw->line)));
+  return records;
+}
+
+std::string first_error(const std::string& line, const RecordOptions& options = {}) {
+  return error_of([&] { parse_record(line, options, "f.jsonl:1"); });
+}
+
+TEST_F(Records, RecognisesEveryForm) {
+  write("all.jsonl",
+        "\xEF\xBB\xBF"
+        R"({"messages": [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]})"
+        "\r\n\n"
+        R"({"system": "s", "conversations": [{"from": "human", "value": "a"}, {"from": "gpt", "value": "b"}]})"
+        "\n"
+        R"({"instruction": "i", "input": "x", "output": "o", "system": "s", "history": [["q", "r"]]})"
+        "\n"
+        R"({"prompt": "p", "completion": "c", "text": null})"
+        "\n"
+        R"({"prompt": [{"role": "user", "content": "p"}], "completion": [{"role": "assistant", "content": "c"}]})"
+        "\n"
+        R"({"text": "t"})");
+  auto r = read_all({"all.jsonl", -1});
+  ASSERT_EQ(r.size(), 6u);
+  EXPECT_EQ(r[0].form, DataForm::kMessages);
+  EXPECT_EQ(r[0].messages[1]["content"], "b");
+  EXPECT_EQ(r[1].form, DataForm::kShareGpt);
+  EXPECT_EQ(r[1].messages.dump(),
+            R"([{"role":"system","content":"s"},{"role":"user","content":"a"},{"role":"assistant","content":"b"}])");
+  EXPECT_EQ(r[2].form, DataForm::kAlpaca);
+  EXPECT_EQ(r[2].messages.dump(),
+            R"([{"role":"system","content":"s"},{"role":"user","content":"q"},{"role":"assistant","content":"r"},)"
+            R"({"role":"user","content":"i\nx"},{"role":"assistant","content":"o"}])");
+  EXPECT_EQ(r[3].form, DataForm::kPromptCompletion);
+  EXPECT_FALSE(r[3].is_chat());
+  EXPECT_EQ(r[3].prompt + "|" + r[3].completion, "p|c");
+  EXPECT_TRUE(r[4].is_chat());
+  EXPECT_EQ(r[4].first_learnt_message, 1u);
+  EXPECT_EQ(r[5].form, DataForm::kText);
+  EXPECT_EQ(r[5].text, "t");
+}
+
+TEST_F(Records, NamedFieldsAndForms) {
+  RecordOptions gsm;
+  gsm.prompt_field = "question", gsm.completion_field = "answer";
+  Record r = parse_record(R"({"question": "q", "answer": "a", "messages": 1})", gsm, "f:1");
+  EXPECT_EQ(r.prompt + "|" + r.completion, "q|a");
+  RecordOptions text;
+  text.text_field = "body";
+  EXPECT_EQ(parse_record(R"({"body": "b"})", text, "f:1").text, "b");
+  RecordOptions form;
+  form.form = DataForm::kText;
+  EXPECT_EQ(parse_record(R"({"messages": [], "text": "b"})", form, "f:1").text, "b");
+  EXPECT_EQ(first_error(R"({"question": "q"})", gsm),
+            "f.jsonl:1: no field 'answer' (data.completion_field); fields found: 'question'");
+  EXPECT_EQ(first_error(R"({"a": "q"})", form), "f.jsonl:1: no field 'text' (data.format=text); fields found: 'a'");
+}
+
+TEST_F(Records, ContradictingKeys) {
+  auto words = [](RecordOptions o) { return error_of<ConfigError>([&] { o.check(); }); };
+  RecordOptions o;
+  o.prompt_field = "q";
+  EXPECT_EQ(words(o), "data.prompt_field is set without data.completion_field; set both or none");
+  o.completion_field = "a", o.text_field = "t";
+  EXPECT_EQ(words(o),
+            "data.prompt_field and data.text_field exclude each other: a record is a prompt with its completion, or a text");
+  o.text_field = "", o.form = DataForm::kAlpaca;
+  EXPECT_EQ(words(o),
+            "data.format=alpaca contradicts data.prompt_field; leave data.format out or set it to prompt_completion");
+  EXPECT_EQ(error_of<ConfigError>([] { parse_data_form("csv"); }),
+            "data.format=csv is not a form of data; allowed are auto, messages, sharegpt, alpaca, prompt_completion, text");
+}
+
+TEST_F(Records, FileWithLimit) {
+  write("a.jsonl", "{\"text\":\"1\"}\n{\"text\":\"2\"}\n{\"text\":\"3\"}\n");
+  write("b:7", "{\"text\":\"1\"}\n");
+  EXPECT_EQ(read_all(parse_data_file("a.jsonl:2", "data.train")).size(), 2u);
+  EXPECT_EQ(read_all(parse_data_file("a.jsonl:9", "data.train")).size(), 3u);
+  EXPECT_EQ(parse_data_file("b:7", "data.train").path, "b:7");
+  EXPECT_EQ(parse_data_file("a.jsonl:x", "data.train").path, "a.jsonl:x");
+  EXPECT_EQ(error_of<ConfigError>([] { parse_data_file("a.jsonl:0", "data.eval"); }),
+            "data.eval=a.jsonl:0 limits the file to 0 records; at least 1 is needed");
+}
+
+TEST_F(Records, JsonArray) {
+  write("a.json", "\n[ {\"text\": \"]}\\\"[\"},\n\n  {\"text\": \"b\", \"x\": [1, {\"y\": []}]} ]\n");
+  auto r = read_all({"a.json", -1});
+  ASSERT_EQ(r.size(), 2u);
+  EXPECT_EQ(r[0].text, "]}\"[");
+  RecordReader reader({"a.json", -1});
+  EXPECT_EQ(reader.next()->line, 2);
+  EXPECT_EQ(reader.next()->line, 4);
+
+  auto words = [](const std::string& text) {
+    write("b.json", text);
+    return error_of([] { read_all({"b.json", -1}); });
+  };
+  EXPECT_EQ(words("[{\"text\": \"a\"}"), "b.json:1: not a JSON array of records: the file ends before ']'");
+  EXPECT_EQ(words("[{\"text\": \"a\"},\n {\"text\": \"a"), "b.json:2: not a JSON array of records: the file ends within a record");
+  EXPECT_EQ(words("[{\"text\": \"a\"},]"), "b.json:1: not a JSON array of records: a comma before ']'");
+  EXPECT_EQ(words("[{\"text\": \"a\"} {\"text\": \"b\"}]"),
+            "b.json:1: not a JSON array of records: a comma or ']' must follow a record");
+  EXPECT_EQ(words("[{\"text\": \"a\"}] x"), "b.json:1: not a JSON array of records: something follows the array's ']'");
+  EXPECT_EQ(words("[]"), "data file 'b.json' holds no record: its JSON array is empty");
+  EXPECT_EQ(words("[1]"), "b.json:1: a record must be an object, this is a number");
+}
+
+TEST_F(Records, PlainTextIsOneRecord) {
+  write("a.txt", "{\"not\": json}\n\nsecond paragraph\n");
+  RecordReader reader({"a.txt", -1});
+  EXPECT_TRUE(reader.plain_text());
+  EXPECT_EQ(reader.next()->text, "{\"not\": json}\n\nsecond paragraph\n");
+  EXPECT_FALSE(reader.next());
+}
+
+TEST_F(Records, BrokenFiles) {
+  auto words = [](const std::string& path) { return error_of([&] { read_all({path, -1}); }); };
+  EXPECT_EQ(words("none.jsonl"), "data file 'none.jsonl' cannot be opened: No such file or directory");
+  write("empty.jsonl", "");
+  EXPECT_EQ(words("empty.jsonl"), "data file 'empty.jsonl' is empty");
+  write("blank.jsonl", "\n  \n");
+  EXPECT_EQ(words("blank.jsonl"), "data file 'blank.jsonl' holds no record, only blank lines");
+  std::filesystem::create_directory("folder");
+  EXPECT_EQ(words("folder"), "data file 'folder' is a folder; name the files in it");
+
+  std::string good = "{\"text\": \"a\"}\n", six = good + good + good + good + good + good;
+  write("seven.jsonl", six + "{\"text\": \"a\"\n" + good);
+  std::string broken = words("seven.jsonl");
+  EXPECT_EQ(broken.rfind("seven.jsonl:7", 0), 0u) << broken;
+  EXPECT_NE(broken.find("JSON"), std::string::npos) << broken;
+  write("latin.jsonl", six + "{\"text\": \"caf\xE9\"}\n");
+  EXPECT_EQ(words("latin.jsonl"),
+            "latin.jsonl:7: invalid UTF-8 (byte 0xe9 at position 14); convert the file, for example with iconv -f LATIN1 -t "
+            "UTF-8");
+  write("long.jsonl", good + "{\"text\": \"" + std::string(kMaxRecordBytes, 'x') + "\"}\n");
+  EXPECT_EQ(words("long.jsonl"),
+            "long.jsonl:2: a record of more than 10 MB; split it, or is this one JSON value over many records? One record a "
+            "line, or a JSON array of records");
+  write("long.json", "[" + good + ", {\"text\": \"" + std::string(kMaxRecordBytes, 'x') + "\"}]");
+  EXPECT_EQ(words("long.json").rfind("long.json:2: a record of more than 10 MB", 0), 0u) << words("long.json");
+}
+
+TEST_F(Records, Utf8) {
+  auto bad = [](const std::string& text) { return error_of([&] { check_utf8(text, "f:1"); }) != "no error"; };
+  EXPECT_FALSE(bad("a\xC3\xA9\xE2\x82\xAC\xF0\x9F\x98\x80\xEF\xBF\xBF"));
+  for (const char* text : {"\x80", "\xC0\x80", "\xC1\xBF", "\xC3", "\xE0\x80\x80", "\xED\xA0\x80", "\xE2\x82", "\xF0\x80\x80\x80",
+                           "\xF4\x90\x80\x80", "\xF5\x80\x80\x80", "\xFF"})
+    EXPECT_TRUE(bad(text)) << testing::PrintToString(std::string(text));
+}
+
+TEST_F(Records, WrongTypesAndFields) {
+  EXPECT_EQ(first_error(R"({"id": 1, "body": "x"})"),
+            "f.jsonl:1: no usable field; fields found: 'id', 'body'; accepted are \"messages\" (a list of {role, content}), "
+            "\"conversations\" (a list of {from, value}), \"prompt\" and \"completion\", \"instruction\" and \"output\", "
+            "\"text\"; or name the fields with data.prompt_field and data.completion_field, or data.text_field");
+  EXPECT_EQ(first_error("[]"), "f.jsonl:1: a record must be an object, this is a list");
+  EXPECT_EQ(first_error(R"({"text": 5})"), "f.jsonl:1: field 'text' is a number; it must be a string");
+  EXPECT_EQ(first_error(R"({"messages": "a"})"), "f.jsonl:1: field 'messages' is a string; it must be a list");
+  EXPECT_EQ(first_error(R"({"messages": []})"), "f.jsonl:1: field 'messages' is an empty list");
+  EXPECT_EQ(first_error(R"({"messages": [1]})"), "f.jsonl:1: messages[0] is a number; it must be an object");
+  EXPECT_EQ(first_error(R"({"messages": [{"content": "a"}]})"), "f.jsonl:1: messages[0] has no 'role' (or 'from')");
+  EXPECT_EQ(first_error(R"({"messages": [{"role": "user"}]})"), "f.jsonl:1: messages[0] has no 'content'");
+  EXPECT_EQ(first_error(R"({"messages": [{"role": "user", "content": 3}]})"),
+            "f.jsonl:1: messages[0]: field 'content' is a number; it must be a string");
+  EXPECT_EQ(first_error(R"({"messages": [{"role": "user", "content": [{"type": "image"}]}]})"),
+            "f.jsonl:1: messages[0].content has a part that is not text; only {\"type\": \"text\", \"text\": ...} is supported");
+  EXPECT_EQ(first_error(R"({"conversations": [{"from": "alien", "value": "x"}]})"),
+            "f.jsonl:1: conversations[0] has from 'alien'; known are human, user, gpt, assistant, chatgpt, bard, bing, model, "
+            "system, function_call, observation, tool");
+  EXPECT_EQ(first_error(R"({"prompt": "p", "completion": ["c"]})"),
+            "f.jsonl:1: field 'completion' is a list; it must be a string");
+  EXPECT_EQ(first_error(R"({"instruction": "p", "output": "o", "history": [["a"]]})"),
+            "f.jsonl:1: every entry of 'history' must be a list of two strings");
+}
+
+}  // namespace
+}  // namespace trireme
