@@ -10,28 +10,37 @@ using torch::autograd::Function;
 using torch::autograd::Variable;
 using torch::autograd::variable_list;
 
+at::Tensor product(const at::Tensor& x_TI, const at::Tensor& w_OI, const std::optional<at::Tensor>& bias_O) {
+  return bias_O ? at::addmm(*bias_O, x_TI, w_OI.t()) : at::mm(x_TI, w_OI.t());
+}
+
+// An undefined tensor may not enter a Function; an empty optional may, and has no edge in the graph: so it comes last.
+std::optional<at::Tensor> optional(const at::Tensor& t) { return t.defined() ? std::optional(t) : std::nullopt; }
+
 struct LinearFunction : Function<LinearFunction> {
-  static Variable forward(AutogradContext* ctx, const Variable& x_TI, const Variable& w_OI, const Variable& bias_O,
-                          bool keep_x) {
+  static Variable forward(AutogradContext* ctx, const Variable& x_TI, const Variable& w_OI,
+                          const std::optional<at::Tensor>& bias_O, bool keep_x) {
     at::AutoDispatchBelowADInplaceOrView guard;
     if (keep_x) keep(ctx, "x", x_TI);  // only the weight's gradient needs it
+    ctx->saved_data["bias"] = bias_O.has_value();
     ctx->save_for_backward({w_OI});
-    return bias_O.defined() ? at::addmm(bias_O, x_TI, w_OI.t()) : at::mm(x_TI, w_OI.t());
+    return product(x_TI, w_OI, bias_O);
   }
   static variable_list backward(AutogradContext* ctx, const variable_list& grads) {
     at::Tensor grad_y = grads[0].contiguous(), grad_x, grad_w, grad_bias;
     if (ctx->needs_input_grad(0)) grad_x = at::mm(grad_y, ctx->get_saved_variables()[0]);
     if (ctx->needs_input_grad(1)) grad_w = at::mm(grad_y.t(), take(ctx, "x"));
-    if (ctx->needs_input_grad(2)) grad_bias = sum_rows(grad_y);
+    if (ctx->saved_data.at("bias").toBool() && ctx->needs_input_grad(2)) grad_bias = sum_rows(grad_y);
     return {grad_x, grad_w, grad_bias, {}};
   }
 };
 
 struct LoraLinear : Function<LoraLinear> {
-  static Variable forward(AutogradContext* ctx, const Variable& x_TI, const Variable& w_OI, const Variable& bias_O,
-                          const Variable& a_RI, const Variable& b_OR, double scale, const DropoutMask& mask) {
+  static Variable forward(AutogradContext* ctx, const Variable& x_TI, const Variable& w_OI, const Variable& a_RI,
+                          const Variable& b_OR, const std::optional<at::Tensor>& bias_O, double scale,
+                          const DropoutMask& mask) {
     at::AutoDispatchBelowADInplaceOrView guard;
-    at::Tensor y_TO = bias_O.defined() ? at::addmm(bias_O, x_TI, w_OI.t()) : at::mm(x_TI, w_OI.t());
+    at::Tensor y_TO = product(x_TI, w_OI, bias_O);
     at::Tensor xa_TR = at::mm(mask.active() ? mask.apply(x_TI.contiguous()) : x_TI, a_RI.t());
     y_TO.addmm_(xa_TR, b_OR.t(), 1.0, scale);
     keep(ctx, "x", x_TI);
@@ -51,9 +60,9 @@ struct LoraLinear : Function<LoraLinear> {
     at::Tensor grad_y = grads[0].contiguous(), grad_x, grad_a, grad_b;
     at::Tensor grad_xa_TR = at::mm(grad_y, b_OR).mul_(scale);
     at::Tensor x_TI = take(ctx, "x");
-    if (ctx->needs_input_grad(3))
+    if (ctx->needs_input_grad(2))
       grad_a = at::mm(grad_xa_TR.t(), mask.active() ? mask.apply(x_TI.contiguous()) : x_TI);
-    if (ctx->needs_input_grad(4)) grad_b = at::mm(grad_y.t(), xa_TR).mul_(scale);
+    if (ctx->needs_input_grad(3)) grad_b = at::mm(grad_y.t(), xa_TR).mul_(scale);
     if (ctx->needs_input_grad(0)) {
       grad_x = at::mm(grad_y, w_OI);
       if (mask.active())
@@ -62,7 +71,7 @@ struct LoraLinear : Function<LoraLinear> {
         grad_x.addmm_(grad_xa_TR, a_RI);
     }
     ctx->saved_data.clear();
-    return {grad_x, {}, {}, grad_a, grad_b, {}, {}};
+    return {grad_x, {}, grad_a, grad_b, {}, {}, {}};
   }
 };
 
@@ -109,7 +118,7 @@ struct Embedding : Function<Embedding> {
 
 at::Tensor linear(const at::Tensor& x_TI, const at::Tensor& w_OI, const at::Tensor& bias_O) {
   TRIREME_CHECK(x_TI.dim() == 2 && w_OI.dim() == 2 && x_TI.size(1) == w_OI.size(1), x_TI.sizes(), w_OI.sizes());
-  return LinearFunction::apply(x_TI, w_OI, bias_O, wants_gradient(w_OI));
+  return LinearFunction::apply(x_TI, w_OI, optional(bias_O), wants_gradient(w_OI));
 }
 
 at::Tensor lora_linear(const at::Tensor& x_TI, const at::Tensor& w_OI, const at::Tensor& bias_O, const at::Tensor& a_RI,
@@ -118,7 +127,7 @@ at::Tensor lora_linear(const at::Tensor& x_TI, const at::Tensor& w_OI, const at:
                     b_OR.size(0) == w_OI.size(0) && a_RI.size(0) == b_OR.size(1),
                 x_TI.sizes(), w_OI.sizes(), a_RI.sizes(), b_OR.sizes());
   TRIREME_CHECK(!wants_gradient(w_OI) && !wants_gradient(bias_O), "the base of a LoRA layer is frozen");
-  return LoraLinear::apply(x_TI, w_OI, bias_O, a_RI, b_OR, scale, DropoutMask(key));
+  return LoraLinear::apply(x_TI, w_OI, a_RI, b_OR, optional(bias_O), scale, DropoutMask(key));
 }
 
 at::Tensor embedding(const at::Tensor& w_VC, const at::Tensor& ids_T) {

@@ -2,6 +2,7 @@
 // tensors) and rounded once to the dtype of the output, unless said otherwise. Dtypes: float32, bfloat16, float16,
 // float64; all tensors of a call have the same one. Everything is a function of its arguments only: the number of
 // threads never changes a bit, except inside the matrix products of ATen.
+// ATen has functions of the same names: write trireme::linear, trireme::embedding where a call is ambiguous.
 // Shape suffixes: T tokens (rows), C features, I/O inputs/outputs of a linear layer, F intermediate size, H query heads,
 // K key heads, D head size, S keys, V vocabulary, R rank of an adapter or number of rotary dims.
 #pragma once
@@ -80,7 +81,8 @@ LossSum linear_cross_entropy(const at::Tensor& hidden_TC, const at::Tensor& head
                              int64_t chunk_rows = 0);
 
 // Runs fn(inputs) without keeping anything but the inputs, and runs it again with gradients when backward comes (Chen et
-// al. 2016). Gradients are the same bits as without it, fn being a function of its inputs and of tensors it captures;
+// al. 2016). Gradients are the same bits as without it (of a tensor captured by several fns: up to the order of the sum),
+// fn being a function of its inputs and of what it captures;
 // parameters that fn captures get their gradients (and fire their hooks) in the nested backward. `trains` says whether fn
 // captures a tensor that requires gradients: then the result does too, even where no input does.
 at::Tensor recompute(const std::function<at::Tensor(const std::vector<at::Tensor>&)>& fn,

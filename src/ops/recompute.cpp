@@ -1,4 +1,5 @@
 #include <torch/csrc/autograd/autograd.h>
+#include <torch/csrc/autograd/functions/utils.h>
 
 #include <unordered_map>
 
@@ -8,32 +9,21 @@
 namespace trireme {
 namespace {
 
-using torch::autograd::AutogradContext;
-using torch::autograd::Function;
 using torch::autograd::Variable;
 using torch::autograd::variable_list;
 
 using RecomputeFn = std::function<at::Tensor(const std::vector<at::Tensor>&)>;
 
-struct KeptFn : torch::CustomClassHolder {
-  explicit KeptFn(RecomputeFn f) : fn(std::move(f)) {}
+// A node of its own: torch's Function takes no list of tensors.
+struct RecomputeNode : torch::autograd::Node {
   RecomputeFn fn;
-};
+  std::vector<torch::autograd::SavedVariable> inputs;
 
-struct RecomputeFunction : Function<RecomputeFunction> {
-  // `anchor` requires gradients where fn trains captured tensors, and so makes the output require them.
-  static Variable forward(AutogradContext* ctx, const variable_list& inputs, const Variable& anchor,
-                          const RecomputeFn& fn) {
-    (void)anchor;
-    ctx->saved_data["fn"] = c10::IValue::make_capsule(c10::make_intrusive<KeptFn>(fn));
-    ctx->save_for_backward(inputs);
-    return fn(inputs).detach();
-  }
-
-  static variable_list backward(AutogradContext* ctx, const variable_list& grads) {
-    auto kept = c10::static_intrusive_pointer_cast<KeptFn>(ctx->saved_data.at("fn").toCapsule());
-    variable_list leaves;
-    for (auto& saved : ctx->get_saved_variables()) {
+  variable_list apply(variable_list&& grads) override {
+    TRIREME_CHECK(fn != nullptr, "a second backward through the same graph");
+    variable_list leaves, result;
+    for (auto& input : inputs) {
+      at::Tensor saved = input.unpack();
       at::Tensor leaf = saved.defined() ? saved.detach() : saved;
       if (saved.defined() && saved.requires_grad()) leaf.requires_grad_();
       leaves.push_back(leaf);
@@ -41,15 +31,16 @@ struct RecomputeFunction : Function<RecomputeFunction> {
     at::Tensor output;
     {
       at::AutoGradMode enable(true);
-      output = kept->fn(leaves);
+      output = fn(leaves);
     }
-    ctx->saved_data.clear();
-    if (output.requires_grad()) torch::autograd::backward({output}, {grads[0]});
-    variable_list result;
-    for (auto& leaf : leaves) result.push_back(leaf.defined() && leaf.requires_grad() ? leaf.grad() : Variable());
-    result.emplace_back();  // anchor
-    result.emplace_back();  // fn
+    release_variables();
+    if (grads[0].defined() && output.requires_grad()) torch::autograd::backward({output}, {grads[0]});
+    for (auto& leaf : leaves) result.push_back(leaf.defined() ? leaf.grad() : Variable());
     return result;
+  }
+  void release_variables() override {
+    fn = nullptr;
+    inputs.clear();
   }
 };
 
@@ -66,9 +57,17 @@ at::Tensor recompute(const RecomputeFn& fn, const std::vector<at::Tensor>& input
   bool any = trains;
   for (const auto& input : inputs) any = any || wants_gradient(input);
   if (!any || !at::GradMode::is_enabled()) return fn(inputs);
-  at::Tensor anchor = at::empty({0});
-  anchor.requires_grad_();
-  return RecomputeFunction::apply(inputs, anchor, fn);
+  at::Tensor output;
+  {
+    at::NoGradGuard no_grad;
+    output = fn(inputs).detach();  // never one of the inputs itself
+  }
+  auto node = std::shared_ptr<RecomputeNode>(new RecomputeNode(), torch::autograd::deleteNode);
+  node->fn = fn;
+  node->set_next_edges(torch::autograd::collect_next_edges(inputs));
+  for (const auto& input : inputs) node->inputs.emplace_back(input, false);
+  torch::autograd::set_history(output, node);
+  return output;
 }
 
 SelectiveRecompute::SelectiveRecompute(bool on) : before_(selective) { selective = on && at::GradMode::is_enabled(); }

@@ -1,0 +1,491 @@
+// Every operation against plain ATen formulas in fp64 with autograd, forward and backward, in every dtype, odd sizes.
+#include "ops/ops.h"
+
+#include <torch/csrc/autograd/autograd.h>
+#include <ATen/Parallel.h>
+
+#include <ATen/CPUGeneratorImpl.h>
+
+#include "base/check.h"
+#include "base/random.h"
+#include "ops/loops.h"
+#include "support.h"
+
+namespace trireme {
+namespace {
+
+using test::near;
+using test::same_bits;
+using Tensors = std::vector<at::Tensor>;
+using Fn = std::function<at::Tensor(const Tensors&)>;
+
+const std::vector<at::ScalarType> kDtypes = {at::kDouble, at::kFloat, at::kBFloat16, at::kHalf};
+
+at::Tensor random(std::vector<int64_t> shape, double scale = 1.0) {
+  static auto generator = at::make_generator<at::CPUGeneratorImpl>(7);
+  return at::randn(shape, generator, at::kDouble) * scale;
+}
+
+// Gradients of sum(fn(inputs) * weights) for inputs of `dtype`; inputs that do not float pass as they are.
+struct Result {
+  at::Tensor output;
+  Tensors grads;
+};
+Result run(const Fn& fn, const Tensors& inputs, at::ScalarType dtype, const at::Tensor& weights) {
+  Tensors leaves;
+  for (const auto& input : inputs) {
+    at::Tensor leaf = input.is_floating_point() ? input.to(dtype).clone() : input;
+    if (leaf.is_floating_point()) leaf.requires_grad_();
+    leaves.push_back(leaf);
+  }
+  Result result;
+  result.output = fn(leaves);
+  torch::autograd::backward({(result.output * weights.to(result.output.scalar_type())).sum()}, {});
+  for (auto& leaf : leaves)
+    if (leaf.is_floating_point()) result.grads.push_back(leaf.grad());
+  return result;
+}
+
+// Inputs are rounded to the dtype first, so that both sides see the same values.
+void compare(const Fn& fn, const Fn& reference, const Tensors& inputs, double factor = 1.0) {
+  for (auto dtype : kDtypes) {
+    Tensors rounded;
+    for (const auto& input : inputs)
+      rounded.push_back(input.is_floating_point() ? input.to(dtype).to(at::kDouble) : input);
+    at::Tensor weights = random(reference(rounded).sizes().vec()).to(dtype).to(at::kDouble);
+    Result actual = run(fn, rounded, dtype, weights), expected = run(reference, rounded, at::kDouble, weights);
+    EXPECT_EQ(actual.output.scalar_type(), dtype);
+    EXPECT_TRUE(near(actual.output, expected.output, factor)) << dtype;
+    for (size_t i = 0; i < actual.grads.size(); ++i)
+      EXPECT_TRUE(near(actual.grads[i], expected.grads[i], 2 * factor)) << dtype << " gradient " << i;
+  }
+}
+
+at::Tensor plain_norm(const at::Tensor& x, const at::Tensor& w, double eps) {
+  return w * x * (x.square().mean(-1, true) + eps).rsqrt();
+}
+
+TEST(RmsNorm, EqualsFormula) {
+  for (int64_t size : {1, 16, 37, 100})
+    compare([](const Tensors& t) { return rms_norm(t[0], t[1], 1e-5); },
+            [](const Tensors& t) { return plain_norm(t[0], t[1], 1e-5); }, {random({70, size}), random({size})}, 3);
+  compare([](const Tensors& t) { return rms_norm(t[0], t[1], 1e-6); },
+          [](const Tensors& t) { return plain_norm(t[0], t[1], 1e-6); }, {random({5, 3, 24}), random({24})}, 3);
+}
+
+TEST(RmsNorm, AddsTheResidual) {
+  for (int part : {0, 1, 2}) {  // the sum alone, the norm alone, both used
+    auto pick = [part](const at::Tensor& sum, const at::Tensor& y) { return part == 0 ? sum * 1 : part == 1 ? y * 1 : sum * 0.5 + y; };
+    compare(
+        [&](const Tensors& t) {
+          auto [sum, y] = add_rms_norm(t[0], t[1], t[2], 1e-5);
+          return pick(sum, y) + 0 * t[2].sum();
+        },
+        [&](const Tensors& t) {
+          at::Tensor sum = t[0] + t[1];
+          return pick(sum, plain_norm(sum, t[2], 1e-5)) + 0 * t[2].sum();
+        },
+        {random({9, 37}), random({9, 37}), random({37})}, 4);
+  }
+}
+
+TEST(RmsNorm, WeightGradientDoesNotDependOnThreads) {
+  at::Tensor x = random({1000, 40}), w = random({40}), weights = random({1000, 40});
+  auto fn = [](const Tensors& t) { return rms_norm(t[0], t[1], 1e-5); };
+  const int before = at::get_num_threads();
+  at::set_num_threads(1);
+  Result one = run(fn, {x, w}, at::kFloat, weights);
+  at::set_num_threads(3);
+  Result three = run(fn, {x, w}, at::kFloat, weights);
+  at::set_num_threads(before);
+  for (size_t i = 0; i < 2; ++i) EXPECT_TRUE(same_bits(three.grads[i], one.grads[i]));
+}
+
+at::Tensor plain_rope(const at::Tensor& x, const at::Tensor& cos, const at::Tensor& sin) {
+  const int64_t rotary = cos.size(1);
+  at::Tensor turned = x.slice(2, 0, rotary), rest = x.slice(2, rotary);
+  at::Tensor rotated = at::cat({-turned.slice(2, rotary / 2), turned.slice(2, 0, rotary / 2)}, 2);
+  return at::cat({turned * cos.unsqueeze(1) + rotated * sin.unsqueeze(1), rest}, 2);
+}
+
+TEST(Rope, EqualsFormulaWithDifferentHalves) {
+  for (int64_t rotary : {24, 10}) {
+    at::Tensor cos = random({7, rotary}), sin = random({7, rotary});  // any table: the gradient is the transpose
+    auto table = [](const at::Tensor& t, const at::Tensor& x) {
+      return t.to(x.scalar_type() == at::kDouble ? at::kDouble : at::kFloat);
+    };
+    compare([&](const Tensors& t) { return rope(t[0], table(cos, t[0]), table(sin, t[0])); },
+            [&](const Tensors& t) { return plain_rope(t[0], cos, sin); }, {random({7, 3, 24})}, 2);
+  }
+}
+
+TEST(Swiglu, EqualsFormula) {
+  compare([](const Tensors& t) { return swiglu(t[0], t[1]); },
+          [](const Tensors& t) { return at::silu(t[0]) * t[1]; }, {random({5, 19}, 4.0), random({5, 19})}, 2);
+}
+
+TEST(Swiglu, IsFiniteWhereExpOverflows) {
+  for (auto dtype : {at::kFloat, at::kBFloat16, at::kDouble}) {
+    at::Tensor gate = at::tensor({-1000.0, -90.0, 90.0, 1000.0}).to(dtype).reshape({1, 4});
+    at::Tensor y = swiglu(gate, at::ones_like(gate));
+    EXPECT_TRUE(near(y, at::tensor({0.0, 0.0, 90.0, 1000.0}).reshape({1, 4})));
+    gate[0][2] = std::numeric_limits<double>::quiet_NaN();
+    EXPECT_TRUE(swiglu(gate, at::ones_like(gate))[0][2].isnan().item<bool>());
+  }
+}
+
+at::Tensor plain_attention(const Tensors& t, const AttentionSpec& spec) {
+  const at::Tensor &q = t[0], &k = t[1], &v = t[2];
+  const int64_t group = q.size(1) / k.size(1);
+  const double scale = spec.scale != 0.0 ? spec.scale : 1.0 / std::sqrt(static_cast<double>(q.size(2)));
+  Tensors parts;
+  for (size_t s = 0; s + 1 < spec.cu_seqlens_q.size(); ++s) {
+    at::Tensor qs = q.slice(0, spec.cu_seqlens_q[s], spec.cu_seqlens_q[s + 1]).transpose(0, 1);
+    at::Tensor ks = k.slice(0, spec.cu_seqlens_k[s], spec.cu_seqlens_k[s + 1]).transpose(0, 1).repeat_interleave(group, 0);
+    at::Tensor vs = v.slice(0, spec.cu_seqlens_k[s], spec.cu_seqlens_k[s + 1]).transpose(0, 1).repeat_interleave(group, 0);
+    at::Tensor scores = at::matmul(qs, ks.transpose(1, 2)) * scale;
+    if (spec.causal) {
+      const int64_t nq = qs.size(1), nk = ks.size(1);
+      at::Tensor i = at::arange(nk - nq, nk).unsqueeze(1), j = at::arange(nk).unsqueeze(0);
+      at::Tensor hidden = j > i;
+      if (spec.window >= 0) hidden = hidden.logical_or(j <= i - spec.window);
+      scores = scores.masked_fill(hidden, -std::numeric_limits<double>::infinity());
+    }
+    parts.push_back(at::matmul(at::softmax(scores, -1), vs).transpose(0, 1));
+  }
+  return at::cat(parts, 0);
+}
+
+void compare_attention(const AttentionSpec& spec, int64_t heads, int64_t key_heads, int64_t dim, double factor = 3) {
+  const int64_t queries = spec.cu_seqlens_q.back(), keys = spec.cu_seqlens_k.back();
+  compare([&](const Tensors& t) { return attention(t[0], t[1], t[2], spec); },
+          [&](const Tensors& t) { return plain_attention(t, spec); },
+          {random({queries, heads, dim}), random({keys, key_heads, dim}), random({keys, key_heads, dim})}, factor);
+}
+
+TEST(Attention, CausalSegmentsGroupedHeads) {
+  compare_attention({{0, 1, 18, 18, 41}, {0, 1, 18, 18, 41}}, 6, 2, 16);
+  compare_attention({{0, 29}, {0, 29}, -1, 0.3}, 3, 1, 24);
+  compare_attention({{0, 13}, {0, 13}}, 2, 2, 8);
+}
+TEST(Attention, LongSegment) { compare_attention({{0, 300}, {0, 300}}, 2, 1, 16); }
+TEST(Attention, QueriesAfterACache) { compare_attention({{0, 1, 6, 146}, {0, 9, 30, 180}}, 4, 2, 16); }
+TEST(Attention, SlidingWindow) {
+  compare_attention({{0, 20, 60}, {0, 20, 60}, 5}, 4, 2, 16);
+  compare_attention({{0, 300}, {0, 300}, 40}, 2, 1, 16);
+  compare_attention({{0, 3, 4}, {0, 50, 90}, 7}, 2, 1, 16);
+  compare_attention({{0, 20}, {0, 20}, 1}, 2, 1, 16);
+  compare_attention({{0, 20}, {0, 20}, 20}, 2, 1, 16);
+}
+TEST(Attention, AllKeys) { compare_attention({{0, 7, 20}, {0, 11, 30}, -1, 0.0, false}, 4, 2, 16); }
+
+TEST(Attention, RefusesQueriesWithoutKeys) {
+  at::Tensor q = at::ones({3, 2, 8}), k = at::ones({2, 2, 8});
+  EXPECT_THROW(attention(q, k, k, {{0, 3}, {0, 2}}), InternalError);
+  EXPECT_THROW(attention(q, k, k, {{0, 3}, {0, 3}}), InternalError);
+}
+
+TEST(Linear, EqualsFormula) {
+  compare([](const Tensors& t) { return trireme::linear(t[0], t[1], t[2]); },
+          [](const Tensors& t) { return at::linear(t[0], t[1], t[2]); },
+          {random({70, 33}, 0.3), random({21, 33}, 0.3), random({21})}, 4);
+  compare([](const Tensors& t) { return trireme::linear(t[0], t[1]); },
+          [](const Tensors& t) { return at::linear(t[0], t[1]); }, {random({5, 8}, 0.3), random({3, 8}, 0.3)}, 4);
+}
+
+TEST(Linear, ComputesOnlyTheGradientsAskedFor) {
+  at::Tensor x = at::ones({3, 4}), w = at::ones({2, 4}).requires_grad_();
+  torch::autograd::backward({trireme::linear(x, w).sum()}, {});
+  EXPECT_FALSE(x.grad().defined());
+  EXPECT_TRUE(near(w.grad(), at::full({2, 4}, 3.0)));
+}
+
+DropoutKey key_of(double p, int64_t rows) {
+  DropoutKey key{p, 99, 5, at::arange(rows) * 1000003 + 12345678901};
+  return key;
+}
+
+// The mask from base/random.h alone, by the rule in ops.h.
+at::Tensor plain_mask(const DropoutKey& key, int64_t size) {
+  at::Tensor mask = at::empty({key.row_ids_T.numel(), size}, at::kDouble);
+  for (int64_t t = 0; t < mask.size(0); ++t)
+    for (int64_t i = 0; i < size; ++i) {
+      const int64_t c = i + key.first_feature;
+      auto words = philox(key.seed ^ (uint64_t{3} << 56), static_cast<uint64_t>(key.row_ids_T[t].item<int64_t>()),
+                          (key.module << 32) | static_cast<uint64_t>(c / 64 * 16 + c % 16));
+      mask[t][i] = words[static_cast<size_t>(c / 16 % 4)] < key.p * 4294967296.0 ? 0.0 : 1.0 / (1.0 - key.p);
+    }
+  return mask;
+}
+
+TEST(Dropout, MaskIsAFunctionOfItsKey) {
+  for (int64_t size : {5, 64, 150}) {
+    DropoutKey key = key_of(0.3, 11);
+    at::Tensor mask = plain_mask(key, size);
+    compare([&](const Tensors& t) { return dropout(t[0], key); }, [&](const Tensors& t) { return t[0] * mask; },
+            {random({11, size})}, 1);
+  }
+  DropoutKey other = key_of(0.3, 11);
+  other.module = 6;
+  EXPECT_FALSE(near(plain_mask(other, 64), plain_mask(key_of(0.3, 11), 64)));
+}
+
+TEST(Dropout, SlicesOfTheFeaturesGetTheirPartOfTheMask) {
+  at::Tensor x = random({9, 150});
+  DropoutKey key = key_of(0.5, 9);
+  at::Tensor whole = dropout(x, key);
+  key.first_feature = 37;
+  EXPECT_TRUE(same_bits(dropout(x.slice(1, 37, 140).contiguous(), key), whole.slice(1, 37, 140)));
+}
+
+TEST(Dropout, DropsTheAskedShare) {
+  at::Tensor y = dropout(at::ones({500, 200}), key_of(0.1, 500));
+  EXPECT_NEAR((y == 0).to(at::kDouble).mean().item<double>(), 0.1, 0.004);  // 4 standard deviations
+  EXPECT_NEAR(y.mean().item<double>(), 1.0, 0.005);
+}
+
+TEST(LoraLinear, EqualsFormula) {
+  for (double p : {0.0, 0.4}) {
+    DropoutKey key = key_of(p, 23);
+    at::Tensor mask = p == 0.0 ? at::ones({23, 70}, at::kDouble) : plain_mask(key, 70);
+    at::Tensor w = random({30, 70}, 0.2), bias = random({30});
+    compare(
+        [&](const Tensors& t) {
+          return lora_linear(t[0], w.to(t[0].scalar_type()), bias.to(t[0].scalar_type()), t[1], t[2], 0.5, key);
+        },
+        [&](const Tensors& t) {
+          return at::linear(t[0], w, bias) + 0.5 * at::linear(at::linear(t[0] * mask, t[1]), t[2]);
+        },
+        {random({23, 70}, 0.3), random({8, 70}, 0.2), random({30, 8}, 0.3)}, 5);
+  }
+}
+
+TEST(LoraLinear, GradientReachesXOnlyWhereAskedFor) {
+  at::Tensor x = at::ones({4, 6}), w = at::ones({5, 6});
+  at::Tensor a = at::ones({2, 6}).requires_grad_(), b = at::ones({5, 2}).requires_grad_();
+  torch::autograd::backward({lora_linear(x, w, {}, a, b, 1.0).sum()}, {});
+  EXPECT_FALSE(w.grad().defined());
+  EXPECT_TRUE(near(b.grad(), at::full({5, 2}, 24.0)));
+  w.requires_grad_();
+  EXPECT_THROW(lora_linear(x, w, {}, a, b, 1.0), InternalError);
+}
+
+TEST(Embedding, AddsRowsOfEqualIds) {
+  at::Tensor ids = at::tensor(std::vector<int64_t>{3, 0, 3, 3, 6, 0, 3});
+  compare([&](const Tensors& t) { return trireme::embedding(t[0], ids); },
+          [&](const Tensors& t) { return t[0].index_select(0, ids); }, {random({7, 21})}, 1);
+}
+
+void compare_loss(const at::Tensor& targets, int64_t vocabulary, int64_t chunk) {
+  at::Tensor hidden = random({targets.numel(), 12}, 0.7), head = random({vocabulary, 12}, 0.7);
+  compare(
+      [&](const Tensors& t) {
+        LossSum loss = linear_cross_entropy(t[0], t[1], targets, chunk);
+        EXPECT_EQ(loss.sum.scalar_type(), t[0].scalar_type() == at::kDouble ? at::kDouble : at::kFloat);
+        return (loss.sum * 0.25).to(t[0].scalar_type());
+      },
+      [&](const Tensors& t) {
+        return at::cross_entropy_loss(at::linear(t[0], t[1]), targets, {}, at::Reduction::Sum) * 0.25;
+      },
+      {hidden, head}, 3);
+}
+
+TEST(LinearCrossEntropy, EqualsFormulaInChunks) {
+  at::Tensor targets = at::tensor(std::vector<int64_t>{3, -100, 52, 0, 17, -100, -100, 8, 9, 52, 1, 2, 3});
+  for (int64_t chunk : {0, 1, 3, 4, 100}) compare_loss(targets, 53, chunk);
+  compare_loss(at::tensor(std::vector<int64_t>{-100, 4, 2, -100}), 5, 2);
+  compare_loss(at::tensor(std::vector<int64_t>{1, 4, 2, 0}), 33, 2);
+}
+
+TEST(LinearCrossEntropy, CountsAndHits) {
+  at::Tensor head = at::eye(5), targets = at::tensor(std::vector<int64_t>{0, 1, -100, 2, 4});
+  at::Tensor hidden = at::zeros({5, 5});
+  for (int64_t t : {0, 1, 2, 3}) hidden[t][t] = 1.0;  // row 3's largest is 3, not 2; row 4 is a tie, whose first is 0
+  at::NoGradGuard no_grad;
+  LossSum loss = linear_cross_entropy(hidden, head, targets, 2);
+  EXPECT_EQ(loss.count, 4);
+  EXPECT_EQ(loss.correct.item<int64_t>(), 2);
+  EXPECT_FALSE(loss.sum.requires_grad());
+}
+
+TEST(LinearCrossEntropy, NothingLearntIsZero) {
+  at::Tensor hidden = at::ones({3, 4}).requires_grad_(), head = at::ones({6, 4}).requires_grad_();
+  LossSum loss = linear_cross_entropy(hidden, head, at::full({3}, -100, at::kLong));
+  EXPECT_EQ(loss.count, 0);
+  torch::autograd::backward({loss.sum}, {});
+  EXPECT_TRUE(same_bits(hidden.grad(), at::zeros({3, 4})));
+  EXPECT_TRUE(same_bits(head.grad(), at::zeros({6, 4})));
+}
+
+TEST(LinearCrossEntropy, LargeLogitsAndBadTargets) {
+  at::Tensor hidden = at::full({1, 1}, 1.0), head = at::tensor({1000.0f, 0.0f, -1000.0f}).reshape({3, 1});
+  LossSum loss = linear_cross_entropy(hidden, head, at::tensor(std::vector<int64_t>{2}));
+  EXPECT_EQ(loss.sum.item<double>(), 2000.0);
+  EXPECT_THROW(linear_cross_entropy(hidden, head, at::tensor(std::vector<int64_t>{3})), InternalError);
+  EXPECT_THROW(linear_cross_entropy(hidden, head, at::tensor(std::vector<int64_t>{-1})), InternalError);
+  LossSum bad = linear_cross_entropy(hidden * std::nan(""), head, at::tensor(std::vector<int64_t>{2}));
+  EXPECT_TRUE(std::isnan(bad.sum.item<double>()));
+}
+
+// Central differences of the whole chain in fp64: independent of every formula above.
+TEST(Ops, FiniteDifferences) {
+  at::Tensor cos = random({6, 8}), sin = random({6, 8});
+  at::Tensor targets = at::tensor(std::vector<int64_t>{3, -100, 1, 0, 8, 2});
+  AttentionSpec spec{{0, 2, 6}, {0, 2, 6}};
+  auto f = [&](const Tensors& t) {
+    at::Tensor x = rms_norm(t[0], t[1], 1e-5);
+    at::Tensor q = rope(trireme::linear(x, t[2]).view({6, 2, 8}), cos, sin);
+    at::Tensor a = attention(q, q, q, spec).reshape({6, 16});
+    at::Tensor h = lora_linear(swiglu(a, a + 1), at::ones({16, 16}, at::kDouble) * 0.1, {}, t[3], t[4], 0.5, key_of(0.3, 6));
+    return linear_cross_entropy(h, t[5], targets, 2).sum;
+  };
+  Tensors inputs = {random({6, 10}), random({10}), random({16, 10}, 0.4), random({3, 16}), random({16, 3}), random({9, 16}, 0.3)};
+  Result exact = run(f, inputs, at::kDouble, at::ones({}, at::kDouble));
+  for (size_t i = 0; i < inputs.size(); ++i) {
+    at::Tensor direction = random(inputs[i].sizes().vec());
+    auto value = [&](double step) {
+      Tensors moved = inputs;
+      moved[i] = inputs[i] + step * direction;
+      return f(moved).item<double>();
+    };
+    const double slope = (value(1e-5) - value(-1e-5)) / 2e-5;
+    const double expected = (exact.grads[i] * direction).sum().item<double>();
+    EXPECT_NEAR(slope, expected, 1e-6 * std::max(1.0, std::abs(expected))) << "input " << i;
+  }
+}
+
+struct Chain {
+  at::Tensor norm, q, gate, up, down, bias;
+  DropoutKey key = key_of(0.2, 20);
+  AttentionSpec spec{{0, 7, 20}, {0, 7, 20}};
+  at::Tensor cos = random({20, 16}).to(at::kFloat), sin = random({20, 16}).to(at::kFloat);
+  explicit Chain(at::ScalarType dtype) {
+    auto make = [&](std::vector<int64_t> shape) { return random(shape, 0.3).to(dtype).requires_grad_(); };
+    norm = make({32}), q = make({32, 32}), gate = make({48, 32}), up = make({48, 32}), down = make({32, 48}), bias = make({32});
+  }
+  Tensors parameters() const { return {norm, q, gate, up, down, bias}; }
+  at::Tensor block(const at::Tensor& x) const {
+    at::Tensor h = rms_norm(x, norm, 1e-5);
+    at::Tensor heads = rope(rms_norm(trireme::linear(h, q, bias).view({20, 2, 16}), norm.slice(0, 0, 16), 1e-5), cos, sin);
+    auto [sum, y] = add_rms_norm(attention(heads, heads, heads, spec).reshape({20, 32}), x, norm, 1e-5);
+    return sum + trireme::linear(dropout(swiglu(trireme::linear(y, gate), trireme::linear(y, up)), key), down);
+  }
+};
+
+// The gradients of two blocks, under full, selective or no recomputation.
+Tensors chain_gradients(const std::vector<Chain>& chains, const at::Tensor& start, int mode, bool input_trains) {
+  for (const auto& chain : chains)
+    for (auto& p : chain.parameters()) p.mutable_grad().reset();
+  at::Tensor x = start.clone();
+  if (input_trains) x.requires_grad_();
+  at::Tensor y = x;
+  {
+    SelectiveRecompute selective(mode == 2);
+    for (const auto& chain : chains) {
+      auto block = [&chain](const Tensors& t) { return chain.block(t[0]); };
+      y = mode == 1 ? recompute(block, {y}) : block({y});
+    }
+  }
+  torch::autograd::backward({(y * y).sum()}, {});
+  Tensors grads = {y.detach()};
+  if (input_trains) grads.push_back(x.grad());
+  for (const auto& chain : chains)
+    for (auto& p : chain.parameters()) grads.push_back(p.grad().clone());
+  return grads;
+}
+
+TEST(Recompute, GradientsAreTheSameBits) {
+  for (auto dtype : {at::kFloat, at::kBFloat16}) {
+    std::vector<Chain> chain = {Chain(dtype), Chain(dtype)};
+    at::Tensor x = random({20, 32}).to(dtype);
+    for (bool input_trains : {true, false}) {
+      Tensors kept = chain_gradients(chain, x, 0, input_trains);
+      for (int mode : {1, 2}) {
+        Tensors again = chain_gradients(chain, x, mode, input_trains);
+        for (size_t i = 0; i < kept.size(); ++i)
+          EXPECT_TRUE(same_bits(again[i], kept[i])) << dtype << " mode " << mode << " tensor " << i;
+      }
+    }
+  }
+}
+
+TEST(Recompute, RunsTwiceWithGradientsAndOnceWithout) {
+  at::Tensor x = at::ones({3}).requires_grad_();
+  int calls = 0;
+  auto fn = [&](const Tensors& t) {
+    ++calls;
+    return t[0] * t[0];
+  };
+  at::Tensor y = recompute(fn, {x}, false);
+  EXPECT_EQ(calls, 1);
+  torch::autograd::backward({y.sum()}, {});
+  EXPECT_EQ(calls, 2);
+  EXPECT_TRUE(near(x.grad(), at::full({3}, 2.0)));
+  at::NoGradGuard no_grad;
+  EXPECT_FALSE(recompute(fn, {x}).requires_grad());
+  EXPECT_EQ(calls, 3);
+}
+
+// What is alive between forward and backward, told by the storages that the op's output chain still holds.
+TEST(SelectiveRecompute, DropsWhatCanBeComputedAgain) {
+  at::Tensor w = at::ones({8, 8}).requires_grad_(), norm = at::ones({8}), x = at::ones({4, 8});
+  for (bool on : {false, true}) {
+    c10::weak_intrusive_ptr<c10::StorageImpl> watched(c10::intrusive_ptr<c10::StorageImpl>{});
+    at::Tensor y;
+    {
+      SelectiveRecompute selective(on);
+      at::Tensor h = rms_norm(x, norm, 1e-5);
+      watched = h.storage().getWeakStorageImpl();
+      y = trireme::linear(h, w);
+    }
+    EXPECT_EQ(watched.expired(), on);
+    torch::autograd::backward({y.sum()}, {});
+  }
+}
+
+// The loops of every instruction set this processor has do the same.
+template <typename T>
+void compare_levels() {
+  const auto dtype = c10::CppTypeToScalarType<T>::value;
+  at::Tensor gate = random({203}, 5.0).to(dtype), up = random({203}).to(dtype), want = at::empty_like(gate);
+  loops<T>(0).swiglu(203, gate.data_ptr<T>(), up.data_ptr<T>(), want.data_ptr<T>());
+  at::Tensor row_ids = at::arange(1), mask = at::empty_like(gate);
+  DropoutBits bits{1, 2, 1u << 30, 1.5, 3};
+  loops<T>(0).dropout(1, 203, gate.data_ptr<T>(), row_ids.data_ptr<int64_t>(), bits, false, mask.data_ptr<T>());
+  for (int level = -1; level <= 2; ++level) {
+    at::Tensor got = at::empty_like(gate);
+    try {
+      loops<T>(level).swiglu(203, gate.data_ptr<T>(), up.data_ptr<T>(), got.data_ptr<T>());
+    } catch (const InternalError&) {
+      std::printf("level %d: not on this processor\n", level);
+      continue;
+    }
+    EXPECT_TRUE(near(got, want)) << level;
+    loops<T>(level).dropout(1, 203, gate.data_ptr<T>(), row_ids.data_ptr<int64_t>(), bits, false, got.data_ptr<T>());
+    EXPECT_TRUE(same_bits(got, mask)) << level;
+  }
+}
+
+TEST(Loops, EveryInstructionSetDoesTheSame) {
+  compare_levels<float>();
+  compare_levels<double>();
+  compare_levels<c10::BFloat16>();
+  compare_levels<c10::Half>();
+}
+
+TEST(Loops, RoundingEqualsThatOfATen) {
+  at::Tensor values = at::cat({random({4000}, 3.0), random({4000}, 1e-5), random({200}, 1e30),
+                               at::tensor({0.0, 1.00390625, 1.01171875, 65504.0, 65520.0, 1e-8})})
+                          .to(at::kFloat);
+  for (int level : {0, 1, 2}) {
+    if (level > 0) try { loops<float>(level); } catch (const InternalError&) { continue; }
+    at::Tensor bf16 = at::empty_like(values, at::kBFloat16), half = at::empty_like(values, at::kHalf);
+    loops<c10::BFloat16>(level).scale_from(values.numel(), values.data_ptr<float>(), 1.0, bf16.data_ptr<c10::BFloat16>());
+    loops<c10::Half>(level).scale_from(values.numel(), values.data_ptr<float>(), 1.0, half.data_ptr<c10::Half>());
+    EXPECT_TRUE(same_bits(bf16, values.to(at::kBFloat16))) << level;
+    EXPECT_TRUE(same_bits(half, values.to(at::kHalf))) << level;
+  }
+}
+
+}  // namespace
+}  // namespace trireme
