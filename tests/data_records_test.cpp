@@ -7,6 +7,7 @@
 
 #include "base/check.h"
 #include "data/records.h"
+#include "tests/fuzz/jsonl_fuzz.cpp"
 
 namespace trireme {
 namespace {
@@ -43,6 +44,11 @@ std::vector<Record> read_all(const DataFile& file, const RecordOptions& options 
   RecordReader reader(file);
   while (auto raw = reader.next()) records.push_back(parse_record(raw->text, options, str(file.path, ":", raw->line)));
   return records;
+}
+
+std::string read_file_bytes(const std::filesystem::path& path) {
+  std::ifstream in(path, std::ios::binary);
+  return {std::istreambuf_iterator<char>(in), {}};
 }
 
 std::string first_error(const std::string& line, const RecordOptions& options = {}) {
@@ -214,6 +220,18 @@ TEST_F(Records, WrongTypesAndFields) {
             "f.jsonl:1: field 'completion' is a list; it must be a string");
   EXPECT_EQ(first_error(R"({"instruction": "p", "output": "o", "history": [["a"]]})"),
             "f.jsonl:1: every entry of 'history' must be a list of two strings");
+}
+
+TEST_F(Records, FuzzCorpus) {
+  const char* source = std::getenv("TRIREME_SOURCE");
+  if (!source) GTEST_SKIP() << "TRIREME_SOURCE does not name the source tree";
+  int num_files = 0;
+  for (const auto& entry : std::filesystem::directory_iterator(std::string(source) + "/tests/fuzz/corpus/jsonl")) {
+    std::string bytes = read_file_bytes(entry.path());
+    EXPECT_NO_THROW(LLVMFuzzerTestOneInput(reinterpret_cast<const uint8_t*>(bytes.data()), bytes.size())) << entry.path();
+    ++num_files;
+  }
+  EXPECT_GT(num_files, 10);
 }
 
 }  // namespace

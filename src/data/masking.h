@@ -40,7 +40,7 @@ class RecordEncoder {
  private:
   EncodedRecord encode_chat(const Record& record, const std::string& source) const;
   EncodedRecord encode_plain(const Record& record, const std::string& source) const;
-  void check(const EncodedRecord& encoded, const std::string& source) const;
+  void check(EncodedRecord& encoded, const std::string& source) const;
 
   Tokenizer tokenizer_;
   const ChatTemplate* template_;

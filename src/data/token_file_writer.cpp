@@ -1,0 +1,256 @@
+#include <fcntl.h>
+#include <sys/file.h>
+#include <sys/stat.h>
+#include <unistd.h>
+
+#include <algorithm>
+#include <atomic>
+#include <filesystem>
+#include <thread>
+
+#include "base/check.h"
+#include "base/hash.h"
+#include "base/hdf5.h"
+#include "base/log.h"
+#include "data/chat_template.h"
+#include "data/token_file.h"
+
+namespace trireme {
+namespace {
+
+constexpr size_t kBlockRecords = 4096;
+constexpr uint64_t kBlockBytes = 16ull << 20;
+constexpr uint64_t kCopyBytes = 4ull << 20;
+
+// Held while a token file is made. Where the file system has no locks, two processes may do the same work twice; each
+// renames a complete file, so the result is right all the same.
+class FolderLock {
+ public:
+  explicit FolderLock(const std::string& path) : fd_(::open(path.c_str(), O_CREAT | O_RDWR | O_CLOEXEC, 0666)) {
+    if (fd_ < 0) throw SystemError(str("cannot write the token cache ", path, ": ", errno_text(), "; set data.cache to another folder"));
+    if (::flock(fd_, LOCK_EX | LOCK_NB) == 0 || errno != EWOULDBLOCK) return;
+    log_info("waiting for another process that tokenises the same data");
+    while (::flock(fd_, LOCK_EX) != 0 && errno == EINTR) {
+    }
+  }
+  ~FolderLock() { ::close(fd_); }
+  FolderLock(const FolderLock&) = delete;
+  FolderLock& operator=(const FolderLock&) = delete;
+
+ private:
+  int fd_;
+};
+
+// A nameless file that takes what is too much for memory: contiguous datasets need their length before their values.
+class Spill {
+ public:
+  explicit Spill(const std::string& path) : path_(path), fd_(::open(path.c_str(), O_CREAT | O_TRUNC | O_RDWR | O_CLOEXEC, 0600)) {
+    if (fd_ < 0) throw SystemError(str("cannot write ", path, ": ", errno_text(), "; set data.cache to another folder"));
+    ::unlink(path.c_str());
+  }
+  ~Spill() { ::close(fd_); }
+  Spill(const Spill&) = delete;
+  Spill& operator=(const Spill&) = delete;
+
+  void append(const void* data, uint64_t bytes) {
+    const char* at = static_cast<const char*>(data);
+    while (bytes > 0) {
+      ssize_t n = ::write(fd_, at, bytes);
+      if (n < 0 && errno == EINTR) continue;
+      if (n <= 0) throw SystemError(str("cannot write ", path_, ": ", errno_text(), "; set data.cache to another folder"));
+      at += n, bytes -= static_cast<uint64_t>(n), size_ += static_cast<uint64_t>(n);
+    }
+  }
+  void copy_to(Hdf5Dataset&& dataset) const {
+    uint64_t width = hdf5_type_bytes(dataset.type());
+    std::vector<char> buffer(kCopyBytes);
+    for (uint64_t at = 0; at < size_;) {
+      ssize_t n = ::pread(fd_, buffer.data(), std::min(kCopyBytes, size_ - at), static_cast<off_t>(at));
+      if (n < 0 && errno == EINTR) continue;
+      if (n <= 0 || static_cast<uint64_t>(n) % width != 0) throw SystemError(str("cannot read ", path_, ": ", errno_text()));
+      dataset.write(buffer.data(), at / width, static_cast<uint64_t>(n) / width);
+      at += static_cast<uint64_t>(n);
+    }
+  }
+  uint64_t size() const { return size_; }
+
+ private:
+  std::string path_;
+  int fd_;
+  uint64_t size_ = 0;
+};
+
+// What is known of the records but their tokens.
+struct Index {
+  std::vector<int64_t> offsets{0}, lines;
+  std::vector<int32_t> files;
+  std::vector<uint8_t> forms;
+  int64_t largest_id = 0;
+};
+
+struct Encoded {
+  EncodedRecord record;
+  DataForm form = DataForm::kText;
+};
+
+// Encodes a block on several threads. Of several bad records the first in the file is reported, whoever finds it.
+std::vector<Encoded> encode_block(const std::vector<RawRecord>& block, const RecordReader& reader,
+                                  const TokenFileRequest& request, const RecordEncoder& encoder) {
+  std::vector<Encoded> results(block.size());
+  std::vector<std::exception_ptr> errors(block.size());
+  std::atomic<size_t> next{0};
+  auto work = [&] {
+    for (size_t i; (i = next.fetch_add(1)) < block.size();) {
+      try {
+        std::string source = str(reader.path(), ":", block[i].line);
+        Record record;
+        if (reader.plain_text()) {
+          check_utf8(block[i].text, reader.path());
+          record.text = block[i].text;
+        } else {
+          record = parse_record(block[i].text, request.records, source);
+        }
+        results[i].form = record.form;
+        results[i].record = encoder.encode(record, source);
+        results[i].record.text = {};
+      } catch (...) {
+        errors[i] = std::current_exception();
+      }
+    }
+  };
+  size_t wanted = request.num_threads > 0 ? static_cast<size_t>(request.num_threads) : std::thread::hardware_concurrency();
+  size_t num_threads = std::min(std::max<size_t>(wanted, 1), (block.size() + 15) / 16);
+  std::vector<std::thread> threads;
+  for (size_t t = 1; t < num_threads; ++t) threads.emplace_back(work);
+  work();
+  for (auto& thread : threads) thread.join();
+  for (auto& error : errors)
+    if (error) std::rethrow_exception(error);
+  return results;
+}
+
+void encode_files(const TokenFileRequest& request, const RecordEncoder& encoder, const TokenProgress& progress,
+                  Spill& tokens, Spill& learnt, Index& index) {
+  uint64_t total = 0, done = 0;
+  for (const DataFile& file : request.files) {
+    std::error_code error;
+    uint64_t bytes = std::filesystem::file_size(file.path, error);
+    total += error ? 0 : bytes;
+  }
+  std::vector<int32_t> ids;
+  for (size_t f = 0; f < request.files.size(); ++f) {
+    RecordReader reader(request.files[f]);
+    std::exception_ptr reading;  // told only after the records before it were found good
+    for (bool more = true; more;) {
+      std::vector<RawRecord> block;
+      for (uint64_t bytes = 0; block.size() < kBlockRecords && bytes < kBlockBytes;) {
+        std::optional<RawRecord> raw;
+        try {
+          raw = reader.next();
+        } catch (...) {
+          reading = std::current_exception();
+        }
+        more = raw.has_value();
+        if (!more) break;
+        bytes += raw->text.size();
+        block.push_back(*raw);
+      }
+      std::vector<Encoded> encoded = encode_block(block, reader, request, encoder);
+      if (reading) std::rethrow_exception(reading);
+      for (size_t i = 0; i < encoded.size(); ++i) {
+        const EncodedRecord& record = encoded[i].record;
+        ids.assign(record.ids.begin(), record.ids.end());
+        tokens.append(ids.data(), ids.size() * sizeof(int32_t));
+        learnt.append(record.learnt.data(), record.learnt.size());
+        index.offsets.push_back(index.offsets.back() + static_cast<int64_t>(ids.size()));
+        index.lines.push_back(block[i].line);
+        index.files.push_back(static_cast<int32_t>(f));
+        index.forms.push_back(static_cast<uint8_t>(encoded[i].form));
+        for (int32_t id : ids) index.largest_id = std::max<int64_t>(index.largest_id, id);
+      }
+      if (progress) progress(done + reader.bytes_read(), total);
+    }
+    std::error_code error;
+    done += std::filesystem::file_size(request.files[f].path, error);
+  }
+}
+
+// Everything that decides the tokens, and nothing else: names of files do not.
+Json content_of(const TokenFileRequest& request, const Tokenizer& tokenizer, const ChatTemplate* chat_template) {
+  Json files = Json::array();
+  for (const DataFile& file : request.files) {
+    RecordReader check(file);  // a missing or empty file is told in its words
+    files.push_back({{"hash", hash_file(file.path)}, {"limit", file.limit}, {"plain_text", check.plain_text()}});
+  }
+  return {{"version", kTokenFileVersion},
+          {"files", files},
+          {"format", data_form_name(request.records.form)},
+          {"prompt_field", request.records.prompt_field},
+          {"completion_field", request.records.completion_field},
+          {"text_field", request.records.text_field},
+          {"learn_all", request.encode.learn_all},
+          {"bos_id", request.encode.bos_id},
+          {"eos_id", request.encode.eos_id},
+          {"tokenizer", tokenizer.content_hash()},
+          {"chat_template", chat_template ? chat_template->hash() : ""},
+          {"template_args", chat_template ? request.encode.template_args : ""}};
+}
+
+void write_token_file(const std::string& path, const TokenFileRequest& request, const Json& content,
+                      const RecordEncoder& encoder, const TokenProgress& progress) {
+  std::string stem = str(path, ".", ::getpid());
+  Spill tokens(stem + ".tokens"), learnt(stem + ".learnt");
+  Index index;
+  encode_files(request, encoder, progress, tokens, learnt, index);
+
+  Json names = Json::array();
+  for (const DataFile& file : request.files) names.push_back(file.path);
+  std::string temporary = stem + ".tmp";
+  try {
+    Hdf5File file = Hdf5File::create(temporary);
+    uint64_t records = index.lines.size();
+    tokens.copy_to(file.create_dataset("tokens", Hdf5Type::kInt32, {tokens.size() / sizeof(int32_t)}));
+    learnt.copy_to(file.create_dataset("learnt", Hdf5Type::kUint8, {learnt.size()}));
+    file.create_dataset("offsets", Hdf5Type::kInt64, {records + 1}).write_all(index.offsets);
+    file.create_dataset("files", Hdf5Type::kInt32, {records}).write_all(index.files);
+    file.create_dataset("lines", Hdf5Type::kInt64, {records}).write_all(index.lines);
+    file.create_dataset("forms", Hdf5Type::kUint8, {records}).write_all(index.forms);
+    file.set_attribute("trireme_tokens", std::to_string(kTokenFileVersion));
+    file.set_attribute("largest_id", std::to_string(index.largest_id));
+    file.set_attribute("files", dump_json(names));
+    file.set_attribute("origin", dump_json(content));
+    file.close();
+    fsync_path(temporary);
+    Json manifest = {{"bytes", std::filesystem::file_size(temporary)}, {"hash", hash_file(temporary)},
+                     {"files", names}, {"origin", content}};
+    std::filesystem::rename(temporary, path);
+    write_file_atomic(path.substr(0, path.size() - 3) + ".json", dump_json_pretty(manifest));
+  } catch (...) {
+    ::unlink(temporary.c_str());
+    throw;
+  }
+}
+
+}  // namespace
+
+std::string make_token_file(const TokenFileRequest& request, const Tokenizer& tokenizer,
+                            const ChatTemplate* chat_template, const TokenProgress& progress) {
+  RecordEncoder encoder(tokenizer, chat_template, request.encode);
+  Json content = content_of(request, tokenizer, chat_template);
+  std::string folder = request.cache_folder.empty() ? default_token_cache() : request.cache_folder;
+  std::error_code error;
+  std::filesystem::create_directories(folder, error);
+  if (error)
+    throw SystemError(str("cannot create the token cache ", folder, ": ", error.message(), "; set data.cache to another folder"));
+  std::string path = folder + "/" + hash_bytes(dump_json(content)) + ".h5", why;
+  bool there = std::filesystem::exists(path, error);
+  if (there && token_file_intact(path, &why)) return path;
+  FolderLock lock(path.substr(0, path.size() - 3) + ".lock");
+  there = std::filesystem::exists(path, error);
+  if (there && token_file_intact(path, &why)) return path;
+  if (there) log_warn(str("token file ", path, " is broken (", why, "); making it again"));
+  write_token_file(path, request, content, encoder, progress);
+  return path;
+}
+
+}  // namespace trireme
