@@ -11,10 +11,16 @@
 //   errors  TRIREME_CHECK: wrong dtype, shape, device, layout, rank; SystemError: MPI reports a failure (named with the
 //           operation)
 //
+// Non-blocking operations move on in test() and wait() of any Work, and in a background thread that looks every 0.1 ms
+// while something is in flight (set_progress_thread). They may be completed in any order.
+//
 // Threads: one thread a Communicator at a time. Different Communicators may be used from different threads.
+//
+// Algorithm of reductions (measured against MPI_Iallreduce in benchmarks/results): pieces of 4 MiB; each is exchanged
+// so that every rank holds one part of it from all ranks, joined there in rank order, and gathered. Moves 2 (n-1)/n of
+// the bytes, as a ring does. Small tensors are sent to everybody and joined by each.
 #pragma once
 
-#include <chrono>
 #include <cstdint>
 #include <memory>
 #include <string>
@@ -22,10 +28,11 @@
 #include <vector>
 
 #include "base/tensor.h"
+#include "comm/reduce_parts.h"
 
 namespace trireme {
 
-enum class ReduceOp { kSum, kMax, kMin };
+class CommOperation;
 
 // A collective in flight. The tensors given to it are kept alive and must not be touched before wait() returns or test()
 // is true. Movable; must be completed before it is destroyed (the destructor waits).
@@ -39,12 +46,10 @@ class Work {
   bool test();  // moves the operation on; true when it is done
   void wait();
 
-  class Step;  // what is in flight; see communicator.cpp
-
  private:
   friend class Communicator;
-  explicit Work(std::unique_ptr<Step> step);
-  std::unique_ptr<Step> step_;
+  explicit Work(std::shared_ptr<CommOperation> operation) : operation_(std::move(operation)) {}
+  std::shared_ptr<CommOperation> operation_;
 };
 
 // What a Communicator has done so far.
@@ -106,9 +111,7 @@ class Communicator {
 
  private:
   struct Impl;
-  friend class Work;
   explicit Communicator(std::shared_ptr<Impl> impl);
-  Work start(const char* op, int64_t num_bytes, std::unique_ptr<Work::Step> step) const;
   std::shared_ptr<Impl> impl_;
 };
 

@@ -1,31 +1,31 @@
 // This process among its peers: starts MPI, says who we are, ends MPI.
 #pragma once
 
+#include <functional>
 #include <string>
 
 namespace trireme {
 
 // What the environment says about the ranks of this host and their threads, before MPI starts.
 struct HostLoad {
-  int num_local_ranks = 1;   // ranks on this host (OMPI_COMM_WORLD_LOCAL_SIZE, SLURM_TASKS_PER_NODE's own count, else 1)
-  int threads_per_rank = 1;  // OMP_NUM_THREADS; 1 where unset and several ranks share the host, else the cores
+  int num_local_ranks = 1;   // ranks on this host, as Open MPI or Slurm tells; else 1
+  int threads_per_rank = 1;  // OMP_NUM_THREADS; where unset: cores / ranks, at least 1 (main gives it to ATen)
   int num_cores = 1;         // that this process may run on
-  // More busy threads than cores: waiting inside MPI must give its core away.
+  // More busy threads than cores: a rank that waits inside MPI must give its core away.
   bool oversubscribed() const { return num_local_ranks * threads_per_rank > num_cores; }
 };
 HostLoad read_host_load();
 
-// RAII over MPI_Init_thread(MPI_THREAD_MULTIPLE) and MPI_Finalize. One object a program, made first thing in main(),
-// destroyed last (all Communicators before it). Works without mpirun as a world of one. Where MPI runs already (a test's
-// main), it is used and not finalized.
-//   - OMPI_MCA_mpi_yield_when_idle=1 is set first where the host is oversubscribed and the user has not set it.
-//   - ConfigError, on a rank that alone sees a world of one though the launcher's environment says several (an mpirun
-//     of another MPI, srun without --mpi=pmix); it names the command to use.
+// RAII over MPI_Init_thread(MPI_THREAD_MULTIPLE) and MPI_Finalize. One object a program, made first thing in main() and
+// destroyed last. Where MPI runs already (a test's main), it is used and not finalized.
+//   - Started without a launcher it is a world of one, and MPI starts (0.3 s) only if it is needed.
+//   - OMPI_MCA_mpi_yield_when_idle=1 is set first where the host is oversubscribed, unless the user has set it.
+//   - ConfigError, with the command to use, where the environment says several tasks but the world is one process: an
+//     mpirun of another MPI, srun without a PMIx plug-in, a Slurm script that forgot its mpirun.
 //   - SystemError where MPI does not start.
-// If the destructor runs during an exception, MPI is finalized as well: main() decides before that whether to abort().
 class Process {
  public:
-  Process(int* argc = nullptr, char*** argv = nullptr);
+  explicit Process(int* argc = nullptr, char*** argv = nullptr);
   ~Process();
   Process(const Process&) = delete;
   Process& operator=(const Process&) = delete;
@@ -37,15 +37,21 @@ class Process {
   const std::string& host() const { return host_; }
   bool yields_when_idle() const { return yields_; }
 
-  // Ends all ranks with this status, at once, from any thread. For a rank that fails alone: its peers wait in
+  // Ends all ranks with this status at once, from any thread. For a rank that fails alone: its peers wait in
   // collectives. Never returns.
   [[noreturn]] static void abort(int status);
+
+  static bool is_alone();   // a Process lives that has not started MPI
+  static void start_mpi();  // where it does not run yet
 
  private:
   int rank_ = 0, size_ = 1, local_rank_ = 0, local_size_ = 1;
   std::string host_;
-  bool yields_ = false, owns_ = false;
+  bool yields_ = false, found_running_ = false;
 };
+
+// What is wrong with this start, and the command to use; empty where nothing is. `variable` reads the environment.
+std::string launch_problem(const std::function<const char*(const char*)>& variable);
 
 std::string host_name();
 

@@ -1,0 +1,316 @@
+#include "comm/communicator.h"
+
+#include <algorithm>
+#include <chrono>
+#include <map>
+#include <mutex>
+#include <utility>
+
+#include "base/check.h"
+#include "comm/operation.h"
+#include "comm/watchdog.h"
+
+namespace trireme {
+
+namespace {
+
+struct OperationStatistics {
+  int64_t num_calls = 0, num_bytes = 0;
+  std::shared_ptr<std::atomic<int64_t>> nanoseconds = std::make_shared<std::atomic<int64_t>>(0);
+};
+
+// Adds the time of its life to an operation's statistics.
+class CallTimer {
+ public:
+  explicit CallTimer(const std::shared_ptr<std::atomic<int64_t>>& total) : total_(total), begin_(Clock::now()) {}
+  ~CallTimer() {
+    if (total_) *total_ += std::chrono::duration_cast<std::chrono::nanoseconds>(Clock::now() - begin_).count();
+  }
+
+ private:
+  using Clock = std::chrono::steady_clock;
+  std::shared_ptr<std::atomic<int64_t>> total_;
+  Clock::time_point begin_;
+};
+
+CommType comm_type(const at::Tensor& tensor) {
+  switch (tensor.scalar_type()) {
+    case at::kFloat: return CommType::kFloat32;
+    case at::kDouble: return CommType::kFloat64;
+    case at::kBFloat16: return CommType::kBfloat16;
+    case at::kHalf: return CommType::kFloat16;
+    case at::kLong: return CommType::kInt64;
+    case at::kInt: return CommType::kInt32;
+    case at::kByte: return CommType::kUint8;
+    default: TRIREME_CHECK(false, "a Communicator has no ", c10::toString(tensor.scalar_type()));
+  }
+  return CommType::kUint8;
+}
+
+void check_tensor(const at::Tensor& tensor) {
+  TRIREME_CHECK(tensor.defined());
+  TRIREME_CHECK(tensor.is_cpu(), tensor.device().str());
+  TRIREME_CHECK(tensor.layout() == at::kStrided && tensor.is_contiguous(), "sizes ", tensor.sizes(), " strides ", tensor.strides());
+  comm_type(tensor);
+}
+
+void check_pair(const at::Tensor& output, const at::Tensor& input) {
+  check_tensor(output);
+  check_tensor(input);
+  TRIREME_CHECK(output.scalar_type() == input.scalar_type(), c10::toString(output.scalar_type()), " ", c10::toString(input.scalar_type()));
+}
+
+int64_t bytes(const at::Tensor& tensor) { return static_cast<int64_t>(tensor.nbytes()); }
+
+}  // namespace
+
+struct Communicator::Impl {
+  std::shared_ptr<MpiGroup> group;
+  std::string name;
+  int64_t num_collectives = 0;  // the next one's number is the tag by which its messages are known
+  std::mutex mutex;
+  std::map<std::string, OperationStatistics> statistics;
+
+  Exchange next() { return {group, group->tag(MpiGroup::kLaneCollective, num_collectives++)}; }
+  Exchange user(int tag) {
+    TRIREME_CHECK(tag >= 0 && tag < MpiGroup::kNumTags, tag);
+    return {group, group->tag(MpiGroup::kLaneUser, tag)};
+  }
+
+  // Counts the call, makes the operation and either completes it or hands it to the engine.
+  template <typename Make>
+  std::shared_ptr<CommOperation> run(bool blocking, const char* op, int64_t num_bytes, std::vector<at::Tensor> tensors, Make make) {
+    std::shared_ptr<std::atomic<int64_t>> nanoseconds;
+    {
+      std::lock_guard lock(mutex);
+      OperationStatistics& line = statistics[op];
+      ++line.num_calls;
+      line.num_bytes += num_bytes;
+      nanoseconds = line.nanoseconds;
+    }
+    CallTimer timer(nanoseconds);
+    const uint64_t flight = flight_begin(name, op, num_bytes);
+    std::shared_ptr<CommOperation> operation = make();
+    operation->flight = flight;
+    operation->nanoseconds = nanoseconds;
+    if (blocking) {
+      engine_wait(*operation);
+      operation->rethrow();
+      return nullptr;
+    }
+    operation->keep_alive = std::make_shared<std::vector<at::Tensor>>(std::move(tensors));
+    if (!operation->try_advance()) engine_add(operation);
+    return operation;
+  }
+
+  std::shared_ptr<CommOperation> all_reduce(bool blocking, const at::Tensor& tensor, ReduceOp op) {
+    check_tensor(tensor);
+    return run(blocking, "all_reduce", bytes(tensor), {tensor},
+               [&] { return make_all_reduce(next(), comm_type(tensor), op, tensor.data_ptr(), tensor.numel()); });
+  }
+  std::shared_ptr<CommOperation> reduce_scatter(bool blocking, const at::Tensor& output, const at::Tensor& input, ReduceOp op) {
+    check_pair(output, input);
+    TRIREME_CHECK(input.numel() == output.numel() * group->size(), input.numel(), " ", output.numel(), " ", group->size());
+    return run(blocking, "reduce_scatter", bytes(input), {output, input}, [&] {
+      return make_reduce_scatter(next(), comm_type(input), op, output.data_ptr(), input.data_ptr(), output.numel());
+    });
+  }
+  std::shared_ptr<CommOperation> all_gather(bool blocking, const at::Tensor& output, const at::Tensor& input) {
+    check_pair(output, input);
+    TRIREME_CHECK(output.numel() == input.numel() * group->size(), output.numel(), " ", input.numel(), " ", group->size());
+    return run(blocking, "all_gather", bytes(output), {output, input},
+               [&] { return make_all_gather(next(), output.data_ptr(), input.data_ptr(), bytes(input)); });
+  }
+  std::shared_ptr<CommOperation> broadcast(bool blocking, const at::Tensor& tensor, int root) {
+    check_tensor(tensor);
+    check_rank(root);
+    return run(blocking, "broadcast", bytes(tensor), {tensor},
+               [&] { return make_broadcast(next(), tensor.data_ptr(), bytes(tensor), root); });
+  }
+  std::shared_ptr<CommOperation> all_to_all(bool blocking, const at::Tensor& output, const at::Tensor& input) {
+    check_pair(output, input);
+    TRIREME_CHECK(output.numel() == input.numel() && input.numel() % group->size() == 0, output.numel(), " ", input.numel(), " ",
+                  group->size());
+    TRIREME_CHECK(output.numel() == 0 || output.data_ptr() != input.data_ptr());
+    return run(blocking, "all_to_all", bytes(input), {output, input},
+               [&] { return make_all_to_all(next(), output.data_ptr(), input.data_ptr(), bytes(input) / group->size()); });
+  }
+  std::shared_ptr<CommOperation> send(bool blocking, const at::Tensor& tensor, int to, int tag) {
+    check_tensor(tensor);
+    check_rank(to);
+    return run(blocking, "send", bytes(tensor), {tensor}, [&] { return make_send(user(tag), tensor.data_ptr(), bytes(tensor), to); });
+  }
+  std::shared_ptr<CommOperation> receive(bool blocking, const at::Tensor& tensor, int from, int tag) {
+    check_tensor(tensor);
+    check_rank(from);
+    return run(blocking, "receive", bytes(tensor), {tensor}, [&] { return make_receive(user(tag), tensor.data_ptr(), bytes(tensor), from); });
+  }
+  std::shared_ptr<CommOperation> barrier(bool blocking) {
+    return run(blocking, "barrier", 0, {}, [&] { return make_barrier(next()); });
+  }
+  void check_rank(int rank) const { TRIREME_CHECK(rank >= 0 && rank < group->size(), rank, " of ", group->size()); }
+};
+
+// --- Work -------------------------------------------------------------------------------------------------------------
+
+Work::Work(Work&&) noexcept = default;
+
+Work& Work::operator=(Work&& other) noexcept {
+  if (this != &other) {
+    if (operation_) engine_wait(*operation_);
+    operation_ = std::move(other.operation_);
+  }
+  return *this;
+}
+
+Work::~Work() {
+  if (operation_) engine_wait(*operation_);  // its error, if any, is lost: whoever cares calls wait()
+}
+
+bool Work::test() {
+  if (!operation_) return true;
+  {
+    CallTimer timer(operation_->nanoseconds);
+    engine_advance();
+    if (!operation_->try_advance()) return false;
+  }
+  std::exchange(operation_, nullptr)->rethrow();
+  return true;
+}
+
+void Work::wait() {
+  if (!operation_) return;
+  {
+    CallTimer timer(operation_->nanoseconds);
+    engine_wait(*operation_);
+  }
+  std::exchange(operation_, nullptr)->rethrow();
+}
+
+// --- Communicator -----------------------------------------------------------------------------------------------------
+
+Communicator::Communicator(std::shared_ptr<Impl> impl) : impl_(std::move(impl)) {}
+
+Communicator Communicator::world() {
+  auto impl = std::make_shared<Impl>();
+  impl->group = MpiGroup::world();
+  impl->name = "world";
+  return Communicator(std::move(impl));
+}
+
+Communicator Communicator::self() {
+  auto impl = std::make_shared<Impl>();
+  impl->group = MpiGroup::self();
+  impl->name = "self";
+  return Communicator(std::move(impl));
+}
+
+Communicator Communicator::split(int color, int key, const std::string& name) const {
+  auto impl = std::make_shared<Impl>();
+  impl->group = impl_->group->split(color, key);
+  impl->name = name;
+  return impl->group ? Communicator(std::move(impl)) : Communicator();
+}
+
+int Communicator::rank() const { return impl_->group->rank(); }
+int Communicator::size() const { return impl_->group->size(); }
+
+void Communicator::all_reduce(at::Tensor tensor, ReduceOp op) const { impl_->all_reduce(true, tensor, op); }
+void Communicator::reduce_scatter(at::Tensor output, const at::Tensor& input, ReduceOp op) const {
+  impl_->reduce_scatter(true, output, input, op);
+}
+void Communicator::all_gather(at::Tensor output, const at::Tensor& input) const { impl_->all_gather(true, output, input); }
+void Communicator::broadcast(at::Tensor tensor, int root) const { impl_->broadcast(true, tensor, root); }
+void Communicator::all_to_all(at::Tensor output, const at::Tensor& input) const { impl_->all_to_all(true, output, input); }
+void Communicator::send(const at::Tensor& tensor, int to, int tag) const { impl_->send(true, tensor, to, tag); }
+void Communicator::receive(at::Tensor tensor, int from, int tag) const { impl_->receive(true, tensor, from, tag); }
+void Communicator::barrier() const { impl_->barrier(true); }
+
+Work Communicator::start_all_reduce(at::Tensor tensor, ReduceOp op) const { return Work(impl_->all_reduce(false, tensor, op)); }
+Work Communicator::start_reduce_scatter(at::Tensor output, const at::Tensor& input, ReduceOp op) const {
+  return Work(impl_->reduce_scatter(false, output, input, op));
+}
+Work Communicator::start_all_gather(at::Tensor output, const at::Tensor& input) const {
+  return Work(impl_->all_gather(false, output, input));
+}
+Work Communicator::start_broadcast(at::Tensor tensor, int root) const { return Work(impl_->broadcast(false, tensor, root)); }
+Work Communicator::start_all_to_all(at::Tensor output, const at::Tensor& input) const {
+  return Work(impl_->all_to_all(false, output, input));
+}
+Work Communicator::start_send(const at::Tensor& tensor, int to, int tag) const { return Work(impl_->send(false, tensor, to, tag)); }
+Work Communicator::start_receive(at::Tensor tensor, int from, int tag) const { return Work(impl_->receive(false, tensor, from, tag)); }
+Work Communicator::start_barrier() const { return Work(impl_->barrier(false)); }
+
+// --- small things -----------------------------------------------------------------------------------------------------
+
+int Communicator::agree(int status) const {
+  at::Tensor value = at::full({1}, status, at::kInt);
+  all_reduce(value, ReduceOp::kMax);
+  return *value.const_data_ptr<int32_t>();
+}
+
+int64_t Communicator::sum(int64_t value) const {
+  at::Tensor tensor = at::full({1}, value, at::kLong);
+  all_reduce(tensor);
+  return *tensor.const_data_ptr<int64_t>();
+}
+
+double Communicator::sum(double value) const {
+  at::Tensor tensor = at::full({1}, value, at::kDouble);
+  all_reduce(tensor);
+  return *tensor.const_data_ptr<double>();
+}
+
+double Communicator::max(double value) const {
+  at::Tensor tensor = at::full({1}, value, at::kDouble);
+  all_reduce(tensor, ReduceOp::kMax);
+  return *tensor.const_data_ptr<double>();
+}
+
+std::string Communicator::broadcast_bytes(std::string text, int root) const {
+  at::Tensor size = at::full({1}, static_cast<int64_t>(text.size()), at::kLong);
+  broadcast(size, root);
+  text.resize(static_cast<size_t>(*size.const_data_ptr<int64_t>()));
+  broadcast(at::from_blob(text.data(), {static_cast<int64_t>(text.size())}, at::kByte), root);
+  return text;
+}
+
+std::vector<std::string> Communicator::gather_bytes(std::string_view text) const {
+  at::Tensor size = at::full({1}, static_cast<int64_t>(text.size()), at::kLong);
+  at::Tensor sizes = at::empty({this->size()}, at::kLong);
+  all_gather(sizes, size);
+  auto run_message = [&](bool sending, void* data, int64_t num_bytes, int peer, const Exchange& e) {
+    impl_->run(true, "gather", num_bytes, {}, [&] {
+      return sending ? make_send(e, data, num_bytes, peer) : make_receive(e, data, num_bytes, peer);
+    });
+  };
+  const Exchange e = impl_->next();
+  std::vector<std::string> texts;
+  if (rank() != 0) {
+    run_message(true, const_cast<char*>(text.data()), static_cast<int64_t>(text.size()), 0, e);
+    return texts;
+  }
+  texts.emplace_back(text);
+  for (int r = 1; r < this->size(); ++r) {
+    texts.emplace_back(static_cast<size_t>(sizes.const_data_ptr<int64_t>()[r]), '\0');
+    run_message(false, texts.back().data(), static_cast<int64_t>(texts.back().size()), r, e);
+  }
+  return texts;
+}
+
+CommStatistics Communicator::statistics() const {
+  std::lock_guard lock(impl_->mutex);
+  CommStatistics all;
+  for (const auto& [op, line] : impl_->statistics) {
+    all.lines.push_back({op, line.num_calls, line.num_bytes, static_cast<double>(*line.nanoseconds) * 1e-9});
+    if (op == "all_reduce" || op == "reduce_scatter") all.bytes_reduced += line.num_bytes;
+  }
+  return all;
+}
+
+void Communicator::reset_statistics() const {
+  std::lock_guard lock(impl_->mutex);
+  impl_->statistics.clear();
+}
+
+}  // namespace trireme

@@ -1,0 +1,90 @@
+#include "comm/mesh.h"
+
+#include "base/check.h"
+
+namespace trireme {
+
+const char* mesh_axis_name(MeshAxis axis) {
+  switch (axis) {
+    case MeshAxis::kPipeline: return "pipeline";
+    case MeshAxis::kData: return "data";
+    case MeshAxis::kTensor: return "tensor";
+  }
+  return "?";
+}
+
+int MeshCoords::on(MeshAxis axis) const {
+  return axis == MeshAxis::kPipeline ? pipeline : axis == MeshAxis::kData ? data : tensor;
+}
+
+Mesh::Mesh(int num_ranks, int num_data, int num_tensor, int num_pipeline)
+    : num_data_(num_data), num_tensor_(num_tensor), num_pipeline_(num_pipeline) {
+  TRIREME_CHECK(num_ranks >= 1, num_ranks);
+  if (num_tensor < 1) throw ConfigError(str("parallel.tensor=", num_tensor, ": must be at least 1"));
+  if (num_pipeline < 1) throw ConfigError(str("parallel.pipeline=", num_pipeline, ": must be at least 1"));
+  if (num_data < 0) throw ConfigError(str("parallel.data=", num_data, ": must be at least 1, or 0 for all ranks that are left"));
+  const int64_t inner = static_cast<int64_t>(num_tensor) * num_pipeline;
+  if (inner > num_ranks || num_ranks % inner != 0)
+    throw ConfigError(str("parallel.tensor=", num_tensor, " x parallel.pipeline=", num_pipeline, " does not divide the ", num_ranks,
+                          num_ranks == 1 ? " rank" : " ranks", " of this job; start a multiple of ", inner,
+                          " ranks (mpirun -n ", inner, " ...) or choose divisors of ", num_ranks));
+  const int left = static_cast<int>(num_ranks / inner);
+  if (num_data == 0) num_data_ = left;
+  if (num_data_ != left)
+    throw ConfigError(str("parallel.data=", num_data, " x parallel.tensor=", num_tensor, " x parallel.pipeline=", num_pipeline, " is ",
+                          inner * num_data, ", but the job has ", num_ranks, num_ranks == 1 ? " rank" : " ranks",
+                          "; use parallel.data=", left, " (or 0: all that are left) or mpirun -n ", inner * num_data));
+}
+
+int Mesh::size(MeshAxis axis) const {
+  return axis == MeshAxis::kPipeline ? num_pipeline_ : axis == MeshAxis::kData ? num_data_ : num_tensor_;
+}
+
+MeshCoords Mesh::coords(int rank) const {
+  TRIREME_CHECK(rank >= 0 && rank < num_ranks(), rank, num_ranks());
+  return {rank / num_tensor_ / num_data_, rank / num_tensor_ % num_data_, rank % num_tensor_};
+}
+
+int Mesh::rank(const MeshCoords& c) const {
+  TRIREME_CHECK(c.pipeline >= 0 && c.pipeline < num_pipeline_ && c.data >= 0 && c.data < num_data_ && c.tensor >= 0 &&
+                c.tensor < num_tensor_);
+  return (c.pipeline * num_data_ + c.data) * num_tensor_ + c.tensor;
+}
+
+std::vector<int> Mesh::group(int rank, MeshAxis axis) const {
+  std::vector<int> ranks;
+  for (int i = 0; i < size(axis); ++i) {
+    MeshCoords c = coords(rank);
+    (axis == MeshAxis::kPipeline ? c.pipeline : axis == MeshAxis::kData ? c.data : c.tensor) = i;
+    ranks.push_back(this->rank(c));
+  }
+  return ranks;
+}
+
+std::string Mesh::text() const {
+  return str("data ", num_data_, " x tensor ", num_tensor_, " x pipeline ", num_pipeline_);
+}
+
+namespace {
+
+// The group along an axis: its members share their first rank, and are ordered by the coordinate.
+Communicator along(const Mesh& mesh, const Communicator& world, MeshAxis axis) {
+  return world.split(mesh.group(world.rank(), axis)[0], mesh.coords(world.rank()).on(axis), mesh_axis_name(axis));
+}
+
+const Communicator& checked(const Mesh& mesh, const Communicator& world) {
+  TRIREME_CHECK(mesh.num_ranks() == world.size(), mesh.text(), " over ", world.size(), " ranks");
+  return world;
+}
+
+}  // namespace
+
+MeshComms::MeshComms(const Mesh& m, const Communicator& w)
+    : mesh(m), coords(m.coords(checked(m, w).rank())), world(w), data(along(m, w, MeshAxis::kData)),
+      tensor(along(m, w, MeshAxis::kTensor)), pipeline(along(m, w, MeshAxis::kPipeline)) {}
+
+const Communicator& MeshComms::on(MeshAxis axis) const {
+  return axis == MeshAxis::kPipeline ? pipeline : axis == MeshAxis::kData ? data : tensor;
+}
+
+}  // namespace trireme

@@ -1,0 +1,64 @@
+// The MPI calls that Communicator stands on: bytes between the ranks of one group. No mpi.h here: it stays in .cpp
+// files. Every call is checked; SystemError names the operation and MPI's reason.
+#pragma once
+
+#include <cstdint>
+#include <memory>
+#include <string>
+#include <vector>
+
+namespace trireme {
+
+class MpiGroup;
+
+// Messages in flight. Destroying it with messages in flight waits for them: their memory belongs to MPI until then.
+class MpiRequests {
+ public:
+  explicit MpiRequests(std::shared_ptr<MpiGroup> group);
+  ~MpiRequests();
+  MpiRequests(const MpiRequests&) = delete;
+  MpiRequests& operator=(const MpiRequests&) = delete;
+
+  // Messages between two ranks with the same tag arrive in the order they were sent. Messages of more than a GiB go in
+  // pieces, which the other side's equal size makes match. A size of 0 sends nothing.
+  void send(const void* data, int64_t num_bytes, int peer, int tag);
+  void receive(void* data, int64_t num_bytes, int peer, int tag);  // SystemError where another size arrives
+  void broadcast(void* data, int64_t num_bytes, int root);
+  void barrier();
+
+  bool test();  // true when all are complete; then they are forgotten
+
+ private:
+  struct Impl;
+  std::shared_ptr<MpiGroup> group_;
+  std::unique_ptr<Impl> impl_;
+};
+
+// A lone process starts MPI (0.3 s) only when it sends a message to itself: without MPI, world() and self() are groups of
+// one all the same.
+class MpiGroup {
+ public:
+  // Tags that a group has: kLaneUser for send and receive, kLaneCollective for Communicator's own exchanges. They never
+  // meet.
+  enum Lane { kLaneUser, kLaneCollective };
+  static constexpr int kNumTags = 1 << 22;  // a lane
+
+  static std::shared_ptr<MpiGroup> world();
+  static std::shared_ptr<MpiGroup> self();
+  ~MpiGroup();  // frees the MPI communicator, unless MPI has ended
+  std::shared_ptr<MpiGroup> split(int color, int key);  // null where color < 0
+
+  int rank() const { return rank_; }
+  int size() const { return size_; }
+  int tag(Lane lane, int64_t number) const { return (lane == kLaneUser ? 0 : kNumTags) + static_cast<int>(number % kNumTags); }
+
+ private:
+  friend class MpiRequests;
+  struct Handle;
+  MpiGroup(std::unique_ptr<Handle> handle, bool has_mpi);
+  Handle& handle();
+  std::unique_ptr<Handle> handle_;
+  int rank_ = 0, size_ = 1;
+};
+
+}  // namespace trireme

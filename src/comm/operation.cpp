@@ -1,0 +1,287 @@
+#include "comm/operation.h"
+
+#include <algorithm>
+#include <cstring>
+#include <utility>
+
+#include "comm/watchdog.h"
+
+namespace trireme {
+
+namespace {
+
+constexpr int64_t kPieceBytes = 4 << 20;      // of the tensor; keeps what is exchanged and joined in the caches
+constexpr int64_t kDirectBytes = 32 << 10;    // received by one rank: up to here one round of messages beats two
+constexpr int64_t kAlign = 64;                // parts of a piece begin on cache lines
+
+// Receive buffers, kept for the next operation: fresh memory would cost a page fault every 4 KB.
+class Scratch {
+ public:
+  Scratch() = default;
+  Scratch(const Scratch&) = delete;
+  Scratch& operator=(const Scratch&) = delete;
+  ~Scratch() { release(); }
+  char* take(int64_t num_bytes) {
+    if (num_bytes <= size_) return data_.get();
+    release();
+    {
+      std::lock_guard lock(pool().mutex);
+      auto& free = pool().buffers;
+      auto best = free.end();
+      for (auto it = free.begin(); it != free.end(); ++it)
+        if (it->second >= num_bytes && (best == free.end() || it->second < best->second)) best = it;
+      if (best != free.end()) {
+        data_ = std::move(best->first);
+        size_ = best->second;
+        free.erase(best);
+        return data_.get();
+      }
+    }
+    size_ = num_bytes;
+    data_ = std::make_unique_for_overwrite<char[]>(static_cast<size_t>(num_bytes));
+    return data_.get();
+  }
+  void release() {
+    if (size_ >= kDirectBytes) {
+      std::lock_guard lock(pool().mutex);
+      if (pool().buffers.size() < 8) pool().buffers.emplace_back(std::move(data_), size_);
+    }
+    data_.reset();
+    size_ = 0;
+  }
+
+ private:
+  struct Pool {
+    std::mutex mutex;
+    std::vector<std::pair<std::unique_ptr<char[]>, int64_t>> buffers;
+  };
+  static Pool& pool() {
+    static Pool* pool = new Pool;  // never destroyed: the background thread may outlive main()
+    return *pool;
+  }
+  std::unique_ptr<char[]> data_;
+  int64_t size_ = 0;
+};
+
+class AllReduce : public CommOperation {
+ public:
+  AllReduce(const Exchange& e, CommType type, ReduceOp op, void* data, int64_t n)
+      : CommOperation(e.group), e_(e), type_(type), op_(op), data_(static_cast<char*>(data)), num_bytes_(n * comm_type_bytes(type)) {
+    direct_ = num_bytes_ * (e.group->size() - 1) <= kDirectBytes;
+  }
+
+ protected:
+  bool advance() override {
+    if (e_.group->size() == 1) return true;
+    for (;;) switch (state_) {
+      case kBegin:
+        if (begin_ == num_bytes_) return true;
+        direct_ ? send_all() : scatter();
+        state_ = kScattered;
+        break;
+      case kScattered:
+        if (!requests_.test()) return false;
+        join();
+        if (direct_) return true;
+        gather();
+        state_ = kGathered;
+        break;
+      case kGathered:
+        if (!requests_.test()) return false;
+        begin_ += length_;
+        state_ = kBegin;
+        break;
+    }
+  }
+
+ private:
+  // Part p of the present piece, in bytes from begin_.
+  int64_t part_begin(int p) const { return std::min(length_, p * stride_); }
+  int64_t part_bytes(int p) const { return part_begin(p + 1) - part_begin(p); }
+
+  void send_all() {
+    const int n = e_.group->size(), me = e_.group->rank();
+    length_ = stride_ = num_bytes_;
+    received_ = scratch_.take(num_bytes_ * n);
+    for (int i = 1; i < n; ++i) {
+      requests_.receive(received_ + ((me + i) % n) * num_bytes_, num_bytes_, (me + i) % n, e_.tag);
+      requests_.send(data_, num_bytes_, (me + n - i) % n, e_.tag);
+    }
+  }
+  void scatter() {
+    const int n = e_.group->size(), me = e_.group->rank();
+    length_ = std::min(kPieceBytes, num_bytes_ - begin_);
+    stride_ = ((length_ + n - 1) / n + kAlign - 1) / kAlign * kAlign;
+    received_ = scratch_.take(stride_ * n);
+    for (int i = 1; i < n; ++i) {
+      const int from = (me + i) % n, to = (me + n - i) % n;
+      requests_.receive(received_ + from * stride_, part_bytes(me), from, e_.tag);
+      requests_.send(data_ + begin_ + part_begin(to), part_bytes(to), to, e_.tag);
+    }
+  }
+  void join() {
+    const int n = e_.group->size(), me = e_.group->rank();
+    char* mine = data_ + begin_ + (direct_ ? 0 : part_begin(me));
+    const int64_t bytes = direct_ ? num_bytes_ : part_bytes(me);
+    std::vector<const void*> parts;
+    for (int p = 0; p < n; ++p) parts.push_back(p == me ? mine : received_ + p * stride_);
+    reduce_parts(type_, op_, parts, mine, bytes / comm_type_bytes(type_));
+  }
+  void gather() {
+    const int n = e_.group->size(), me = e_.group->rank();
+    for (int i = 1; i < n; ++i) {
+      const int from = (me + i) % n, to = (me + n - i) % n;
+      requests_.receive(data_ + begin_ + part_begin(from), part_bytes(from), from, e_.tag);
+      requests_.send(data_ + begin_ + part_begin(me), part_bytes(me), to, e_.tag);
+    }
+  }
+
+  enum State { kBegin, kScattered, kGathered };
+  Exchange e_;
+  CommType type_;
+  ReduceOp op_;
+  char* data_;
+  int64_t num_bytes_, begin_ = 0, length_ = 0, stride_ = 0;
+  bool direct_;
+  State state_ = kBegin;
+  Scratch scratch_;
+  char* received_ = nullptr;
+};
+
+class ReduceScatter : public CommOperation {
+ public:
+  ReduceScatter(const Exchange& e, CommType type, ReduceOp op, void* output, const void* input, int64_t n)
+      : CommOperation(e.group), e_(e), type_(type), op_(op), output_(static_cast<char*>(output)),
+        input_(static_cast<const char*>(input)), part_bytes_(n * comm_type_bytes(type)) {}
+
+ protected:
+  bool advance() override {
+    const int n = e_.group->size(), me = e_.group->rank();
+    if (n == 1) {
+      if (output_ != input_) std::memcpy(output_, input_, static_cast<size_t>(part_bytes_));
+      return true;
+    }
+    for (;;) {
+      if (posted_) {
+        if (!requests_.test()) return false;
+        std::vector<const void*> parts;
+        for (int p = 0; p < n; ++p) parts.push_back(p == me ? input_ + me * part_bytes_ + begin_ : received_ + p * length_);
+        reduce_parts(type_, op_, parts, output_ + begin_, length_ / comm_type_bytes(type_));
+        begin_ += length_;
+      }
+      if (begin_ == part_bytes_) return true;
+      length_ = std::min(std::max<int64_t>(kPieceBytes / n / kAlign * kAlign, kAlign), part_bytes_ - begin_);
+      received_ = scratch_.take(length_ * n);
+      for (int i = 1; i < n; ++i) {
+        const int from = (me + i) % n, to = (me + n - i) % n;
+        requests_.receive(received_ + from * length_, length_, from, e_.tag);
+        requests_.send(input_ + to * part_bytes_ + begin_, length_, to, e_.tag);
+      }
+      posted_ = true;
+    }
+  }
+
+ private:
+  Exchange e_;
+  CommType type_;
+  ReduceOp op_;
+  char* output_;
+  const char* input_;
+  int64_t part_bytes_, begin_ = 0, length_ = 0;
+  bool posted_ = false;
+  Scratch scratch_;
+  char* received_ = nullptr;
+};
+
+// Everything is posted at once; done when it has arrived.
+class OneRound : public CommOperation {
+ public:
+  explicit OneRound(const Exchange& e) : CommOperation(e.group) {}
+  MpiRequests& requests() { return requests_; }
+
+ protected:
+  bool advance() override { return requests_.test(); }
+};
+
+}  // namespace
+
+std::shared_ptr<CommOperation> make_all_reduce(const Exchange& e, CommType type, ReduceOp op, void* data, int64_t n) {
+  return std::make_shared<AllReduce>(e, type, op, data, n);
+}
+
+std::shared_ptr<CommOperation> make_reduce_scatter(const Exchange& e, CommType type, ReduceOp op, void* output, const void* input,
+                                                   int64_t n) {
+  return std::make_shared<ReduceScatter>(e, type, op, output, input, n);
+}
+
+std::shared_ptr<CommOperation> make_all_gather(const Exchange& e, void* output, const void* input, int64_t num_part_bytes) {
+  auto operation = std::make_shared<OneRound>(e);
+  const int n = e.group->size(), me = e.group->rank();
+  char* out = static_cast<char*>(output);
+  char* mine = out + me * num_part_bytes;
+  if (mine != input && num_part_bytes > 0) std::memcpy(mine, input, static_cast<size_t>(num_part_bytes));
+  for (int i = 1; i < n; ++i) {
+    operation->requests().receive(out + ((me + i) % n) * num_part_bytes, num_part_bytes, (me + i) % n, e.tag);
+    operation->requests().send(mine, num_part_bytes, (me + n - i) % n, e.tag);
+  }
+  return operation;
+}
+
+std::shared_ptr<CommOperation> make_all_to_all(const Exchange& e, void* output, const void* input, int64_t num_part_bytes) {
+  auto operation = std::make_shared<OneRound>(e);
+  const int n = e.group->size(), me = e.group->rank();
+  char* out = static_cast<char*>(output);
+  const char* in = static_cast<const char*>(input);
+  if (num_part_bytes > 0) std::memcpy(out + me * num_part_bytes, in + me * num_part_bytes, static_cast<size_t>(num_part_bytes));
+  for (int i = 1; i < n; ++i) {
+    const int from = (me + i) % n, to = (me + n - i) % n;
+    operation->requests().receive(out + from * num_part_bytes, num_part_bytes, from, e.tag);
+    operation->requests().send(in + to * num_part_bytes, num_part_bytes, to, e.tag);
+  }
+  return operation;
+}
+
+std::shared_ptr<CommOperation> make_broadcast(const Exchange& e, void* data, int64_t num_bytes, int root) {
+  auto operation = std::make_shared<OneRound>(e);
+  operation->requests().broadcast(data, num_bytes, root);
+  return operation;
+}
+
+std::shared_ptr<CommOperation> make_barrier(const Exchange& e) {
+  auto operation = std::make_shared<OneRound>(e);
+  operation->requests().barrier();
+  return operation;
+}
+
+std::shared_ptr<CommOperation> make_send(const Exchange& e, const void* data, int64_t num_bytes, int to) {
+  auto operation = std::make_shared<OneRound>(e);
+  operation->requests().send(data, num_bytes, to, e.tag);
+  return operation;
+}
+
+std::shared_ptr<CommOperation> make_receive(const Exchange& e, void* data, int64_t num_bytes, int from) {
+  auto operation = std::make_shared<OneRound>(e);
+  operation->requests().receive(data, num_bytes, from, e.tag);
+  return operation;
+}
+
+bool CommOperation::try_advance() {
+  if (done()) return true;
+  std::unique_lock lock(mutex_, std::try_to_lock);
+  if (!lock.owns_lock()) return false;
+  if (done()) return true;
+  try {
+    if (!advance()) return false;
+  } catch (...) {
+    error_ = std::current_exception();
+  }
+  flight_end(flight);
+  done_.store(true, std::memory_order_release);
+  return true;
+}
+
+void CommOperation::rethrow() {
+  if (error_) std::rethrow_exception(std::exchange(error_, nullptr));
+}
+
+}  // namespace trireme

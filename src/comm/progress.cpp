@@ -1,0 +1,87 @@
+#include "comm/progress.h"
+
+#include <chrono>
+#include <condition_variable>
+#include <thread>
+
+#include "comm/operation.h"
+
+namespace trireme {
+
+namespace {
+
+constexpr std::chrono::microseconds kPollInterval{100};
+
+class Engine {
+ public:
+  // Never destroyed: the thread sleeps on it until the process ends.
+  static Engine& get() {
+    static Engine* engine = new Engine;
+    return *engine;
+  }
+
+  void add(std::shared_ptr<CommOperation> operation) {
+    {
+      std::lock_guard lock(mutex_);
+      in_flight_.push_back(std::move(operation));
+      num_in_flight_ = static_cast<int>(in_flight_.size());
+      if (!started_ && thread_wanted_) {
+        std::thread([this] { run(); }).detach();
+        started_ = true;
+      }
+    }
+    if (thread_wanted_) wake_.notify_one();
+  }
+
+  void advance() {
+    if (num_in_flight_.load(std::memory_order_acquire) == 0) return;
+    std::vector<std::shared_ptr<CommOperation>> operations;
+    {
+      std::lock_guard lock(mutex_);
+      operations = in_flight_;
+    }
+    bool any_done = false;
+    for (const auto& operation : operations) any_done |= operation->try_advance();
+    if (!any_done) return;
+    std::lock_guard lock(mutex_);
+    std::erase_if(in_flight_, [](const auto& operation) { return operation->done(); });
+    num_in_flight_ = static_cast<int>(in_flight_.size());
+  }
+
+  void wait(CommOperation& operation) {
+    if (operation.try_advance()) return;
+    ++num_waiting_;
+    while (!operation.try_advance()) advance();
+    --num_waiting_;
+  }
+
+  void set_thread(bool on) { thread_wanted_ = on; }
+
+ private:
+  void run() {
+    for (;;) {
+      {
+        std::unique_lock lock(mutex_);
+        wake_.wait(lock, [&] { return !in_flight_.empty() && thread_wanted_; });
+      }
+      if (num_waiting_ == 0) advance();
+      std::this_thread::sleep_for(kPollInterval);
+    }
+  }
+
+  std::mutex mutex_;
+  std::condition_variable wake_;
+  std::vector<std::shared_ptr<CommOperation>> in_flight_;
+  std::atomic<int> num_in_flight_ = 0, num_waiting_ = 0;
+  std::atomic<bool> thread_wanted_ = true;
+  bool started_ = false;
+};
+
+}  // namespace
+
+void set_progress_thread(bool on) { Engine::get().set_thread(on); }
+void engine_add(std::shared_ptr<CommOperation> operation) { Engine::get().add(std::move(operation)); }
+void engine_advance() { Engine::get().advance(); }
+void engine_wait(CommOperation& operation) { Engine::get().wait(operation); }
+
+}  // namespace trireme

@@ -1,0 +1,119 @@
+#include "comm/watchdog.h"
+
+#include <array>
+#include <chrono>
+#include <cstdio>
+#include <mutex>
+#include <thread>
+
+#include "base/check.h"
+#include "base/log.h"
+#include "comm/process.h"
+
+namespace trireme {
+
+namespace {
+
+using Clock = std::chrono::steady_clock;
+
+struct Entry {
+  uint64_t sequence = 0;  // from 1; 0: never used
+  const char* op = "";
+  std::array<char, 24> group{};
+  int64_t num_bytes = 0;
+  Clock::time_point begin, end;
+  bool done = false;
+};
+
+constexpr size_t kNumEntries = 256;
+
+struct Recorder {
+  std::mutex mutex;
+  std::array<Entry, kNumEntries> entries;
+  uint64_t last = 0;
+  double timeout_s = 0;
+  bool thread_started = false;
+};
+
+Recorder& recorder() {
+  static Recorder* recorder = new Recorder;  // never destroyed: the watchdog's thread looks at it
+  return *recorder;
+}
+
+double seconds(Clock::duration duration) { return std::chrono::duration<double>(duration).count(); }
+
+std::string line(const Entry& e, Clock::time_point now) {
+  char text[160];
+  std::snprintf(text, sizeof text, "#%llu %s of group %s, %lld bytes, %s %.3f s", static_cast<unsigned long long>(e.sequence), e.op,
+                e.group.data(), static_cast<long long>(e.num_bytes), e.done ? "took" : "in flight for",
+                seconds((e.done ? e.end : now) - e.begin));
+  return text;
+}
+
+std::string dump(const Recorder& r, size_t num_last) {
+  std::string text;
+  const uint64_t first = r.last > num_last ? r.last - num_last + 1 : 1;
+  for (uint64_t s = first; s <= r.last; ++s)
+    if (r.entries[s % kNumEntries].sequence == s) text += line(r.entries[s % kNumEntries], Clock::now()) + "\n";
+  return text;
+}
+
+void watch() {
+  for (;;) {
+    std::this_thread::sleep_for(std::chrono::milliseconds(100));
+    std::string message;
+    {
+      Recorder& r = recorder();
+      std::lock_guard lock(r.mutex);
+      if (r.timeout_s <= 0) continue;
+      const auto now = Clock::now();
+      for (const Entry& e : r.entries) {
+        if (e.sequence == 0 || e.done || seconds(now - e.begin) < r.timeout_s) continue;
+        message = str("rank ", log_rank(), " on ", host_name(), ": ", line(e, now), ", more than comm.timeout_s=", r.timeout_s,
+                      ": a peer is gone, stopped or does something else. All ranks are ended. The last collectives:\n", dump(r, 16));
+        break;
+      }
+    }
+    if (message.empty()) continue;
+    std::fputs(message.c_str(), stderr);
+    Process::abort(kExitFailure);
+  }
+}
+
+}  // namespace
+
+std::string dump_flight_recorder() {
+  Recorder& r = recorder();
+  std::lock_guard lock(r.mutex);
+  return dump(r, kNumEntries);
+}
+
+void set_comm_timeout(double timeout_s) {
+  Recorder& r = recorder();
+  std::lock_guard lock(r.mutex);
+  r.timeout_s = timeout_s;
+  if (timeout_s > 0 && !r.thread_started) {
+    std::thread(watch).detach();
+    r.thread_started = true;
+  }
+}
+
+uint64_t flight_begin(const std::string& group, const char* op, int64_t num_bytes) {
+  Recorder& r = recorder();
+  std::lock_guard lock(r.mutex);
+  Entry& e = r.entries[++r.last % kNumEntries];
+  e = Entry{r.last, op, {}, num_bytes, Clock::now(), {}, false};
+  std::snprintf(e.group.data(), e.group.size(), "%s", group.c_str());
+  return r.last;
+}
+
+void flight_end(uint64_t sequence) {
+  Recorder& r = recorder();
+  std::lock_guard lock(r.mutex);
+  Entry& e = r.entries[sequence % kNumEntries];
+  if (e.sequence != sequence) return;  // overwritten since
+  e.end = Clock::now();
+  e.done = true;
+}
+
+}  // namespace trireme
