@@ -1,0 +1,19 @@
+// A model as a Hugging Face folder that transformers loads.
+#pragma once
+
+#include "base/json.h"
+#include "checkpoint/safetensors.h"
+
+namespace trireme {
+
+// Writes config.json (as given), the weights (safetensors.h), and copies from `source` what is there of tokenizer, chat
+// template, generation_config.json and licence, bytes as they are. `source` "" copies nothing. Into `source` itself is
+// refused (ConfigError). Collective where the tensors gather; with `writes` false only the gathers are done.
+void export_model_folder(const std::string& folder, const std::string& source, const Json& config,
+                         const std::vector<TensorSource>& tensors, bool writes = true,
+                         uint64_t max_shard_bytes = 5'000'000'000);
+
+// Copies the tokenizer's files and chat template only. For adapters.
+void copy_tokenizer_files(const std::string& source, const std::string& folder);
+
+}  // namespace trireme

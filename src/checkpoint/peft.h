@@ -1,0 +1,38 @@
+// LoRA adapters as PEFT keeps them: a folder with adapter_config.json and adapter_model.safetensors, whose tensors are
+// named base_model.model.<module>.lora_A.weight [rank, in] and .lora_B.weight [out, rank].
+#pragma once
+
+#include "base/json.h"
+#include "checkpoint/load_weights.h"
+
+namespace trireme {
+
+// What Trireme computes of PEFT's LoraConfig. scale = alpha / rank, or alpha / sqrt(rank) with use_rslora.
+struct PeftConfig {
+  int64_t rank = 8;
+  double alpha = 8;
+  double dropout = 0;
+  bool use_rslora = false;
+  std::vector<std::string> target_modules;  // names, or one text: "all-linear" or a regular expression
+  bool targets_are_text = false;            // target_modules holds that one text
+  std::string base_model;                   // name or folder; "" where the file has null
+};
+
+Json peft_config_to_json(const PeftConfig& config);
+
+// `source` begins messages. DataError: another PEFT method, a wrong type or range, or an option that Trireme does not
+// compute, by name: DoRA, patterns of rank or alpha, biases, modules_to_save, a base model changed by initialisation
+// (PiSSA, OLoRA, LoftQ, CorDA), and any unknown key that is set.
+PeftConfig peft_config_from_json(const Json& json, const std::string& source);
+PeftConfig read_peft_config(const std::string& folder);
+
+bool is_adapter_folder(const std::string& folder);  // holds an adapter_config.json
+
+// Writes the folder. Collective where the sources gather (safetensors.h). Names are PEFT's.
+void write_adapter(const std::string& folder, const Json& config, const std::vector<TensorSource>& tensors,
+                   bool writes = true);
+
+// Fills the targets, which carry PEFT's names. DataError as load_weights(); also where only adapter_model.bin is there.
+void load_adapter(const std::string& folder, const std::vector<Parameter>& targets);
+
+}  // namespace trireme
