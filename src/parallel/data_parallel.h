@@ -9,10 +9,11 @@
 // use; a weight gradient can be delayed), so the first backward counts them without overlap, and the next ones expect
 // as many. A contribution beyond that, to a bucket already sent, is kept aside and reduced in finish(): the sum is
 // linear, so the result is right in every case, and the new number is learnt. Fewer than expected: the bucket starts in
-// finish(). Buckets always start in the same order on every rank (last parameters first), whatever order hooks fire in.
+// finish(). The number of bytes can so depend on the order of arrival, the bits only if a contribution was late. A hook
+// that fires without a gradient (a Function that returned none) counts for nothing. Buckets always start in the same order on every rank (last parameters first), whatever order hooks fire in.
 //
 //   GradientReducer reducer(parameters, comms.data);
-//   reducer.begin_step(num_micro_batches);
+//   reducer.begin_step();
 //   for each micro-batch i:  reducer.before_backward(i + 1 == num_micro_batches);  (loss_sum).backward();
 //   reducer.finish();                        // slices hold the SUM over micro-batches and ranks
 //   reducer.scale(1.0 / global_count);       // the one place where the loss's count enters
@@ -48,8 +49,11 @@ class GradientReducer {
   GradientReducer(const GradientReducer&) = delete;
   GradientReducer& operator=(const GradientReducer&) = delete;
 
-  void begin_step(int num_micro_batches);  // zeroes the buffers
-  void before_backward(bool is_last);
+  void begin_step();
+  void before_backward(bool is_last_of_step);
+  // A gradient that does not come through the leaf's .grad, such as a weight gradient that was delayed: part of the
+  // present backward, until the next before_backward() or finish(). Any thread.
+  void contribute(const at::Tensor& weight, const at::Tensor& gradient);
   // Waits for all buckets. Parameters without a gradient have zeros. After it the slices hold the sum over micro-batches
   // and ranks, with the same bits on every rank.
   void finish();
@@ -59,12 +63,12 @@ class GradientReducer {
   void progress();
 
   const std::vector<GradientSlice>& slices() const;  // order of the parameters given
-  const std::vector<at::Tensor>& buckets() const;    // flat, padded with zeros to a multiple of the group's size; ZeRO reduce-scatters these
-  // Sum over the slices of squares, in fp64, of this rank's gradients (replicated over data: no reduction is needed).
+  const std::vector<at::Tensor>& buckets() const;    // flat, last parameters
+                                                     // first, zero-padded to a multiple of the group's size
+  // Sum of the squares of all gradients, in fp64; the same on every rank of the data axis.
   double squared_norm() const;
-  bool has_non_finite() const;
   int64_t bytes_reduced() const;  // a step: payload of the all-reduces of the last finish()
-  int64_t late_contributions() const;  // since the start: those reduced as a difference
+  int64_t num_late_contributions() const;  // since the start: those reduced as a difference
 
  private:
   struct Impl;
