@@ -171,7 +171,8 @@ const char* hdf5_type_name(Hdf5Type type) {
 
 // --- datasets ---------------------------------------------------------------------------------------------------------
 
-Hdf5Dataset::Hdf5Dataset(int64_t id, int fd, std::string where) : id_(id), fd_(fd), where_(std::move(where)) {
+Hdf5Dataset::Hdf5Dataset(int64_t id, std::string where) : id_(id), where_(std::move(where)) {
+  fd_ = descriptor_of(Handle(H5Iget_file_id(id_), H5Fclose));  // through an external link it is another file
   Handle space(H5Dget_space(id_), H5Sclose);
   int rank = H5Sget_simple_extent_ndims(space);
   std::vector<hsize_t> dims(static_cast<size_t>(std::max(rank, 0)));
@@ -331,14 +332,14 @@ Hdf5Dataset Hdf5File::create_dataset(const std::string& name, Hdf5Type type, con
     }
   }
   H5Iinc_ref(id);
-  return Hdf5Dataset(id, fd_, where);
+  return Hdf5Dataset(id, where);
 }
 
 Hdf5Dataset Hdf5File::open_dataset(const std::string& name) const {
   silence();
   hid_t id = has_dataset(name) ? H5Dopen2(id_, name.c_str(), H5P_DEFAULT) : -1;
   if (id < 0) throw DataError(str(path_, " has no dataset ", name, "."));
-  return Hdf5Dataset(id, fd_, str(path_, ": dataset ", name));
+  return Hdf5Dataset(id, str(path_, ": dataset ", name));
 }
 
 bool Hdf5File::has_dataset(const std::string& name) const {

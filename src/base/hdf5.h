@@ -63,12 +63,12 @@ class Hdf5Dataset {
 
  private:
   friend class Hdf5File;
-  Hdf5Dataset(int64_t id, int fd, std::string where);
+  Hdf5Dataset(int64_t id, std::string where);
   void check_type(Hdf5Type wanted) const;
   void check_range(uint64_t first, uint64_t count) const;
 
   int64_t id_;
-  int fd_;  // the file's own
+  int fd_ = -1;  // HDF5's own, of the file that holds the values
   std::string where_;  // "file: dataset"; begins messages
   Hdf5Type type_ = Hdf5Type::kUint8;
   std::vector<uint64_t> shape_;

@@ -57,6 +57,7 @@ class CheckpointStore {
  public:
   // keep: how many of the newest stay; 0 keeps all. The best and the latest always stay.
   CheckpointStore(std::string folder, const Communicator& comm, int64_t keep);
+  CheckpointStore(CheckpointStore&&) noexcept;
   ~CheckpointStore();  // waits for the writing thread; a checkpoint that was not committed stays a .tmp folder
 
   // Creates the folder and removes what killed saves left. SystemError where the folder is not writable. For the start.

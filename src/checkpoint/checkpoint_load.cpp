@@ -121,7 +121,7 @@ void Checkpoint::load(const std::vector<NamedTensor>& targets, bool partial) con
 Checkpoint open_checkpoint(const std::string& folder) {
   Manifest manifest = read_manifest(folder);
   for (const auto& [name, file] : manifest.files)
-    if (std::string damage = damage_of(folder, name, file); !damage.empty()) throw DataError(damage + ".");
+    if (std::string damage = damage_of(folder, name, file); !damage.empty()) throw DataError(damage);
   return Checkpoint(folder, std::move(manifest));
 }
 

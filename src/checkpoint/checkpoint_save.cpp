@@ -109,6 +109,7 @@ void remove_folder(const std::string& path) {
 CheckpointStore::CheckpointStore(std::string folder, const Communicator& comm, int64_t keep)
     : folder_(std::move(folder)), comm_(comm), keep_(keep) {}
 
+CheckpointStore::CheckpointStore(CheckpointStore&&) noexcept = default;
 CheckpointStore::~CheckpointStore() = default;
 
 // The first rank's error, on every rank; "" where no rank has one. One integer where all is well.

@@ -111,10 +111,10 @@ std::string damage_of(const std::string& folder, const std::string& file, const 
   std::string path = folder + "/" + file;
   std::error_code error;
   uint64_t bytes = fs::file_size(path, error);
-  if (error) return str(path, " is missing (", error.message(), ")");
-  if (bytes != expected.bytes) return str(path, " has ", bytes, " bytes instead of ", expected.bytes);
+  if (error) return str(path, " is missing (", error.message(), ").");
+  if (bytes != expected.bytes) return str(path, " has ", bytes, " bytes instead of ", expected.bytes, ".");
   try {
-    if (hash_file(path) != expected.hash) return str(path, " is damaged: its hash differs from the manifest's");
+    if (hash_file(path) != expected.hash) return str(path, " is damaged: its hash differs from the manifest's.");
   } catch (const Error& unreadable) {
     return unreadable.what();
   }

@@ -1,0 +1,318 @@
+#include "checkpoint/checkpoint.h"
+
+#include <gtest/gtest.h>
+#include <sys/resource.h>
+
+#include <csignal>
+#include <cstdlib>
+#include <filesystem>
+#include <fstream>
+
+#include "base/check.h"
+
+namespace trireme {
+namespace {
+
+namespace fs = std::filesystem;
+
+// The value of a global tensor is a function of its place, so that any slice on any layout can be checked.
+at::Tensor global_value(std::vector<int64_t> shape, at::ScalarType dtype, double scale) {
+  int64_t count = 1;
+  for (int64_t dim : shape) count *= dim;
+  return ((at::arange(count, at::kDouble) * scale).remainder(251) - 100).to(dtype).view(shape);
+}
+
+struct GlobalTensor {
+  std::string name;
+  at::Tensor value;
+  int sharded_dim;  // -1: replicated
+};
+
+std::vector<GlobalTensor> globals(double scale = 1) {
+  return {{"model/embed.weight", global_value({7, 5}, at::kFloat, scale), -1},
+          {"model/layers.0.up.weight", global_value({10, 6}, at::kBFloat16, scale), 0},
+          {"model/layers.0.down.weight", global_value({6, 11}, at::kHalf, scale), 1},
+          {"optimizer/exp_avg/flat", global_value({1001}, at::kDouble, scale), 0},
+          {"optimizer/step", global_value({}, at::kLong, scale), -1},
+          {"optimizer/mask", global_value({4}, at::kBool, scale), -1},
+          {"optimizer/none", at::empty({0, 3}), -1}};
+}
+
+// The slices of one rank, uneven; filled, or zeros to be loaded into.
+std::vector<NamedTensor> slices(const std::vector<GlobalTensor>& all, const Communicator& comm, bool filled) {
+  std::vector<NamedTensor> mine;
+  for (const GlobalTensor& tensor : all) {
+    NamedTensor slice{tensor.name, tensor.value, ShardSpec::whole(tensor.value)};
+    if (tensor.sharded_dim >= 0) {
+      int64_t length = tensor.value.size(tensor.sharded_dim);
+      int64_t begin = length * comm.rank() / comm.size(), end = length * (comm.rank() + 1) / comm.size();
+      slice.value = tensor.value.narrow(tensor.sharded_dim, begin, end - begin);
+      slice.shard.offset[static_cast<size_t>(tensor.sharded_dim)] = begin;
+      slice.shard.replicated = false;
+    }
+    slice.value = filled ? slice.value.clone() : at::zeros_like(slice.value);
+    mine.push_back(slice);
+  }
+  return mine;
+}
+
+void expect_equal(const std::vector<NamedTensor>& got, const std::vector<NamedTensor>& expected) {
+  for (size_t i = 0; i < got.size(); ++i) EXPECT_TRUE(at::equal(got[i].value, expected[i].value)) << got[i].name;
+}
+
+class CheckpointTest : public testing::Test {
+ protected:
+  void SetUp() override {
+    std::string name;
+    if (comm_.rank() == 0) {
+      char pattern[] = "/tmp/trireme-checkpoint-XXXXXX";
+      name = mkdtemp(pattern);
+    }
+    root_ = comm_.broadcast_bytes(name);
+    folder_ = root_ + "/checkpoints";
+  }
+  void TearDown() override {
+    comm_.barrier();
+    if (comm_.rank() == 0) fs::remove_all(root_);
+  }
+  CheckpointStore store(int64_t keep = 0) {
+    CheckpointStore store(folder_, comm_, keep);
+    store.prepare();
+    return store;
+  }
+  void save(CheckpointStore& store, int64_t step, bool is_best = false) {
+    store.save(step, slices(globals(static_cast<double>(step)), comm_, true), {{"step", step}}, is_best);
+  }
+  // Names in the checkpoint folder, sorted.
+  std::string listing() {
+    comm_.barrier();
+    std::vector<std::string> names;
+    for (const auto& entry : fs::directory_iterator(folder_)) names.push_back(entry.path().filename().string());
+    std::sort(names.begin(), names.end());
+    std::string text;
+    for (const std::string& name : names) text += name + " ";
+    comm_.barrier();
+    return text;
+  }
+  // Rank 0 changes one byte in the middle of a file.
+  void damage(const std::string& file) {
+    if (comm_.rank() == 0) {
+      std::fstream stream(file, std::ios::in | std::ios::out | std::ios::binary);
+      auto place = static_cast<std::streamoff>(fs::file_size(file) / 2);
+      stream.seekg(place);
+      char byte = static_cast<char>(stream.get());
+      stream.seekp(place);
+      stream.put(static_cast<char>(byte ^ 4));
+    }
+    comm_.barrier();
+  }
+  template <typename ErrorType, typename F>
+  std::string error_of(F&& action) {
+    try {
+      action();
+    } catch (const ErrorType& error) {
+      return error.what();
+    }
+    return "no such error";
+  }
+  std::string read(const std::string& path) {
+    std::ifstream stream(path);
+    return {std::istreambuf_iterator<char>(stream), {}};
+  }
+
+  Communicator comm_ = Communicator::world();
+  std::string root_, folder_;
+};
+
+TEST_F(CheckpointTest, LoadsOntoTheSameLayoutAndAnyOther) {
+  CheckpointStore saved = store();
+  EXPECT_FALSE(saved.newest().has_value());
+  save(saved, 12);
+  EXPECT_EQ(listing(), "latest step-12 ");
+  std::optional<Checkpoint> found = saved.newest();
+  ASSERT_TRUE(found.has_value());
+  EXPECT_EQ(found->step(), 12);
+  EXPECT_EQ(found->state(), (Json{{"step", 12}}));
+  // The world again; groups of two ranks; each rank alone.
+  for (const Communicator& layout : {comm_, comm_.split(comm_.rank() / 2, comm_.rank(), "pairs"), Communicator::self()}) {
+    std::vector<NamedTensor> targets = slices(globals(12), layout, false);
+    found->load(targets);
+    expect_equal(targets, slices(globals(12), layout, true));
+  }
+  // Columns of what was saved in rows.
+  at::Tensor up = globals(12)[1].value, columns = at::zeros({10, 2}, at::kBFloat16);
+  found->load({{"model/layers.0.up.weight", columns, {{10, 6}, {0, 3}, false}}}, true);
+  EXPECT_TRUE(at::equal(columns, up.narrow(1, 3, 2)));
+}
+
+TEST_F(CheckpointTest, EveryTensorIsWrittenOnceAndTheWorkIsShared) {
+  CheckpointStore saved = store();
+  std::vector<NamedTensor> tensors;
+  for (int i = 0; i < 8; ++i) {
+    at::Tensor value = at::full({1000}, i, at::kFloat);
+    tensors.push_back({str("t", i), value, ShardSpec::whole(value)});
+  }
+  saved.save(1, tensors, {});
+  std::map<std::string, int> num_pieces;
+  Checkpoint found = *saved.newest();
+  for (const auto& [name, tensor] : found.tensors()) {
+    EXPECT_EQ(tensor.pieces.size(), 1u);
+    ++num_pieces[tensor.pieces[0].file];
+  }
+  EXPECT_EQ(num_pieces.size(), static_cast<size_t>(comm_.size()));
+  for (const auto& [file, count] : num_pieces) EXPECT_EQ(count, 8 / comm_.size()) << file;
+}
+
+TEST_F(CheckpointTest, PlanFollowsTensorsThatChange) {
+  CheckpointStore saved = store();
+  save(saved, 1);
+  at::Tensor other = at::arange(9);
+  saved.save(2, {{"other", other, ShardSpec::whole(other)}}, {});
+  at::Tensor loaded = at::zeros({9}, at::kLong);
+  saved.newest()->load({{"other", loaded, ShardSpec::whole(loaded)}});
+  EXPECT_TRUE(at::equal(loaded, other));
+}
+
+TEST_F(CheckpointTest, BackgroundSaveHoldsWhatWasThereWhenItBegan) {
+  CheckpointStore saved = store();
+  std::vector<NamedTensor> tensors = slices(globals(3), comm_, true);
+  saved.start_save(3, tensors, {});
+  EXPECT_TRUE(saved.pending());
+  for (NamedTensor& tensor : tensors) tensor.value.zero_();
+  while (comm_.agree(saved.finished() ? 0 : 1) != 0) {
+  }
+  EXPECT_EQ(listing(), "step-3.tmp ");  // no checkpoint before all agree
+  saved.wait();
+  EXPECT_FALSE(saved.pending());
+  std::vector<NamedTensor> targets = slices(globals(3), comm_, false);
+  saved.newest()->load(targets);
+  expect_equal(targets, slices(globals(3), comm_, true));
+}
+
+TEST_F(CheckpointTest, AbandonedSaveLeavesTheOldOneAndIsCleanedUp) {
+  {
+    CheckpointStore saved = store();
+    save(saved, 1);
+    saved.start_save(2, slices(globals(2), comm_, true), {});
+  }  // as if killed: written, never committed
+  EXPECT_EQ(listing(), "latest step-1 step-2.tmp ");
+  CheckpointStore again(folder_, comm_, 0);
+  EXPECT_EQ(again.newest()->step(), 1);
+  again.prepare();
+  EXPECT_EQ(listing(), "latest step-1 ");
+}
+
+TEST_F(CheckpointTest, BrokenOnesArePassedOver) {
+  CheckpointStore saved = store();
+  for (int step = 1; step <= 6; ++step) save(saved, step);
+  damage(folder_ + "/step-6/shard-00000.h5");
+  EXPECT_EQ(error_of<DataError>([&] { open_checkpoint(folder_ + "/step-6"); }),
+            folder_ + "/step-6/shard-00000.h5 is damaged: its hash differs from the manifest's.");
+  damage(folder_ + "/step-5/manifest.json");
+  EXPECT_EQ(error_of<DataError>([&] { open_checkpoint(folder_ + "/step-5"); }),
+            folder_ + "/step-5/manifest.json is damaged: its hash is not the one in manifest.hash.");
+  std::string shard4 = folder_ + "/step-4/shard-00000.h5", shard3 = folder_ + "/step-3/shard-00000.h5";
+  auto size4 = fs::file_size(shard4);
+  comm_.barrier();
+  if (comm_.rank() == 0) {
+    fs::resize_file(shard4, size4 - 1);
+    fs::remove(shard3);
+    fs::remove(folder_ + "/step-2/manifest.json");
+  }
+  comm_.barrier();
+  EXPECT_EQ(error_of<DataError>([&] { open_checkpoint(folder_ + "/step-4"); }),
+            str(shard4, " has ", size4 - 1, " bytes instead of ", size4, "."));
+  EXPECT_EQ(error_of<DataError>([&] { open_checkpoint(folder_ + "/step-3"); }),
+            shard3 + " is missing (No such file or directory).");
+  EXPECT_EQ(error_of<DataError>([&] { open_checkpoint(folder_ + "/step-2"); }),
+            folder_ + "/step-2 is not a checkpoint: it has no manifest.json.");
+  std::optional<Checkpoint> found = saved.newest();
+  ASSERT_TRUE(found.has_value());
+  EXPECT_EQ(found->step(), 1);
+  damage(folder_ + "/step-1/shard-00000.h5");
+  EXPECT_EQ(error_of<DataError>([&] { saved.newest(); }),
+            folder_ + ": every checkpoint is broken; the newest: " + folder_ + "/step-6/shard-00000.h5 is damaged: its hash "
+            "differs from the manifest's. Restore one, or start afresh with run.resume=never.");
+}
+
+TEST_F(CheckpointTest, KeepsTheNewestAndTheBest) {
+  CheckpointStore saved = store(2);
+  EXPECT_FALSE(saved.best().has_value());
+  for (int step = 1; step <= 5; ++step) save(saved, step, step == 2);
+  EXPECT_EQ(listing(), "best latest step-2 step-4 step-5 ");
+  EXPECT_EQ(read(folder_ + "/latest"), "step-5\n");
+  EXPECT_EQ(read(folder_ + "/best"), "step-2\n");
+  EXPECT_EQ(saved.best()->step(), 2);
+  save(saved, 5);  // the same step again replaces it
+  EXPECT_EQ(listing(), "best latest step-2 step-4 step-5 ");
+  EXPECT_EQ(saved.newest()->step(), 5);
+}
+
+TEST_F(CheckpointTest, StepsOfABranchThatWasLeftAreSetAside) {
+  CheckpointStore saved = store(2);
+  save(saved, 10);
+  save(saved, 20);
+  save(saved, 11);  // resumed from 10
+  EXPECT_EQ(listing(), "latest step-10 step-11 step-20.abandoned ");
+  EXPECT_EQ(saved.newest()->step(), 11);
+}
+
+TEST_F(CheckpointTest, SaysWhichTensorsDiffer) {
+  CheckpointStore saved = store();
+  save(saved, 1);
+  Checkpoint found = *saved.newest();
+  std::vector<NamedTensor> targets = slices(globals(1), comm_, false);
+  targets[0].name = "model/embedding.weight";
+  targets[5] = {"optimizer/mask", at::zeros({5}, at::kBool), {{5}, {0}, true}};
+  targets[4].value = at::zeros({}, at::kInt);
+  EXPECT_EQ(error_of<DataError>([&] { found.load(targets); }),
+            folder_ + "/step-1: the tensors of the checkpoint are not those of this run. Missing (1): model/embedding.weight. "
+            "Not asked for (1): model/embed.weight. Different (2): optimizer/step is [] int64 in the checkpoint, [] int32 in "
+            "this run, optimizer/mask is [4] bool in the checkpoint, [5] bool in this run.");
+}
+
+TEST_F(CheckpointTest, UnwritableFolderIsToldByEveryRank) {
+  if (comm_.rank() == 0) std::ofstream(folder_) << "a file in the way";
+  comm_.barrier();
+  std::string what = error_of<SystemError>([&] { store(); });
+  EXPECT_NE(what.find("cannot create " + folder_ + ": "), std::string::npos) << what;
+  comm_.barrier();
+}
+
+// A file size limit on the last rank stands for a full disk there.
+TEST_F(CheckpointTest, FullDiskOfOneRankIsToldByAllAndTheOldCheckpointStays) {
+  CheckpointStore saved = store();
+  save(saved, 1);
+  at::Tensor big = at::ones({1 << 20});
+  std::vector<NamedTensor> tensors = {{"big", big, {{(1 << 20) * comm_.size()}, {(1 << 20) * comm_.rank()}, false}}};
+  rlimit before{};
+  getrlimit(RLIMIT_FSIZE, &before);
+  std::signal(SIGXFSZ, SIG_IGN);
+  if (comm_.rank() == comm_.size() - 1) {
+    rlimit limit{1 << 20, before.rlim_max};
+    setrlimit(RLIMIT_FSIZE, &limit);
+  }
+  std::string what = error_of<SystemError>([&] { saved.save(2, tensors, {}); });
+  setrlimit(RLIMIT_FSIZE, &before);
+  char shard[32];
+  std::snprintf(shard, sizeof shard, "shard-%05d.h5", comm_.size() - 1);
+  EXPECT_EQ(what.find("checkpoint of step 2 was not saved; the earlier ones are untouched: cannot write " + folder_ +
+                      "/step-2.tmp/" + shard + ": File too large ("), 0u) << what;
+  EXPECT_EQ(listing(), "latest step-1 ");
+  EXPECT_EQ(saved.newest()->step(), 1);
+  saved.save(2, tensors, {});  // and it goes on once there is room
+  EXPECT_EQ(saved.newest()->step(), 2);
+}
+
+// Whole tensors are in all.h5. The Python test runs this one, too, and reads the file with h5py.
+TEST_F(CheckpointTest, ViewShowsWholeTensors) {
+  if (const char* given = std::getenv("TRIREME_INTEROP")) folder_ = given;
+  CheckpointStore saved = store();
+  save(saved, 3);
+  Hdf5File view = Hdf5File::open(folder_ + "/step-3/all.h5");
+  EXPECT_EQ(view.dataset_names().size(), globals().size());
+  EXPECT_EQ(view.open_dataset("optimizer/step").read_all<int64_t>(), std::vector<int64_t>{-100});
+}
+
+}  // namespace
+}  // namespace trireme
