@@ -1,0 +1,64 @@
+#include "base/log.h"
+
+#include <atomic>
+#include <cstdio>
+#include <ctime>
+#include <mutex>
+
+#include "base/check.h"
+
+namespace trireme {
+namespace {
+
+struct LogState {
+  std::mutex mutex;
+  int rank = 0, size = 1;
+  LogLevel level = LogLevel::kInfo;
+  bool only_rank0 = true;
+  FILE* file = nullptr;
+};
+
+LogState& state() {
+  static LogState* instance = new LogState;  // never destroyed: threads may log while the program ends
+  return *instance;
+}
+
+}  // namespace
+
+void set_log_rank(int rank, int size) {
+  state().rank = rank;
+  state().size = size;
+}
+int log_rank() { return state().rank; }
+void set_log_level(LogLevel level) { state().level = level; }
+void set_log_silent_ranks(bool only_rank0) { state().only_rank0 = only_rank0; }
+
+void set_log_file(const std::string& path) {
+  FILE* file = std::fopen(path.c_str(), "ae");
+  if (!file) throw SystemError(str("cannot write the log ", path, ": ", errno_text()));
+  std::lock_guard lock(state().mutex);
+  if (state().file) std::fclose(state().file);
+  state().file = file;
+}
+
+void log_message(LogLevel level, const std::string& text) {
+  LogState& s = state();
+  if (level < s.level || (s.rank != 0 && s.only_rank0 && level < LogLevel::kWarn)) return;
+  std::string line = level == LogLevel::kWarn ? "warning: " : level == LogLevel::kError ? "error: " : "";
+  if (s.rank != 0) line = str("[rank ", s.rank, "] ", line);
+  line += text + "\n";
+  std::lock_guard lock(s.mutex);
+  std::fwrite(line.data(), 1, line.size(), stderr);
+  if (s.file) {
+    char when[32];
+    std::time_t now = std::time(nullptr);
+    std::tm parts{};
+    ::localtime_r(&now, &parts);
+    std::strftime(when, sizeof when, "%F %T ", &parts);
+    std::fputs(when, s.file);
+    std::fwrite(line.data(), 1, line.size(), s.file);
+    std::fflush(s.file);
+  }
+}
+
+}  // namespace trireme
