@@ -1,0 +1,62 @@
+// AdamW (Loshchilov & Hutter 2019): Adam with decoupled weight decay, over flat contiguous tensors (whole parameters or
+// the shards of a rank). The arithmetic of torch.optim.AdamW, in fp32 (fp64 for fp64 weights):
+//   w -= lr * weight_decay * w
+//   m += (1 - beta1) * (g - m);  v = beta2 * v + (1 - beta2) * g^2
+//   w -= lr / (1 - beta1^t) * m / (sqrt(v) / sqrt(1 - beta2^t) + epsilon)
+// bf16 and fp16 weights have an fp32 master, which is updated and then rounded to the weight.
+#pragma once
+
+#include "base/tensor.h"
+
+namespace trireme {
+
+struct OptimTensor {
+  std::string name;           // of the parameter
+  at::Tensor weight;          // flat [N], contiguous, the model's dtype; updated in place
+  at::Tensor grad;            // flat [N], contiguous, fp32 (fp64 for fp64 weights); read at every step
+  double weight_decay = 0.0;  // 1/step at learning rate 1
+};
+
+// One tensor of the optimizer's state; shares storage with the optimizer: read it to save, fill it to load.
+struct OptimState {
+  std::string parameter;  // OptimTensor::name
+  std::string kind;       // exp_avg | exp_avg_sq | master (low-precision weights only)
+  at::Tensor value;       // flat [N], fp32 (fp64 for fp64 weights)
+};
+
+struct AdamWOptions {
+  double beta1 = 0.9, beta2 = 0.999, epsilon = 1e-8;
+};
+
+class AdamW {
+ public:
+  // The masters start as the weights are now. InternalError: a tensor is not flat and contiguous, or grad's dtype or
+  // length is another.
+  AdamW(std::vector<OptimTensor> tensors, const AdamWOptions& options);
+
+  // One update with gradients grad * grad_scale (clipping and averaging). Elements do not depend on threads or on how
+  // parameters are cut into shards.
+  void step(double lr, double grad_scale = 1.0);
+
+  int64_t num_steps() const { return num_steps_; }
+  void set_num_steps(int64_t steps) { num_steps_ = steps; }
+  std::vector<OptimState> state() const;
+  const std::vector<OptimTensor>& tensors() const { return tensors_; }
+  // Takes the weights as they are now for the masters: after weights were loaded without a state.
+  void reset_masters();
+  uint64_t state_bytes() const;
+
+  // Bytes of state for a parameter element of `dtype`; for plans before anything is allocated.
+  static uint64_t state_bytes_per_element(at::ScalarType dtype);
+
+ private:
+  struct Moments {
+    at::Tensor exp_avg, exp_avg_sq, master;
+  };
+  std::vector<OptimTensor> tensors_;
+  std::vector<Moments> moments_;
+  AdamWOptions options_;
+  int64_t num_steps_ = 0;
+};
+
+}  // namespace trireme

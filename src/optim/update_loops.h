@@ -1,0 +1,24 @@
+// The vector loops under the optimizer: serial functions over flat ranges.
+#pragma once
+
+#include "ops/loops.h"
+
+namespace trireme {
+
+struct AdamWStep {
+  double lr, weight_decay, beta1, beta2, epsilon, grad_scale;
+  double correction1, correction2;  // 1 - beta^t
+};
+
+template <typename T>
+struct UpdateLoops {
+  using A = typename ComputeType<T>::type;
+  // master may be null: then the weight itself, of type A, is the master.
+  void (*adamw)(int64_t count, T* weight, A* master, const A* grad, A* exp_avg, A* exp_avg_sq, const AdamWStep& step);
+  double (*sum_of_squares)(int64_t count, const T* x);
+};
+
+template <typename T>
+const UpdateLoops<T>& update_loops(int level = -1);  // as loops() in ops/loops.h
+
+}  // namespace trireme

@@ -1,0 +1,226 @@
+// The optimizer against a plain loop in double, clipping and schedules against their formulas.
+#include <ATen/CPUGeneratorImpl.h>
+#include <ATen/Parallel.h>
+
+#include <numbers>
+
+#include "base/check.h"
+#include "optim/adamw.h"
+#include "optim/clip.h"
+#include "optim/schedule.h"
+#include "optim/update_loops.h"
+#include "support.h"
+
+namespace trireme {
+namespace {
+
+using test::near;
+using test::same_bits;
+
+at::Tensor random(int64_t size, double scale = 1.0) {
+  static auto generator = at::make_generator<at::CPUGeneratorImpl>(11);
+  return at::randn({size}, generator, at::kDouble) * scale;
+}
+at::ScalarType wide(at::ScalarType dtype) { return dtype == at::kDouble ? at::kDouble : at::kFloat; }
+
+struct PlainAdamW {
+  std::vector<double> w, m, v;
+  explicit PlainAdamW(const at::Tensor& weight) {
+    at::Tensor d = weight.to(at::kDouble).contiguous();
+    w.assign(d.data_ptr<double>(), d.data_ptr<double>() + d.numel());
+    m.assign(w.size(), 0.0);
+    v.assign(w.size(), 0.0);
+  }
+  void step(int t, const at::Tensor& grad, double lr, double decay, double b1, double b2, double eps) {
+    for (size_t i = 0; i < w.size(); ++i) {
+      const double g = grad.data_ptr<double>()[i];
+      w[i] *= 1 - lr * decay;
+      m[i] = b1 * m[i] + (1 - b1) * g;
+      v[i] = b2 * v[i] + (1 - b2) * g * g;
+      w[i] -= lr / (1 - std::pow(b1, t)) * m[i] / (std::sqrt(v[i]) / std::sqrt(1 - std::pow(b2, t)) + eps);
+    }
+  }
+  at::Tensor weight() { return at::tensor(w, at::kDouble); }
+};
+
+TEST(AdamW, EqualsThePlainLoop) {
+  for (auto dtype : {at::kDouble, at::kFloat, at::kBFloat16, at::kHalf})
+    for (int64_t size : {1, 37, 20000}) {
+      at::Tensor weight = random(size).to(dtype), grad = at::empty({size}, wide(dtype));
+      PlainAdamW plain(weight);
+      AdamW optimizer({{"w", weight, grad, 0.1}}, {0.8, 0.95, 1e-6});
+      for (int t = 1; t <= 5; ++t) {
+        at::Tensor g = random(size, 0.1 * t).to(wide(dtype));
+        grad.copy_(g * 4);
+        plain.step(t, g.to(at::kDouble), 0.01 * t, 0.1, 0.8, 0.95, 1e-6);
+        optimizer.step(0.01 * t, 0.25);
+      }
+      EXPECT_EQ(optimizer.num_steps(), 5);
+      EXPECT_TRUE(near(weight, plain.weight())) << dtype;
+      for (auto& s : optimizer.state()) {
+        at::Tensor expected = s.kind == "master"    ? plain.weight()
+                              : s.kind == "exp_avg" ? at::tensor(plain.m, at::kDouble)
+                                                    : at::tensor(plain.v, at::kDouble);
+        EXPECT_TRUE(near(s.value, expected)) << dtype << " " << s.kind;
+      }
+      EXPECT_EQ(optimizer.state().size(), wide(dtype) == dtype ? 2u : 3u);
+    }
+}
+
+TEST(AdamW, MasterKeepsWhatTheWeightCannot) {
+  at::Tensor weight = at::ones({4}, at::kBFloat16), grad = at::ones({4});
+  AdamW optimizer({{"w", weight, grad, 0.0}}, {});
+  for (int t = 0; t < 8; ++t) optimizer.step(1e-3);  // each step moves by 0.001, less than half of bf16's 2^-8
+  EXPECT_TRUE(near(optimizer.state()[2].value, at::full({4}, 0.992)));
+  EXPECT_TRUE(same_bits(weight, at::full({4}, 0.992).to(at::kBFloat16)));
+}
+
+TEST(AdamW, ShardsAndThreadsChangeNothing) {
+  at::Tensor start = random(50000).to(at::kFloat), g = random(50000).to(at::kFloat);
+  auto train = [&](std::vector<int64_t> bounds, int threads) {
+    const int before = at::get_num_threads();
+    at::set_num_threads(threads);
+    at::Tensor weight = start.clone();
+    std::vector<OptimTensor> shards;
+    for (size_t i = 0; i + 1 < bounds.size(); ++i)
+      shards.push_back({"w", weight.slice(0, bounds[i], bounds[i + 1]), g.slice(0, bounds[i], bounds[i + 1]), 0.1});
+    AdamW optimizer(shards, {});
+    for (int t = 0; t < 3; ++t) optimizer.step(1e-2);
+    at::set_num_threads(before);
+    return weight;
+  };
+  at::Tensor whole = train({0, 50000}, 1);
+  EXPECT_FALSE(same_bits(whole, start));
+  EXPECT_TRUE(same_bits(train({0, 50000}, 3), whole));
+  EXPECT_TRUE(same_bits(train({0, 1, 12345, 12345, 50000}, 2), whole));
+}
+
+TEST(AdamW, GoesOnFromItsState) {
+  for (auto dtype : {at::kFloat, at::kBFloat16}) {
+    at::Tensor weight = random(100).to(dtype), grad = random(100).to(at::kFloat);
+    AdamW first({{"w", weight, grad, 0.1}}, {});
+    first.step(1e-2);
+    at::Tensor copy = weight.clone();
+    AdamW second({{"w", copy, grad, 0.1}}, {});
+    auto from = first.state(), to = second.state();
+    for (size_t i = 0; i < from.size(); ++i) to[i].value.copy_(from[i].value);
+    second.set_num_steps(first.num_steps());
+    first.step(1e-2);
+    second.step(1e-2);
+    EXPECT_TRUE(same_bits(copy, weight));
+  }
+}
+
+TEST(AdamW, ResetsMastersAndCountsBytes) {
+  at::Tensor weight = at::ones({10}, at::kBFloat16), grad = at::zeros({10});
+  AdamW optimizer({{"w", weight, grad, 0.0}}, {});
+  EXPECT_EQ(optimizer.state_bytes(), 120u);
+  weight.fill_(2.0);
+  optimizer.reset_masters();
+  optimizer.step(1e-3);
+  EXPECT_TRUE(near(weight, at::full({10}, 2.0)));
+  EXPECT_THROW(AdamW({{"w", weight, at::zeros({9}), 0.0}}, {}), InternalError);
+  EXPECT_THROW(AdamW({{"w", weight, grad.to(at::kBFloat16), 0.0}}, {}), InternalError);
+}
+
+TEST(AdamW, EveryInstructionSetDoesTheSame) {
+  for (int level : {0, 1, 2}) {
+    at::Tensor w = at::linspace(-1, 1, 45), g = at::linspace(2, -3, 45), m = at::full({45}, 0.1), v = at::full({45}, 0.2);
+    PlainAdamW plain(w);
+    plain.m.assign(45, 0.1);
+    plain.v.assign(45, 0.2);
+    plain.step(1, g.to(at::kDouble), 0.1, 0.5, 0.9, 0.99, 1e-8);
+    try {
+      update_loops<float>(level).adamw(45, w.data_ptr<float>(), nullptr, g.data_ptr<float>(), m.data_ptr<float>(),
+                                       v.data_ptr<float>(), {0.1, 0.5, 0.9, 0.99, 1e-8, 1.0, 1 - 0.9, 1 - 0.99});
+    } catch (const InternalError&) {
+      std::printf("level %d: not on this processor\n", level);
+      continue;
+    }
+    EXPECT_TRUE(near(w, plain.weight())) << level;
+  }
+}
+
+TEST(Clip, SquaredNorm) {
+  for (auto dtype : {at::kDouble, at::kFloat, at::kBFloat16, at::kHalf})
+    for (int64_t size : {0, 1, 17, 200001}) {
+      at::Tensor x = random(size).to(dtype);
+      const double expected = x.to(at::kDouble).square().sum().item<double>();
+      EXPECT_NEAR(squared_norm(x), expected, 1e-12 * expected) << dtype << size;
+    }
+  at::Tensor x = random(300000);
+  const int before = at::get_num_threads();
+  at::set_num_threads(3);
+  const double three = squared_norm(x);
+  at::set_num_threads(1);
+  EXPECT_EQ(squared_norm(x), three);
+  at::set_num_threads(before);
+  EXPECT_DOUBLE_EQ(squared_norm(std::vector<at::Tensor>{at::full({2}, 3.0), at::full({1}, 4.0)}), 34.0);
+  x[5] = std::nan("");
+  EXPECT_TRUE(std::isnan(squared_norm(x)));
+}
+
+TEST(Clip, Scale) {
+  EXPECT_DOUBLE_EQ(clip_scale(4.0, 1.0), 1.0 / (4.0 + 1e-6));
+  EXPECT_EQ(clip_scale(0.5, 1.0), 1.0);
+  EXPECT_EQ(clip_scale(0.0, 1.0), 1.0);
+  EXPECT_EQ(clip_scale(100.0, 0.0), 1.0);
+  EXPECT_EQ(clip_scale(std::numeric_limits<double>::infinity(), 1.0), 0.0);
+  EXPECT_TRUE(std::isnan(clip_scale(std::nan(""), 1.0)));
+}
+
+// Values of transformers 5.23's lambdas at (step - 1) for 100 steps, 10 of warm-up, lr 2: first, second, end of warm-up,
+// after it, middle, last, past the end.
+void expect_rates(const Schedule& schedule, std::vector<double> rates) {
+  const std::vector<int64_t> steps = {1, 2, 10, 11, 56, 100, 101, 200};
+  ASSERT_EQ(rates.size(), steps.size());
+  for (size_t i = 0; i < steps.size(); ++i) EXPECT_NEAR(schedule(steps[i]), rates[i], 1e-14) << "step " << steps[i];
+}
+
+TEST(Schedule, RatesOfAllKinds) {
+  const double pi = std::numbers::pi;
+  expect_rates(Schedule(ScheduleKind::kConstant, 2.0, 100, 10), {0.0, 0.2, 1.8, 2.0, 2.0, 2.0, 2.0, 2.0});
+  expect_rates(Schedule(ScheduleKind::kLinear, 2.0, 100, 10), {0.0, 0.2, 1.8, 2.0, 1.0, 2.0 / 90, 0.0, 0.0});
+  expect_rates(Schedule(ScheduleKind::kCosine, 2.0, 100, 10),
+               {0.0, 0.2, 1.8, 2.0, 1.0, 1.0 + std::cos(pi * 89 / 90), 0.0, 0.0});
+  expect_rates(Schedule(ScheduleKind::kCosine, 2.0, 100, 10, 0.5),
+               {0.0, 0.2, 1.8, 2.0, 1.25, 0.5 + 0.75 * (1 + std::cos(pi * 89 / 90)), 0.5, 0.5});
+  expect_rates(Schedule(ScheduleKind::kLinear, 2.0, 100, 10, 0.5),
+               {0.0, 0.2, 1.8, 2.0, 1.25, 0.5 + 1.5 / 90, 0.5, 0.5});
+  expect_rates(Schedule(ScheduleKind::kExponential, 2.0, 100, 10, 0.5),
+               {0.0, 0.2, 1.8, 2.0, 1.0, 2.0 * std::pow(0.25, 89.0 / 90), 0.5, 0.5});
+  EXPECT_EQ(Schedule(ScheduleKind::kLinear, 2.0, 4)(1), 2.0);  // without warm-up the first step has the whole rate
+}
+
+TEST(Schedule, WarmupAsAFractionIsRoundedUp) {
+  EXPECT_EQ(Schedule(ScheduleKind::kLinear, 1.0, 99, 0.1).warmup_steps(), 10);
+  EXPECT_EQ(Schedule(ScheduleKind::kLinear, 1.0, 99, 7).warmup_steps(), 7);
+  Schedule longer(ScheduleKind::kLinear, 1.0, 5, 10);  // a warm-up beyond the end
+  EXPECT_DOUBLE_EQ(longer(5), 0.4);
+  EXPECT_DOUBLE_EQ(longer(6), 0.5);
+}
+
+std::string refusal(const std::function<void()>& f) {
+  try {
+    f();
+  } catch (const ConfigError& e) {
+    return e.what();
+  }
+  return "";
+}
+
+TEST(Schedule, RefusesByName) {
+  EXPECT_EQ(refusal([] { parse_schedule_kind("cosin"); }),
+            "schedule.kind = cosin: allowed are constant, linear, cosine, exponential.");
+  EXPECT_EQ(parse_schedule_kind("exponential"), ScheduleKind::kExponential);
+  EXPECT_EQ(refusal([] { Schedule(ScheduleKind::kLinear, 1.0, 10, 2.5); }),
+            "schedule.warmup_steps = 2.5: it must be a number of steps (0, 1, 2, ...) or a fraction of the run below 1.");
+  EXPECT_EQ(refusal([] { Schedule(ScheduleKind::kLinear, 1.0, 10, 0, 2.0); }),
+            "schedule.min_lr = 2: it must lie between 0 and optim.lr = 1.");
+  EXPECT_EQ(refusal([] { Schedule(ScheduleKind::kExponential, 1.0, 10); }),
+            "schedule.kind = exponential falls from optim.lr to schedule.min_lr: set schedule.min_lr above 0.");
+  EXPECT_EQ(refusal([] { Schedule(ScheduleKind::kLinear, -1.0, 10); }), "optim.lr = -1: it must be 0 or more.");
+}
+
+}  // namespace
+}  // namespace trireme
