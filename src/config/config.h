@@ -1,0 +1,138 @@
+// Every knob of Trireme, declared once: a struct member here and one line in fields() (config.cpp) with key, unit, allowed
+// values and meaning. Command line over file over default.
+#pragma once
+
+#include <cstdint>
+#include <string>
+#include <variant>
+#include <vector>
+
+namespace trireme {
+
+struct Config {
+  struct {
+    std::string dir, resume = "auto";
+    int64_t seed = 0;
+  } run;
+  struct {
+    std::string path, config, tokenizer, dtype = "auto", revision = "main";
+  } model;
+  struct {
+    std::vector<std::string> train, eval;
+    double eval_fraction = 0;
+    std::string format = "auto", prompt_field, completion_field, text_field, learn = "completion";
+    int64_t max_length = 2048;
+    std::string truncation = "auto";
+    bool packing = false, shuffle = true;
+    std::string chat_template, template_args, cache;
+    int64_t show = 0;
+  } data;
+  struct {
+    std::string kind = "sft";
+  } task;
+  struct {
+    int64_t steps = 0;
+    double epochs = 0;
+    int64_t stop_after = 0;
+    std::string dtype = "auto";
+    int64_t micro_batch_size = 1, accumulation = 1;
+    std::string recompute = "none";
+    double max_grad_norm = 1.0;
+    std::string gradients;
+    int64_t threads = 0;
+  } train;
+  struct {
+    std::string kind = "adamw";
+    double lr = 2e-4, weight_decay = 0.0, beta1 = 0.9, beta2 = 0.999, epsilon = 1e-8;
+  } optim;
+  struct {
+    std::string kind = "linear";
+    double warmup_steps = 0, min_lr = 0;
+  } schedule;
+  struct {
+    int64_t rank = 0;
+    double alpha = 0, dropout = 0;
+    std::vector<std::string> targets = {"all-linear"};
+    bool rslora = false, merge = false;
+    std::string path;
+  } lora;
+  struct {
+    std::string base = "none";
+  } quant;
+  struct {
+    int64_t data = 0, tensor = 1, pipeline = 1, zero = 0;
+  } parallel;
+  struct {
+    double bucket_mb = 8;
+    bool overlap = true;
+  } comm;
+  struct {
+    double every = 0;
+    int64_t keep = 2;
+    bool async = true;
+  } checkpoint;
+  struct {
+    double every = 0;
+    std::string metric = "loss";
+    int64_t patience = 0, micro_batch_size = 0;
+    bool restore_best = true;
+    std::string token_ids, logits;
+  } eval;
+  struct {
+    std::string prompt, file, format = "text", out;
+    bool chat = false, stream = true;
+    int64_t max_tokens = 128, top_k = 0;
+    double temperature = 0, top_p = 1, min_p = 0, repetition_penalty = 1;
+    std::vector<std::string> stop;
+    std::string system;
+  } generate;
+  struct {
+    bool offsets = false, special = true, generation_prompt = false, decode = false;
+  } tokenize;
+  struct {
+    int64_t every = 1;
+    std::string level = "info";
+  } log;
+};
+
+// A key of the configuration, bound to the member that holds its value.
+struct Field {
+  std::string key;   // section.name
+  std::variant<std::string*, int64_t*, double*, bool*, std::vector<std::string>*> value;
+  std::string unit;  // "" where it has none
+  std::string meaning;
+  std::vector<std::string> allowed;  // empty: any value of the type
+  double min = -1e300, max = 1e300;  // of numbers
+
+  const char* type() const;    // text, integer, number, true|false, list
+  std::string text() const;    // the value as the INI file has it
+  // Sets the value; returns what is wrong with `text`, or "".
+  std::string set(const std::string& text) const;
+};
+
+// All keys, in the order of the printed configuration. The pointers go into `config`.
+std::vector<Field> fields(Config& config);
+
+struct CommandLine {
+  std::string verb, config_file;
+  std::vector<std::string> arguments;  // words that are no option, after the file
+  bool help = false, version = false, dry_run = false, print_config = false;
+  std::vector<std::string> given;      // keys that file or command line set
+  bool is_given(const std::string& key) const;
+};
+
+// Reads `trireme VERB [CONFIG.ini] [--section.key=value ...]` into config. The first word after the verb that ends in
+// .ini is the file. ConfigError lists everything that is wrong: unknown keys and abbreviations (with the nearest known
+// key), values of a wrong type or out of range, keys given twice, a file that is not there (with file and line).
+CommandLine parse_command_line(int argc, const char* const* argv, Config& config);
+
+// The configuration as a commented INI file that reads back to the same values.
+std::string config_to_ini(Config config, bool comments);
+
+// --help of a verb: its usage and every key of its sections. Empty verb: the list of verbs.
+std::string help_text(const std::string& verb);
+
+// The known word that is nearest to `word` by edit distance; "" where none is near.
+std::string nearest(const std::string& word, const std::vector<std::string>& known);
+
+}  // namespace trireme
