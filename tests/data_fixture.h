@@ -15,8 +15,9 @@ namespace trireme {
 
 enum TestIds : int64_t { kTestEos = 0, kTestStart = 1, kTestEnd = 2, kTestBos = 3 };
 
-// Every printable ASCII character, the space and the newline is one token.
-inline Tokenizer character_tokenizer() {
+// Every printable ASCII character, the space and the newline is one token. `post_processed`: <bos> before a text and
+// <eos> after it.
+inline Tokenizer character_tokenizer(bool post_processed = false) {
   Json vocab = Json::object(), added = Json::array();
   int64_t id = 0;
   for (const char* special : {"<eos>", "<|im_start|>", "<|im_end|>", "<bos>"}) {
@@ -34,6 +35,17 @@ inline Tokenizer character_tokenizer() {
                {"model", {{"type", "BPE"}, {"dropout", nullptr}, {"unk_token", nullptr}, {"continuing_subword_prefix", nullptr},
                           {"end_of_word_suffix", nullptr}, {"fuse_unk", false}, {"byte_fallback", false}, {"vocab", vocab},
                           {"merges", Json::array()}}}};
+  if (post_processed) {
+    auto special = [](const char* name) { return Json{{"SpecialToken", {{"id", name}, {"type_id", 0}}}}; };
+    auto entry = [](const char* name, int64_t id) {
+      return Json{{"id", name}, {"ids", Json::array({id})}, {"tokens", Json::array({name})}};
+    };
+    Json text = {{"Sequence", {{"id", "A"}, {"type_id", 0}}}}, second = {{"Sequence", {{"id", "B"}, {"type_id", 1}}}};
+    json["post_processor"] = {{"type", "TemplateProcessing"},
+                              {"single", Json::array({special("<bos>"), text, special("<eos>")})},
+                              {"pair", Json::array({special("<bos>"), text, second, special("<eos>")})},
+                              {"special_tokens", {{"<bos>", entry("<bos>", kTestBos)}, {"<eos>", entry("<eos>", kTestEos)}}}};
+  }
   return Tokenizer::parse(dump_json(json), "characters");
 }
 

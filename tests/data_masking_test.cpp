@@ -41,6 +41,17 @@ TEST_F(Masking, CompletionAndEnd) {
   EXPECT_EQ(marked(encode(R"({"prompt": "Ask", "completion": " me"})")), "A[sk me<eos>]");
 }
 
+TEST_F(Masking, TokensOfThePostProcessor) {
+  tokenizer_ = character_tokenizer(true);
+  EXPECT_EQ(marked(encode(R"({"prompt": "Ask", "completion": " me"})")), "<bos>Ask[ me<eos>]");
+  EXPECT_EQ(marked(encode(R"({"text": "Ask me"})")), "<bos>[Ask me<eos>]");
+  EXPECT_EQ(words(R"({"text": "<bos>a"})"),
+            "f:1: the beginning token '<bos>' comes twice; take it out of the text or the chat template");
+  ChatTemplate chatml = ChatTemplate::load("chatml", "");
+  EXPECT_EQ(marked(encode(R"({"prompt": "a", "completion": "b"})", &chatml)),
+            "<|im_start|>user\na<|im_end|>\n<|im_start|>assistant\n[b<|im_end|>]\n");
+}
+
 TEST_F(Masking, AssistantTextAndEndOfTurn) {
   ChatTemplate chatml = ChatTemplate::load("chatml", "");
   EXPECT_EQ(marked(encode(kChat, &chatml)),
