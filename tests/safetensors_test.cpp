@@ -105,7 +105,7 @@ TEST_F(Safetensors, RefusesBrokenFilesWithTheRightWords) {
   EXPECT_NE(refusal("{\"\xff\":1}", 0).find(path_ + ": header"), std::string::npos);
 
   std::string a = R"("a":{"dtype":"F32","shape":[2,2],"data_offsets":[0,16]})", at_a = path_ + ": tensor 'a'";
-  EXPECT_NE(refusal("{" + a + "," + a + "}", 16).find("'a'"), std::string::npos);  // duplicate key
+  EXPECT_NE(refusal("{" + a + "," + a + "}", 16).find("the key \"a\" stands twice in one object"), std::string::npos);
   EXPECT_EQ(refusal("{" + a + "}", 15), path_ + ": cut short: tensor 'a' ends at 16, but only 15 bytes of values are there. Download or copy it again.");
   EXPECT_EQ(refusal("{" + a + "}", 17), path_ + ": the tensors end at 16, but 17 bytes of values are there.");
   EXPECT_EQ(refusal("{" + a + R"(,"b":{"dtype":"U8","shape":[2],"data_offsets":[15,17]}})", 17),
