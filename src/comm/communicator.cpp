@@ -99,7 +99,7 @@ struct Communicator::Impl {
       return nullptr;
     }
     operation->keep_alive = std::make_shared<std::vector<at::Tensor>>(std::move(tensors));
-    if (!operation->try_advance()) engine_add(operation);
+    engine_add(operation);
     return operation;
   }
 
@@ -171,8 +171,7 @@ bool Work::test() {
   if (!operation_) return true;
   {
     CallTimer timer(operation_->nanoseconds);
-    engine_advance();
-    if (!operation_->try_advance()) return false;
+    if (!engine_test(*operation_)) return false;
   }
   std::exchange(operation_, nullptr)->rethrow();
   return true;

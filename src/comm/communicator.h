@@ -11,8 +11,9 @@
 //   errors  TRIREME_CHECK: wrong dtype, shape, device, layout, rank; SystemError: MPI reports a failure (named with the
 //           operation)
 //
-// Non-blocking operations move on in test() and wait() of any Work, and in a background thread that looks every 0.1 ms
-// while something is in flight (set_progress_thread). They may be completed in any order.
+// Non-blocking operations move on in a background thread that looks every 0.1 ms while something is in flight
+// (comm/progress.h), in wait() of any Work and, where that thread is switched off, in test(). They may be completed in any
+// order.
 //
 // Threads: one thread a Communicator at a time. Different Communicators may be used from different threads.
 //
@@ -43,7 +44,7 @@ class Work {
   Work(Work&&) noexcept;
   Work& operator=(Work&&) noexcept;
 
-  bool test();  // moves the operation on; true when it is done
+  bool test();  // true when it is done
   void wait();
 
  private:

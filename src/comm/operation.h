@@ -53,11 +53,11 @@ std::shared_ptr<CommOperation> make_barrier(const Exchange& e);
 std::shared_ptr<CommOperation> make_send(const Exchange& e, const void* data, int64_t num_bytes, int to);
 std::shared_ptr<CommOperation> make_receive(const Exchange& e, void* data, int64_t num_bytes, int from);
 
-// Gives a non-blocking operation to the engine: it moves on whenever any operation is tested or waited for, and in the
-// background thread.
+// Gives a non-blocking operation to the engine: it moves on in the background thread, and whenever any operation is
+// waited for or (without the thread) tested.
 void engine_add(std::shared_ptr<CommOperation> operation);
-// Moves all of them on once.
-void engine_advance();
+// Done? Moves all operations on once, unless the background thread does that: then the caller's time is for computing.
+bool engine_test(CommOperation& operation);
 // Until the operation is done, moving all others on as well: a peer may wait for them first.
 void engine_wait(CommOperation& operation);
 

@@ -21,6 +21,8 @@ class Engine {
   }
 
   void add(std::shared_ptr<CommOperation> operation) {
+    // Posting a message may copy one that has arrived already: the thread's business where there is one.
+    if (!thread_wanted_ && operation->try_advance()) return;
     {
       std::lock_guard lock(mutex_);
       in_flight_.push_back(std::move(operation));
@@ -46,6 +48,13 @@ class Engine {
     std::lock_guard lock(mutex_);
     std::erase_if(in_flight_, [](const auto& operation) { return operation->done(); });
     num_in_flight_ = static_cast<int>(in_flight_.size());
+  }
+
+  bool test(CommOperation& operation) {
+    if (operation.done()) return true;
+    if (thread_wanted_) return false;
+    advance();
+    return operation.done();
   }
 
   void wait(CommOperation& operation) {
@@ -81,7 +90,7 @@ class Engine {
 
 void set_progress_thread(bool on) { Engine::get().set_thread(on); }
 void engine_add(std::shared_ptr<CommOperation> operation) { Engine::get().add(std::move(operation)); }
-void engine_advance() { Engine::get().advance(); }
+bool engine_test(CommOperation& operation) { return Engine::get().test(operation); }
 void engine_wait(CommOperation& operation) { Engine::get().wait(operation); }
 
 }  // namespace trireme

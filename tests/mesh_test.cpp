@@ -1,0 +1,120 @@
+// Mesh arithmetic for every mesh of up to 16 ranks, and the words of its refusals; the reading of the environment.
+#include "comm/mesh.h"
+
+#include <gtest/gtest.h>
+
+#include <map>
+#include <set>
+
+#include "base/check.h"
+#include "comm/process.h"
+
+namespace trireme {
+namespace {
+
+template <typename Visit>
+void for_all_meshes(Visit visit) {
+  for (int ranks = 1; ranks <= 16; ++ranks)
+    for (int tensor = 1; tensor <= ranks; ++tensor)
+      for (int pipeline = 1; pipeline * tensor <= ranks; ++pipeline)
+        if (ranks % (tensor * pipeline) == 0) visit(Mesh(ranks, 0, tensor, pipeline), ranks);
+}
+
+TEST(Mesh, RankAndCoordsAreInverse) {
+  int num_meshes = 0;
+  for_all_meshes([&](const Mesh& mesh, int ranks) {
+    ++num_meshes;
+    ASSERT_EQ(mesh.num_ranks(), ranks);
+    for (int r = 0; r < ranks; ++r) {
+      const MeshCoords c = mesh.coords(r);
+      EXPECT_EQ(mesh.rank(c), r);
+      EXPECT_TRUE(c.data >= 0 && c.data < mesh.num_data() && c.tensor >= 0 && c.tensor < mesh.num_tensor() && c.pipeline >= 0 &&
+                  c.pipeline < mesh.num_pipeline());
+    }
+  });
+  EXPECT_EQ(num_meshes, 110);  // sum over n <= 16 of the ordered factorizations of n into three
+}
+
+TEST(Mesh, TensorIsInnermostAndPipelineOutermost) {
+  const Mesh mesh(12, 3, 2, 2);
+  EXPECT_EQ(mesh.coords(1), (MeshCoords{0, 0, 1}));
+  EXPECT_EQ(mesh.coords(2), (MeshCoords{0, 1, 0}));
+  EXPECT_EQ(mesh.coords(6), (MeshCoords{1, 0, 0}));
+  EXPECT_EQ(mesh.coords(11), (MeshCoords{1, 2, 1}));
+}
+
+TEST(Mesh, GroupsOfAnAxisPartTheRanks) {
+  for_all_meshes([&](const Mesh& mesh, int ranks) {
+    for (MeshAxis axis : {MeshAxis::kPipeline, MeshAxis::kData, MeshAxis::kTensor}) {
+      std::set<std::vector<int>> groups;
+      std::map<int, int> times;
+      for (int r = 0; r < ranks; ++r) {
+        const std::vector<int> group = mesh.group(r, axis);
+        ASSERT_EQ(static_cast<int>(group.size()), mesh.size(axis));
+        EXPECT_EQ(group[static_cast<size_t>(mesh.coords(r).on(axis))], r);
+        if (groups.insert(group).second)
+          for (int member : group) ++times[member];
+      }
+      EXPECT_EQ(static_cast<int>(times.size()), ranks);
+      for (const auto& [member, count] : times) EXPECT_EQ(count, 1) << member;
+    }
+  });
+}
+
+std::string refusal(int ranks, int data, int tensor, int pipeline) {
+  try {
+    Mesh mesh(ranks, data, tensor, pipeline);
+  } catch (const ConfigError& e) {
+    return e.what();
+  }
+  return "accepted";
+}
+
+TEST(Mesh, RefusalsNameKeysAndWayOut) {
+  EXPECT_EQ(refusal(4, 0, 3, 1),
+            "parallel.tensor=3 x parallel.pipeline=1 does not divide the 4 ranks of this job; start a multiple of 3 ranks (mpirun -n 3 "
+            "...) or choose divisors of 4");
+  EXPECT_EQ(refusal(4, 3, 2, 1),
+            "parallel.data=3 x parallel.tensor=2 x parallel.pipeline=1 is 6, but the job has 4 ranks; use parallel.data=2 (or 0: all "
+            "that are left) or mpirun -n 6");
+  EXPECT_EQ(refusal(1, 2, 1, 1),
+            "parallel.data=2 x parallel.tensor=1 x parallel.pipeline=1 is 2, but the job has 1 rank; use parallel.data=1 (or 0: all that "
+            "are left) or mpirun -n 2");
+  EXPECT_EQ(refusal(4, 0, 0, 1), "parallel.tensor=0: must be at least 1");
+  EXPECT_EQ(refusal(4, 0, 1, -1), "parallel.pipeline=-1: must be at least 1");
+  EXPECT_EQ(refusal(4, -2, 1, 1), "parallel.data=-2: must be at least 1, or 0 for all ranks that are left");
+  EXPECT_EQ(refusal(2, 0, 1 << 20, 1 << 20).find("does not divide the 2 ranks") != std::string::npos, true);
+}
+
+std::string launch(const std::map<std::string, std::string>& environment) {
+  return launch_problem([&](const char* name) -> const char* {
+    auto found = environment.find(name);
+    return found == environment.end() ? nullptr : found->second.c_str();
+  });
+}
+
+TEST(Launch, ALoneProcessIsTold) {
+  EXPECT_EQ(launch({}), "");
+  EXPECT_EQ(launch({{"SLURM_NTASKS", "1"}}), "");
+  EXPECT_EQ(launch({{"SLURM_NTASKS", "4"}, {"SLURM_STEP_NUM_TASKS", "1"}}), "");  // srun -n 1
+  EXPECT_EQ(launch({{"SLURM_NTASKS", "4"}, {"OMPI_COMM_WORLD_SIZE", "1"}}), "");  // mpirun -n 1
+  EXPECT_EQ(launch({{"SLURM_NTASKS", "4"}, {"SLURM_STEP_NUM_TASKS", "4"}}),
+            "srun started 4 tasks (SLURM_STEP_NUM_TASKS=4) but each is alone in its MPI world; use: srun --mpi=pmix -n 4 trireme ..., or "
+            "inside the allocation: mpirun -n 4 trireme ...");
+  EXPECT_EQ(launch({{"SLURM_NTASKS", "4"}}),
+            "Slurm has allocated 4 tasks (SLURM_NTASKS=4) but trireme was started as one process; use: mpirun -n 4 trireme ..., or for "
+            "one process: srun -n 1 trireme ...");
+  EXPECT_EQ(launch({{"PMI_SIZE", "3"}}),
+            "the launcher started 3 processes (PMI_SIZE=3) but it belongs to another MPI than the Open MPI that trireme was built with; "
+            "use Open MPI's: mpirun -n 3 trireme ... (`trireme doctor` prints its version)");
+}
+
+TEST(Launch, MoreBusyThreadsThanCoresIsOversubscribed) {
+  EXPECT_FALSE((HostLoad{2, 2, 4}.oversubscribed()));
+  EXPECT_TRUE((HostLoad{3, 2, 4}.oversubscribed()));
+  EXPECT_GE(read_host_load().num_cores, 1);
+  EXPECT_GE(read_host_load().threads_per_rank, 1);
+}
+
+}  // namespace
+}  // namespace trireme
