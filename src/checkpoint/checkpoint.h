@@ -89,8 +89,8 @@ class CheckpointStore {
 
   void make_plan(const std::vector<NamedTensor>& tensors);
   std::string temporary(int64_t step) const { return folder_ + "/step-" + std::to_string(step) + ".tmp"; }
-  void commit(const Job& job, const std::vector<std::string>& reports) const;
-  void prune(int64_t step) const;
+  void commit(const Job& job, const std::vector<std::string>& reports);
+  void prune(int64_t step);
   std::string agree(const std::string& error) const;
   std::vector<std::string> gather_everywhere(const std::string& text) const;
   std::optional<Checkpoint> open_together(const std::string& name, std::string& why) const;
@@ -104,6 +104,7 @@ class CheckpointStore {
   std::map<std::string, StoredTensor> plan_;
   std::vector<std::pair<size_t, std::string>> mine_;  // index of a tensor of this rank, its dataset
   std::unique_ptr<Job> job_;
+  std::jthread cleaner_;  // rank 0: deletes what was given up
 };
 
 }  // namespace trireme

@@ -11,6 +11,7 @@
 #include "base/hash.h"
 #include "base/log.h"
 #include "checkpoint/checkpoint.h"
+#include "checkpoint/huge_pages.h"
 
 namespace trireme {
 
@@ -226,6 +227,7 @@ void CheckpointStore::start_save(int64_t step, const std::vector<NamedTensor>& t
   job_->step = step, job_->is_best = is_best, job_->state = state, job_->file = shard_file(comm_.rank());
   for (const auto& [index, dataset] : mine_) {
     at::Tensor copy = at::empty(tensors[index].value.sizes(), at::TensorOptions(tensors[index].value.scalar_type()));
+    ask_for_huge_pages(copy);
     copy.copy_(tensors[index].value.detach());
     job_->parts.push_back({dataset, std::move(copy)});
   }
@@ -237,6 +239,7 @@ bool CheckpointStore::finished() const { return job_ && job_->done; }
 void CheckpointStore::save(int64_t step, const std::vector<NamedTensor>& tensors, const Json& state, bool is_best) {
   start_save(step, tensors, state, is_best);
   wait();
+  if (cleaner_.joinable()) cleaner_.join();
 }
 
 void CheckpointStore::wait() {
@@ -264,7 +267,7 @@ void CheckpointStore::wait() {
 }
 
 // Rank 0, once every rank has written its part.
-void CheckpointStore::commit(const Job& job, const std::vector<std::string>& reports) const {
+void CheckpointStore::commit(const Job& job, const std::vector<std::string>& reports) {
   std::string folder = temporary(job.step), name = "step-" + std::to_string(job.step), final_path = folder_ + "/" + name;
   Manifest manifest{job.step, {}, plan_, job.state};
   for (int rank = 0; rank < comm_.size(); ++rank) {
@@ -287,7 +290,7 @@ void CheckpointStore::commit(const Job& job, const std::vector<std::string>& rep
 
 // Deletes what keep-last-k does not want. Later steps than this one are of a branch that was left by resuming from an
 // earlier checkpoint: they are set aside, so that they are not taken for the newest.
-void CheckpointStore::prune(int64_t step) const {
+void CheckpointStore::prune(int64_t step) {
   auto pointed = [&](const char* pointer) {
     std::string path = folder_ + "/" + pointer;
     std::string text = fs::exists(path) ? read_file(path, 1000) : "";
@@ -317,7 +320,10 @@ void CheckpointStore::prune(int64_t step) const {
     fs::rename(path, path + ".deleted.tmp");  // at once no checkpoint any more, whenever we are killed
     leftovers.push_back(path + ".deleted.tmp");
   }
-  for (const fs::path& path : leftovers) remove_folder(path.string());
+  // Freeing many gigabytes takes a while; no step should wait for it.
+  cleaner_ = std::jthread([leftovers] {
+    for (const fs::path& path : leftovers) remove_folder(path.string());
+  });
 }
 
 }  // namespace trireme

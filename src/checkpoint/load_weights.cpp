@@ -1,7 +1,6 @@
 #include "checkpoint/load_weights.h"
 
 #include <fcntl.h>
-#include <sys/mman.h>
 #include <unistd.h>
 
 #include <algorithm>
@@ -12,6 +11,7 @@
 
 #include "base/check.h"
 #include "base/json.h"
+#include "checkpoint/huge_pages.h"
 
 namespace trireme {
 namespace {
@@ -96,16 +96,6 @@ void read_piece(const Piece& piece, int fd) {
   at::Tensor buffer = at::empty({piece.count}, info.dtype);
   read_exactly(fd, static_cast<char*>(buffer.data_ptr()), buffer.nbytes(), offset, match.file->path());
   flat.copy_(buffer);
-}
-
-// Fresh memory costs more than reading does: 4 KiB at a time it is faulted in and cleared. Whole huge pages inside the
-// target make that four times cheaper.
-void ask_for_huge_pages(const at::Tensor& value) {
-  constexpr uintptr_t kHugePage = 2 << 20;
-  if (!value.is_cpu() || value.nbytes() < 2 * kHugePage) return;
-  uintptr_t begin = reinterpret_cast<uintptr_t>(value.data_ptr()), end = begin + value.nbytes();
-  begin = (begin + kHugePage - 1) / kHugePage * kHugePage, end = end / kHugePage * kHugePage;
-  madvise(reinterpret_cast<void*>(begin), end - begin, MADV_HUGEPAGE);  // may fail: then it is only slower
 }
 
 // Columns, or a target that is not contiguous: through the map, which touches only the pages that hold the slice.
