@@ -169,6 +169,11 @@ TEST(Attention, CausalSegmentsGroupedHeads) {
   compare_attention({{0, 13}, {0, 13}}, 2, 2, 8);
 }
 TEST(Attention, LongSegment) { compare_attention({{0, 300}, {0, 300}}, 2, 1, 16); }
+// Head sizes that the bf16 matrix units take, with whole and broken tiles of 64.
+TEST(Attention, TilesOf64) {
+  compare_attention({{0, 1, 65, 193, 256}, {0, 1, 65, 193, 256}}, 6, 2, 64);
+  compare_attention({{0, 70}, {0, 70}, -1, 0.2}, 2, 1, 128);
+}
 TEST(Attention, QueriesAfterACache) { compare_attention({{0, 1, 6, 146}, {0, 9, 30, 180}}, 4, 2, 16); }
 TEST(Attention, SlidingWindow) {
   compare_attention({{0, 20, 60}, {0, 20, 60}, 5}, 4, 2, 16);

@@ -1,6 +1,7 @@
 // ATen's flash attention for CPUs, segment by segment. It knows the causal mask of equal numbers of queries and keys; a
 // cache (more keys than queries) and a window are cut into blocks of queries, each with the keys it can see and a mask
 // of that block only.
+#include "ops/attention_bf16.h"
 #include "ops/op_support.h"
 #include "ops/ops.h"
 
@@ -133,6 +134,14 @@ struct Attention : Function<Attention> {
     at::Tensor grad_v = zero ? at::zeros(k.sizes(), key_options) : at::empty(k.sizes(), key_options);
     for (size_t i = 0; i < kept->pieces.size(); ++i) {
       const Piece& piece = kept->pieces[i];
+      if (piece.causal && !overlap && k.scalar_type() == at::kBFloat16 && has_attention_bf16(k.size(2))) {
+        auto part = [&](const at::Tensor& t) { return t.slice(0, piece.q_begin, piece.q_end); };
+        auto key_part = [&](const at::Tensor& t) { return t.slice(0, piece.k_begin, piece.k_end); };
+        attention_bf16_backward(part(grad_out), part(q), key_part(k), key_part(v), part(out), kept->lse[i], scale,
+                                part(grad_q), key_part(grad_k), key_part(grad_v));
+        kept->lse[i].reset();
+        continue;
+      }
       auto queries = [&](const at::Tensor& t) { return group_queries(t.slice(0, piece.q_begin, piece.q_end), key_heads); };
       auto keys = [&](const at::Tensor& t) { return group_keys(t.slice(0, piece.k_begin, piece.k_end), group); };
       auto [gq, gk, gv] = at::_scaled_dot_product_flash_attention_for_cpu_backward(

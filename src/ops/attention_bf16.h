@@ -1,0 +1,18 @@
+// Backward of causal attention in bfloat16 on the matrix units of the processor (AMX or AVX512-BF16).
+#pragma once
+
+#include "base/tensor.h"
+
+namespace trireme {
+
+// Can this processor do it, and does it pay for heads of this size?
+bool has_attention_bf16(int64_t dim);
+
+// One segment in which query i sees keys j <= i: q, out, grad_out, grad_q [L, H, D], k, v, grad_k, grad_v [L, K, D], all
+// bfloat16 with contiguous last dim (slices of the flat tensors); lse [K, H / K, L] fp32, the log-sum-exp of the scaled
+// scores. Writes the gradients. Scores exist 64 x 64 at a time; sums are fp32, in an order that depends on nothing else.
+void attention_bf16_backward(const at::Tensor& grad_out, const at::Tensor& q, const at::Tensor& k, const at::Tensor& v,
+                             const at::Tensor& out, const at::Tensor& lse, double scale, const at::Tensor& grad_q,
+                             const at::Tensor& grad_k, const at::Tensor& grad_v);
+
+}  // namespace trireme
