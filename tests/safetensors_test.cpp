@@ -120,6 +120,8 @@ TEST_F(Safetensors, RefusesBrokenFilesWithTheRightWords) {
             at_a + ": shape [4611686018427387904,4] is larger than any file.");
   EXPECT_EQ(refusal(R"({"a":{"dtype":"F32","shape":[4611686018427387904,4,0],"data_offsets":[0,0]}})", 0),
             at_a + ": shape [4611686018427387904,4,0] is larger than any file.");
+  EXPECT_EQ(refusal(R"({"a":{"dtype":"U8","shape":[9223372036854775808,0],"data_offsets":[0,0]}})", 0),
+            at_a + ": shape [9223372036854775808,0] is larger than any file.");
   EXPECT_EQ(refusal(R"({"a":{"dtype":"F32","shape":[-1],"data_offsets":[0,4]}})", 4),
             at_a + ": 'shape' holds -1, which is not a whole number from 0 to 2^64 - 1.");
   EXPECT_EQ(refusal(R"({"a":{"dtype":"F4","shape":[2],"data_offsets":[0,1]}})", 1),
