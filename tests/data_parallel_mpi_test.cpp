@@ -241,6 +241,28 @@ TEST(GradientReducer, LateContributionsAreNotLost) {
   }
 }
 
+// A leaf that had a gradient in the step before and has none now: not anywhere, or not on the last rank.
+TEST(GradientReducer, LastStepsGradientDoesNotStay) {
+  for (bool overlap : {true, false}) {
+    Net net(at::kDouble);
+    GradientReducer reducer(net.parameters, world(), {.bucket_bytes = 700, .overlap = overlap});
+    const int last = world().size() - 1;
+    ASSERT_EQ(reducer.slices()[2].name, "w1");
+    for (int step = 0; step < 3; ++step) {
+      backward_step(reducer, net, kPlain, 1, step < 2 ? 1 : 0);
+      reducer.finish();
+      EXPECT_EQ(reducer.slices()[2].gradient.abs().max().item<double>() > 0, step < 2) << step;
+    }
+    backward_step(reducer, net, kPlain, 1, world().rank() == last ? 0 : 1);
+    reducer.finish();
+    Net plain(at::kDouble);
+    at::Tensor right = at::zeros({kWidth, kWidth}, at::kDouble);
+    for (int r = 0; r < last; ++r) plain.loss(rows(r, 0, at::kDouble), kPlain, 1).backward();
+    if (last > 0) right = plain.w(1).grad();
+    EXPECT_LE((reducer.slices()[2].gradient - right).abs().max().item<double>(), 1e-12);
+  }
+}
+
 TEST(GradientReducer, AGradientPutIntoGradPastTheHooksCounts) {
   Net net(at::kFloat);
   GradientReducer reducer(net.parameters, world());

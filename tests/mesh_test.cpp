@@ -1,13 +1,19 @@
-// Mesh arithmetic for every mesh of up to 16 ranks, and the words of its refusals; the reading of the environment.
+// Mesh arithmetic for every mesh of up to 16 ranks, and the words of its refusals; the reading of the environment;
+// the watchdog.
 #include "comm/mesh.h"
 
 #include <gtest/gtest.h>
 
+#include <unistd.h>
+
+#include <chrono>
 #include <map>
 #include <set>
+#include <thread>
 
 #include "base/check.h"
 #include "comm/process.h"
+#include "comm/watchdog.h"
 
 namespace trireme {
 namespace {
@@ -114,6 +120,36 @@ TEST(Launch, MoreBusyThreadsThanCoresIsOversubscribed) {
   EXPECT_TRUE((HostLoad{3, 2, 4}.oversubscribed()));
   EXPECT_GE(read_host_load().num_cores, 1);
   EXPECT_GE(read_host_load().threads_per_rank, 1);
+}
+
+// In a process of its own, which the watchdog ends.
+TEST(Watchdog, ACollectiveThatHangsEndsTheJobAndIsNamed) {
+  GTEST_FLAG_SET(death_test_style, "threadsafe");
+  EXPECT_EXIT(
+      {
+        flight_end(flight_begin("data", "barrier", 0));
+        flight_begin("data", "all_reduce", 4096);
+        set_comm_timeout(0.3);
+        std::this_thread::sleep_for(std::chrono::seconds(20));
+      },
+      testing::ExitedWithCode(1),
+      "#2 all_reduce of group data, 4096 bytes, in flight for 0\\.[3-9].* s, more than comm.timeout_s=0\\.3: a peer is gone(.|\n)*#1 "
+      "barrier of group data, 0 bytes, took 0");
+}
+
+TEST(Watchdog, FinishedCollectivesAndNoTimeoutAreLeftAlone) {
+  GTEST_FLAG_SET(death_test_style, "threadsafe");
+  EXPECT_EXIT(
+      {
+        flight_end(flight_begin("data", "barrier", 0));
+        set_comm_timeout(0.1);
+        std::this_thread::sleep_for(std::chrono::milliseconds(400));
+        set_comm_timeout(0);
+        flight_begin("data", "all_reduce", 4096);
+        std::this_thread::sleep_for(std::chrono::milliseconds(400));
+        _exit(7);
+      },
+      testing::ExitedWithCode(7), "");
 }
 
 }  // namespace

@@ -93,12 +93,12 @@ struct Communicator::Impl {
     std::shared_ptr<CommOperation> operation = make();
     operation->flight = flight;
     operation->nanoseconds = nanoseconds;
+    operation->keep_alive = std::make_shared<std::vector<at::Tensor>>(std::move(tensors));
     if (blocking) {
       engine_wait(*operation);
       operation->rethrow();
       return nullptr;
     }
-    operation->keep_alive = std::make_shared<std::vector<at::Tensor>>(std::move(tensors));
     engine_add(operation);
     return operation;
   }
@@ -152,20 +152,6 @@ struct Communicator::Impl {
 };
 
 // --- Work -------------------------------------------------------------------------------------------------------------
-
-Work::Work(Work&&) noexcept = default;
-
-Work& Work::operator=(Work&& other) noexcept {
-  if (this != &other) {
-    if (operation_) engine_wait(*operation_);
-    operation_ = std::move(other.operation_);
-  }
-  return *this;
-}
-
-Work::~Work() {
-  if (operation_) engine_wait(*operation_);  // its error, if any, is lost: whoever cares calls wait()
-}
 
 bool Work::test() {
   if (!operation_) return true;

@@ -36,13 +36,13 @@ namespace trireme {
 class CommOperation;
 
 // A collective in flight. The tensors given to it are kept alive and must not be touched before wait() returns or test()
-// is true. Movable; must be completed before it is destroyed (the destructor waits).
+// is true. Move-only. Forgetting one (an exception passes by) leaves it to finish in the background, with its tensors: a
+// destructor that waits would wait for ever where a peer has failed.
 class Work {
  public:
   Work() = default;  // done
-  ~Work();
-  Work(Work&&) noexcept;
-  Work& operator=(Work&&) noexcept;
+  Work(Work&&) noexcept = default;
+  Work& operator=(Work&&) noexcept = default;
 
   bool test();  // true when it is done
   void wait();

@@ -88,10 +88,7 @@ struct MpiRequests::Impl {
 
 MpiRequests::MpiRequests(std::shared_ptr<MpiGroup> group) : group_(std::move(group)), impl_(std::make_unique<Impl>()) {}
 
-MpiRequests::~MpiRequests() {
-  if (!impl_->requests.empty() && mpi_runs())
-    MPI_Waitall(static_cast<int>(impl_->requests.size()), impl_->requests.data(), MPI_STATUSES_IGNORE);
-}
+MpiRequests::~MpiRequests() = default;
 
 void MpiRequests::send(const void* data, int64_t num_bytes, int peer, int tag) {
   for (int64_t done = 0; done < num_bytes; done += kMaxMessageBytes) {

@@ -11,7 +11,7 @@ namespace trireme {
 
 class MpiGroup;
 
-// Messages in flight. Destroying it with messages in flight waits for them: their memory belongs to MPI until then.
+// Messages in flight. Their memory belongs to MPI until test() is true.
 class MpiRequests {
  public:
   explicit MpiRequests(std::shared_ptr<MpiGroup> group);

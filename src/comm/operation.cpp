@@ -281,7 +281,9 @@ bool CommOperation::try_advance() {
 }
 
 void CommOperation::rethrow() {
-  if (error_) std::rethrow_exception(std::exchange(error_, nullptr));
+  if (!error_) return;
+  new std::shared_ptr<CommOperation>(shared_from_this());
+  std::rethrow_exception(std::exchange(error_, nullptr));
 }
 
 }  // namespace trireme

@@ -13,7 +13,7 @@
 
 namespace trireme {
 
-class CommOperation {
+class CommOperation : public std::enable_shared_from_this<CommOperation> {
  public:
   explicit CommOperation(std::shared_ptr<MpiGroup> group) : requests_(std::move(group)) {}
   virtual ~CommOperation() = default;
@@ -21,7 +21,8 @@ class CommOperation {
   // True when done. Any thread; where another thread is at it already: false at once.
   bool try_advance();
   bool done() const { return done_.load(std::memory_order_acquire); }
-  void rethrow();  // what went wrong, after done()
+  // What went wrong, after done(). A failed operation and its tensors are never freed: MPI may still write there.
+  void rethrow();
 
   uint64_t flight = 0;                     // number in the flight recorder
   std::shared_ptr<void> keep_alive;        // tensors
