@@ -1,0 +1,84 @@
+// The one place that catches: prints the error once, ends the job with the right status.
+#include "base/tensor.h"
+
+#include <cstdio>
+#include <cstdlib>
+#include <iostream>
+
+#include "base/log.h"
+#include "launch/verbs.h"
+#include "train/agreement.h"
+#include "train/build.h"
+#include "train/trainer.h"
+
+namespace trireme {
+namespace {
+
+ExitStatus run_verb(const Config& config, const CommandLine& line, const Process& process) {
+  if (line.verb == "train" || line.verb == "plan") {
+    check_config(config, line);
+    return run_training(config, line, process, line.verb == "plan");
+  }
+  if (line.verb == "eval") return verb_eval(config, line, process);
+  if (line.verb == "prepare") return verb_prepare(config, line, process);
+  if (line.verb == "tokenize") return verb_tokenize(config, line, process);
+  if (line.verb == "export") return verb_export(config, line, process);
+  if (line.verb == "generate") return verb_generate(config, line, process);
+  return verb_doctor(config, line, process);
+}
+
+// Words that every rank sees alike (command line, --help): no agreement is needed, rank 0 speaks.
+ExitStatus start(int argc, char** argv, const Process& process) {
+  Config config;
+  CommandLine line;
+  try {
+    line = parse_command_line(argc, argv, config);
+    if (line.verb.empty() && !line.help && !line.version) throw ConfigError("no verb is given\n\n" + help_text(""));
+  } catch (const ConfigError& error) {
+    throw AgreedError(error.status(), error.what());
+  }
+  if (line.version || line.help || line.print_config) {
+    if (process.rank() == 0)
+      std::cout << (line.version ? "trireme " TRIREME_VERSION "\n" : line.help ? help_text(line.verb) : config_to_ini(config, true));
+    return kExitDone;
+  }
+  set_log_level(config.log.level == "debug" ? LogLevel::kDebug : config.log.level == "warn" ? LogLevel::kWarn
+                : config.log.level == "error" ? LogLevel::kError : LogLevel::kInfo);
+  int threads = config.train.threads > 0 ? static_cast<int>(config.train.threads) : 0;
+  if (threads == 0 && !std::getenv("OMP_NUM_THREADS")) threads = read_host_load().threads_per_rank;
+  if (threads > 0) at::set_num_threads(threads);
+  try {
+    return run_verb(config, line, process);
+  } catch (const AgreedError&) {
+    throw;
+  } catch (const ConfigError& error) {  // from the configuration alone, before any file was opened: the same on all ranks
+    throw AgreedError(error.status(), error.what());
+  }
+}
+
+}  // namespace
+}  // namespace trireme
+
+int main(int argc, char** argv) {
+  using namespace trireme;
+  std::optional<Process> process;
+  auto fail = [&](ExitStatus status, const std::string& message, bool agreed) -> int {
+    if (!agreed || !process || process->rank() == 0) log_message(LogLevel::kError, message);
+    if (!agreed && process && process->size() > 1) Process::abort(status);
+    return status;
+  };
+  try {
+    process.emplace(&argc, &argv);
+    return start(argc, argv, *process);
+  } catch (const AgreedError& error) {
+    return fail(error.status(), error.what(), true);
+  } catch (const Error& error) {
+    return fail(error.status(), error.what(), false);
+  } catch (const std::bad_alloc&) {
+    return fail(kExitFailure, "out of memory: lower train.micro_batch_size or data.max_length, or set train.recompute=full", false);
+  } catch (const c10::Error& error) {
+    return fail(kExitFailure, str("libtorch: ", error.what_without_backtrace()), false);
+  } catch (const std::exception& error) {
+    return fail(kExitFailure, error.what(), false);
+  }
+}

@@ -1,0 +1,30 @@
+#!/usr/bin/env bash
+# From a fresh clone to a model that answers: sets up, builds, trains on 4 ranks, evaluates, exports, asks.
+set -euo pipefail
+cd "$(dirname "$0")/.."
+stage() { printf '\n== %s\n' "$*"; }
+
+if [ ! -e build/release/.configured ]; then
+  stage "setting up (packages, libtorch; the first time takes some minutes)"
+  launch/setup.sh
+fi
+stage "building"
+cmake --build build/release -j "$(cat build/release/.jobs)" --target trireme
+
+run=runs/quickstart
+for n in $(seq 2 1000); do
+  [ -e "$run" ] || break
+  run=runs/quickstart-$n
+done
+stage "training a small Llama from random weights on 4 ranks, into $run"
+launch/run_local.sh -n 4 train configs/quickstart.ini --run.dir="$run"
+
+trireme=build/release/trireme
+stage "evaluating on questions in words that it has not seen"
+$trireme eval --model.path="$run/model" --data.eval=configs/quickstart/eval.jsonl --data.max_length=256
+
+stage "asking the exported model, $run/model"
+for question in "What is Trireme?" "Which command trains a model?" "What is data parallelism?"; do
+  printf 'Q: %s\nA: ' "$question"
+  $trireme generate --model.path="$run/model" --generate.chat=true "$question" 2>/dev/null
+done

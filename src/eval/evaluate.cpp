@@ -1,0 +1,49 @@
+#include "base/tensor.h"
+
+#include "eval/evaluate.h"
+
+#include "base/check.h"
+#include "base/json.h"
+
+namespace trireme {
+
+std::map<std::string, double> sum_over_ranks(const std::map<std::string, double>& sums, const Communicator& comm) {
+  Json mine = Json::object();
+  for (const auto& [name, value] : sums) mine[name] = 0;
+  // A rank without a batch has no names: it takes them from the others.
+  std::string names;
+  for (const auto& text : comm.gather_bytes(dump_json(mine)))
+    if (text.size() > names.size()) names = text;
+  const Json all_names = Json::parse(comm.broadcast_bytes(names));
+  std::map<std::string, double> total;
+  for (const auto& item : all_names.items()) total[item.key()] = 0;
+  at::Tensor flat = at::zeros({static_cast<int64_t>(total.size())}, at::kDouble);
+  int64_t i = 0;
+  for (const auto& [name, zero] : total) {
+    auto it = sums.find(name);
+    flat.data_ptr<double>()[i++] = it == sums.end() ? 0.0 : it->second;
+  }
+  comm.all_reduce(flat);
+  i = 0;
+  for (auto& [name, value] : total) value = flat.data_ptr<double>()[i++];
+  return total;
+}
+
+std::map<std::string, double> evaluate(Transformer& model, const Task& task, std::shared_ptr<const Dataset> dataset,
+                                       int64_t micro_batch_size, const Communicator& data,
+                                       const std::function<void(int64_t, int64_t)>& progress) {
+  at::NoGradGuard no_grad;
+  bool was_training = model.training();
+  model.set_training(false);
+  EvalLoader loader(std::move(dataset), micro_batch_size, data.rank(), data.size());
+  std::map<std::string, double> sums;
+  for (int64_t i = 0; i < loader.num_batches(); ++i) {
+    TaskResult result = task.run(model, to_device(loader.batch(i), model.device()));
+    for (const auto& [name, value] : result.sums) sums[name] += value;
+    if (progress) progress(i + 1, loader.num_batches());
+  }
+  model.set_training(was_training);
+  return task.metrics(sum_over_ranks(sums, data));
+}
+
+}  // namespace trireme

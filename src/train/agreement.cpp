@@ -1,0 +1,35 @@
+#include "train/agreement.h"
+
+#include <new>
+
+namespace trireme {
+
+void agree_on(const Communicator& comm, const std::function<void()>& phase) {
+  int status = kExitDone;
+  std::string message;
+  try {
+    phase();
+  } catch (const AgreedError&) {
+    throw;  // the ranks have agreed already
+  } catch (const Error& error) {
+    status = error.status(), message = error.what();
+  } catch (const std::bad_alloc&) {
+    status = kExitFailure, message = "out of memory";
+  } catch (const std::exception& error) {
+    status = kExitFailure, message = error.what();
+  }
+  int worst = comm.agree(status);
+  if (worst == kExitDone) return;
+  auto messages = comm.gather_bytes(message);
+  std::string first;
+  for (size_t r = 0; r < messages.size() && first.empty(); ++r) {
+    if (messages[r].empty()) continue;
+    first = messages[r];
+    size_t same = 0;
+    for (const auto& m : messages) same += m == first;
+    if (same != messages.size()) first = str("[rank ", r, "] ", first);
+  }
+  throw AgreedError(static_cast<ExitStatus>(worst), comm.broadcast_bytes(first));
+}
+
+}  // namespace trireme

@@ -1,0 +1,204 @@
+#include "train/build.h"
+
+#include <algorithm>
+#include <filesystem>
+#include <fstream>
+
+#include "base/check.h"
+#include "base/file.h"
+#include "base/hash.h"
+#include "base/log.h"
+#include "checkpoint/export_folder.h"
+#include "checkpoint/hf_hub.h"
+#include "checkpoint/load_weights.h"
+#include "checkpoint/peft.h"
+#include "optim/schedule.h"
+
+namespace trireme {
+namespace {
+
+namespace fs = std::filesystem;
+
+// Size and both ends of each weight file: reading all of a large model only to know that it is the same would double the
+// time of a start.
+std::string fingerprint_of(const ModelSource& source) {
+  std::string text = dump_json(source.config.raw);
+  if (source.folder.empty()) return hash_bytes(text);
+  std::vector<fs::path> files;
+  for (const auto& entry : fs::directory_iterator(source.folder))
+    if (entry.path().extension() == ".safetensors") files.push_back(entry.path());
+  std::sort(files.begin(), files.end());
+  for (const auto& path : files) {
+    constexpr uint64_t kEnd = 1 << 20;
+    MappedFile file(path.string());
+    uint64_t n = std::min(kEnd, file.size());
+    text += str(path.filename().string(), file.size(), hash_bytes(file.data(), n),
+                hash_bytes(file.data() + file.size() - n, n));
+  }
+  return hash_bytes(text);
+}
+
+bool is_adapter(const Parameter& p) { return p.name.find(".lora_") != std::string::npos; }
+
+std::vector<Parameter> only(const Transformer& model, bool adapters) {
+  std::vector<Parameter> out;
+  for (auto& p : model.parameters())
+    if (is_adapter(p) == adapters) out.push_back(p);
+  return out;
+}
+
+std::vector<TensorSource> sources(const std::vector<Parameter>& parameters) {
+  std::vector<TensorSource> out;
+  for (const auto& p : parameters) out.push_back(TensorSource::of(p.name, p.value.detach()));
+  return out;
+}
+
+}  // namespace
+
+void check_config(const Config& c, const CommandLine& line) {
+  std::vector<std::string> problems;
+  auto wrong = [&](const auto&... parts) { problems.push_back(str(parts...)); };
+  if (c.model.path.empty() == c.model.config.empty())
+    wrong(c.model.path.empty() ? "neither model.path nor model.config is set" : "model.path and model.config are both set",
+          ": set model.path to a Hugging Face folder, or model.config to a config.json for random weights");
+  bool trains = line.verb == "train" || line.verb == "plan";
+  if (trains) {
+    if (c.data.train.empty()) wrong("data.train is not set: name one or more .jsonl, .json or .txt files");
+    if ((c.train.steps > 0) == (c.train.epochs > 0))
+      wrong(c.train.steps > 0 ? "train.steps and train.epochs are both set; set one"
+                              : "the length of the run is not set: set train.steps or train.epochs");
+    if (c.lora.rank == 0 && c.lora.path.empty())
+      for (const char* key : {"lora.alpha", "lora.dropout", "lora.targets", "lora.rslora"})
+        if (line.is_given(key)) wrong(key, " is set, but lora.rank is 0: set lora.rank, or leave ", key, " out");
+    if (c.eval.patience > 0 && c.eval.every == 0) wrong("eval.patience needs eval.every");
+    if (c.eval.patience > 0 && c.data.eval.empty() && c.data.eval_fraction == 0)
+      wrong("eval.patience needs data.eval or data.eval_fraction");
+    try {
+      Schedule(parse_schedule_kind(c.schedule.kind), c.optim.lr, std::max<int64_t>(c.train.steps, 1), c.schedule.warmup_steps,
+               c.schedule.min_lr);
+    } catch (const ConfigError& error) {
+      wrong(error.what());
+    }
+  }
+  if (!c.data.eval.empty() && c.data.eval_fraction > 0) wrong("data.eval and data.eval_fraction are both set; set one");
+  if (problems.empty()) return;
+  std::string all;
+  for (const auto& p : problems) all += (all.empty() ? "" : "\n") + p;
+  throw ConfigError(all);
+}
+
+ModelSource find_model(const Config& config) {
+  ModelSource source;
+  if (!config.model.path.empty()) {
+    source.folder = resolve_model_folder(config.model.path, config.model.revision);
+    source.config = read_model_config(source.folder);
+    source.tokenizer_folder = source.folder;
+  } else {
+    source.config = read_model_config(config.model.config);
+    fs::path path = config.model.config;
+    source.tokenizer_folder = fs::is_directory(path) ? path.string() : path.has_parent_path() ? path.parent_path().string() : ".";
+  }
+  if (!config.model.tokenizer.empty()) source.tokenizer_folder = config.model.tokenizer;
+  source.fingerprint = fingerprint_of(source);
+  return source;
+}
+
+at::ScalarType weight_dtype(const Config& config, const ModelSource& source) {
+  if (config.model.dtype != "auto") return parse_dtype(config.model.dtype, "model.dtype");
+  if (source.folder.empty() || source.config.dtype.empty()) return at::kFloat;
+  return parse_dtype(source.config.dtype, source.config.source + ": dtype");
+}
+
+at::ScalarType train_dtype(const Config& config, const ModelSource& source) {
+  return config.train.dtype == "auto" ? weight_dtype(config, source) : parse_dtype(config.train.dtype, "train.dtype");
+}
+
+LoraConfig lora_config(const Config& config) {
+  LoraConfig lora;
+  lora.rank = config.lora.rank;
+  lora.alpha = config.lora.alpha > 0 ? config.lora.alpha : static_cast<double>(config.lora.rank);
+  lora.dropout = config.lora.dropout;
+  lora.rank_stabilized = config.lora.rslora;
+  lora.targets = config.lora.targets;
+  return lora;
+}
+
+std::unique_ptr<Transformer> build_model(const Config& config, const ModelSource& source, at::ScalarType dtype, bool attach) {
+  auto seed = static_cast<uint64_t>(config.run.seed);
+  bool random = source.folder.empty();
+  auto model = std::make_unique<Transformer>(source.config, dtype, seed, random ? Weights::kRandom : Weights::kUninitialized);
+  at::NoGradGuard no_grad;
+  if (!random) load_weights(source.folder, model->parameters());
+  if (!config.lora.path.empty()) {
+    SafetensorsFolder adapter(config.lora.path, "adapter_model");
+    read_peft_config(config.lora.path);  // its refusals name what Trireme does not compute
+    auto lora = lora_config_from_json(read_json_file(config.lora.path + "/adapter_config.json"),
+                                      config.lora.path + "/adapter_config.json", adapter.names());
+    attach_lora(*model, lora, seed, Weights::kUninitialized);
+    load_adapter(config.lora.path, only(*model, true));
+  } else if (attach && config.lora.rank > 0) {
+    attach_lora(*model, lora_config(config), seed);
+  }
+  return model;
+}
+
+void export_model(const std::string& folder, Transformer& model, const ModelSource& source) {
+  at::NoGradGuard no_grad;
+  if (has_lora(model)) merge_lora(model);
+  std::string dtype = dtype_name(model.dtype());
+  Json config = source.folder.empty() ? model_config_from_fields(source.config, dtype) : model_config_to_json(source.config, dtype);
+  // A run from random weights writes the Hub's fields it was given too: tokenizer ids, architectures and the like.
+  if (source.folder.empty())
+    for (const auto& [key, value] : source.config.raw.items())
+      if (!config.contains(key)) config[key] = value;
+  export_model_folder(folder, source.tokenizer_folder, config, sources(only(model, false)));
+}
+
+void export_adapter(const std::string& folder, Transformer& model, const LoraConfig& lora, const ModelSource& source) {
+  at::NoGradGuard no_grad;
+  write_adapter(folder, lora_config_to_json(model, lora, source.folder), sources(only(model, true)));
+  if (!source.tokenizer_folder.empty()) copy_tokenizer_files(source.tokenizer_folder, folder);
+}
+
+TextTools load_text_tools(const Config& config, const std::string& folder, const ModelConfig* model) {
+  if (folder.empty()) throw ConfigError("no tokenizer: set model.tokenizer to a folder that holds tokenizer.json");
+  TextTools tools{Tokenizer::load(folder), ChatTemplate::find(config.data.chat_template, folder)};
+  if (model && tools.tokenizer.vocab_size() > model->vocab_size)
+    throw DataError(str(tools.tokenizer.source(), ": the vocabulary has ", tools.tokenizer.vocab_size(),
+                        " ids, but the embedding of the model (", model->source, ") has vocab_size ", model->vocab_size,
+                        "; use the model's own tokenizer"));
+  // The end token: tokenizer_config.json names it; else the model's config.json has its id.
+  auto named = [&](const char* key) -> int64_t {
+    std::string path = folder + "/tokenizer_config.json";
+    if (!fs::exists(path)) return -1;
+    Json json = read_json_file(path);
+    if (!json.is_object() || !json.contains(key)) return -1;
+    const Json& token = json[key].is_object() && json[key].contains("content") ? json[key]["content"] : json[key];
+    if (!token.is_string()) return -1;
+    return tools.tokenizer.token_to_id(token.get<std::string>()).value_or(-1);
+  };
+  tools.bos_id = named("bos_token");
+  tools.eos_id = named("eos_token");
+  if (tools.eos_id < 0 && model && !model->eos_ids.empty()) tools.eos_id = model->eos_ids.front();
+  if (tools.bos_id < 0 && model && model->bos_id) tools.bos_id = *model->bos_id;
+  if (tools.eos_id < 0)
+    for (const char* usual : {"<|endoftext|>", "</s>", "<|end_of_text|>", "<|im_end|>"})
+      if (tools.eos_id < 0) tools.eos_id = tools.tokenizer.token_to_id(usual).value_or(-1);
+  return tools;
+}
+
+DataOptions data_options(const Config& config, const TextTools& tools, int64_t embedding_rows) {
+  DataOptions options;
+  const auto& d = config.data;
+  options.train = d.train, options.eval = d.eval, options.eval_fraction = d.eval_fraction;
+  options.format = d.format, options.learn = d.learn;
+  options.prompt_field = d.prompt_field, options.completion_field = d.completion_field, options.text_field = d.text_field;
+  options.max_length = d.max_length, options.truncation = d.truncation, options.packing = d.packing;
+  options.shuffle = d.shuffle, options.template_args = d.template_args, options.cache = d.cache;
+  options.seed = static_cast<uint64_t>(config.run.seed);
+  options.bos_id = tools.bos_id, options.eos_id = tools.eos_id;
+  options.embedding_rows = embedding_rows;
+  return options;
+}
+
+}  // namespace trireme

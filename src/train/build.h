@@ -1,0 +1,54 @@
+// From a configuration to the parts of a run: model, tokenizer, chat template, data options.
+#pragma once
+
+#include <optional>
+
+#include "config/config.h"
+#include "data/chat_template.h"
+#include "data/dataset.h"
+#include "data/tokenizer.h"
+#include "model/lora.h"
+#include "model/transformer.h"
+
+namespace trireme {
+
+struct ModelSource {
+  std::string folder;            // Hugging Face folder of the weights; "" for random weights
+  std::string tokenizer_folder;  // "" where there is none
+  ModelConfig config;
+  std::string fingerprint;       // of config and weights: sizes, and the ends of each file
+};
+
+// Values that contradict each other, all in one ConfigError. Touches no file.
+void check_config(const Config& config, const CommandLine& line);
+
+// ConfigError: neither or both of model.path and model.config; DataError: what the files have wrong.
+ModelSource find_model(const Config& config);
+
+// The dtype that weights have in this run.
+at::ScalarType weight_dtype(const Config& config, const ModelSource& source);
+// Of training: train.dtype, else weight_dtype().
+at::ScalarType train_dtype(const Config& config, const ModelSource& source);
+
+// The model on the CPU, with weights read or random, then the adapter of lora.path, or (`attach`) new adapters by lora.*.
+std::unique_ptr<Transformer> build_model(const Config& config, const ModelSource& source, at::ScalarType dtype,
+                                         bool attach);
+
+LoraConfig lora_config(const Config& config);
+
+// Writes the model's weights (adapters merged) as a Hugging Face folder, or the adapter as a PEFT folder. Rank 0 only.
+void export_model(const std::string& folder, Transformer& model, const ModelSource& source);
+void export_adapter(const std::string& folder, Transformer& model, const LoraConfig& lora, const ModelSource& source);
+
+struct TextTools {
+  Tokenizer tokenizer;
+  std::optional<ChatTemplate> chat;
+  int64_t bos_id = -1, eos_id = -1;
+};
+
+// Tokenizer and chat template. ConfigError where there is no tokenizer; DataError where its ids exceed the embedding.
+TextTools load_text_tools(const Config& config, const std::string& tokenizer_folder, const ModelConfig* model);
+
+DataOptions data_options(const Config& config, const TextTools& tools, int64_t embedding_rows);
+
+}  // namespace trireme

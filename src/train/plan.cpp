@@ -1,0 +1,56 @@
+#include "train/plan.h"
+
+#include "base/check.h"
+#include "optim/adamw.h"
+#include "train/progress.h"
+
+namespace trireme {
+
+Plan make_plan(const Config& config, const ModelConfig& m, at::ScalarType dtype, int64_t trainable, int64_t row_tokens,
+               double mean_row_tokens, int64_t rows_per_epoch, int64_t rows_per_step, int64_t steps) {
+  Plan plan;
+  uint64_t bytes = c10::elementSize(dtype), wide = std::max<uint64_t>(bytes, 4);
+  plan.parameters = m.num_parameters();
+  plan.trainable = trainable;
+  bool adapters = config.lora.rank > 0 || !config.lora.path.empty();
+  plan.weight_bytes = static_cast<uint64_t>(plan.parameters + (adapters ? trainable : 0)) * bytes;
+  plan.gradient_bytes = static_cast<uint64_t>(trainable) * wide;
+  plan.optimizer_bytes = static_cast<uint64_t>(trainable) * AdamW::state_bytes_per_element(dtype);
+  // Kept for backward, a token and layer: block input, two norms, q, k, v, attention output, gate, up and their product.
+  auto tokens = static_cast<uint64_t>(config.train.micro_batch_size * row_tokens);
+  auto c = static_cast<uint64_t>(m.hidden_size), f = static_cast<uint64_t>(m.intermediate_size);
+  auto heads = static_cast<uint64_t>((2 * m.num_heads + 2 * m.num_kv_heads) * m.head_dim);
+  uint64_t layer = 5 * c + 2 * heads + 3 * f;
+  uint64_t kept = config.train.recompute == "full" ? c * static_cast<uint64_t>(m.num_layers) + 2 * layer
+                  : config.train.recompute == "selective" ? (2 * c + heads + 2 * f) * static_cast<uint64_t>(m.num_layers) + layer
+                                                          : layer * static_cast<uint64_t>(m.num_layers) + layer;
+  plan.activation_bytes = tokens * kept * bytes + 512 * static_cast<uint64_t>(m.vocab_size) * (bytes + wide);
+  plan.base_bytes = 300ull << 20;
+  plan.rows_per_step = rows_per_step;
+  plan.rows_per_epoch = rows_per_epoch;
+  plan.steps = steps;
+  plan.tokens_per_step = static_cast<int64_t>(static_cast<double>(rows_per_step) * mean_row_tokens);
+  return plan;
+}
+
+std::string Plan::text() const {
+  auto b = [](uint64_t n) { return bytes_text(static_cast<double>(n)); };
+  return str("plan: ", count_text(static_cast<double>(parameters)), " parameters, ", count_text(static_cast<double>(trainable)),
+             " trained; ", steps, " steps of ", rows_per_step, " rows (about ", tokens_per_step, " tokens), ", rows_per_epoch,
+             " rows an epoch (", (rows_per_epoch + rows_per_step - 1) / std::max<int64_t>(rows_per_step, 1),
+             " steps)\nplan: memory of a rank: weights ", b(weight_bytes), ", gradients ", b(gradient_bytes), ", optimizer ",
+             b(optimizer_bytes), ", activations at most ", b(activation_bytes), ", program ", b(base_bytes), ": ", b(total_bytes()));
+}
+
+void check_memory(const Plan& plan, int num_local_ranks) {
+  double needed = static_cast<double>(plan.total_bytes()) * num_local_ranks;
+  auto there = static_cast<double>(available_bytes());
+  if (needed <= there) return;
+  throw ConfigError(str("the run needs about ", bytes_text(needed), " of memory (", num_local_ranks, " ranks of ",
+                        bytes_text(static_cast<double>(plan.total_bytes())), ", of which activations ",
+                        bytes_text(static_cast<double>(plan.activation_bytes)), "), but this host has ", bytes_text(there),
+                        " free: lower train.micro_batch_size or data.max_length, set train.recompute=full, "
+                        "lora.rank or train.dtype=bfloat16, or start fewer ranks"));
+}
+
+}  // namespace trireme

@@ -1,0 +1,30 @@
+// One live line on a terminal, plain lines in a log. Under mpirun isatty lies both ways, so TRIREME_PROGRESS=live|plain,
+// set by launch/run_local.sh, decides; without it a single process asks isatty, and several ranks are plain.
+#pragma once
+
+#include <chrono>
+#include <string>
+
+namespace trireme {
+
+class Progress {
+ public:
+  Progress(bool prints, bool alone);
+  ~Progress();
+  // `step_line` of step `step`. Live: overwrites the line, at most ten times a second. Plain: every `every` steps.
+  void show(const std::string& line, int64_t step, int64_t every, bool last);
+  void clear();  // ends the live line, before other output
+
+ private:
+  bool prints_, live_, open_ = false;
+  std::chrono::steady_clock::time_point shown_{};
+};
+
+uint64_t resident_bytes();       // of this process now
+uint64_t peak_resident_bytes();  // at most so far
+uint64_t available_bytes();      // of this machine or its cgroup
+std::string bytes_text(double bytes);      // "1.5 GiB"
+std::string count_text(double count);      // "12.3 M"
+std::string duration_text(double seconds); // "1:02:03"
+
+}  // namespace trireme

@@ -1,0 +1,75 @@
+#include "train/run_folder.h"
+
+#include <fcntl.h>
+#include <unistd.h>
+
+#include <filesystem>
+#include <fstream>
+
+#include "base/check.h"
+#include "base/file.h"
+
+namespace trireme {
+namespace fs = std::filesystem;
+
+namespace {
+
+std::string created(const std::string& path) {
+  std::error_code error;
+  fs::create_directories(path, error);
+  if (error) throw SystemError(str("cannot create the run folder ", path, ": ", error.message(), "; set run.dir to a folder that can be written"));
+  return path;
+}
+
+}  // namespace
+
+RunFolder::RunFolder(const std::string& path) : path_(created(path)), lock_(path_) {}
+
+std::optional<Json> RunFolder::finished() const {
+  std::string file = path_ + "/finished.json";
+  if (!fs::exists(file)) return std::nullopt;
+  return read_json_file(file);
+}
+
+void RunFolder::set_finished(const Json& state) const { write_file_atomic(path_ + "/finished.json", dump_json_pretty(state)); }
+void RunFolder::clear_finished() const { fs::remove(path_ + "/finished.json"); }
+void RunFolder::write_config(const std::string& ini) const { write_file_atomic(path_ + "/config.ini", ini); }
+
+std::string default_run_dir(const std::string& config_file) {
+  return "runs/" + (config_file.empty() ? std::string("run") : fs::path(config_file).stem().string());
+}
+
+MetricsLog::MetricsLog(const std::string& path, int64_t step) : path_(path) {
+  std::string kept;
+  if (fs::exists(path)) {
+    std::ifstream in(path);
+    for (std::string line; std::getline(in, line) && !in.eof();) {  // a last line without its newline was torn
+      Json json = Json::parse(line, nullptr, false);
+      if (json.is_object() && json.contains("step") && json["step"].is_number_integer() && json["step"].get<int64_t>() <= step)
+        kept += line + "\n";
+    }
+  }
+  write_file_atomic(path, kept);
+  fd_ = ::open(path.c_str(), O_WRONLY | O_APPEND | O_CLOEXEC);
+  if (fd_ < 0) throw SystemError(str("cannot write ", path, ": ", errno_text()));
+}
+
+MetricsLog::~MetricsLog() {
+  if (fd_ >= 0) ::close(fd_);
+}
+
+void MetricsLog::write(const Json& line) {
+  std::string text = dump_json(line) + "\n";
+  for (size_t done = 0; done < text.size();) {
+    ssize_t n = ::write(fd_, text.data() + done, text.size() - done);
+    if (n < 0 && errno == EINTR) continue;
+    if (n < 0) throw SystemError(str("cannot write ", path_, ": ", errno_text()));
+    done += static_cast<size_t>(n);
+  }
+}
+
+void MetricsLog::sync() {
+  if (::fdatasync(fd_) != 0) throw SystemError(str("cannot sync ", path_, ": ", errno_text()));
+}
+
+}  // namespace trireme

@@ -1,0 +1,49 @@
+// The run folder: config.ini, metrics.jsonl, log.txt, checkpoints/, model/ or adapter/, and finished.json once done.
+#pragma once
+
+#include <memory>
+#include <optional>
+#include <string>
+
+#include "base/json.h"
+#include "checkpoint/run_lock.h"
+
+namespace trireme {
+
+// Rank 0's view of the folder.
+class RunFolder {
+ public:
+  // Creates it and takes its lock. SystemError where it cannot be written; ConfigError where a living run holds it.
+  explicit RunFolder(const std::string& path);
+
+  const std::string& path() const { return path_; }
+  std::string checkpoints() const { return path_ + "/checkpoints"; }
+  std::optional<Json> finished() const;
+  void set_finished(const Json& state) const;
+  void clear_finished() const;
+  void write_config(const std::string& ini) const;
+
+ private:
+  std::string path_;
+  RunLock lock_;
+};
+
+// runs/<name of the configuration file without .ini>, or runs/run without a file.
+std::string default_run_dir(const std::string& config_file);
+
+// metrics.jsonl: one object a line, whole lines only. Opened for going on after `step`: later lines are dropped.
+class MetricsLog {
+ public:
+  MetricsLog(const std::string& path, int64_t step);
+  ~MetricsLog();
+  MetricsLog(const MetricsLog&) = delete;
+  MetricsLog& operator=(const MetricsLog&) = delete;
+  void write(const Json& line);
+  void sync();  // to disk; before a checkpoint that counts on these lines
+
+ private:
+  int fd_ = -1;
+  std::string path_;
+};
+
+}  // namespace trireme

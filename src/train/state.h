@@ -1,0 +1,33 @@
+// What survives a restart besides tensors, and what must be the same for a run to go on.
+#pragma once
+
+#include <limits>
+
+#include "config/config.h"
+#include "base/json.h"
+#include "data/loader.h"
+
+namespace trireme {
+
+struct TrainState {
+  int64_t step = 0;  // done
+  DataPosition position;
+  int64_t rows_per_step = 0;
+  int64_t total_steps = 0;
+  double best = std::numeric_limits<double>::quiet_NaN();
+  int64_t best_step = 0, evaluations_without_better = 0;
+  double seconds = 0;        // of training, all starts together
+  bool stopped_early = false;
+  Json identity;             // see run_identity()
+
+  Json to_json() const;
+  static TrainState from_json(const Json& json, const std::string& source);
+};
+
+// The configuration keys that a resumed run must share, and fingerprints of model and data.
+Json run_identity(Config config, const std::string& model_fingerprint, const std::string& data_fingerprint);
+
+// ConfigError that lists every difference between the run that was saved and this one.
+void check_identity(const Json& saved, const Json& now, const std::string& checkpoint);
+
+}  // namespace trireme

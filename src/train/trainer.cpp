@@ -1,0 +1,396 @@
+#include "base/tensor.h"
+
+#include "train/trainer.h"
+
+#include <ATen/Parallel.h>
+
+#include <chrono>
+#include <cmath>
+
+#include "base/log.h"
+#include "checkpoint/load_weights.h"
+#include "eval/evaluate.h"
+#include "train/agreement.h"
+#include "train/plan.h"
+#include "train/progress.h"
+#include "train/run_folder.h"
+#include "train/signals.h"
+#include "train/state.h"
+#include "train/worker.h"
+
+namespace trireme {
+namespace {
+
+using Clock = std::chrono::steady_clock;
+
+double seconds_since(Clock::time_point start) { return std::chrono::duration<double>(Clock::now() - start).count(); }
+
+// A number of steps as configured: a count, or below 1 a fraction of the run.
+int64_t steps_of(double value, int64_t total) {
+  if (value <= 0) return 0;
+  return value < 1 ? std::max<int64_t>(1, std::llround(value * static_cast<double>(total))) : std::llround(value);
+}
+
+class Run {
+ public:
+  Run(const Config& config, const CommandLine& line, const Process& process)
+      : config_(config), line_(line), process_(process), world_(Communicator::world()),
+        mesh_(process.size(), static_cast<int>(config.parallel.data), static_cast<int>(config.parallel.tensor),
+              static_cast<int>(config.parallel.pipeline)),
+        comms_(mesh_, world_) {}
+
+  ExitStatus run(bool plan_only) {
+    const auto start = Clock::now();
+    if (config_.run.dir.empty()) config_.run.dir = default_run_dir(line_.config_file);
+    agree_on(world_, [&] { read_files(); });
+    if (!plan_only && !line_.dry_run) {
+      agree_on(world_, [&] {
+        if (rank0()) open_folder();
+      });
+      if (already_finished()) return kExitDone;
+    }
+    open_data();
+    make_shape();
+    agree_on(world_, [&] { say_plan(); });
+    if (plan_only || line_.dry_run) return kExitDone;
+    agree_on(world_, [&] { build(); });
+    check_parameters_equal(worker_->model().parameters(), comms_.data);
+    resume();
+    log_info(str("ready after ", duration_text(seconds_since(start)), "; ", process_.size(), " ranks of ",
+                 at::get_num_threads(), " threads"));
+    return loop();
+  }
+
+ private:
+  bool rank0() const { return process_.rank() == 0; }
+  std::string checkpoints() const { return config_.run.dir + "/checkpoints"; }
+
+  void read_files() {
+    source_ = find_model(config_);
+    tools_.emplace(load_text_tools(config_, source_.tokenizer_folder, &source_.config));
+    task_ = make_task(config_.task.kind);
+    larger_is_better_ = task_->larger_is_better(config_.eval.metric);
+    dtype_ = train_dtype(config_, source_);
+    options_ = data_options(config_, *tools_, source_.config.vocab_size);
+    options_.check();
+  }
+
+  void open_folder() {
+    folder_ = std::make_unique<RunFolder>(config_.run.dir);
+    set_log_file(config_.run.dir + "/log.txt");
+  }
+
+  bool already_finished() {
+    std::string text;
+    agree_on(world_, [&] {
+      if (!rank0()) return;
+      auto finished = folder_->finished();
+      if (!finished) return;
+      auto step = json_get<int64_t>(*finished, "step", config_.run.dir + "/finished.json");
+      bool early = json_get<bool>(*finished, "stopped_early", config_.run.dir + "/finished.json");
+      if (config_.run.resume == "never")
+        throw ConfigError(str("the run folder ", config_.run.dir, " holds a finished run and run.resume is never; set another run.dir"));
+      if (early || (config_.train.steps > 0 && config_.train.steps <= step) || config_.train.epochs > 0)
+        text = str(config_.run.dir, " is finished (step ", step, early ? ", stopped early" : "",
+                   "); raise train.steps to go on, or set another run.dir");
+      else
+        folder_->clear_finished();
+    });
+    text = world_.broadcast_bytes(text);
+    if (!text.empty()) log_info(text);
+    return !text.empty();
+  }
+
+  // Rank 0 tokenises (or finds it cached) while the others wait in the agreement; then all read the same file.
+  void open_data() {
+    std::string files[2];
+    agree_on(world_, [&] {
+      if (!rank0()) return;
+      Progress progress(true, process_.size() == 1);
+      for (Split split : {Split::kTrain, Split::kEval})
+        files[split == Split::kEval] = Dataset::prepare(
+            options_, split, tools_->tokenizer, tools_->chat ? &*tools_->chat : nullptr, [&](uint64_t done, uint64_t total) {
+              if (total > (64 << 20)) progress.show(str("tokenising: ", done >> 20, " of ", total >> 20, " MB"), 1, 1, done == total);
+            });
+    });
+    for (auto& file : files) file = world_.broadcast_bytes(file);
+    agree_on(world_, [&] {
+      train_data_ = Dataset::open(options_, Split::kTrain, files[0]);
+      if (!files[1].empty()) eval_data_ = Dataset::open(options_, Split::kEval, files[1]);
+      if (config_.eval.patience > 0 && !eval_data_) throw ConfigError("eval.patience needs evaluation data");
+    });
+    log_info(str("training data: ", train_data_->counts().text()));
+    if (eval_data_) log_info(str("evaluation data: ", eval_data_->counts().text()));
+  }
+
+  void make_shape() {
+    shape_ = {config_.train.micro_batch_size, config_.train.accumulation, comms_.coords.data, mesh_.num_data()};
+    // A run that goes on keeps the rows of its steps: on another number of ranks the accumulation makes up for it.
+    std::optional<Checkpoint> found;
+    if (config_.run.resume != "never" && !line_.dry_run && line_.verb == "train") found = find_checkpoint();
+    if (found) {
+      state_ = TrainState::from_json(found->state(), found->folder());
+      int64_t per_pass = shape_.micro_batch_size * shape_.data_size;
+      if (shape_.rows_per_step() != state_.rows_per_step) {
+        agree_on(world_, [&] {
+          bool ranks_changed = state_.rows_per_step % per_pass == 0;
+          if (!ranks_changed)
+            throw ConfigError(str("cannot go on from ", found->folder(), ": its steps have ", state_.rows_per_step,
+                                  " rows, which ", shape_.data_size, " ranks with train.micro_batch_size=",
+                                  shape_.micro_batch_size, " cannot share out evenly"));
+        });
+        shape_.accumulation = state_.rows_per_step / per_pass;
+        log_info(str("going on with train.accumulation=", shape_.accumulation, ", so that a step keeps its ", state_.rows_per_step, " rows"));
+      }
+      resumed_.emplace(std::move(*found));
+    }
+    int64_t rows = train_data_->num_rows();
+    total_steps_ = config_.train.steps;
+    if (total_steps_ == 0)
+      total_steps_ = std::max<int64_t>(1, std::llround(std::ceil(config_.train.epochs * static_cast<double>(rows) /
+                                                                 static_cast<double>(shape_.rows_per_step()) - 1e-9)));
+    eval_every_ = eval_data_ ? steps_of(config_.eval.every, total_steps_) : 0;
+    save_every_ = steps_of(config_.checkpoint.every, total_steps_);
+    state_.identity = run_identity(config_, source_.fingerprint, train_data_->fingerprint());
+  }
+
+  std::optional<Checkpoint> find_checkpoint() {
+    std::optional<Checkpoint> found;
+    if (config_.run.resume != "auto") {
+      agree_on(world_, [&] { found.emplace(open_checkpoint(config_.run.resume)); });
+      return found;
+    }
+    store_.emplace(checkpoints(), world_, config_.checkpoint.keep);
+    store_->prepare();
+    return store_->newest();
+  }
+
+  void say_plan() {
+    int64_t longest = 1, total = 0, rows = train_data_->num_rows();
+    for (int64_t r = 0; r < rows; ++r) {
+      longest = std::max(longest, train_data_->row_tokens(r));
+      total += train_data_->row_tokens(r);
+    }
+    int64_t trained = source_.config.num_parameters();
+    if (config_.lora.rank > 0 || !config_.lora.path.empty()) trained = adapter_parameters();
+    Plan plan = make_plan(config_, source_.config, dtype_, trained, longest, static_cast<double>(total) / static_cast<double>(rows),
+                          rows, shape_.rows_per_step(), total_steps_);
+    log_info(plan.text());
+    check_memory(plan, process_.local_size());
+  }
+
+  // From shapes alone: nothing is allocated before the plan is said.
+  int64_t adapter_parameters() const {
+    const auto& m = source_.config;
+    int64_t q = m.num_heads * m.head_dim, kv = m.num_kv_heads * m.head_dim, c = m.hidden_size, f = m.intermediate_size;
+    const std::pair<const char*, int64_t> ends[] = {{"q_proj", c + q}, {"k_proj", c + kv}, {"v_proj", c + kv}, {"o_proj", q + c},
+                                                    {"gate_proj", c + f}, {"up_proj", c + f}, {"down_proj", f + c}};
+    int64_t sum = 0;
+    for (const auto& [name, in_and_out] : ends) {
+      bool chosen = false;
+      for (const auto& target : config_.lora.targets) chosen |= target == "all-linear" || target.find(name) != std::string::npos;
+      if (chosen) sum += in_and_out * m.num_layers * config_.lora.rank;
+    }
+    return sum;
+  }
+
+  void build() {
+    Schedule schedule(parse_schedule_kind(config_.schedule.kind), config_.optim.lr, total_steps_,
+                      config_.schedule.warmup_steps, config_.schedule.min_lr);
+    Loader loader(train_data_, shape_, config_.data.shuffle, options_.seed);
+    worker_ = std::make_unique<Worker>(config_, build_model(config_, source_, dtype_, true), std::move(task_),
+                                       std::move(loader), schedule, shape_.accumulation, comms_);
+    if (rank0()) {
+      Config resolved = config_;
+      folder_->write_config(config_to_ini(resolved, true));
+    }
+    if (!store_) {
+      store_.emplace(checkpoints(), world_, config_.checkpoint.keep);
+      prepare_store_ = true;
+    }
+  }
+
+  void resume() {
+    if (prepare_store_) {
+      store_->prepare();
+      if (config_.run.resume == "never" && store_->newest())
+        throw AgreedError(kExitConfig, str("the run folder ", config_.run.dir, " holds checkpoints and run.resume is never; set another run.dir"));
+    }
+    agree_on(world_, [&] {
+      if (resumed_) {
+        check_identity(TrainState::from_json(resumed_->state(), resumed_->folder()).identity, state_.identity, resumed_->folder());
+        resumed_->load(worker_->tensors());
+        worker_->set_num_steps(state_.step);
+        worker_->loader().set_state(state_.position);
+        log_info(str("going on from ", resumed_->folder(), ", step ", state_.step, " of ", total_steps_));
+      }
+      if (rank0()) metrics_ = std::make_unique<MetricsLog>(config_.run.dir + "/metrics.jsonl", state_.step);
+    });
+    resumed_.reset();
+  }
+
+  ExitStatus loop() {
+    install_stop_signals();
+    Progress progress(rank0(), process_.size() == 1);
+    const auto started = Clock::now();
+    const double seconds_before = state_.seconds;
+    const int64_t first = state_.step;
+    while (state_.step < total_steps_ && !state_.stopped_early) {
+      const auto step_start = Clock::now();
+      const double epoch = worker_->loader().epoch();
+      StepResult result = worker_->run(state_.step + 1, stop_requested(), !store_->pending() || store_->finished());
+      ++state_.step;
+      const double seconds = seconds_since(step_start);
+      state_.seconds = seconds_before + seconds_since(started);
+      if (rank0()) report(result, epoch, seconds, progress, first, seconds_since(started));
+      if (store_->pending() && result.save_ready) store_->wait();
+
+      bool last = state_.step == total_steps_;
+      bool stop = result.stop || (config_.train.stop_after > 0 && state_.step - first >= config_.train.stop_after);
+      bool best = false;
+      bool evaluated = eval_data_ && ((eval_every_ > 0 && state_.step % eval_every_ == 0) || last);
+      if (evaluated) {
+        progress.clear();
+        best = evaluate_now();
+      }
+      if (last || stop || best || state_.stopped_early || (save_every_ > 0 ? state_.step % save_every_ == 0 : evaluated)) {
+        progress.clear();
+        save(best, last || stop || state_.stopped_early);
+      }
+      if (stop && !last && !state_.stopped_early) {
+        log_info(str("stopped after step ", state_.step, " of ", total_steps_, "; saved. Run the same command again to go on"));
+        return kExitStopped;
+      }
+    }
+    finish();
+    return kExitDone;
+  }
+
+  void report(const StepResult& r, double epoch, double seconds, Progress& progress, int64_t first, double elapsed) {
+    uint64_t memory = peak_resident_bytes();
+    Json line;
+    line["step"] = state_.step;
+    line["epoch"] = epoch;
+    line["split"] = "train";
+    line["loss"] = r.loss;
+    line["tokens"] = r.learnt;
+    line["tokens_per_second"] = static_cast<double>(r.tokens) / seconds;
+    line["learning_rate"] = r.learning_rate;
+    line["grad_norm"] = r.grad_norm;
+    line["seconds"] = seconds;
+    line["memory_bytes"] = memory;
+    metrics_->write(line);
+    char text[256];
+    double left = elapsed / static_cast<double>(state_.step - first) * static_cast<double>(total_steps_ - state_.step);
+    std::snprintf(text, sizeof text, "step %lld/%lld  epoch %.2f  loss %.4f  lr %.2e  %.0f tokens/s  %s  left %s",
+                  static_cast<long long>(state_.step), static_cast<long long>(total_steps_), epoch, r.loss, r.learning_rate,
+                  static_cast<double>(r.tokens) / seconds, bytes_text(static_cast<double>(memory)).c_str(), duration_text(left).c_str());
+    progress.show(text, state_.step, config_.log.every, state_.step == total_steps_ || state_.step == first + 1);
+  }
+
+  // Evaluates and decides: is it the best so far, is patience at its end?
+  bool evaluate_now() {
+    int64_t rows = config_.eval.micro_batch_size > 0 ? config_.eval.micro_batch_size : config_.train.micro_batch_size;
+    auto metrics = evaluate(worker_->model(), worker_->task(), eval_data_, rows, comms_.data);
+    double value = metrics.at(config_.eval.metric);
+    bool better = !std::isnan(value) && (std::isnan(state_.best) || (larger_is_better_ ? value > state_.best : value < state_.best));
+    if (better) {
+      state_.best = value, state_.best_step = state_.step, state_.evaluations_without_better = 0;
+    } else if (config_.eval.patience > 0 && ++state_.evaluations_without_better >= config_.eval.patience) {
+      state_.stopped_early = true;
+    }
+    if (rank0()) {
+      Json line;
+      line["step"] = state_.step;
+      line["epoch"] = worker_->loader().epoch();
+      line["split"] = "eval";
+      std::string text;
+      for (const auto& [name, v] : metrics) {
+        line[name] = name == "tokens" ? Json(static_cast<int64_t>(v)) : Json(v);
+        text += str("  ", name, " ", v);
+      }
+      metrics_->write(line);
+      log_info(str("evaluation at step ", state_.step, ":", text, better ? "  (best so far)" : ""));
+      if (state_.stopped_early)
+        log_info(str("stopping early: no better ", config_.eval.metric, " in ", config_.eval.patience, " evaluations; the best was ",
+                     state_.best, " at step ", state_.best_step));
+    }
+    return better;
+  }
+
+  void save(bool best, bool now) {
+    agree_on(world_, [&] {
+      if (metrics_) metrics_->sync();
+    });
+    state_.position = worker_->loader().state();
+    state_.rows_per_step = shape_.rows_per_step();
+    state_.total_steps = total_steps_;
+    if (now || !config_.checkpoint.async) {
+      store_->wait();
+      store_->save(state_.step, worker_->tensors(), state_.to_json(), best);
+    } else {
+      store_->start_save(state_.step, worker_->tensors(), state_.to_json(), best);
+    }
+  }
+
+  void finish() {
+    store_->wait();
+    if (config_.eval.restore_best && eval_data_ && state_.best_step > 0 && state_.best_step != state_.step) {
+      auto best = store_->best();
+      agree_on(world_, [&] {
+        if (best) best->load(worker_->weights(), true);
+      });
+      log_info(best ? str("restored the best model, of step ", state_.best_step) : "the best checkpoint is not there; keeping the last model");
+    }
+    agree_on(world_, [&] {
+      if (!rank0()) return;
+      bool adapter = has_lora(worker_->model());
+      std::string folder = config_.run.dir + (adapter ? "/adapter" : "/model");
+      if (adapter) export_adapter(folder, worker_->model(), trained_lora(), source_);
+      else export_model(folder, worker_->model(), source_);
+      Json done;
+      done["step"] = state_.step;
+      done["stopped_early"] = state_.stopped_early;
+      done["best"] = std::isnan(state_.best) ? Json() : Json(state_.best);
+      done["best_step"] = state_.best_step;
+      folder_->set_finished(done);
+      log_info(str("done: ", state_.step, " steps in ", duration_text(state_.seconds), "; wrote ", folder));
+    });
+  }
+
+  LoraConfig trained_lora() const {
+    if (config_.lora.path.empty()) return lora_config(config_);
+    std::string file = config_.lora.path + "/adapter_config.json";
+    return lora_config_from_json(read_json_file(file), file, SafetensorsFolder(config_.lora.path, "adapter_model").names());
+  }
+
+  Config config_;
+  const CommandLine& line_;
+  const Process& process_;
+  Communicator world_;
+  Mesh mesh_;
+  MeshComms comms_;
+  ModelSource source_;
+  std::optional<TextTools> tools_;
+  std::unique_ptr<Task> task_;
+  bool larger_is_better_ = false, prepare_store_ = false;
+  at::ScalarType dtype_ = at::kFloat;
+  DataOptions options_;
+  std::unique_ptr<RunFolder> folder_;
+  std::shared_ptr<const Dataset> train_data_, eval_data_;
+  BatchShape shape_;
+  int64_t total_steps_ = 0, eval_every_ = 0, save_every_ = 0;
+  TrainState state_;
+  std::optional<CheckpointStore> store_;
+  std::optional<Checkpoint> resumed_;
+  std::unique_ptr<Worker> worker_;
+  std::unique_ptr<MetricsLog> metrics_;
+};
+
+}  // namespace
+
+ExitStatus run_training(const Config& config, const CommandLine& line, const Process& process, bool plan_only) {
+  return Run(config, line, process).run(plan_only);
+}
+
+}  // namespace trireme

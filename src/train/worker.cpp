@@ -1,0 +1,126 @@
+#include "base/tensor.h"
+
+#include "train/worker.h"
+
+#include <torch/csrc/autograd/autograd.h>
+
+#include <cmath>
+
+#include "base/check.h"
+#include "checkpoint/safetensors.h"
+#include "optim/clip.h"
+#include "train/agreement.h"
+
+namespace trireme {
+namespace {
+
+std::vector<Parameter> trainable(const Transformer& model) {
+  std::vector<Parameter> out;
+  for (auto& p : model.parameters())
+    if (p.value.requires_grad()) out.push_back(p);
+  return out;
+}
+
+}  // namespace
+
+Worker::Worker(const Config& config, std::unique_ptr<Transformer> model, std::unique_ptr<Task> task, Loader loader,
+               const Schedule& schedule, int64_t accumulation, const MeshComms& comms)
+    : config_(config), model_(std::move(model)), task_(std::move(task)), loader_(std::move(loader)), schedule_(schedule),
+      accumulation_(accumulation), comms_(comms) {
+  model_->set_training(true);
+  model_->set_recompute(parse_recompute(config.train.recompute));
+  GradientReducerOptions options;
+  options.bucket_bytes = static_cast<int64_t>(config.comm.bucket_mb * (1 << 20));
+  options.overlap = config.comm.overlap;
+  reducer_ = std::make_unique<GradientReducer>(trainable(*model_), comms_.data, options);
+  std::vector<OptimTensor> tensors;
+  for (const auto& slice : reducer_->slices())
+    tensors.push_back({slice.name, slice.weight.detach().view({-1}), slice.gradient.view({-1}),
+                       slice.weight.dim() >= 2 ? config.optim.weight_decay : 0.0});
+  AdamWOptions adam{config.optim.beta1, config.optim.beta2, config.optim.epsilon};
+  optimizer_ = std::make_unique<AdamW>(std::move(tensors), adam);
+}
+
+StepResult Worker::run(int64_t step, bool stop, bool save_ready) {
+  // Small sums of the step: loss, learnt tokens, tokens, ranks that were asked to stop, ranks whose save is not ready.
+  at::Tensor small = at::zeros({5}, at::kDouble);
+  double* sums = small.data_ptr<double>();
+  std::vector<ModelInput> inputs;
+  reducer_->begin_step();
+  for (int64_t micro = 0; micro < accumulation_; ++micro) {
+    SequenceBatch batch = loader_.batch(micro);
+    ModelInput input = to_device(batch, model_->device());
+    input.dropout_seed = static_cast<uint64_t>(config_.run.seed);
+    TaskResult result = task_->run(*model_, input);
+    reducer_->before_backward(micro + 1 == accumulation_);
+    if (result.loss_sum.requires_grad()) torch::autograd::backward({result.loss_sum}, {});
+    sums[0] += result.sums.at("loss");
+    sums[1] += static_cast<double>(result.count);
+    sums[2] += static_cast<double>(batch.num_tokens());
+    inputs.push_back(std::move(input));
+  }
+  reducer_->finish();
+  sums[3] = stop;
+  sums[4] = !save_ready;
+  comms_.world.all_reduce(small);
+
+  StepResult out;
+  out.learnt = static_cast<int64_t>(sums[1]);
+  out.tokens = static_cast<int64_t>(sums[2]);
+  out.stop = sums[3] > 0;
+  out.save_ready = sums[4] == 0;
+  if (out.learnt == 0) throw InternalError("a step without a learnt token");
+  out.loss = sums[0] / sums[1];
+  reducer_->scale(1.0 / sums[1]);
+  out.grad_norm = std::sqrt(reducer_->squared_norm());
+  if (!std::isfinite(out.loss) || !std::isfinite(out.grad_norm)) report_nonfinite(step, inputs);
+  if (step == 1 && !config_.train.gradients.empty()) write_gradients(config_.train.gradients);
+  out.learning_rate = schedule_(step);
+  optimizer_->step(out.learning_rate, clip_scale(out.grad_norm, config_.train.max_grad_norm));
+  loader_.advance();
+  return out;
+}
+
+void Worker::report_nonfinite(int64_t step, const std::vector<ModelInput>& inputs) {
+  std::string where;
+  for (const auto& input : inputs)
+    if (where.empty()) where = model_->first_nonfinite(input);
+  std::string first;
+  for (const auto& text : comms_.world.gather_bytes(where))
+    if (first.empty()) first = text;
+  first = comms_.world.broadcast_bytes(first);
+  throw AgreedError(kExitFailure,
+                    str("step ", step, ": the loss or its gradient is not finite; ",
+                        first.empty() ? "every layer's output is finite, so it appeared in the loss or in backward"
+                                      : str("it appeared first in ", first),
+                        ". Nothing was updated, the last checkpoint is intact: lower optim.lr, set train.max_grad_norm, "
+                        "or use train.dtype=bfloat16 or float32"));
+}
+
+void Worker::write_gradients(const std::string& path) const {
+  agree_on(comms_.world, [&] {
+    if (comms_.world.rank() != 0) return;
+    std::vector<TensorSource> tensors;
+    for (const auto& slice : reducer_->slices()) {
+      TensorSource source = TensorSource::of(slice.name, slice.gradient);
+      source.dtype = at::kFloat;
+      tensors.push_back(std::move(source));
+    }
+    write_safetensors(path, tensors);
+  });
+}
+
+std::vector<NamedTensor> Worker::weights() const {
+  std::vector<NamedTensor> out;
+  for (const auto& slice : reducer_->slices()) out.push_back({"model/" + slice.name, slice.weight.detach(), slice.shard});
+  return out;
+}
+
+std::vector<NamedTensor> Worker::tensors() {
+  std::vector<NamedTensor> out = weights();
+  for (auto& state : optimizer_->state())
+    out.push_back({str("optimizer/", state.kind, "/", state.parameter), state.value, ShardSpec::whole(state.value)});
+  return out;
+}
+
+}  // namespace trireme

@@ -1,0 +1,59 @@
+// The step of one rank: forward, backward, reduction, clipping, update.
+#pragma once
+
+#include "checkpoint/checkpoint.h"
+#include "comm/mesh.h"
+#include "data/loader.h"
+#include "optim/adamw.h"
+#include "optim/schedule.h"
+#include "parallel/data_parallel.h"
+#include "tasks/task.h"
+#include "train/build.h"
+
+namespace trireme {
+
+struct StepResult {
+  double loss = 0;        // mean over the learnt tokens of the whole step, before the update
+  int64_t learnt = 0;     // of all ranks
+  int64_t tokens = 0;     // of all ranks
+  double grad_norm = 0;   // before clipping
+  double learning_rate = 0;
+  bool stop = false;      // a rank was asked to stop
+  bool save_ready = false;  // every rank's background save has written its part
+};
+
+class Worker {
+ public:
+  Worker(const Config& config, std::unique_ptr<Transformer> model, std::unique_ptr<Task> task, Loader loader,
+         const Schedule& schedule, int64_t accumulation, const MeshComms& comms);
+
+  // Step `step` (from 1). `stop` and `save_ready` travel with the step's one small all-reduce. SystemError (on every
+  // rank) where the loss is not finite: it names the first layer where that appeared; nothing was updated.
+  StepResult run(int64_t step, bool stop, bool save_ready);
+
+  // Everything a checkpoint holds: trained weights and optimizer state, under global names.
+  std::vector<NamedTensor> tensors();
+  // The trained weights alone, under the same names.
+  std::vector<NamedTensor> weights() const;
+  void set_num_steps(int64_t steps) { optimizer_->set_num_steps(steps); }
+
+  Transformer& model() { return *model_; }
+  const Task& task() const { return *task_; }
+  Loader& loader() { return loader_; }
+
+ private:
+  [[noreturn]] void report_nonfinite(int64_t step, const std::vector<ModelInput>& inputs);
+  void write_gradients(const std::string& path) const;
+
+  const Config& config_;
+  std::unique_ptr<Transformer> model_;
+  std::unique_ptr<Task> task_;
+  Loader loader_;
+  Schedule schedule_;
+  int64_t accumulation_;
+  const MeshComms& comms_;
+  std::unique_ptr<GradientReducer> reducer_;
+  std::unique_ptr<AdamW> optimizer_;
+};
+
+}  // namespace trireme
