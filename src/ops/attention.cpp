@@ -132,14 +132,14 @@ struct Attention : Function<Attention> {
     const bool zero = overlap || covered < k.size(0);
     at::Tensor grad_k = zero ? at::zeros(k.sizes(), key_options) : at::empty(k.sizes(), key_options);
     at::Tensor grad_v = zero ? at::zeros(k.sizes(), key_options) : at::empty(k.sizes(), key_options);
+    std::vector<AttentionSegment> segments;
     for (size_t i = 0; i < kept->pieces.size(); ++i) {
       const Piece& piece = kept->pieces[i];
       if (piece.causal && !overlap && k.scalar_type() == at::kBFloat16 && has_attention_bf16(k.size(2))) {
         auto part = [&](const at::Tensor& t) { return t.slice(0, piece.q_begin, piece.q_end); };
         auto key_part = [&](const at::Tensor& t) { return t.slice(0, piece.k_begin, piece.k_end); };
-        attention_bf16_backward(part(grad_out), part(q), key_part(k), key_part(v), part(out), kept->lse[i], scale,
-                                part(grad_q), key_part(grad_k), key_part(grad_v));
-        kept->lse[i].reset();
+        segments.push_back({part(grad_out), part(q), key_part(k), key_part(v), part(out), kept->lse[i], part(grad_q),
+                            key_part(grad_k), key_part(grad_v)});
         continue;
       }
       auto queries = [&](const at::Tensor& t) { return group_queries(t.slice(0, piece.q_begin, piece.q_end), key_heads); };
@@ -155,6 +155,7 @@ struct Attention : Function<Attention> {
         overlap ? target.add_(sum) : target.copy_(sum);
       }
     }
+    attention_bf16_backward(segments, scale);
     return {grad_q, grad_k.to(k.scalar_type()), grad_v.to(k.scalar_type()), {}, {}};
   }
 };

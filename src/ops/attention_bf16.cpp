@@ -80,6 +80,55 @@ void arrange_queries(Scratch& s, const TileLoops& loops, const at::Tensor& x, in
       std::memcpy(&turned[static_cast<size_t>(c * kTile + row)], s.rows.data() + row * s.dim + 2 * c, sizeof(uint32_t));
 }
 
+void backward_of_head(const AttentionSegment& t, int64_t head, double scale) {
+  const int64_t length = t.q.size(0), dim = t.q.size(2), group = t.q.size(1) / t.k.size(1);
+  const TileLoops& loops = level2::kTileLoops;
+  auto scratch = std::make_unique<Scratch>(dim, length);
+  Scratch& s = *scratch;
+  copy_rows(t.k, head, 0, length, s.k.data());
+  copy_rows(t.v, head, 0, length, s.v.data());
+  for (int64_t row = 0; row < length; ++row)
+    for (int64_t c = 0; c < dim; ++c)
+      s.k_turned[static_cast<size_t>((row / kTile * dim + c) * kTile + row % kTile)] =
+          s.k[static_cast<size_t>(row * dim + c)];
+  for (int64_t member = 0; member < group; ++member) {
+    const int64_t q_head = head * group + member;
+    const float* log_sums = t.lse.data_ptr<float>() + head * t.lse.stride(0) + member * t.lse.stride(1);
+    for (int64_t block = 0; block < s.blocks; ++block) {
+      const int64_t begin = block * kTile, end = std::min(length, begin + kTile);
+      arrange_queries(s, loops, t.q, q_head, begin, end, s.q_pairs, s.q_turned);
+      arrange_queries(s, loops, t.grad_out, q_head, begin, end, s.grad_pairs, s.grad_turned);
+      for (int64_t i = 0; i < kTile; ++i) {
+        const bool real = begin + i < end;
+        s.lse[i] = real ? log_sums[(begin + i) * t.lse.stride(2)] : 1e30f;  // no query: exp gives 0
+        s.delta[i] = real ? loops.dot(dim, row_of(t.out, begin + i, q_head), row_of(t.grad_out, begin + i, q_head))
+                          : 0.0f;
+      }
+      std::fill(s.grad_q.begin(), s.grad_q.end(), 0.0f);
+      for (int64_t j = 0; j <= block; ++j) {
+        const int64_t at = j * kTile * dim;
+        multiply(kTile, dim, s.k.data() + at, dim, s.q_turned.data(), s.scores, kTile, false);
+        multiply(kTile, dim, s.v.data() + at, dim, s.grad_turned.data(), s.grad_p, kTile, false);
+        loops.tile(s.scores, s.grad_p, s.lse, s.delta, static_cast<float>(scale), j == block, s.p, s.ds, s.ds_pairs);
+        for (int64_t part = 0; part < dim / kTile; ++part) {
+          const int64_t pairs = part * kTile * kTile / 2;
+          multiply(kTile, kTile, s.p, kTile, s.grad_pairs.data() + pairs, s.grad_v.data() + at + part * kTile, dim, true);
+          multiply(kTile, kTile, s.ds, kTile, s.q_pairs.data() + pairs, s.grad_k.data() + at + part * kTile, dim, true);
+        }
+        multiply(dim, kTile, s.k_turned.data() + at, kTile, s.ds_pairs, s.grad_q.data(), kTile, true);
+      }
+      for (int64_t i = begin; i < end; ++i) {
+        Value* target = row_of(t.grad_q, i, q_head);
+        for (int64_t c = 0; c < dim; ++c) target[c] = s.grad_q[static_cast<size_t>(c * kTile + i - begin)];
+      }
+    }
+  }
+  for (int64_t i = 0; i < length; ++i) {
+    loops.round_row(dim, s.grad_k.data() + i * dim, row_of(t.grad_k, i, head));
+    loops.round_row(dim, s.grad_v.data() + i * dim, row_of(t.grad_v, i, head));
+  }
+}
+
 }  // namespace
 
 bool has_attention_bf16(int64_t dim) {
@@ -93,58 +142,12 @@ bool has_attention_bf16(int64_t dim) {
 #endif
 }
 
-void attention_bf16_backward(const at::Tensor& grad_out, const at::Tensor& q, const at::Tensor& k, const at::Tensor& v,
-                             const at::Tensor& out, const at::Tensor& lse, double scale, const at::Tensor& grad_q,
-                             const at::Tensor& grad_k, const at::Tensor& grad_v) {
-  const int64_t length = q.size(0), dim = q.size(2), key_heads = k.size(1), group = q.size(1) / key_heads;
-  const TileLoops& loops = level2::kTileLoops;
-  at::parallel_for(0, key_heads, 1, [&](int64_t first_head, int64_t last_head) {
-    for (int64_t head = first_head; head < last_head; ++head) {
-      auto scratch = std::make_unique<Scratch>(dim, length);
-      Scratch& s = *scratch;
-      copy_rows(k, head, 0, length, s.k.data());
-      copy_rows(v, head, 0, length, s.v.data());
-      for (int64_t row = 0; row < length; ++row)
-        for (int64_t c = 0; c < dim; ++c)
-          s.k_turned[static_cast<size_t>((row / kTile * dim + c) * kTile + row % kTile)] =
-              s.k[static_cast<size_t>(row * dim + c)];
-      for (int64_t member = 0; member < group; ++member) {
-        const int64_t q_head = head * group + member;
-        const float* log_sums = lse.data_ptr<float>() + head * lse.stride(0) + member * lse.stride(1);
-        for (int64_t block = 0; block < s.blocks; ++block) {
-          const int64_t begin = block * kTile, end = std::min(length, begin + kTile);
-          arrange_queries(s, loops, q, q_head, begin, end, s.q_pairs, s.q_turned);
-          arrange_queries(s, loops, grad_out, q_head, begin, end, s.grad_pairs, s.grad_turned);
-          for (int64_t i = 0; i < kTile; ++i) {
-            const bool real = begin + i < end;
-            s.lse[i] = real ? log_sums[(begin + i) * lse.stride(2)] : 1e30f;  // no query: exp gives 0
-            s.delta[i] = real ? loops.dot(dim, row_of(out, begin + i, q_head), row_of(grad_out, begin + i, q_head))
-                              : 0.0f;
-          }
-          std::fill(s.grad_q.begin(), s.grad_q.end(), 0.0f);
-          for (int64_t j = 0; j <= block; ++j) {
-            const int64_t at = j * kTile * dim;
-            multiply(kTile, dim, s.k.data() + at, dim, s.q_turned.data(), s.scores, kTile, false);
-            multiply(kTile, dim, s.v.data() + at, dim, s.grad_turned.data(), s.grad_p, kTile, false);
-            loops.tile(s.scores, s.grad_p, s.lse, s.delta, static_cast<float>(scale), j == block, s.p, s.ds, s.ds_pairs);
-            for (int64_t part = 0; part < dim / kTile; ++part) {
-              const int64_t pairs = part * kTile * kTile / 2;
-              multiply(kTile, kTile, s.p, kTile, s.grad_pairs.data() + pairs, s.grad_v.data() + at + part * kTile, dim, true);
-              multiply(kTile, kTile, s.ds, kTile, s.q_pairs.data() + pairs, s.grad_k.data() + at + part * kTile, dim, true);
-            }
-            multiply(dim, kTile, s.k_turned.data() + at, kTile, s.ds_pairs, s.grad_q.data(), kTile, true);
-          }
-          for (int64_t i = begin; i < end; ++i) {
-            Value* target = row_of(grad_q, i, q_head);
-            for (int64_t c = 0; c < dim; ++c) target[c] = s.grad_q[static_cast<size_t>(c * kTile + i - begin)];
-          }
-        }
-      }
-      for (int64_t i = 0; i < length; ++i) {
-        loops.round_row(dim, s.grad_k.data() + i * dim, row_of(grad_k, i, head));
-        loops.round_row(dim, s.grad_v.data() + i * dim, row_of(grad_v, i, head));
-      }
-    }
+void attention_bf16_backward(const std::vector<AttentionSegment>& segments, double scale) {
+  if (segments.empty()) return;
+  const int64_t key_heads = segments[0].k.size(1), count = static_cast<int64_t>(segments.size()) * key_heads;
+  at::parallel_for(0, count, 1, [&](int64_t first, int64_t last) {
+    for (int64_t i = first; i < last; ++i)
+      backward_of_head(segments[static_cast<size_t>(i / key_heads)], i % key_heads, scale);
     at::native::cpublas::brgemm_release();
   });
 }

@@ -10,9 +10,13 @@ bool has_attention_bf16(int64_t dim);
 
 // One segment in which query i sees keys j <= i: q, out, grad_out, grad_q [L, H, D], k, v, grad_k, grad_v [L, K, D], all
 // bfloat16 with contiguous last dim (slices of the flat tensors); lse [K, H / K, L] fp32, the log-sum-exp of the scaled
-// scores. Writes the gradients. Scores exist 64 x 64 at a time; sums are fp32, in an order that depends on nothing else.
-void attention_bf16_backward(const at::Tensor& grad_out, const at::Tensor& q, const at::Tensor& k, const at::Tensor& v,
-                             const at::Tensor& out, const at::Tensor& lse, double scale, const at::Tensor& grad_q,
-                             const at::Tensor& grad_k, const at::Tensor& grad_v);
+// scores.
+struct AttentionSegment {
+  at::Tensor grad_out, q, k, v, out, lse, grad_q, grad_k, grad_v;
+};
+
+// Writes the gradients of all segments. Scores exist 64 x 64 at a time; sums are fp32, in an order that depends on
+// nothing else.
+void attention_bf16_backward(const std::vector<AttentionSegment>& segments, double scale);
 
 }  // namespace trireme
