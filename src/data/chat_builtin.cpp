@@ -107,7 +107,7 @@ constexpr const char* kMistral = R"(
         {{- '[INST] ' + ns.prefix + message['content'] | trim + ' [/INST]' }}
         {%- set ns.prefix = '' %}
     {%- elif message['role'] == 'assistant' %}
-        {{- ' ' }}{% generation %}{{- message['content'] | trim + (eos_token if eos_token is defined else '</s>') }}{% endgeneration %}
+        {%- generation %}{{- ' ' + message['content'] | trim + (eos_token if eos_token is defined else '</s>') }}{% endgeneration %}
     {%- else %}
         {{- raise_exception('The mistral template knows the roles system (first), user and assistant, not ' + message['role'] + '.') }}
     {%- endif %}

@@ -55,7 +55,7 @@ class ChatTemplate {
   // The whole chat and the spans of the assistant messages from messages[first_message] on: each one's text and its
   // end-of-turn token, but neither the header before nor the white space after it. From {% generation %} blocks where
   // the template has them; else from renderings of the chat's beginnings; else, where the template rewrites earlier
-  // turns, by searching for the messages' texts. DataError: none of these finds each assistant message.
+  // turns, by marking the message's text. DataError: none of these finds each assistant message.
   RenderedChat render_learnt(const Json& messages, const Json& tools = nullptr, const Json& variables = nullptr,
                              size_t first_message = 0) const;
 
@@ -63,7 +63,12 @@ class ChatTemplate {
   std::string hash() const;                              // of everything that render() depends on but its arguments
 
  private:
+  class TurnFinder;
+
   ChatTemplate() = default;
+  static ChatTemplate from_json(const Json& value, const std::string& source);
+  void set_tool_text(const std::string& text, const std::string& source);
+  Json variables_for(const Json& messages, const Json& tools, bool add_generation_prompt, const Json& variables) const;
   void read_special_tokens(const std::string& folder);
   const jinja::Template& select(const Json& tools) const;
 
