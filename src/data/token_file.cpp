@@ -50,8 +50,8 @@ bool token_file_intact(const std::string& path, std::string* why) {
     std::string name = manifest_of(path);
     Json manifest = read_json_file(name, 1 << 20);
     MappedFile map(path);
-    if (json_get<uint64_t>(manifest, "bytes", name) != map.size())
-      *why = str("it has ", map.size(), " bytes instead of ", manifest["bytes"].get<uint64_t>());
+    if (json_get<int64_t>(manifest, "bytes", name) != static_cast<int64_t>(map.size()))
+      *why = str("it has ", map.size(), " bytes instead of ", manifest["bytes"].get<int64_t>());
     else if (json_get<std::string>(manifest, "hash", name) != hash_bytes(map.view()))
       *why = "its content does not match its hash";
     else
