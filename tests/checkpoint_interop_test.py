@@ -3,7 +3,11 @@
 The C++ tests do the reading and writing: they take folders from TRIREME_INTEROP and TRIREME_INTEROP_OUT."""
 import json
 import os
+import random
+import re
+import signal
 import subprocess
+import time
 from pathlib import Path
 
 import h5py
@@ -98,3 +102,33 @@ def test_h5py_reads_the_whole_tensors_of_a_checkpoint(tmp_path, ranks):
     manifest = json.loads((folder / "manifest.json").read_text())
     assert manifest["format"] == "trireme checkpoint" and manifest["state"] == {"step": 3}
     assert len(manifest["files"]) <= ranks
+
+
+def test_killed_saves_leave_a_whole_checkpoint(tmp_path):
+    folder = tmp_path / "checkpoints"
+    env = dict(os.environ, TRIREME_INTEROP=str(folder), TRIREME_NUM_SAVES="1000000", OMP_NUM_THREADS="1")
+    env.pop("GTEST_OUTPUT", None)
+    last_seen, num_leftovers = 0, 0
+    random.seed(1)
+    for _ in range(5):
+        # One rank without mpirun: the kill hits the writer itself, at any point of a save.
+        process = subprocess.Popen([BUILD / "checkpoint_mpi_test", "--gtest_filter=CheckpointTest.GoesOnAfterAnotherProcess"],
+                                   env=env, stdout=subprocess.DEVNULL)
+        end = time.monotonic() + 60
+        while not (folder / f"step-{last_seen + 1}").exists():
+            assert process.poll() is None and time.monotonic() < end
+            time.sleep(0.001)
+        time.sleep(random.random() * 0.2)
+        process.send_signal(signal.SIGKILL)
+        process.wait()
+        num_leftovers += len(list(folder.glob("*.tmp")))
+
+        done = subprocess.run([BUILD / "checkpoint_mpi_test", "--gtest_filter=CheckpointTest.GoesOnAfterAnotherProcess"],
+                              env=dict(env, TRIREME_NUM_SAVES="0"), capture_output=True, text=True, timeout=60)
+        assert done.returncode == 0, done.stdout + done.stderr
+        found = int(re.search(r"found step (\d+)", done.stdout)[1])
+        steps = [int(path.name[5:]) for path in folder.glob("step-*") if re.fullmatch(r"step-\d+", path.name)]
+        assert found == max(steps) > last_seen and "broken" not in done.stderr
+        assert not list(folder.glob("*.tmp"))
+        last_seen = found
+    assert num_leftovers > 0  # else no kill ever hit a save

@@ -226,9 +226,13 @@ TEST_F(CheckpointTest, BrokenOnesArePassedOver) {
             shard3 + " is missing (No such file or directory).");
   EXPECT_EQ(error_of<DataError>([&] { open_checkpoint(folder_ + "/step-2"); }),
             folder_ + "/step-2 is not a checkpoint: it has no manifest.json.");
+  EXPECT_EQ(error_of<DataError>([&] { saved.open(folder_ + "/step-2"); }),
+            folder_ + "/step-2 is not a checkpoint: it has no manifest.json.");
+  EXPECT_EQ(saved.open(folder_ + "/step-1").step(), 1);
   std::optional<Checkpoint> found = saved.newest();
   ASSERT_TRUE(found.has_value());
   EXPECT_EQ(found->step(), 1);
+  comm_.barrier();
   damage(folder_ + "/step-1/shard-00000.h5");
   EXPECT_EQ(error_of<DataError>([&] { saved.newest(); }),
             folder_ + ": every checkpoint is broken; the newest: " + folder_ + "/step-6/shard-00000.h5 is damaged: its hash "
@@ -302,6 +306,27 @@ TEST_F(CheckpointTest, FullDiskOfOneRankIsToldByAllAndTheOldCheckpointStays) {
   EXPECT_EQ(saved.newest()->step(), 1);
   saved.save(2, tensors, {});  // and it goes on once there is room
   EXPECT_EQ(saved.newest()->step(), 2);
+}
+
+// Takes up what an earlier process left, checks it, and saves on. The Python test kills it again and again in between.
+TEST_F(CheckpointTest, GoesOnAfterAnotherProcess) {
+  const char* given = std::getenv("TRIREME_INTEROP");
+  const char* num_saves = std::getenv("TRIREME_NUM_SAVES");
+  if (given) folder_ = given;
+  int64_t first = 1, last = num_saves ? std::atoll(num_saves) : 3;
+  for (int process = 0; process < 2; ++process) {
+    CheckpointStore saved = store(2);
+    if (std::optional<Checkpoint> found = saved.newest()) {
+      std::vector<NamedTensor> targets = slices(globals(static_cast<double>(found->step())), comm_, false);
+      found->load(targets);
+      expect_equal(targets, slices(globals(static_cast<double>(found->step())), comm_, true));
+      if (comm_.rank() == 0) std::printf("found step %lld\n", static_cast<long long>(found->step())), std::fflush(stdout);
+      first = found->step() + 1;
+    }
+    for (int64_t step = first; step < first + last; ++step) save(saved, step);
+    if (given) return;
+  }
+  EXPECT_EQ(listing(), str("latest step-", 2 * last - 1, " step-", 2 * last, " "));
 }
 
 // Whole tensors are in all.h5. The Python test runs this one, too, and reads the file with h5py.

@@ -79,6 +79,8 @@ class CheckpointStore {
   // The newest checkpoint that is whole; broken ones are named in a warning and passed over. None: no checkpoint at all.
   // DataError: there are some, but all are broken.
   std::optional<Checkpoint> newest();
+  // A checkpoint that the user names by its folder, of this run or another. DataError says what is wrong with it.
+  Checkpoint open(const std::string& path);
   // The checkpoint that `best` names, if it is there and whole.
   std::optional<Checkpoint> best();
 
@@ -93,7 +95,7 @@ class CheckpointStore {
   void prune(int64_t step);
   std::string agree(const std::string& error) const;
   std::vector<std::string> gather_everywhere(const std::string& text) const;
-  std::optional<Checkpoint> open_together(const std::string& name, std::string& why) const;
+  std::optional<Checkpoint> open_together(const std::string& path, std::string& why) const;
   std::vector<std::string> list_together() const;
 
   std::string folder_;

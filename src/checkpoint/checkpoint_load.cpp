@@ -126,8 +126,8 @@ Checkpoint open_checkpoint(const std::string& folder) {
 }
 
 // The ranks share the work of hashing. `why` tells on every rank what is wrong where nothing is returned.
-std::optional<Checkpoint> CheckpointStore::open_together(const std::string& name, std::string& why) const {
-  std::string path = folder_ + "/" + name, error;
+std::optional<Checkpoint> CheckpointStore::open_together(const std::string& path, std::string& why) const {
+  std::string error;
   std::optional<Checkpoint> checkpoint;
   try {
     Manifest manifest = read_manifest(path);
@@ -161,7 +161,7 @@ std::optional<Checkpoint> CheckpointStore::newest() {
   std::string first_error;
   for (const std::string& name : list_together()) {
     std::string why;
-    std::optional<Checkpoint> checkpoint = open_together(name, why);
+    std::optional<Checkpoint> checkpoint = open_together(folder_ + "/" + name, why);
     if (checkpoint) return checkpoint;
     if (first_error.empty()) first_error = why;
     if (comm_.rank() == 0) log_warn(str("checkpoint ", folder_, "/", name, " is broken and passed over: ", why));
@@ -172,12 +172,19 @@ std::optional<Checkpoint> CheckpointStore::newest() {
   return std::nullopt;
 }
 
+Checkpoint CheckpointStore::open(const std::string& path) {
+  std::string why;
+  std::optional<Checkpoint> checkpoint = open_together(path, why);
+  if (!checkpoint) throw DataError(why);
+  return *checkpoint;
+}
+
 std::optional<Checkpoint> CheckpointStore::best() {
   std::string name, why;
   if (comm_.rank() == 0) name = one_line(folder_ + "/best");
   name = comm_.broadcast_bytes(name);
   if (step_of(name) < 0) return std::nullopt;
-  std::optional<Checkpoint> checkpoint = open_together(name, why);
+  std::optional<Checkpoint> checkpoint = open_together(folder_ + "/" + name, why);
   if (!checkpoint && comm_.rank() == 0) log_warn(str("the best checkpoint ", folder_, "/", name, " is broken: ", why));
   return checkpoint;
 }
