@@ -35,8 +35,11 @@ int main(int argc, char** argv) {
   for (int i = 0; i < num_tensors; ++i) {
     at::Tensor value = at::randn({kElements});
     bool replicated = i % 2 == 0;
-    tensors.push_back({"t" + std::to_string(i), value,
-                       {{replicated ? kElements : kElements * world.size()}, {replicated ? 0 : kElements * world.rank()}, replicated}});
+    tensors.push_back({"t" + std::to_string(i),
+                       value,
+                       {{replicated ? kElements : kElements * world.size()},
+                        {replicated ? 0 : kElements * world.rank()},
+                        replicated}});
   }
   auto timed = [&](auto&& run) {
     world.barrier();

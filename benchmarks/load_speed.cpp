@@ -48,7 +48,8 @@ void read_file_parallel(const std::string& path, char* keep) {
     std::vector<char> buffer(keep ? 0 : kPiece);
 #pragma omp for schedule(dynamic, 4)
     for (uint64_t at = 0; at < bytes; at += kPiece)
-      TRIREME_CHECK(pread(fd, keep ? keep + at : buffer.data(), std::min(kPiece, bytes - at), static_cast<off_t>(at)) > 0);
+      TRIREME_CHECK(pread(fd, keep ? keep + at : buffer.data(), std::min(kPiece, bytes - at), static_cast<off_t>(at)) >
+                    0);
   }
   close(fd);
 }
@@ -80,8 +81,9 @@ int main(int argc, char** argv) {
   auto num_tensors = static_cast<int64_t>((argc > 2 ? std::atof(argv[2]) : 2.0) * 1e9 / (2.0 * kTensorElements));
   std::vector<TensorSource> sources;
   for (int64_t i = 0; i < num_tensors; ++i)
-    sources.push_back({"t" + std::to_string(i), at::kBFloat16, {kTensorElements / 4096, 4096},
-                       [i] { return at::full({kTensorElements / 4096, 4096}, static_cast<double>(i), at::kBFloat16); }});
+    sources.push_back({"t" + std::to_string(i), at::kBFloat16, {kTensorElements / 4096, 4096}, [i] {
+                         return at::full({kTensorElements / 4096, 4096}, static_cast<double>(i), at::kBFloat16);
+                       }});
   write_safetensors_folder(folder, sources, ~0ull);
   std::string path = folder + "/model.safetensors";
   auto bytes = static_cast<double>(fs::file_size(path));

@@ -45,7 +45,8 @@ TEST_F(Hdf5Test, RoundTripOfEveryType) {
   std::iota(bytes.begin(), bytes.end(), 1);
   {
     Hdf5File file = Hdf5File::create(path_);
-    for (Hdf5Type type : types) file.create_dataset(str("group/", hdf5_type_name(type)), type, {2, 3}).write(bytes.data(), 0, 6);
+    for (Hdf5Type type : types)
+      file.create_dataset(str("group/", hdf5_type_name(type)), type, {2, 3}).write(bytes.data(), 0, 6);
     file.create_dataset("scalar", Hdf5Type::kFloat64, {}).write_all(std::vector<double>{2.5});
     file.create_dataset("empty", Hdf5Type::kInt64, {0, 4});
     file.set_attribute("text", "häf\n");
@@ -71,7 +72,8 @@ TEST_F(Hdf5Test, RoundTripOfEveryType) {
 TEST_F(Hdf5Test, RefusesWithTheRightWords) {
   EXPECT_EQ(error_of([&] { Hdf5File::open(path_); }), "cannot open " + path_ + ": No such file or directory.");
   EXPECT_EQ(kind_, kExitData);
-  EXPECT_EQ(error_of([&] { Hdf5File::create("/nowhere/a.h5"); }), "cannot create /nowhere/a.h5: No such file or directory.");
+  EXPECT_EQ(error_of([&] { Hdf5File::create("/nowhere/a.h5"); }),
+            "cannot create /nowhere/a.h5: No such file or directory.");
   EXPECT_EQ(kind_, kExitFailure);
   {
     Hdf5File file = Hdf5File::create(path_);

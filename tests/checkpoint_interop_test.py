@@ -36,8 +36,8 @@ def run_test(program, test_filter, given, output=None, ranks=None):
 
 def small_model(dtype=torch.float32):
     torch.manual_seed(1)
-    config = LlamaConfig(vocab_size=97, hidden_size=24, intermediate_size=40, num_hidden_layers=2, num_attention_heads=3,
-                         num_key_value_heads=1, head_dim=8, tie_word_embeddings=False)
+    config = LlamaConfig(vocab_size=97, hidden_size=24, intermediate_size=40, num_hidden_layers=2,
+                         num_attention_heads=3, num_key_value_heads=1, head_dim=8, tie_word_embeddings=False)
     return LlamaForCausalLM(config).to(dtype)
 
 
@@ -108,12 +108,12 @@ def test_killed_saves_leave_a_whole_checkpoint(tmp_path):
     folder = tmp_path / "checkpoints"
     env = dict(os.environ, TRIREME_INTEROP=str(folder), TRIREME_NUM_SAVES="1000000", OMP_NUM_THREADS="1")
     env.pop("GTEST_OUTPUT", None)
+    command = [str(BUILD / "checkpoint_mpi_test"), "--gtest_filter=CheckpointTest.GoesOnAfterAnotherProcess"]
     last_seen, num_leftovers = 0, 0
     random.seed(1)
     for _ in range(5):
         # One rank without mpirun: the kill hits the writer itself, at any point of a save.
-        process = subprocess.Popen([BUILD / "checkpoint_mpi_test", "--gtest_filter=CheckpointTest.GoesOnAfterAnotherProcess"],
-                                   env=env, stdout=subprocess.DEVNULL)
+        process = subprocess.Popen(command, env=env, stdout=subprocess.DEVNULL)
         end = time.monotonic() + 60
         while not (folder / f"step-{last_seen + 1}").exists():
             assert process.poll() is None and time.monotonic() < end
@@ -123,8 +123,7 @@ def test_killed_saves_leave_a_whole_checkpoint(tmp_path):
         process.wait()
         num_leftovers += len(list(folder.glob("*.tmp")))
 
-        done = subprocess.run([BUILD / "checkpoint_mpi_test", "--gtest_filter=CheckpointTest.GoesOnAfterAnotherProcess"],
-                              env=dict(env, TRIREME_NUM_SAVES="0"), capture_output=True, text=True, timeout=60)
+        done = subprocess.run(command, env=dict(env, TRIREME_NUM_SAVES="0"), capture_output=True, text=True, timeout=60)
         assert done.returncode == 0, done.stdout + done.stderr
         found = int(re.search(r"found step (\d+)", done.stdout)[1])
         steps = [int(path.name[5:]) for path in folder.glob("step-*") if re.fullmatch(r"step-\d+", path.name)]

@@ -134,7 +134,8 @@ TEST_F(CheckpointTest, LoadsOntoTheSameLayoutAndAnyOther) {
   EXPECT_EQ(found->step(), 12);
   EXPECT_EQ(found->state(), (Json{{"step", 12}}));
   // The world again; groups of two ranks; each rank alone.
-  for (const Communicator& layout : {comm_, comm_.split(comm_.rank() / 2, comm_.rank(), "pairs"), Communicator::self()}) {
+  for (const Communicator& layout :
+       {comm_, comm_.split(comm_.rank() / 2, comm_.rank(), "pairs"), Communicator::self()}) {
     std::vector<NamedTensor> targets = slices(globals(12), layout, false);
     found->load(targets);
     expect_equal(targets, slices(globals(12), layout, true));
@@ -235,8 +236,9 @@ TEST_F(CheckpointTest, BrokenOnesArePassedOver) {
   comm_.barrier();
   damage(folder_ + "/step-1/shard-00000.h5");
   EXPECT_EQ(error_of<DataError>([&] { saved.newest(); }),
-            folder_ + ": every checkpoint is broken; the newest: " + folder_ + "/step-6/shard-00000.h5 is damaged: its hash "
-            "differs from the manifest's. Restore one, or start afresh with run.resume=never.");
+            folder_ + ": every checkpoint is broken; the newest: " + folder_ +
+                "/step-6/shard-00000.h5 is damaged: its hash "
+                "differs from the manifest's. Restore one, or start afresh with run.resume=never.");
 }
 
 TEST_F(CheckpointTest, KeepsTheNewestAndTheBest) {
@@ -269,10 +271,13 @@ TEST_F(CheckpointTest, SaysWhichTensorsDiffer) {
   targets[0].name = "model/embedding.weight";
   targets[5] = {"optimizer/mask", at::zeros({5}, at::kBool), {{5}, {0}, true}};
   targets[4].value = at::zeros({}, at::kInt);
-  EXPECT_EQ(error_of<DataError>([&] { found.load(targets); }),
-            folder_ + "/step-1: the tensors of the checkpoint are not those of this run. Missing (1): model/embedding.weight. "
-            "Not asked for (1): model/embed.weight. Different (2): optimizer/step is [] int64 in the checkpoint, [] int32 in "
-            "this run, optimizer/mask is [4] bool in the checkpoint, [5] bool in this run.");
+  EXPECT_EQ(
+      error_of<DataError>([&] { found.load(targets); }),
+      folder_ +
+          "/step-1: the tensors of the checkpoint are not those of this run. Missing (1): model/embedding.weight. "
+          "Not asked for (1): model/embed.weight. Different (2): optimizer/step is [] int64 in the checkpoint, [] "
+          "int32 in "
+          "this run, optimizer/mask is [4] bool in the checkpoint, [5] bool in this run.");
 }
 
 TEST_F(CheckpointTest, UnwritableFolderIsToldByEveryRank) {
@@ -320,7 +325,8 @@ TEST_F(CheckpointTest, GoesOnAfterAnotherProcess) {
       std::vector<NamedTensor> targets = slices(globals(static_cast<double>(found->step())), comm_, false);
       found->load(targets);
       expect_equal(targets, slices(globals(static_cast<double>(found->step())), comm_, true));
-      if (comm_.rank() == 0) std::printf("found step %lld\n", static_cast<long long>(found->step())), std::fflush(stdout);
+      if (comm_.rank() == 0)
+        std::printf("found step %lld\n", static_cast<long long>(found->step())), std::fflush(stdout);
       first = found->step() + 1;
     }
     for (int64_t step = first; step < first + last; ++step) save(saved, step);

@@ -42,7 +42,8 @@ class CheckpointFiles : public testing::Test {
 TEST_F(CheckpointFiles, HubNamesAreFoundInTheCache) {
   setenv("HF_HUB_CACHE", (folder_ + "/hub").c_str(), 1);
   auto refusal = [&](const std::string& name) { return error_of<ConfigError>([&] { resolve_model_folder(name); }); };
-  std::string advice = " is neither a folder nor in the Hugging Face cache (" + folder_ + "/hub). Download it with: hf download ";
+  std::string advice =
+      " is neither a folder nor in the Hugging Face cache (" + folder_ + "/hub). Download it with: hf download ";
   EXPECT_EQ(refusal("org/name"), "model org/name" + advice + "org/name");
   std::string model = folder_ + "/hub/models--org--name";
   write_text(model + "/refs/main", "abc123\n");
@@ -52,7 +53,8 @@ TEST_F(CheckpointFiles, HubNamesAreFoundInTheCache) {
   EXPECT_EQ(resolve_model_folder("org/name", "abc123"), model + "/snapshots/abc123");
   EXPECT_EQ(resolve_model_folder(model), model);
   write_text(model + "/refs/main", "../../../etc");
-  EXPECT_EQ(error_of<DataError>([&] { resolve_model_folder("org/name"); }), model + "/refs/main does not hold the name of a commit.");
+  EXPECT_EQ(error_of<DataError>([&] { resolve_model_folder("org/name"); }),
+            model + "/refs/main does not hold the name of a commit.");
   for (std::string path : {"./nowhere", "/nowhere/at/all", "a/b/c", "../x", "org/..", ""})
     EXPECT_EQ(error_of<DataError>([&] { resolve_model_folder(path); }), "model folder " + path + " does not exist.");
   unsetenv("HF_HUB_CACHE");
@@ -79,20 +81,23 @@ TEST_F(CheckpointFiles, PeftConfigRoundTripAndRefusals) {
     changed[key] = value;
     return error_of<DataError>([&] { peft_config_from_json(changed, "f.json"); });
   };
-  std::string advice = ", which is not supported. Retrain the adapter without it, or merge it into its base model with PEFT "
-                       "(merge_and_unload).";
+  std::string advice =
+      ", which is not supported. Retrain the adapter without it, or merge it into its base model with PEFT "
+      "(merge_and_unload).";
   EXPECT_EQ(refusal("peft_type", "IA3"), "f.json: 'peft_type' is \"IA3\"; only \"LORA\" is supported.");
   EXPECT_EQ(refusal("use_dora", true), "f.json: 'use_dora' is true" + advice);
   EXPECT_EQ(refusal("rank_pattern", {{"q_proj", 4}}), "f.json: 'rank_pattern' is {\"q_proj\":4}" + advice);
   EXPECT_EQ(refusal("bias", "all"), "f.json: 'bias' is \"all\"" + advice);
   EXPECT_EQ(refusal("modules_to_save", {"lm_head"}), "f.json: 'modules_to_save' is [\"lm_head\"]" + advice);
   EXPECT_EQ(refusal("some_new_method", true), "f.json: 'some_new_method' is true" + advice);
-  EXPECT_EQ(refusal("init_lora_weights", "pissa"), "f.json: 'init_lora_weights' is \"pissa\", which changed the base model too. "
+  EXPECT_EQ(refusal("init_lora_weights", "pissa"),
+            "f.json: 'init_lora_weights' is \"pissa\", which changed the base model too. "
             "Convert the adapter with PEFT (save_pretrained with path_initial_model_for_weight_conversion).");
   EXPECT_EQ(refusal("r", 0), "f.json: 'r' is 0; a whole number from 1 to 65536 is needed.");
   EXPECT_EQ(refusal("r", "8"), "f.json: 'r' is \"8\", which is not a number.");
   EXPECT_EQ(refusal("lora_dropout", 1), "f.json: 'lora_dropout' is 1; from 0 to below 1 is allowed.");
-  EXPECT_EQ(refusal("target_modules", nullptr), "f.json: 'target_modules' is null; a text or a list of names is needed.");
+  EXPECT_EQ(refusal("target_modules", nullptr),
+            "f.json: 'target_modules' is null; a text or a list of names is needed.");
   EXPECT_EQ(error_of<DataError>([&] { peft_config_from_json(Json::array(), "f.json"); }), "f.json is not an object.");
 }
 
@@ -101,9 +106,10 @@ TEST_F(CheckpointFiles, AdapterRoundTrip) {
   const char *given = std::getenv("TRIREME_INTEROP"), *output = std::getenv("TRIREME_INTEROP_OUT");
   std::string in = given ? given : folder_ + "/in", out = output ? output : folder_ + "/out";
   if (!given)
-    write_adapter(in, peft_config_to_json({2, 4, 0, false, {"q_proj"}, false, ""}),
-                  {TensorSource::of("base_model.model.model.layers.0.self_attn.q_proj.lora_A.weight", at::randn({2, 8})),
-                   TensorSource::of("base_model.model.model.layers.0.self_attn.q_proj.lora_B.weight", at::randn({8, 2}))});
+    write_adapter(
+        in, peft_config_to_json({2, 4, 0, false, {"q_proj"}, false, ""}),
+        {TensorSource::of("base_model.model.model.layers.0.self_attn.q_proj.lora_A.weight", at::randn({2, 8})),
+         TensorSource::of("base_model.model.model.layers.0.self_attn.q_proj.lora_B.weight", at::randn({8, 2}))});
   EXPECT_TRUE(is_adapter_folder(in));
   EXPECT_FALSE(is_adapter_folder(folder_));
   SafetensorsFolder read(in, "adapter_model");

@@ -24,7 +24,9 @@ class Safetensors : public testing::Test {
   }
   void TearDown() override { fs::remove_all(folder_); }
 
-  static void write_text(const std::string& path, const std::string& text) { std::ofstream(path, std::ios::binary) << text; }
+  static void write_text(const std::string& path, const std::string& text) {
+    std::ofstream(path, std::ios::binary) << text;
+  }
 
   // A file with this header and this many bytes of values.
   void write_raw(const std::string& header, size_t num_bytes) {
@@ -49,7 +51,9 @@ class Safetensors : public testing::Test {
     write_raw(header, num_bytes);
     return refusal();
   }
-  static Parameter whole(const std::string& name, const at::Tensor& value) { return {name, value, ShardSpec::whole(value)}; }
+  static Parameter whole(const std::string& name, const at::Tensor& value) {
+    return {name, value, ShardSpec::whole(value)};
+  }
 
   std::string folder_, path_;
 };
@@ -62,8 +66,8 @@ bool same_bits(const at::Tensor& a, const at::Tensor& b) {
 TEST_F(Safetensors, RoundTripOfEveryDtype) {
   std::vector<TensorSource> sources;
   std::vector<at::Tensor> values;
-  for (at::ScalarType dtype : {at::kByte, at::kBool, at::kChar, at::kBFloat16, at::kHalf, at::kShort, at::kInt, at::kFloat,
-                               at::kDouble, at::kLong, at::kFloat8_e4m3fn}) {
+  for (at::ScalarType dtype : {at::kByte, at::kBool, at::kChar, at::kBFloat16, at::kHalf, at::kShort, at::kInt,
+                               at::kFloat, at::kDouble, at::kLong, at::kFloat8_e4m3fn}) {
     values.push_back((at::arange(15, at::kFloat) - 3).clamp(dtype == at::kByte ? 0 : -9).to(dtype).view({3, 5}));
     sources.push_back(TensorSource::of(c10::toString(dtype), values.back()));
   }
@@ -95,18 +99,24 @@ TEST_F(Safetensors, ViewKeepsTheFileAlive) {
 
 TEST_F(Safetensors, RefusesBrokenFilesWithTheRightWords) {
   write_text(path_, "abc");
-  EXPECT_EQ(refusal(), path_ + ": too short for a safetensors file: 3 bytes, but the first 8 give the header's length.");
+  EXPECT_EQ(refusal(),
+            path_ + ": too short for a safetensors file: 3 bytes, but the first 8 give the header's length.");
   write_text(path_, std::string("\1\xe1\xf5\5\0\0\0\0{}", 10));
-  EXPECT_EQ(refusal(), path_ + ": not a safetensors file: its header would have 100000001 bytes; 100000000 are allowed.");
+  EXPECT_EQ(refusal(),
+            path_ + ": not a safetensors file: its header would have 100000001 bytes; 100000000 are allowed.");
   write_text(path_, std::string("\100\0\0\0\0\0\0\0{}", 10));
-  EXPECT_EQ(refusal(), path_ + ": cut short: the header has 64 bytes, but the file ends after 2 of them. Download or copy it again.");
+  EXPECT_EQ(
+      refusal(),
+      path_ + ": cut short: the header has 64 bytes, but the file ends after 2 of them. Download or copy it again.");
   EXPECT_EQ(refusal(" {}", 0), path_ + ": not a safetensors file: its header does not begin with '{'.");
   EXPECT_NE(refusal("{\"a\":", 0).find(path_ + ": header"), std::string::npos);
   EXPECT_NE(refusal("{\"\xff\":1}", 0).find(path_ + ": header"), std::string::npos);
 
   std::string a = R"("a":{"dtype":"F32","shape":[2,2],"data_offsets":[0,16]})", at_a = path_ + ": tensor 'a'";
   EXPECT_NE(refusal("{" + a + "," + a + "}", 16).find("the key \"a\" stands twice in one object"), std::string::npos);
-  EXPECT_EQ(refusal("{" + a + "}", 15), path_ + ": cut short: tensor 'a' ends at 16, but only 15 bytes of values are there. Download or copy it again.");
+  EXPECT_EQ(
+      refusal("{" + a + "}", 15),
+      path_ + ": cut short: tensor 'a' ends at 16, but only 15 bytes of values are there. Download or copy it again.");
   EXPECT_EQ(refusal("{" + a + "}", 17), path_ + ": the tensors end at 16, but 17 bytes of values are there.");
   EXPECT_EQ(refusal("{" + a + R"(,"b":{"dtype":"U8","shape":[2],"data_offsets":[15,17]}})", 17),
             path_ + ": tensor 'b' begins at 15, but the tensor before it ends at 16: they overlap.");
@@ -125,7 +135,9 @@ TEST_F(Safetensors, RefusesBrokenFilesWithTheRightWords) {
   EXPECT_EQ(refusal(R"({"a":{"dtype":"F32","shape":[-1],"data_offsets":[0,4]}})", 4),
             at_a + ": 'shape' holds -1, which is not a whole number from 0 to 2^64 - 1.");
   EXPECT_EQ(refusal(R"({"a":{"dtype":"F4","shape":[2],"data_offsets":[0,1]}})", 1),
-            at_a + ": dtype \"F4\" is not supported; supported are F64 F32 F16 BF16 I64 I32 I16 I8 U64 U32 U16 U8 BOOL F8_E4M3 F8_E5M2.");
+            at_a +
+                ": dtype \"F4\" is not supported; supported are F64 F32 F16 BF16 I64 I32 I16 I8 U64 U32 U16 U8 BOOL "
+                "F8_E4M3 F8_E5M2.");
   EXPECT_EQ(refusal(R"({"a":5})", 0), at_a + ": the entry is not an object with dtype, shape and data_offsets.");
   EXPECT_EQ(refusal(R"({"a":{"dtype":"U8","data_offsets":[0,1]}})", 1), at_a + ": 'shape' is missing.");
   EXPECT_EQ(refusal(R"({"a":{"dtype":"U8","shape":[1],"data_offsets":[0,1],"x":1}})", 1), at_a + ": unknown key 'x'.");
@@ -186,8 +198,9 @@ TEST_F(Safetensors, EveryTensorIsGatheredWhateverHappens) {
 
 TEST_F(Safetensors, LoadsConvertsAndSlices) {
   at::Tensor weight = at::randn({700, 300}).to(at::kBFloat16), bias = at::randn({700});
-  write_safetensors(path_, {TensorSource::of("model.w", weight), TensorSource::of("model.b", bias),
-                            TensorSource::of("lm_head.weight", bias), TensorSource::of("model.rotary_emb.inv_freq", bias)});
+  write_safetensors(path_,
+                    {TensorSource::of("model.w", weight), TensorSource::of("model.b", bias),
+                     TensorSource::of("lm_head.weight", bias), TensorSource::of("model.rotary_emb.inv_freq", bias)});
   at::Tensor same = at::zeros({700, 300}, at::kBFloat16), b = at::zeros({700});
   load_weights(folder_, {whole("model.w", same), whole("model.b", b.requires_grad_())});
   EXPECT_TRUE(same_bits(same, weight));
@@ -215,7 +228,8 @@ TEST_F(Safetensors, LoadsConvertsAndSlices) {
 TEST_F(Safetensors, FolderRoundTrip) {
   const char *given = std::getenv("TRIREME_INTEROP"), *output = std::getenv("TRIREME_INTEROP_OUT");
   std::string in = given ? given : folder_ + "/in", out = output ? output : folder_ + "/out";
-  if (!given) write_safetensors_folder(in, {TensorSource::of("a", at::randn({9, 9})), TensorSource::of("b", at::randn({9}))});
+  if (!given)
+    write_safetensors_folder(in, {TensorSource::of("a", at::randn({9, 9})), TensorSource::of("b", at::randn({9}))});
   SafetensorsFolder read(in);
   std::vector<Parameter> targets;
   std::vector<TensorSource> sources;
@@ -251,12 +265,18 @@ TEST_F(Safetensors, RefusesFoldersWithTheRightWords) {
   write_text(folder_ + "/config.json", "{}");
   EXPECT_EQ(error_of(load), folder_ + " has neither model.safetensors nor model.safetensors.index.json.");
   write_text(folder_ + "/pytorch_model.bin", "x");
-  EXPECT_EQ(error_of(load), folder_ + " has no model.safetensors, only pytorch_model.bin, a pickle, which can run code and is "
-            "not read: convert it to safetensors (transformers: from_pretrained, then save_pretrained).");
+  EXPECT_EQ(error_of(load),
+            folder_ +
+                " has no model.safetensors, only pytorch_model.bin, a pickle, which can run code and is "
+                "not read: convert it to safetensors (transformers: from_pretrained, then save_pretrained).");
   write_safetensors(path_, {TensorSource::of("a", at::ones({3, 2})), TensorSource::of("c", at::ones({1}))});
-  EXPECT_EQ(error_of(load), folder_ + ": the tensors are not those of the model that config.json describes. Missing (1): b. "
-            "Not part of the model (1): c. Of another shape (1): a is [3, 2] in the file, but the model's is [2, 3].");
-  EXPECT_EQ(error_of([&] { SafetensorsFolder none(folder_ + "/none"); }), "model folder " + folder_ + "/none does not exist.");
+  EXPECT_EQ(
+      error_of(load),
+      folder_ +
+          ": the tensors are not those of the model that config.json describes. Missing (1): b. "
+          "Not part of the model (1): c. Of another shape (1): a is [3, 2] in the file, but the model's is [2, 3].");
+  EXPECT_EQ(error_of([&] { SafetensorsFolder none(folder_ + "/none"); }),
+            "model folder " + folder_ + "/none does not exist.");
   EXPECT_EQ(error_of([&] { SafetensorsFolder file(path_); }), "model folder " + path_ + " is not a folder.");
   fs::remove(path_);
 
@@ -273,7 +293,8 @@ TEST_F(Safetensors, RefusesFoldersWithTheRightWords) {
   write_safetensors(folder_ + "/x.safetensors", {TensorSource::of("b", at::ones({4}))});
   EXPECT_EQ(error_of(load), index + ": tensor 'a' is not in x.safetensors.");
   write_text(index, R"({"weight_map":{"a":"x.safetensors","b":"y.safetensors"}})");
-  write_safetensors(folder_ + "/x.safetensors", {TensorSource::of("a", at::ones({4})), TensorSource::of("b", at::ones({4}))});
+  write_safetensors(folder_ + "/x.safetensors",
+                    {TensorSource::of("a", at::ones({4})), TensorSource::of("b", at::ones({4}))});
   write_safetensors(folder_ + "/y.safetensors", {TensorSource::of("b", at::ones({4}))});
   EXPECT_EQ(error_of(load), folder_ + ": tensor 'b' is in both " + folder_ + "/x.safetensors and y.safetensors.");
 }

@@ -19,8 +19,8 @@ static_assert(sizeof(hid_t) == sizeof(int64_t));
 constexpr uint64_t kMaxTransferBytes = 4 << 20;  // keeps one pwrite short, so that a killed or stopped thread ends soon
 constexpr hsize_t kAlignmentBytes = 64;
 
-// HDF5 prints its error stack unless told otherwise, once per thread. It also cleans up at the end of the process, which
-// crashes when a file could not be closed (full disk); we close our files ourselves.
+// HDF5 prints its error stack unless told otherwise, once per thread. It also cleans up at the end of the process,
+// which crashes when a file could not be closed (full disk); we close our files ourselves.
 void silence() {
   static bool no_exit_handler = H5dont_atexit() >= 0;  // must come before any other call
   (void)no_exit_handler;
@@ -169,7 +169,8 @@ const char* hdf5_type_name(Hdf5Type type) {
   return kNames[static_cast<int>(type)];
 }
 
-// --- datasets ---------------------------------------------------------------------------------------------------------
+// --- datasets
+// ---------------------------------------------------------------------------------------------------------
 
 Hdf5Dataset::Hdf5Dataset(int64_t id, std::string where) : id_(id), where_(std::move(where)) {
   fd_ = descriptor_of(Handle(H5Iget_file_id(id_), H5Fclose));  // through an external link it is another file
@@ -247,7 +248,8 @@ void Hdf5Dataset::read(void* data, uint64_t first, uint64_t count) const {
   }
 }
 
-// --- files ------------------------------------------------------------------------------------------------------------
+// --- files
+// ------------------------------------------------------------------------------------------------------------
 
 Hdf5File::Hdf5File(int64_t id, std::string path, bool writing) : id_(id), path_(std::move(path)), writing_(writing) {
   fd_ = descriptor_of(id_);

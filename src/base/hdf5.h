@@ -1,10 +1,10 @@
 // HDF5 files: whole contiguous datasets of plain numbers, and text attributes. The one place that knows the C API.
 //
 // HDF5 lays out the file; the values themselves go by pread and pwrite at the dataset's offset, because Debian's HDF5
-// 1.10 holds one global lock during every call and a token reader must not wait for a checkpoint being written. Space is
-// reserved when a dataset is created, so a full disk is told before anything is written. File locking is off (network
-// file systems lack it; our files have a single writer). Data is aligned to 64 bytes. HDF5 parsers have a history of
-// memory errors: open only files whose hash is known, never a stranger's.
+// 1.10 holds one global lock during every call and a token reader must not wait for a checkpoint being written. Space
+// is reserved when a dataset is created, so a full disk is told before anything is written. File locking is off
+// (network file systems lack it; our files have a single writer). Data is aligned to 64 bytes. HDF5 parsers have a
+// history of memory errors: open only files whose hash is known, never a stranger's.
 //
 // SystemError: cannot be created or written (the path and HDF5's own reason are named). DataError: cannot be opened or
 // read, no such dataset or attribute, another type or shape than asked for. HDF5 itself prints nothing.
@@ -21,7 +21,20 @@
 namespace trireme {
 
 // bfloat16 is a custom 16-bit float type, which h5py and h5dump show as numbers.
-enum class Hdf5Type { kUint8, kInt8, kInt16, kUint16, kInt32, kUint32, kInt64, kUint64, kFloat16, kBfloat16, kFloat32, kFloat64 };
+enum class Hdf5Type {
+  kUint8,
+  kInt8,
+  kInt16,
+  kUint16,
+  kInt32,
+  kUint32,
+  kInt64,
+  kUint64,
+  kFloat16,
+  kBfloat16,
+  kFloat32,
+  kFloat64
+};
 uint64_t hdf5_type_bytes(Hdf5Type type);
 const char* hdf5_type_name(Hdf5Type type);  // uint8, ..., float64
 
@@ -38,7 +51,8 @@ template <> constexpr Hdf5Type hdf5_type_of<uint64_t>() { return Hdf5Type::kUint
 template <> constexpr Hdf5Type hdf5_type_of<float>() { return Hdf5Type::kFloat32; }
 template <> constexpr Hdf5Type hdf5_type_of<double>() { return Hdf5Type::kFloat64; }
 
-// A contiguous dataset. Lives no longer than its file. Movable; read() may be called from several threads. `first` and `count` are elements in row-major order.
+// A contiguous dataset. Lives no longer than its file. Movable; read() may be called from several threads. `first` and
+// `count` are elements in row-major order.
 class Hdf5Dataset {
  public:
   ~Hdf5Dataset();

@@ -48,7 +48,8 @@ class Checkpoint {
   Manifest manifest_;
 };
 
-// Reads and verifies one checkpoint folder without communication (for export and the like). DataError says what is wrong.
+// Reads and verifies one checkpoint folder without communication (for export and the like). DataError says what is
+// wrong.
 Checkpoint open_checkpoint(const std::string& folder);
 
 // The checkpoints of one run. All calls but finished() and the readers of pointers are collective over `comm`, and end
@@ -76,8 +77,8 @@ class CheckpointStore {
   // Ends the pending save: waits for the thread, agrees, commits. Nothing to do without one. Throws what went wrong.
   void wait();
 
-  // The newest checkpoint that is whole; broken ones are named in a warning and passed over. None: no checkpoint at all.
-  // DataError: there are some, but all are broken.
+  // The newest checkpoint that is whole; broken ones are named in a warning and passed over. None: no checkpoint at
+  // all. DataError: there are some, but all are broken.
   std::optional<Checkpoint> newest();
   // A checkpoint that the user names by its folder, of this run or another. DataError says what is wrong with it.
   Checkpoint open(const std::string& path);

@@ -28,13 +28,15 @@ struct Complaint {
 };
 
 // Copies what a piece and a target have in common. Returns the number of elements.
-int64_t copy_overlap(const Hdf5Dataset& dataset, const StoredPiece& piece, at::ScalarType dtype, const NamedTensor& target) {
+int64_t copy_overlap(const Hdf5Dataset& dataset, const StoredPiece& piece, at::ScalarType dtype,
+                     const NamedTensor& target) {
   std::vector<int64_t> in_piece, in_target, extent;
   int64_t count = 1;
   at::Tensor value = target.value.detach();
   for (size_t d = 0; d < piece.shape.size(); ++d) {
     int64_t begin = std::max(piece.offset[d], target.shard.offset[d]);
-    int64_t end = std::min(piece.offset[d] + piece.shape[d], target.shard.offset[d] + value.size(static_cast<int64_t>(d)));
+    int64_t end =
+        std::min(piece.offset[d] + piece.shape[d], target.shard.offset[d] + value.size(static_cast<int64_t>(d)));
     if (end <= begin) return 0;
     in_piece.push_back(begin - piece.offset[d]);
     in_target.push_back(begin - target.shard.offset[d]);
@@ -54,7 +56,8 @@ int64_t copy_overlap(const Hdf5Dataset& dataset, const StoredPiece& piece, at::S
     std::vector<int64_t> shape = piece.shape;
     shape[0] = std::min(step, extent[0] - first);
     at::Tensor source = at::empty(shape, dtype);
-    dataset.read(source.data_ptr(), static_cast<uint64_t>((in_piece[0] + first) * row), static_cast<uint64_t>(shape[0] * row));
+    dataset.read(source.data_ptr(), static_cast<uint64_t>((in_piece[0] + first) * row),
+                 static_cast<uint64_t>(shape[0] * row));
     at::Tensor destination = value.narrow(0, in_target[0] + first, shape[0]);
     for (size_t d = 1; d < piece.shape.size(); ++d) {
       source = source.narrow(static_cast<int64_t>(d), in_piece[d], extent[d]);
@@ -114,7 +117,8 @@ void Checkpoint::load(const std::vector<NamedTensor>& targets, bool partial) con
       copied += copy_overlap(dataset, piece, tensor.dtype, target);
     }
     if (copied != target.value.numel())
-      throw DataError(str(folder_, ": the pieces of ", target.name, " hold ", copied, " of its ", target.value.numel(), " values."));
+      throw DataError(str(folder_, ": the pieces of ", target.name, " hold ", copied, " of its ", target.value.numel(),
+                          " values."));
   }
 }
 

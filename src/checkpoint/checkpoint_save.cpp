@@ -132,7 +132,8 @@ void CheckpointStore::prepare() {
   if (comm_.rank() == 0) {
     try {
       fs::create_directories(folder_);
-      if (access(folder_.c_str(), W_OK) != 0) throw SystemError(str("cannot write into ", folder_, ": ", errno_text(), "."));
+      if (access(folder_.c_str(), W_OK) != 0)
+        throw SystemError(str("cannot write into ", folder_, ": ", errno_text(), "."));
       std::vector<fs::path> leftovers;
       for (const auto& entry : fs::directory_iterator(folder_))
         if (entry.path().extension() == ".tmp") leftovers.push_back(entry.path());
@@ -147,8 +148,8 @@ void CheckpointStore::prepare() {
   if (!error.empty()) throw SystemError(error);
 }
 
-// Every rank tells its tensors; each slice goes to the holder that has least to write so far. All ranks compute the same
-// plan from the same tables.
+// Every rank tells its tensors; each slice goes to the holder that has least to write so far. All ranks compute the
+// same plan from the same tables.
 void CheckpointStore::make_plan(const std::vector<NamedTensor>& tensors) {
   Json table = Json::array();
   for (const NamedTensor& tensor : tensors)
@@ -208,7 +209,8 @@ void CheckpointStore::make_plan(const std::vector<NamedTensor>& tensors) {
   planned_table_ = std::move(text);
 }
 
-void CheckpointStore::start_save(int64_t step, const std::vector<NamedTensor>& tensors, const Json& state, bool is_best) {
+void CheckpointStore::start_save(int64_t step, const std::vector<NamedTensor>& tensors, const Json& state,
+                                 bool is_best) {
   wait();
   make_plan(tensors);
   std::string error;
@@ -268,7 +270,8 @@ void CheckpointStore::wait() {
 
 // Rank 0, once every rank has written its part.
 void CheckpointStore::commit(const Job& job, const std::vector<std::string>& reports) {
-  std::string folder = temporary(job.step), name = "step-" + std::to_string(job.step), final_path = folder_ + "/" + name;
+  std::string folder = temporary(job.step), name = "step-" + std::to_string(job.step),
+              final_path = folder_ + "/" + name;
   Manifest manifest{job.step, {}, plan_, job.state};
   for (int rank = 0; rank < comm_.size(); ++rank) {
     Json report = parse_json(reports[static_cast<size_t>(rank)], "report");

@@ -15,12 +15,14 @@ namespace fs = std::filesystem;
 // One part of a hub name, a revision or a commit: no path may hide in it.
 bool is_plain(const std::string& text) {
   return !text.empty() && text.front() != '.' && text.front() != '-' && text.find("..") == std::string::npos &&
-         std::all_of(text.begin(), text.end(), [](unsigned char c) { return std::isalnum(c) || c == '.' || c == '_' || c == '-'; });
+         std::all_of(text.begin(), text.end(),
+                     [](unsigned char c) { return std::isalnum(c) || c == '.' || c == '_' || c == '-'; });
 }
 
 bool is_hub_name(const std::string& name) {
   size_t slash = name.find('/');
-  return slash == std::string::npos ? is_plain(name) : is_plain(name.substr(0, slash)) && is_plain(name.substr(slash + 1));
+  return slash == std::string::npos ? is_plain(name)
+                                    : is_plain(name.substr(0, slash)) && is_plain(name.substr(slash + 1));
 }
 
 std::string environment(const char* name) {
@@ -54,7 +56,8 @@ std::string resolve_model_folder(const std::string& name, const std::string& rev
   std::string snapshot = folder + "/snapshots/" + commit;
   if (is_plain(commit) && fs::is_directory(snapshot, error)) return snapshot;
   throw ConfigError(str("model ", name, " is neither a folder nor in the Hugging Face cache (", cache_folder(),
-                        "). Download it with: hf download ", name, revision == "main" ? "" : " --revision " + revision));
+                        "). Download it with: hf download ", name,
+                        revision == "main" ? "" : " --revision " + revision));
 }
 
 }  // namespace trireme

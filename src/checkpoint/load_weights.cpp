@@ -90,7 +90,8 @@ void read_piece(const Piece& piece, int fd) {
 
   at::Tensor flat = target.value.detach().view({-1}).narrow(0, piece.first, piece.count);
   if (flat.is_cpu() && flat.scalar_type() == info.dtype) {
-    read_exactly(fd, static_cast<char*>(flat.data_ptr()), static_cast<uint64_t>(piece.count) * item, offset, match.file->path());
+    read_exactly(fd, static_cast<char*>(flat.data_ptr()), static_cast<uint64_t>(piece.count) * item, offset,
+                 match.file->path());
     return;
   }
   at::Tensor buffer = at::empty({piece.count}, info.dtype);
@@ -113,8 +114,9 @@ void check_shard(const Parameter& target) {
   auto dims = static_cast<size_t>(target.value.dim());
   TRIREME_CHECK(shard.global_shape.size() == dims && shard.offset.size() == dims, target.name);
   for (size_t d = 0; d < dims; ++d)
-    TRIREME_CHECK(shard.offset[d] >= 0 && shard.offset[d] + target.value.size(static_cast<int64_t>(d)) <= shard.global_shape[d],
-                  target.name, " dim ", d);
+    TRIREME_CHECK(
+        shard.offset[d] >= 0 && shard.offset[d] + target.value.size(static_cast<int64_t>(d)) <= shard.global_shape[d],
+        target.name, " dim ", d);
 }
 
 std::vector<Match> match_targets(const SafetensorsFolder& folder, const std::vector<Parameter>& targets,
@@ -126,7 +128,8 @@ std::vector<Match> match_targets(const SafetensorsFolder& folder, const std::vec
     check_shard(target);
     std::string name = options.name_in_file ? options.name_in_file(target.name) : target.name;
     const std::string& prefix = options.optional_prefix;
-    if (!folder.contains(name) && !prefix.empty() && name.rfind(prefix, 0) == 0 && folder.contains(name.substr(prefix.size())))
+    if (!folder.contains(name) && !prefix.empty() && name.rfind(prefix, 0) == 0 &&
+        folder.contains(name.substr(prefix.size())))
       name = name.substr(prefix.size());
     if (!folder.contains(name)) {
       missing.push_back(name);
@@ -155,7 +158,8 @@ std::vector<Match> match_targets(const SafetensorsFolder& folder, const std::vec
 
 }  // namespace
 
-// --- the folder -------------------------------------------------------------------------------------------------------
+// --- the folder
+// -------------------------------------------------------------------------------------------------------
 
 SafetensorsFolder::SafetensorsFolder(const std::string& folder, const std::string& stem) : folder_(folder) {
   std::error_code error;
@@ -172,12 +176,14 @@ SafetensorsFolder::SafetensorsFolder(const std::string& folder, const std::strin
     for (const auto& entry : fs::directory_iterator(folder, error)) {
       empty = false;
       std::string ending = entry.path().extension().string();
-      if (ending == ".bin" || ending == ".pt" || ending == ".pth" || ending == ".ckpt") pickle = entry.path().filename().string();
+      if (ending == ".bin" || ending == ".pt" || ending == ".pth" || ending == ".ckpt")
+        pickle = entry.path().filename().string();
     }
     if (error) throw DataError(str("cannot list ", folder, ": ", error.message(), "."));
     if (empty) throw DataError(str("model folder ", folder, " is empty."));
     if (!pickle.empty())
-      throw DataError(str(folder, " has no ", single, ", only ", pickle, ", a pickle, which can run code and is not read: ",
+      throw DataError(str(folder, " has no ", single, ", only ", pickle,
+                          ", a pickle, which can run code and is not read: ",
                           "convert it to safetensors (transformers: from_pretrained, then save_pretrained)."));
     throw DataError(str(folder, " has neither ", single, " nor ", index, "."));
   }
@@ -212,7 +218,9 @@ void SafetensorsFolder::add(const std::string& file) {
   files_.push_back(std::make_unique<SafetensorsFile>(folder_ + "/" + file));
   for (const std::string& name : files_.back()->names()) {
     auto [place, fresh] = file_of_.emplace(name, files_.size() - 1);
-    if (!fresh) throw DataError(str(folder_, ": tensor '", name, "' is in both ", files_[place->second]->path(), " and ", file, "."));
+    if (!fresh)
+      throw DataError(
+          str(folder_, ": tensor '", name, "' is in both ", files_[place->second]->path(), " and ", file, "."));
   }
 }
 
@@ -228,13 +236,15 @@ const SafetensorsFile& SafetensorsFolder::file_of(const std::string& name) const
   return *files_[found->second];
 }
 
-// --- loading ----------------------------------------------------------------------------------------------------------
+// --- loading
+// ----------------------------------------------------------------------------------------------------------
 
 void load_weights(const std::string& folder_path, const std::vector<Parameter>& targets, const LoadOptions& options) {
   SafetensorsFolder folder(folder_path, options.stem);
   std::vector<Match> matches = match_targets(folder, targets, options);
   std::stable_sort(matches.begin(), matches.end(), [](const Match& a, const Match& b) {
-    return std::pair(a.file->path(), a.file->info(a.name).offset) < std::pair(b.file->path(), b.file->info(b.name).offset);
+    return std::pair(a.file->path(), a.file->info(a.name).offset) <
+           std::pair(b.file->path(), b.file->info(b.name).offset);
   });
 
   std::map<const SafetensorsFile*, std::unique_ptr<Descriptor>> descriptors;

@@ -74,7 +74,8 @@ Json manifest_to_json(const Manifest& manifest) {
   for (const auto& [name, tensor] : manifest.tensors) {
     Json pieces = Json::array();
     for (const StoredPiece& piece : tensor.pieces)
-      pieces.push_back({{"file", piece.file}, {"dataset", piece.dataset}, {"offset", piece.offset}, {"shape", piece.shape}});
+      pieces.push_back(
+          {{"file", piece.file}, {"dataset", piece.dataset}, {"offset", piece.offset}, {"shape", piece.shape}});
     Json entry = {{"dtype", stored_dtype_name(tensor.dtype)}, {"shape", tensor.shape}, {"pieces", std::move(pieces)}};
     tensors.get_ref<Json::object_t&>().emplace_back(name, std::move(entry));
   }
@@ -93,12 +94,14 @@ Manifest read_manifest(const std::string& folder) {
   std::string path = folder + "/manifest.json";
   if (!fs::exists(path)) throw DataError(str(folder, " is not a checkpoint: it has no manifest.json."));
   std::string text = read_file(path, 1ull << 30), expected = read_file(folder + "/manifest.hash", 1000);
-  if (hash_bytes(text) + "\n" != expected) throw DataError(str(path, " is damaged: its hash is not the one in manifest.hash."));
+  if (hash_bytes(text) + "\n" != expected)
+    throw DataError(str(path, " is damaged: its hash is not the one in manifest.hash."));
   Json json = parse_json(text, path);
   try {
     if (json.at("format") != "trireme checkpoint") throw std::runtime_error("not a checkpoint of Trireme");
     if (json.at("version").get<int64_t>() > kCheckpointVersion)
-      throw std::runtime_error(str("its version is ", json.at("version").dump(), "; this Trireme reads up to ", kCheckpointVersion));
+      throw std::runtime_error(
+          str("its version is ", json.at("version").dump(), "; this Trireme reads up to ", kCheckpointVersion));
     return parse_manifest(json);
   } catch (const Error&) {
     throw;

@@ -39,8 +39,8 @@ at::ScalarType stored_dtype(const std::string& name);  // the reverse; DataError
 
 Json manifest_to_json(const Manifest& manifest);
 
-// Reads manifest.json of a checkpoint folder and checks it against manifest.hash. DataError: missing, damaged, written by
-// a later version, or it contradicts itself.
+// Reads manifest.json of a checkpoint folder and checks it against manifest.hash. DataError: missing, damaged, written
+// by a later version, or it contradicts itself.
 Manifest read_manifest(const std::string& folder);
 
 // Writes manifest.json and manifest.hash. SystemError.

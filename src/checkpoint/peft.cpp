@@ -11,9 +11,27 @@ namespace {
 
 // Keys whose value does not change what an adapter computes once it is trained.
 constexpr const char* kHarmless[] = {
-    "auto_mapping", "base_model_name_or_path", "corda_config", "ensure_weight_tying", "eva_config", "inference_mode",
-    "init_lora_weights", "layers_pattern", "loftq_config", "lora_alpha", "lora_dropout", "lora_ga_config", "megatron_core",
-    "peft_type", "peft_version", "qalora_group_size", "r", "revision", "runtime_config", "target_modules", "task_type",
+    "auto_mapping",
+    "base_model_name_or_path",
+    "corda_config",
+    "ensure_weight_tying",
+    "eva_config",
+    "inference_mode",
+    "init_lora_weights",
+    "layers_pattern",
+    "loftq_config",
+    "lora_alpha",
+    "lora_dropout",
+    "lora_ga_config",
+    "megatron_core",
+    "peft_type",
+    "peft_version",
+    "qalora_group_size",
+    "r",
+    "revision",
+    "runtime_config",
+    "target_modules",
+    "task_type",
     "use_rslora",
 };
 
@@ -33,7 +51,8 @@ bool changes_base(const Json& value) {
 double number(const Json& json, const char* key, double fallback, const std::string& source) {
   auto found = json.find(key);
   if (found == json.end()) return fallback;
-  if (!found->is_number()) throw DataError(str(source, ": '", key, "' is ", dump_json(*found), ", which is not a number."));
+  if (!found->is_number())
+    throw DataError(str(source, ": '", key, "' is ", dump_json(*found), ", which is not a number."));
   return found->get<double>();
 }
 
@@ -63,12 +82,14 @@ PeftConfig peft_config_from_json(const Json& json, const std::string& source) {
   for (const auto& [key, value] : json.items()) {
     bool harmless = std::find(std::begin(kHarmless), std::end(kHarmless), key) != std::end(kHarmless);
     if (harmless || is_unset(value) || (key == "bias" && value == "none")) continue;
-    throw DataError(str(source, ": '", key, "' is ", dump_json(value), ", which is not supported. Retrain the adapter without it, ",
+    throw DataError(str(source, ": '", key, "' is ", dump_json(value),
+                        ", which is not supported. Retrain the adapter without it, ",
                         "or merge it into its base model with PEFT (merge_and_unload)."));
   }
   if (changes_base(get("init_lora_weights")))
-    throw DataError(str(source, ": 'init_lora_weights' is ", dump_json(json["init_lora_weights"]), ", which changed the base model ",
-                        "too. Convert the adapter with PEFT (save_pretrained with path_initial_model_for_weight_conversion)."));
+    throw DataError(str(
+        source, ": 'init_lora_weights' is ", dump_json(json["init_lora_weights"]), ", which changed the base model ",
+        "too. Convert the adapter with PEFT (save_pretrained with path_initial_model_for_weight_conversion)."));
 
   PeftConfig config;
   double rank = number(json, "r", 8, source);
@@ -88,7 +109,8 @@ PeftConfig peft_config_from_json(const Json& json, const std::string& source) {
              std::all_of(targets.begin(), targets.end(), [](const Json& item) { return item.is_string(); })) {
     config.target_modules = targets.get<std::vector<std::string>>();
   } else {
-    throw DataError(str(source, ": 'target_modules' is ", dump_json(targets), "; a text or a list of names is needed."));
+    throw DataError(
+        str(source, ": 'target_modules' is ", dump_json(targets), "; a text or a list of names is needed."));
   }
   if (base.is_string()) config.base_model = base.get<std::string>();
   return config;
@@ -104,7 +126,8 @@ bool is_adapter_folder(const std::string& folder) {
   return std::filesystem::exists(folder + "/adapter_config.json", error);
 }
 
-void write_adapter(const std::string& folder, const Json& config, const std::vector<TensorSource>& tensors, bool writes) {
+void write_adapter(const std::string& folder, const Json& config, const std::vector<TensorSource>& tensors,
+                   bool writes) {
   for (const TensorSource& tensor : tensors)
     TRIREME_CHECK(tensor.name.rfind("base_model.model.", 0) == 0, tensor.name, " is not a name of PEFT");
   write_safetensors_folder(folder, tensors, ~0ull, writes, "adapter_model");

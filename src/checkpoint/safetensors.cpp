@@ -33,7 +33,8 @@ uint64_t read_length(const char* bytes) {
 
 uint64_t unsigned_value(const Json& value, const std::string& where, const char* what) {
   if (!value.is_number_unsigned())
-    throw DataError(str(where, ": ", what, " holds ", value.dump(), ", which is not a whole number from 0 to 2^64 - 1."));
+    throw DataError(
+        str(where, ": ", what, " holds ", value.dump(), ", which is not a whole number from 0 to 2^64 - 1."));
   return value.get<uint64_t>();
 }
 
@@ -45,15 +46,19 @@ const Json& member(const Json& object, const char* key, const std::string& where
 
 // One entry of the header; offset still counts from the start of the values.
 SafetensorsInfo parse_info(const Json& entry, const std::string& where) {
-  if (!entry.is_object()) throw DataError(str(where, ": the entry is not an object with dtype, shape and data_offsets."));
+  if (!entry.is_object())
+    throw DataError(str(where, ": the entry is not an object with dtype, shape and data_offsets."));
   for (const auto& [key, value] : entry.items())
-    if (key != "dtype" && key != "shape" && key != "data_offsets") throw DataError(str(where, ": unknown key '", key, "'."));
+    if (key != "dtype" && key != "shape" && key != "data_offsets")
+      throw DataError(str(where, ": unknown key '", key, "'."));
 
   SafetensorsInfo info{};
   const Json& dtype = member(entry, "dtype", where);
-  auto known = std::find_if(std::begin(kDtypes), std::end(kDtypes), [&](const DtypeName& d) { return dtype == d.name; });
+  auto known =
+      std::find_if(std::begin(kDtypes), std::end(kDtypes), [&](const DtypeName& d) { return dtype == d.name; });
   if (known == std::end(kDtypes))
-    throw DataError(str(where, ": dtype ", dump_json(dtype), " is not supported; supported are F64 F32 F16 BF16 I64 I32 I16 "
+    throw DataError(str(where, ": dtype ", dump_json(dtype),
+                        " is not supported; supported are F64 F32 F16 BF16 I64 I32 I16 "
                         "I8 U64 U32 U16 U8 BOOL F8_E4M3 F8_E5M2."));
   info.dtype = known->dtype;
 
@@ -75,8 +80,8 @@ SafetensorsInfo parse_info(const Json& entry, const std::string& where) {
   info.offset = unsigned_value(offsets[0], where, "'data_offsets'");
   uint64_t end = unsigned_value(offsets[1], where, "'data_offsets'");
   if (end < info.offset || end - info.offset != bytes)
-    throw DataError(str(where, ": data_offsets [", info.offset, ", ", end, "] do not hold the ", bytes, " bytes of shape ",
-                        shape.dump(), " in ", known->name, "."));
+    throw DataError(str(where, ": data_offsets [", info.offset, ", ", end, "] do not hold the ", bytes,
+                        " bytes of shape ", shape.dump(), " in ", known->name, "."));
   info.bytes = bytes;
   return info;
 }
@@ -93,16 +98,18 @@ SafetensorsFile::SafetensorsFile(const std::string& path)
     : path_(path), file_(std::make_shared<MappedFile>(path)) {
   uint64_t size = file_->size();
   if (size < 8)
-    throw DataError(str(path, ": too short for a safetensors file: ", size, " bytes, but the first 8 give the header's length."));
+    throw DataError(
+        str(path, ": too short for a safetensors file: ", size, " bytes, but the first 8 give the header's length."));
   uint64_t header_bytes = read_length(file_->data());
   if (header_bytes > kMaxHeaderBytes)
-    throw DataError(str(path, ": not a safetensors file: its header would have ", header_bytes, " bytes; ", kMaxHeaderBytes,
-                        " are allowed."));
+    throw DataError(str(path, ": not a safetensors file: its header would have ", header_bytes, " bytes; ",
+                        kMaxHeaderBytes, " are allowed."));
   if (header_bytes > size - 8)
-    throw DataError(str(path, ": cut short: the header has ", header_bytes, " bytes, but the file ends after ", size - 8,
-                        " of them. Download or copy it again."));
+    throw DataError(str(path, ": cut short: the header has ", header_bytes, " bytes, but the file ends after ",
+                        size - 8, " of them. Download or copy it again."));
   std::string_view text(file_->data() + 8, header_bytes);
-  if (text.empty() || text.front() != '{') throw DataError(str(path, ": not a safetensors file: its header does not begin with '{'."));
+  if (text.empty() || text.front() != '{')
+    throw DataError(str(path, ": not a safetensors file: its header does not begin with '{'."));
 
   const Json header = parse_json(text, path + ": header", 4);
   for (const auto& [name, entry] : header.items()) {
@@ -126,16 +133,17 @@ SafetensorsFile::SafetensorsFile(const std::string& path)
   for (const std::string& name : names_) {
     SafetensorsInfo& info = infos_.at(name);
     if (info.offset != expected)
-      throw DataError(str(path, ": tensor '", name, "' begins at ", info.offset, ", but the tensor before it ends at ", expected,
-                          ": ", info.offset < expected ? "they overlap." : "there is a hole."));
+      throw DataError(str(path, ": tensor '", name, "' begins at ", info.offset, ", but the tensor before it ends at ",
+                          expected, ": ", info.offset < expected ? "they overlap." : "there is a hole."));
     expected += info.bytes;
     if (expected > size - values_begin)
-      throw DataError(str(path, ": cut short: tensor '", name, "' ends at ", expected, ", but only ", size - values_begin,
-                          " bytes of values are there. Download or copy it again."));
+      throw DataError(str(path, ": cut short: tensor '", name, "' ends at ", expected, ", but only ",
+                          size - values_begin, " bytes of values are there. Download or copy it again."));
     info.offset += values_begin;
   }
   if (expected != size - values_begin)
-    throw DataError(str(path, ": the tensors end at ", expected, ", but ", size - values_begin, " bytes of values are there."));
+    throw DataError(
+        str(path, ": the tensors end at ", expected, ", but ", size - values_begin, " bytes of values are there."));
 }
 
 const SafetensorsInfo& SafetensorsFile::info(const std::string& name) const {

@@ -1,10 +1,10 @@
 // The safetensors format (https://github.com/huggingface/safetensors): 8 bytes header length N, N bytes of JSON
 // {name: {dtype, shape, data_offsets}}, then the values, little-endian and row-major.
 //
-// A file that comes in is foreign. It is accepted only if it keeps every rule of the format's own Rust reader: N at most
-// 100,000,000, header begins with '{', is valid UTF-8 and JSON without duplicate keys; tensors lie back to back from 0 to
-// the end of the file without hole or overlap; sizes agree with shape and dtype, computed without overflow. Anything else
-// is a DataError that names file, tensor and values.
+// A file that comes in is foreign. It is accepted only if it keeps every rule of the format's own Rust reader: N at
+// most 100,000,000, header begins with '{', is valid UTF-8 and JSON without duplicate keys; tensors lie back to back
+// from 0 to the end of the file without hole or overlap; sizes agree with shape and dtype, computed without overflow.
+// Anything else is a DataError that names file, tensor and values.
 #pragma once
 
 #include "base/file.h"
@@ -62,9 +62,9 @@ struct TensorSource {
   }
 };
 
-// Writes one file: to path.tmp, synced, then renamed, with space reserved first. Metadata "format": "pt" is added, which
-// transformers wants. Tensors are stored by descending element size, else in the given order. SystemError names path
-// and reason.
+// Writes one file: to path.tmp, synced, then renamed, with space reserved first. Metadata "format": "pt" is added,
+// which transformers wants. Tensors are stored by descending element size, else in the given order. SystemError names
+// path and reason.
 void write_safetensors(const std::string& path, const std::vector<TensorSource>& tensors,
                        const std::map<std::string, std::string>& metadata = {});
 

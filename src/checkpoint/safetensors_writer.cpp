@@ -42,7 +42,8 @@ std::string make_header(const std::vector<const TensorSource*>& order, std::map<
   for (const TensorSource* tensor : order) {
     TRIREME_CHECK(seen.insert(tensor->name).second && tensor->name != "__metadata__", "tensor name ", tensor->name);
     uint64_t end = offset + bytes_of(*tensor);
-    Json entry = {{"dtype", safetensors_dtype_name(tensor->dtype)}, {"shape", tensor->shape}, {"data_offsets", {offset, end}}};
+    Json entry = {
+        {"dtype", safetensors_dtype_name(tensor->dtype)}, {"shape", tensor->shape}, {"data_offsets", {offset, end}}};
     header.get_ref<Json::object_t&>().emplace_back(tensor->name, std::move(entry));  // operator[] would search: O(n^2)
     offset = end;
   }
@@ -185,7 +186,8 @@ void write_safetensors_folder(const std::string& folder, const std::vector<Tenso
   if (writes) {
     std::error_code error;
     fs::create_directories(folder, error);
-    if (error) failure = std::make_exception_ptr(SystemError(str("cannot create ", folder, ": ", error.message(), ".")));
+    if (error)
+      failure = std::make_exception_ptr(SystemError(str("cannot create ", folder, ": ", error.message(), ".")));
   }
   for (size_t i = 0; i < shards.size(); ++i) {
     char number[48] = "";
@@ -202,7 +204,8 @@ void write_safetensors_folder(const std::string& folder, const std::vector<Tenso
   for (auto& file : pending) file->commit();
   std::string index = stem + ".safetensors.index.json";
   if (shards.size() > 1) {
-    write_file_atomic(folder + "/" + index, dump_json_pretty({{"metadata", {{"total_size", total}}}, {"weight_map", weight_map}}));
+    write_file_atomic(folder + "/" + index,
+                      dump_json_pretty({{"metadata", {{"total_size", total}}}, {"weight_map", weight_map}}));
     written.insert(index);
   }
   std::vector<fs::path> stale;
