@@ -34,16 +34,21 @@ double seconds_of(const std::function<void()>& run) {
   return std::chrono::duration<double>(std::chrono::steady_clock::now() - begin).count();
 }
 
-// Median over the repeats of the slowest rank's time.
-double median_seconds(const Communicator& world, const std::function<void()>& run) {
-  std::vector<double> times;
-  for (int i = 0; i < kRepeats + 2; ++i) {
-    world.barrier();
-    const double seconds = world.max(seconds_of(run));
-    if (i >= 2) times.push_back(seconds);
+// For each of the runs, taken in turn: the median over the repeats of the slowest rank's time.
+std::vector<double> median_seconds(const Communicator& world, const std::vector<std::function<void()>>& runs) {
+  std::vector<std::vector<double>> times(runs.size());
+  for (int i = 0; i < kRepeats + 2; ++i)
+    for (size_t r = 0; r < runs.size(); ++r) {
+      world.barrier();
+      const double seconds = world.max(seconds_of(runs[r]));
+      if (i >= 2) times[r].push_back(seconds);
+    }
+  std::vector<double> medians;
+  for (auto& list : times) {
+    std::sort(list.begin(), list.end());
+    medians.push_back(list[list.size() / 2]);
   }
-  std::sort(times.begin(), times.end());
-  return times[times.size() / 2];
+  return medians;
 }
 
 Json all_reduce_times(const Communicator& world) {
@@ -52,21 +57,24 @@ Json all_reduce_times(const Communicator& world) {
     at::Tensor x = at::zeros({bytes / 4});
     const int count = static_cast<int>(x.numel());
     const int calls = bytes <= (64 << 10) ? 50 : 1;  // the clock is coarse against a small one
-    auto timed = [&](const std::function<void()>& run) {
-      return median_seconds(world, [&] { for (int i = 0; i < calls; ++i) run(); }) / calls * 1e6;
+    at::Tensor half = at::zeros({bytes / 2}, at::kBFloat16);
+    auto repeated = [&](std::function<void()> run) -> std::function<void()> {
+      return [run, calls] { for (int i = 0; i < calls; ++i) run(); };
     };
+    const std::vector<double> medians = median_seconds(world, {
+        repeated([&] { world.all_reduce(x); }),
+        repeated([&] {
+          MPI_Request request;
+          MPI_Iallreduce(MPI_IN_PLACE, x.data_ptr(), count, MPI_FLOAT, MPI_SUM, MPI_COMM_WORLD, &request);
+          MPI_Wait(&request, MPI_STATUS_IGNORE);
+        }),
+        repeated([&] { MPI_Allreduce(MPI_IN_PLACE, x.data_ptr(), count, MPI_FLOAT, MPI_SUM, MPI_COMM_WORLD); }),
+        repeated([&] { world.all_reduce(half); })});
     Json row;
     row["bytes"] = bytes;
-    row["trireme_us"] = timed([&] { world.all_reduce(x); });
-    row["mpi_iallreduce_us"] = timed([&] {
-      MPI_Request request;
-      MPI_Iallreduce(MPI_IN_PLACE, x.data_ptr(), count, MPI_FLOAT, MPI_SUM, MPI_COMM_WORLD, &request);
-      MPI_Wait(&request, MPI_STATUS_IGNORE);
-    });
-    row["mpi_allreduce_us"] =
-        timed([&] { MPI_Allreduce(MPI_IN_PLACE, x.data_ptr(), count, MPI_FLOAT, MPI_SUM, MPI_COMM_WORLD); });
-    at::Tensor half = at::zeros({bytes / 2}, at::kBFloat16);
-    row["trireme_bf16_us"] = timed([&] { world.all_reduce(half); });
+    size_t column = 0;
+    for (const char* name : {"trireme_us", "mpi_iallreduce_us", "mpi_allreduce_us", "trireme_bf16_us"})
+      row[name] = medians[column++] / calls * 1e6;
     rows.push_back(row);
   }
   return rows;
@@ -76,25 +84,26 @@ Json hidden_share(const Communicator& world, const char* compute, const std::fun
   std::vector<at::Tensor> buckets;
   for (int b = 0; b < kNumBuckets; ++b) buckets.push_back(at::zeros({kBucketBytes / 4}));
   std::vector<Work> works(kNumBuckets);
+  auto start_all = [&] { for (int b = 0; b < kNumBuckets; ++b) works[b] = world.start_all_reduce(buckets[b]); };
   auto wait_all = [&] { for (Work& work : works) work.wait(); };
-  const double alone = median_seconds(world, [&] {
-    for (int b = 0; b < kNumBuckets; ++b) works[b] = world.start_all_reduce(buckets[b]);
-    wait_all();
-  });
-  // The computation goes on for as long again after the last bucket, as a first layer's backward does.
-  const double sequential = median_seconds(world, [&] {
-    for (int b = 0; b < 2 * kNumBuckets; ++b) piece();
-    for (int b = 0; b < kNumBuckets; ++b) works[b] = world.start_all_reduce(buckets[b]);
-    wait_all();
-  });
-  const double overlapped = median_seconds(world, [&] {
-    for (int b = 0; b < 2 * kNumBuckets; ++b) {
-      piece();
-      if (b < kNumBuckets) works[b] = world.start_all_reduce(buckets[b]);
-      for (Work& work : works) work.test();
-    }
-    wait_all();
-  });
+  // Taken in turn, so that whatever else the machine does falls on all alike. The computation goes on for as long again
+  // after the last bucket, as a first layer's backward does.
+  const std::vector<double> medians = median_seconds(world, {
+      [&] { start_all(); wait_all(); },
+      [&] {
+        for (int b = 0; b < 2 * kNumBuckets; ++b) piece();
+        start_all();
+        wait_all();
+      },
+      [&] {
+        for (int b = 0; b < 2 * kNumBuckets; ++b) {
+          piece();
+          if (b < kNumBuckets) works[b] = world.start_all_reduce(buckets[b]);
+          for (Work& work : works) work.test();
+        }
+        wait_all();
+      }});
+  const double alone = medians[0], sequential = medians[1], overlapped = medians[2];
   Json row;
   row["compute"] = compute;
   row["bytes_reduced"] = kNumBuckets * kBucketBytes;

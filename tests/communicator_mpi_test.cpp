@@ -228,6 +228,21 @@ TEST(Communicator, ManyInFlight) {
   set_progress_thread(true);
 }
 
+// Each rank waits first for the other one: whoever waits must move everything on.
+TEST(Communicator, WaitingInOppositeOrderDoesNotLock) {
+  for (bool thread : {true, false}) {
+    set_progress_thread(thread);
+    at::Tensor x = values(world().rank(), 100'000, at::kFloat), y = values(world().rank() + 1, 100'000, at::kFloat);
+    Work first = world().start_all_reduce(x), second = world().start_all_reduce(y);
+    if (world().rank() % 2) std::swap(first, second);
+    first.wait();
+    second.wait();
+    EXPECT_TRUE(same_bits(x, expected(all_ranks(), 100'000, at::kFloat, ReduceOp::kSum)));
+    world().barrier();
+  }
+  set_progress_thread(true);
+}
+
 TEST(Communicator, TestCompletesWithoutWait) {
   for (bool thread : {true, false}) {
     set_progress_thread(thread);
