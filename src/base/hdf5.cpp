@@ -118,7 +118,6 @@ Handle make_file_access() {
   H5Pset_file_locking(access, false, true);
   H5Pset_fclose_degree(access, H5F_CLOSE_STRONG);
   H5Pset_alignment(access, 1, kAlignmentBytes);
-  H5Pset_small_data_block_size(access, 0);  // would pack small datasets without alignment
   H5Pset_libver_bounds(access, H5F_LIBVER_V18, H5F_LIBVER_LATEST);  // attributes may be longer than 64 KB
   return {access, H5Pclose};
 }
