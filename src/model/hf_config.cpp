@@ -1,0 +1,247 @@
+#include "model/hf_config.h"
+
+#include <algorithm>
+#include <filesystem>
+#include <map>
+
+#include "base/check.h"
+
+namespace trireme {
+namespace {
+
+// Reads keys with messages that begin with the file.
+class Reader {
+ public:
+  Reader(const Json& json, std::string source) : json_(json), source_(std::move(source)) {}
+
+  bool has(const char* key) const { return json_.contains(key) && !json_[key].is_null(); }
+  int64_t size(const char* key, int64_t largest = 1 << 24) const {
+    auto v = json_get<int64_t>(json_, key, source_);
+    if (v < 1 || v > largest) throw DataError(str(source_, ": \"", key, "\" is ", v, "; allowed are 1 to ", largest));
+    return v;
+  }
+  int64_t size_or(const char* key, int64_t fallback) const { return has(key) ? size(key) : fallback; }
+  template <typename T>
+  T get_or(const char* key, T fallback) const { return json_get_or<T>(json_, key, fallback, source_); }
+  double positive_or(const char* key, double fallback) const {
+    double v = get_or<double>(key, fallback);
+    if (!(v > 0) || v > 1e30) throw DataError(str(source_, ": \"", key, "\" is ", v, "; it must be positive"));
+    return v;
+  }
+  const Json& operator[](const char* key) const { return json_[key]; }
+
+ private:
+  const Json& json_;
+  std::string source_;
+};
+
+RopeConfig read_rope(const Reader& reader, const Json& json, const std::string& source, int64_t max_positions) {
+  RopeConfig rope;
+  // transformers 5: all in rope_parameters; 4: rope_theta beside rope_scaling (which may be null).
+  const char* key = reader.has("rope_parameters") ? "rope_parameters" : "rope_scaling";
+  rope.theta = reader.positive_or("rope_theta", 10000.0);
+  if (!reader.has(key)) return rope;
+  const Json& options = json[key];
+  if (!options.is_object()) throw DataError(str(source, ": \"", key, "\" must be an object"));
+  std::string place = str(source, ": ", key);
+  Reader r(options, place);
+  if (options.contains("full_attention") || options.contains("sliding_attention"))
+    throw DataError(str(place, " has parameters by kind of layer, which is not supported"));
+  rope.theta = r.positive_or("rope_theta", rope.theta);
+  rope.type = r.get_or<std::string>("rope_type", r.get_or<std::string>("type", "default"));
+  if (rope.type == "default") return rope;
+  if (rope.type != "linear" && rope.type != "llama3" && rope.type != "yarn")
+    throw DataError(str(place, ": rope type \"", rope.type, "\" is not supported; supported are default, linear, llama3, yarn"));
+  rope.factor = r.positive_or("factor", 1.0);
+  if (rope.type == "linear") return rope;
+  rope.original_max_positions = r.size_or("original_max_position_embeddings", max_positions);
+  rope.low_freq_factor = r.positive_or("low_freq_factor", 1.0);
+  rope.high_freq_factor = r.positive_or("high_freq_factor", 4.0);
+  if (rope.type == "llama3" && rope.high_freq_factor <= rope.low_freq_factor)
+    throw DataError(str(place, ": high_freq_factor must be above low_freq_factor"));
+  rope.beta_fast = r.positive_or("beta_fast", 32.0);
+  rope.beta_slow = r.positive_or("beta_slow", 1.0);
+  if (r.has("attention_factor")) rope.attention_factor = r.positive_or("attention_factor", 1.0);
+  rope.mscale = r.get_or<double>("mscale", 0.0);
+  rope.mscale_all_dim = r.get_or<double>("mscale_all_dim", 0.0);
+  rope.truncate = r.get_or<bool>("truncate", true);
+  return rope;
+}
+
+std::vector<int64_t> ids(const Reader& reader, const char* key, const std::string& source) {
+  if (!reader.has(key)) return {};
+  const Json& v = reader[key];
+  std::vector<int64_t> out;
+  for (const Json& id : v.is_array() ? v : Json::array({v})) {
+    if (!id.is_number_integer()) throw DataError(str(source, ": \"", key, "\" must be an id or a list of ids"));
+    out.push_back(id.get<int64_t>());
+  }
+  return out;
+}
+
+}  // namespace
+
+ModelConfig model_config_from_json(const Json& json, const std::string& source) {
+  if (!json.is_object()) throw DataError(str(source, ": an object is expected"));
+  static const std::vector<std::string> supported = {"llama", "mistral", "qwen2", "qwen3", "smollm3"};
+  Reader r(json, source);
+  ModelConfig c;
+  c.raw = json;
+  c.source = source;
+  c.model_type = json_get<std::string>(json, "model_type", source);
+  if (std::find(supported.begin(), supported.end(), c.model_type) == supported.end())
+    throw DataError(str(source, ": model_type \"", c.model_type,
+                        "\" is not supported; supported are llama, mistral, qwen2, qwen3, smollm3 (SmolLM and SmolLM2 are llama)"));
+  c.vocab_size = r.size("vocab_size");
+  c.hidden_size = r.size("hidden_size");
+  c.intermediate_size = r.size("intermediate_size");
+  c.num_layers = r.size("num_hidden_layers", 4096);
+  c.num_heads = r.size("num_attention_heads", 65536);
+  c.num_kv_heads = r.size_or("num_key_value_heads", c.num_heads);
+  bool qwen3 = c.model_type == "qwen3";
+  c.head_dim = r.size_or("head_dim", qwen3 ? 128 : c.hidden_size / c.num_heads);
+  if (!r.has("head_dim") && !qwen3 && c.hidden_size % c.num_heads != 0)
+    throw DataError(str(source, ": hidden_size ", c.hidden_size, " is no multiple of num_attention_heads ", c.num_heads,
+                        ", and there is no head_dim"));
+  if (c.num_heads % c.num_kv_heads != 0)
+    throw DataError(str(source, ": num_attention_heads ", c.num_heads, " is no multiple of num_key_value_heads ", c.num_kv_heads));
+  if (c.head_dim % 2 != 0) throw DataError(str(source, ": head_dim ", c.head_dim, " is odd; rotary embedding needs an even one"));
+  if (r.has("hidden_act") && r.get_or<std::string>("hidden_act", "silu") != "silu")
+    throw DataError(str(source, ": hidden_act \"", r.get_or<std::string>("hidden_act", ""), "\" is not supported; supported is silu"));
+  c.max_positions = r.size_or("max_position_embeddings", 2048);
+  c.rms_norm_eps = r.positive_or("rms_norm_eps", 1e-6);
+  c.initializer_range = r.positive_or("initializer_range", 0.02);
+  c.tie_embeddings = r.get_or<bool>("tie_word_embeddings", false);
+  bool attention_bias = r.get_or<bool>("attention_bias", false);
+  c.qkv_bias = c.model_type == "qwen2" || attention_bias;
+  c.output_bias = c.model_type != "qwen2" && c.model_type != "mistral" && attention_bias;
+  if (c.model_type == "mistral") c.qkv_bias = false;
+  c.mlp_bias = (c.model_type == "llama" || c.model_type == "smollm3") && r.get_or<bool>("mlp_bias", false);
+  c.qk_norm = qwen3;
+  c.rope = read_rope(r, json, source, c.max_positions);
+
+  auto n = static_cast<size_t>(c.num_layers);
+  c.window.assign(n, -1);
+  bool windows = c.model_type == "mistral" || ((c.model_type == "qwen2" || qwen3) && r.get_or<bool>("use_sliding_window", false));
+  if (windows && r.has("sliding_window")) {
+    int64_t window = r.size("sliding_window", int64_t{1} << 31);
+    int64_t from = c.model_type == "mistral" ? 0 : r.get_or<int64_t>("max_window_layers", 28);
+    for (size_t l = 0; l < n; ++l) {
+      bool slides = static_cast<int64_t>(l) >= from;
+      if (r.has("layer_types") && c.model_type != "mistral") {
+        const Json& types = r["layer_types"];
+        if (!types.is_array() || types.size() != n) throw DataError(str(source, ": \"layer_types\" must list ", n, " layers"));
+        slides = types[l] == "sliding_attention";
+      }
+      if (slides) c.window[l] = window;
+    }
+  }
+  c.uses_rope.assign(n, true);
+  if (c.model_type == "smollm3") {
+    int64_t interval = r.size_or("no_rope_layer_interval", 4);
+    for (size_t l = 0; l < n; ++l) c.uses_rope[l] = (static_cast<int64_t>(l) + 1) % interval != 0;
+    if (r.has("no_rope_layers")) {
+      const Json& layers = r["no_rope_layers"];
+      if (!layers.is_array() || layers.size() != n) throw DataError(str(source, ": \"no_rope_layers\" must list ", n, " layers"));
+      for (size_t l = 0; l < n; ++l) c.uses_rope[l] = layers[l] == 1;
+    }
+    c.rope.theta = r.has("rope_theta") || r.has("rope_parameters") ? c.rope.theta : 2000000.0;
+  }
+  c.dtype = r.get_or<std::string>("dtype", r.get_or<std::string>("torch_dtype", ""));
+  if (c.dtype == "auto") c.dtype.clear();
+  c.eos_ids = ids(r, "eos_token_id", source);
+  auto one = [&](const char* key) -> std::optional<int64_t> {
+    auto list = ids(r, key, source);
+    return list.empty() ? std::nullopt : std::optional(list.front());
+  };
+  c.bos_id = one("bos_token_id");
+  c.pad_id = one("pad_token_id");
+  return c;
+}
+
+ModelConfig read_model_config(const std::string& path) {
+  std::string file = std::filesystem::is_directory(path) ? path + "/config.json" : path;
+  return model_config_from_json(read_json_file(file, 64 << 20), file);
+}
+
+int64_t ModelConfig::num_parameters() const {
+  int64_t q = num_heads * head_dim, kv = num_kv_heads * head_dim;
+  int64_t layer = hidden_size * (2 * q + 2 * kv) + 3 * hidden_size * intermediate_size + 2 * hidden_size;
+  if (qkv_bias) layer += q + 2 * kv;
+  if (output_bias) layer += hidden_size;
+  if (mlp_bias) layer += 2 * intermediate_size + hidden_size;
+  if (qk_norm) layer += 2 * head_dim;
+  return num_layers * layer + hidden_size + vocab_size * hidden_size * (tie_embeddings ? 1 : 2);
+}
+
+Json model_config_to_json(const ModelConfig& config, const std::string& dtype) {
+  Json json = config.raw;
+  if (json.contains("dtype")) json["dtype"] = dtype;
+  if (json.contains("torch_dtype") || !json.contains("dtype")) json["torch_dtype"] = dtype;
+  return json;
+}
+
+Json model_config_from_fields(const ModelConfig& c, const std::string& dtype) {
+  static const std::map<std::string, std::string> classes = {{"llama", "LlamaForCausalLM"}, {"mistral", "MistralForCausalLM"},
+      {"qwen2", "Qwen2ForCausalLM"}, {"qwen3", "Qwen3ForCausalLM"}, {"smollm3", "SmolLM3ForCausalLM"}};
+  Json j;
+  j["architectures"] = Json::array({classes.at(c.model_type)});
+  j["model_type"] = c.model_type;
+  j["vocab_size"] = c.vocab_size;
+  j["hidden_size"] = c.hidden_size;
+  j["intermediate_size"] = c.intermediate_size;
+  j["num_hidden_layers"] = c.num_layers;
+  j["num_attention_heads"] = c.num_heads;
+  j["num_key_value_heads"] = c.num_kv_heads;
+  j["head_dim"] = c.head_dim;
+  j["hidden_act"] = "silu";
+  j["max_position_embeddings"] = c.max_positions;
+  j["rms_norm_eps"] = c.rms_norm_eps;
+  j["initializer_range"] = c.initializer_range;
+  j["tie_word_embeddings"] = c.tie_embeddings;
+  if (c.model_type != "qwen2") j["attention_bias"] = c.qkv_bias;
+  if (c.model_type == "llama" || c.model_type == "smollm3") j["mlp_bias"] = c.mlp_bias;
+  Json rope;
+  rope["rope_type"] = c.rope.type;
+  if (c.rope.type != "default") rope["factor"] = c.rope.factor;
+  if (c.rope.type == "llama3") {
+    rope["low_freq_factor"] = c.rope.low_freq_factor;
+    rope["high_freq_factor"] = c.rope.high_freq_factor;
+  }
+  if (c.rope.type == "yarn") {
+    rope["beta_fast"] = c.rope.beta_fast;
+    rope["beta_slow"] = c.rope.beta_slow;
+    rope["truncate"] = c.rope.truncate;
+    if (c.rope.attention_factor) rope["attention_factor"] = *c.rope.attention_factor;
+    if (c.rope.mscale != 0) rope["mscale"] = c.rope.mscale;
+    if (c.rope.mscale_all_dim != 0) rope["mscale_all_dim"] = c.rope.mscale_all_dim;
+  }
+  if (c.rope.original_max_positions > 0) rope["original_max_position_embeddings"] = c.rope.original_max_positions;
+  j["rope_theta"] = c.rope.theta;
+  if (c.rope.type != "default") j["rope_scaling"] = rope;
+  rope["rope_theta"] = c.rope.theta;
+  j["rope_parameters"] = rope;
+  auto slides = std::find_if(c.window.begin(), c.window.end(), [](int64_t w) { return w > 0; });
+  if (c.model_type == "mistral") j["sliding_window"] = slides == c.window.end() ? Json() : Json(*slides);
+  if (slides != c.window.end() && c.model_type != "mistral") {
+    j["use_sliding_window"] = true;
+    j["sliding_window"] = *slides;
+    Json types = Json::array();
+    for (int64_t w : c.window) types.push_back(w > 0 ? "sliding_attention" : "full_attention");
+    j["layer_types"] = types;
+    j["max_window_layers"] = slides - c.window.begin();
+  }
+  if (c.model_type == "smollm3") {
+    Json layers = Json::array();
+    for (bool rope_used : c.uses_rope) layers.push_back(rope_used ? 1 : 0);
+    j["no_rope_layers"] = layers;
+  }
+  j["bos_token_id"] = c.bos_id ? Json(*c.bos_id) : Json();
+  if (c.pad_id) j["pad_token_id"] = *c.pad_id;
+  j["eos_token_id"] = c.eos_ids.empty() ? Json() : c.eos_ids.size() == 1 ? Json(c.eos_ids[0]) : Json(c.eos_ids);
+  j["torch_dtype"] = dtype;
+  j["dtype"] = dtype;
+  return j;
+}
+
+}  // namespace trireme

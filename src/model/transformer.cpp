@@ -1,0 +1,263 @@
+#include "base/tensor.h"
+
+#include "model/transformer.h"
+
+#include "base/check.h"
+#include "base/random.h"
+#include "model/initialize.h"
+#include "model/rope.h"
+#include "ops/ops.h"
+
+namespace trireme {
+namespace {
+
+struct DtypeName {
+  const char* name;
+  const char* short_name;
+  at::ScalarType dtype;
+};
+constexpr DtypeName kDtypes[] = {{"float32", "fp32", at::kFloat}, {"bfloat16", "bf16", at::kBFloat16},
+                                 {"float16", "fp16", at::kHalf}, {"float64", "fp64", at::kDouble}};
+
+}  // namespace
+
+at::ScalarType parse_dtype(const std::string& name, const std::string& key) {
+  for (const auto& d : kDtypes)
+    if (name == d.name || name == d.short_name) return d.dtype;
+  throw ConfigError(str(key, "=", name, ": allowed are float32, bfloat16, float16, float64"));
+}
+
+std::string dtype_name(at::ScalarType dtype) {
+  for (const auto& d : kDtypes)
+    if (dtype == d.dtype) return d.name;
+  throw InternalError(str("no name for dtype ", c10::toString(dtype)));
+}
+
+Recompute parse_recompute(const std::string& name) {
+  if (name == "none") return Recompute::kNone;
+  if (name == "selective") return Recompute::kSelective;
+  if (name == "full") return Recompute::kFull;
+  throw ConfigError(str("train.recompute=", name, ": allowed are none, selective, full"));
+}
+
+Transformer::Transformer(const ModelConfig& config, at::ScalarType dtype, uint64_t seed, Weights weights, at::Device device)
+    : config_(config), dtype_(dtype), device_(device) {
+  auto options = at::TensorOptions().dtype(dtype).device(device);
+  bool random = weights == Weights::kRandom;
+  auto matrix = [&](const std::string& path, int64_t rows, int64_t columns) {
+    at::Tensor w = at::empty({rows, columns}, options);
+    if (random) fill_normal(w, seed, path + ".weight", config.initializer_range);
+    return w.requires_grad_(true);
+  };
+  auto vector = [&](int64_t size, double value) {
+    at::Tensor v = random ? at::full({size}, value, options) : at::empty({size}, options);
+    return v.requires_grad_(true);
+  };
+  const auto& c = config;
+  embedding_VC_ = matrix("model.embed_tokens", c.vocab_size, c.hidden_size);
+  int64_t count = 0, q_size = c.num_heads * c.head_dim, kv_size = c.num_kv_heads * c.head_dim;
+  auto linear_layer = [&](const std::string& path, int64_t out, int64_t in, bool bias) {
+    Linear l;
+    l.path = path;
+    l.index = count++;
+    l.weight_OI = matrix(path, out, in);
+    if (bias) l.bias_O = vector(out, 0.0);
+    return l;
+  };
+  for (int64_t i = 0; i < c.num_layers; ++i) {
+    std::string p = str("model.layers.", i);
+    Block b;
+    b.index = i;
+    b.window = c.window[static_cast<size_t>(i)];
+    b.uses_rope = c.uses_rope[static_cast<size_t>(i)];
+    b.q = linear_layer(p + ".self_attn.q_proj", q_size, c.hidden_size, c.qkv_bias);
+    b.k = linear_layer(p + ".self_attn.k_proj", kv_size, c.hidden_size, c.qkv_bias);
+    b.v = linear_layer(p + ".self_attn.v_proj", kv_size, c.hidden_size, c.qkv_bias);
+    b.o = linear_layer(p + ".self_attn.o_proj", c.hidden_size, q_size, c.output_bias);
+    if (c.qk_norm) {
+      b.q_norm = {p + ".self_attn.q_norm", vector(c.head_dim, 1.0)};
+      b.k_norm = {p + ".self_attn.k_norm", vector(c.head_dim, 1.0)};
+    }
+    b.gate = linear_layer(p + ".mlp.gate_proj", c.intermediate_size, c.hidden_size, c.mlp_bias);
+    b.up = linear_layer(p + ".mlp.up_proj", c.intermediate_size, c.hidden_size, c.mlp_bias);
+    b.down = linear_layer(p + ".mlp.down_proj", c.hidden_size, c.intermediate_size, c.mlp_bias);
+    b.input_norm = {p + ".input_layernorm", vector(c.hidden_size, 1.0)};
+    b.post_attention_norm = {p + ".post_attention_layernorm", vector(c.hidden_size, 1.0)};
+    blocks_.push_back(std::move(b));
+  }
+  final_norm_ = {"model.norm", vector(c.hidden_size, 1.0)};
+  head_weight_VC_ = c.tie_embeddings ? embedding_VC_ : matrix("lm_head", c.vocab_size, c.hidden_size);
+  RopeFrequencies rope = rope_frequencies(c.rope, c.head_dim, dtype);
+  inv_freq_ = rope.inv_freq.to(device);
+  rope_scale_ = rope.scale;
+}
+
+std::vector<Parameter> Transformer::parameters() const {
+  std::vector<Parameter> out;
+  auto add = [&](const std::string& name, const at::Tensor& value) {
+    if (value.defined()) out.push_back({name, value, ShardSpec::whole(value)});
+  };
+  auto add_linear = [&](const Linear& l) {
+    add(l.path + ".weight", l.weight_OI);
+    add(l.path + ".bias", l.bias_O);
+  };
+  auto add_norm = [&](const Norm& n) { add(n.path + ".weight", n.weight_C); };
+  add("model.embed_tokens.weight", embedding_VC_);
+  for (const auto& b : blocks_) {
+    for (const Linear* l : {&b.q, &b.k, &b.v, &b.o}) add_linear(*l);
+    add_norm(b.q_norm);
+    add_norm(b.k_norm);
+    for (const Linear* l : {&b.gate, &b.up, &b.down}) add_linear(*l);
+    add_norm(b.input_norm);
+    add_norm(b.post_attention_norm);
+  }
+  add_norm(final_norm_);
+  if (!config_.tie_embeddings) add("lm_head.weight", head_weight_VC_);
+  for (const auto& b : blocks_)
+    for (const Linear* l : {&b.q, &b.k, &b.v, &b.o, &b.gate, &b.up, &b.down}) {
+      if (!l->lora) continue;
+      add("base_model.model." + l->path + ".lora_A.weight", l->lora->a_RI);
+      add("base_model.model." + l->path + ".lora_B.weight", l->lora->b_OR);
+    }
+  return out;
+}
+
+std::vector<Linear*> Transformer::linears() {
+  std::vector<Linear*> out;
+  for (auto& b : blocks_)
+    for (Linear* l : {&b.q, &b.k, &b.v, &b.o, &b.gate, &b.up, &b.down}) out.push_back(l);
+  return out;
+}
+
+Transformer::Pass Transformer::prepare(const ModelInput& input, KvCache* cache) const {
+  Pass pass;
+  pass.cu_seqlens_q = input.cu_seqlens;
+  pass.cu_seqlens_k = cache ? cache->cu_seqlens_after(input.cu_seqlens) : input.cu_seqlens;
+  pass.cache = cache;
+  at::Tensor angles = input.positions_T.to(inv_freq_.scalar_type()).unsqueeze(1) * inv_freq_.unsqueeze(0);
+  angles = at::cat({angles, angles}, 1);
+  pass.cos_TR = angles.cos().mul_(rope_scale_);
+  pass.sin_TR = angles.sin().mul_(rope_scale_);
+  if (!training_) return pass;
+  bool drops = false;
+  for (const auto& b : blocks_)
+    for (const Linear* l : {&b.q, &b.k, &b.v, &b.o, &b.gate, &b.up, &b.down}) drops |= l->lora && l->lora->dropout > 0;
+  if (!drops) return pass;
+  TRIREME_CHECK(input.sample_ids.size() + 1 == input.cu_seqlens.size(), "dropout needs sample ids");
+  pass.dropout.active = true;
+  pass.dropout.seed = input.dropout_seed;
+  at::Tensor ids = at::empty({input.tokens_T.size(0)}, at::kLong);
+  auto* id = ids.data_ptr<int64_t>();
+  at::Tensor positions = input.positions_T.cpu();
+  const auto* position = positions.const_data_ptr<int64_t>();
+  for (size_t s = 0; s + 1 < input.cu_seqlens.size(); ++s)
+    for (int64_t t = input.cu_seqlens[s]; t < input.cu_seqlens[s + 1]; ++t)
+      id[t] = static_cast<int64_t>(random_bits(0, RandomStream::kDropout, static_cast<uint64_t>(input.sample_ids[s]),
+                                               static_cast<uint64_t>(position[t])));
+  pass.dropout.row_ids_T = ids.to(device_);
+  return pass;
+}
+
+at::Tensor Transformer::attention(const Block& b, const at::Tensor& x_TC, const Pass& pass) const {
+  auto see = [&](const std::string& path, const at::Tensor& out) {
+    if (pass.observe) pass.observe(path, out);
+    return out;
+  };
+  int64_t t = x_TC.size(0), d = config_.head_dim;
+  // Head counts come from the weights: under tensor parallelism a rank has some of the heads.
+  at::Tensor q_THD = see(b.q.path, b.q.forward(x_TC, pass.dropout)).view({t, -1, d});
+  at::Tensor k_TKD = see(b.k.path, b.k.forward(x_TC, pass.dropout)).view({t, -1, d});
+  at::Tensor v_TKD = see(b.v.path, b.v.forward(x_TC, pass.dropout)).view({t, -1, d});
+  if (b.q_norm.weight_C.defined()) {
+    q_THD = rms_norm(q_THD, b.q_norm.weight_C, config_.rms_norm_eps);
+    k_TKD = rms_norm(k_TKD, b.k_norm.weight_C, config_.rms_norm_eps);
+  }
+  if (b.uses_rope) {
+    q_THD = rope(q_THD, pass.cos_TR, pass.sin_TR);
+    k_TKD = rope(k_TKD, pass.cos_TR, pass.sin_TR);
+  }
+  if (pass.cache) std::tie(k_TKD, v_TKD) = pass.cache->append(b.index, k_TKD, v_TKD, pass.cu_seqlens_q);
+  AttentionSpec spec;
+  spec.cu_seqlens_q = pass.cu_seqlens_q;
+  spec.cu_seqlens_k = pass.cu_seqlens_k;
+  spec.window = b.window;
+  at::Tensor out_THD = trireme::attention(q_THD, k_TKD, v_TKD, spec);
+  return see(b.o.path, b.o.forward(out_THD.reshape({t, -1}), pass.dropout));
+}
+
+at::Tensor Transformer::mlp(const Block& b, const at::Tensor& x_TC, const Pass& pass) const {
+  at::Tensor gate_TF = b.gate.forward(x_TC, pass.dropout), up_TF = b.up.forward(x_TC, pass.dropout);
+  at::Tensor out_TC = b.down.forward(swiglu(gate_TF, up_TF), pass.dropout);
+  if (pass.observe) {
+    pass.observe(b.gate.path, gate_TF);
+    pass.observe(b.up.path, up_TF);
+    pass.observe(b.down.path, out_TC);
+  }
+  return out_TC;
+}
+
+at::Tensor Transformer::run_block(const Block& b, const at::Tensor& x_TC, const Pass& pass) const {
+  at::Tensor normed = rms_norm(x_TC, b.input_norm.weight_C, config_.rms_norm_eps);
+  if (pass.observe) pass.observe(b.input_norm.path, normed);
+  at::Tensor attended = attention(b, normed, pass);
+  auto [sum_TC, normed_sum] = add_rms_norm(attended, x_TC, b.post_attention_norm.weight_C, config_.rms_norm_eps);
+  if (pass.observe) pass.observe(b.post_attention_norm.path, normed_sum);
+  return sum_TC + mlp(b, normed_sum, pass);
+}
+
+at::Tensor Transformer::run(const ModelInput& input, Pass& pass) {
+  at::Tensor x_TC = trireme::embedding(embedding_VC_, input.tokens_T);
+  if (pass.observe) pass.observe("model.embed_tokens", x_TC);
+  SelectiveRecompute selective(recompute_ == Recompute::kSelective);
+  bool full = recompute_ == Recompute::kFull && at::GradMode::is_enabled() && !pass.cache && !pass.observe;
+  auto shared = std::make_shared<Pass>(pass);  // recomputation reads it again in backward
+  for (const auto& b : blocks_) {
+    if (!full) {
+      x_TC = run_block(b, x_TC, pass);
+      continue;
+    }
+    x_TC = recompute([this, &b, shared](const std::vector<at::Tensor>& in) { return run_block(b, in[0], *shared); }, {x_TC});
+  }
+  x_TC = rms_norm(x_TC, final_norm_.weight_C, config_.rms_norm_eps);
+  if (pass.observe) pass.observe(final_norm_.path, x_TC);
+  return x_TC;
+}
+
+at::Tensor Transformer::forward(const ModelInput& input, KvCache* cache) {
+  Pass pass = prepare(input, cache);
+  at::Tensor hidden_TC = run(input, pass);
+  if (cache) cache->advance(input.cu_seqlens);
+  return hidden_TC;
+}
+
+at::Tensor Transformer::logits(const at::Tensor& hidden_TC, int64_t chunk_rows) const {
+  at::NoGradGuard no_grad;
+  at::Tensor out = at::empty({hidden_TC.size(0), head_weight_VC_.size(0)},
+                             hidden_TC.options().dtype(dtype_ == at::kDouble ? at::kDouble : at::kFloat));
+  for (int64_t row = 0; row < hidden_TC.size(0); row += chunk_rows) {
+    int64_t n = std::min(chunk_rows, hidden_TC.size(0) - row);
+    out.narrow(0, row, n).copy_(trireme::linear(hidden_TC.narrow(0, row, n), head_weight_VC_));
+  }
+  return out;
+}
+
+std::string Transformer::first_nonfinite(const ModelInput& input) {
+  at::NoGradGuard no_grad;
+  std::string first;
+  auto look = [&](const std::string& path, const at::Tensor& value) {
+    if (!first.empty()) return;
+    int64_t bad = value.numel() - at::isfinite(value).sum().item<int64_t>();
+    if (bad > 0) first = str(path, ": ", bad, " of ", value.numel(), " values are not finite");
+  };
+  for (const auto& p : parameters()) look(p.name, p.value);
+  if (!first.empty()) return first;
+  bool was_training = training_;
+  training_ = false;
+  Pass pass = prepare(input, nullptr);
+  pass.observe = look;
+  run(input, pass);
+  training_ = was_training;
+  return first;
+}
+
+}  // namespace trireme

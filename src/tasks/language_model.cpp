@@ -1,0 +1,58 @@
+#include "base/tensor.h"
+
+#include "tasks/language_model.h"
+
+#include <cmath>
+
+#include "base/check.h"
+#include "ops/ops.h"
+
+namespace trireme {
+
+int64_t LanguageModelTask::count(const SequenceBatch& batch) const {
+  int64_t n = 0;
+  for (int64_t target : batch.targets) n += target != kIgnoreTarget;
+  return n;
+}
+
+TaskResult LanguageModelTask::run(Transformer& model, const ModelInput& input) const {
+  LossSum loss = linear_cross_entropy(model.forward(input), model.head_weight(), input.targets_T);
+  TaskResult result;
+  result.loss_sum = loss.sum;
+  result.count = loss.count;
+  result.sums = {{"loss", loss.sum.item<double>()},
+                 {"count", static_cast<double>(loss.count)},
+                 {"correct", static_cast<double>(loss.correct.item<int64_t>())}};
+  return result;
+}
+
+std::map<std::string, double> LanguageModelTask::metrics(const std::map<std::string, double>& sums) const {
+  auto it = sums.find("count");
+  if (it == sums.end() || it->second == 0) throw DataError("the evaluation data has no learnt token");
+  double count = it->second, loss = sums.at("loss") / count;
+  return {{"loss", loss}, {"perplexity", std::exp(loss)}, {"token_accuracy", sums.at("correct") / count}, {"tokens", count}};
+}
+
+bool LanguageModelTask::larger_is_better(const std::string& metric) const {
+  if (metric == "loss" || metric == "perplexity") return false;
+  if (metric == "token_accuracy") return true;
+  throw ConfigError(str("eval.metric=", metric, ": this task has loss, perplexity, token_accuracy"));
+}
+
+std::unique_ptr<Task> make_task(const std::string& kind) {
+  if (kind == "sft" || kind == "pretrain") return std::make_unique<LanguageModelTask>();
+  throw ConfigError(str("task.kind=", kind, ": allowed are pretrain, sft"));
+}
+
+ModelInput to_device(const SequenceBatch& batch, at::Device device) {
+  auto tensor = [&](const std::vector<int64_t>& v) { return at::tensor(v, at::kLong).to(device); };
+  ModelInput input;
+  input.tokens_T = tensor(batch.tokens);
+  input.targets_T = tensor(batch.targets);
+  input.positions_T = tensor(batch.positions);
+  input.cu_seqlens = batch.cu_seqlens;
+  input.sample_ids = batch.sample_ids;
+  return input;
+}
+
+}  // namespace trireme
