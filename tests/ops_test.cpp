@@ -300,6 +300,10 @@ TEST(LinearCrossEntropy, EqualsFormulaInChunks) {
   for (int64_t chunk : {0, 1, 3, 4, 100}) compare_loss(targets, 53, chunk);
   compare_loss(at::tensor(std::vector<int64_t>{-100, 4, 2, -100}), 5, 2);
   compare_loss(at::tensor(std::vector<int64_t>{1, 4, 2, 0}), 33, 2);
+  at::Tensor many = at::arange(300).remainder(53);  // more than 64 rows: products with rows of padding
+  compare_loss(many, 53, 100);
+  many.index_put_({at::arange(300).remainder(7) == 2}, at::scalar_tensor(-100, at::kLong));
+  for (int64_t chunk : {0, 70, 128}) compare_loss(many, 53, chunk);
 }
 
 TEST(LinearCrossEntropy, CountsAndHits) {

@@ -11,6 +11,10 @@ using torch::autograd::variable_list;
 
 constexpr int64_t kIgnored = -100;
 
+// Matrix products are compiled once per number of rows: a few milliseconds, which every step would pay again because the
+// number of learnt rows differs. So products have a multiple of 64 rows, the rest being zero.
+int64_t padded_rows(int64_t rows) { return rows <= 64 ? rows : (rows + 63) / 64 * 64; }
+
 struct Rows {
   std::vector<int64_t> index, target;  // of the learnt rows
 };
@@ -48,19 +52,21 @@ Computed run(const at::Tensor& hidden_TC, const at::Tensor& head_VC, const Rows&
     out.grad_head_VC = at::zeros({vocabulary, size}, head_VC.options().dtype(compute_dtype(dtype)));
   std::vector<double> losses(static_cast<size_t>(count));
   std::vector<uint8_t> correct(static_cast<size_t>(count));
-  at::Tensor buffer = at::empty({std::min(count, chunk_rows), vocabulary}, hidden_TC.options());
+  const int64_t most_rows = padded_rows(std::min(count, chunk_rows));
+  at::Tensor buffer = at::empty({most_rows, vocabulary}, hidden_TC.options());
+  at::Tensor gathered = at::empty({most_rows, size}, hidden_TC.options());
   for (int64_t begin = 0; begin < count; begin += chunk_rows) {
     const int64_t end = std::min(count, begin + chunk_rows), n = end - begin;
-    const int64_t first = rows.index[static_cast<size_t>(begin)], last = rows.index[static_cast<size_t>(end - 1)];
-    const bool dense = last - first + 1 == n;
-    at::Tensor index, hidden;
-    if (dense) {
-      hidden = hidden_TC.slice(0, first, last + 1);
-    } else {
-      index = at::from_blob(const_cast<int64_t*>(rows.index.data()) + begin, {n}, at::kLong);
-      hidden = hidden_TC.index_select(0, index);
+    const int64_t padded = padded_rows(n), first = rows.index[static_cast<size_t>(begin)];
+    const bool dense = padded == n && rows.index[static_cast<size_t>(end - 1)] - first + 1 == n;
+    at::Tensor index = at::from_blob(const_cast<int64_t*>(rows.index.data()) + begin, {n}, at::kLong);
+    at::Tensor hidden = dense ? hidden_TC.slice(0, first, first + n) : gathered.slice(0, 0, padded);
+    if (!dense) {
+      at::Tensor part = hidden.slice(0, 0, n);
+      at::index_select_out(part, hidden_TC, 0, index);
+      hidden.slice(0, n, padded).zero_();
     }
-    at::Tensor logits = buffer.slice(0, 0, n);
+    at::Tensor logits = buffer.slice(0, 0, padded);
     at::mm_out(logits, hidden, head_VC.t());
     dispatch_floating(dtype, [&](auto zero) {
       using T = decltype(zero);
@@ -70,15 +76,13 @@ Computed run(const at::Tensor& hidden_TC, const at::Tensor& head_VC, const Rows&
                                  correct.data() + begin + from, want_hidden || want_head);
       });
     });
-    if (want_hidden) {
-      if (dense) {
-        at::Tensor part = out.grad_hidden_TC.slice(0, first, last + 1);
-        at::mm_out(part, logits, head_VC);
-      } else {
-        out.grad_hidden_TC.index_copy_(0, index, at::mm(logits, head_VC));
-      }
+    if (want_hidden && dense) {
+      at::Tensor part = out.grad_hidden_TC.slice(0, first, first + n);
+      at::mm_out(part, logits, head_VC);
+    } else if (want_hidden) {
+      out.grad_hidden_TC.index_copy_(0, index, at::mm(logits, head_VC).slice(0, 0, n));
     }
-    if (want_head) {
+    if (want_head) {  // rows of zeros in hidden take nothing from what stands in their logits: those are finite
       at::Tensor part = at::mm(logits.t(), hidden);
       if (several)
         out.grad_head_VC.add_(part);
@@ -145,7 +149,8 @@ LossSum linear_cross_entropy(const at::Tensor& hidden_TC, const at::Tensor& head
     // Logits of about 32 MB: large enough for the matrix products, small enough for the caches. A trained head is read
     // and written once a chunk, so its chunks are larger.
     const int64_t bytes = head_VC.size(0) * head_VC.element_size();
-    chunk_rows = std::clamp<int64_t>((want_head ? 128ll << 20 : 32ll << 20) / std::max<int64_t>(1, bytes), 32, 2048);
+    const int64_t fitting = (want_head ? 128ll << 20 : 32ll << 20) / std::max<int64_t>(1, bytes);
+    chunk_rows = std::clamp<int64_t>(fitting / 64, 1, 32) * 64;
   }
   Computed computed = run(hidden_TC.detach().contiguous(), head_VC.detach(), rows, chunk_rows, want_hidden, want_head);
   LossSum result;
