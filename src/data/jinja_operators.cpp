@@ -172,14 +172,9 @@ Value Runtime::item(const Value& object, const Value& key) {
 Value Runtime::slice(const Value& object, const Value& start, const Value& stop, const Value& step_value) {
   if (object.is_undefined()) fail(object.text());
   bool sliceable = object.is_string() || object.is(Kind::kList) || object.is(Kind::kTuple) || object.is(Kind::kRange);
-  if (!sliceable) return Value::undefined(object_name(object) + " has no element " + "slice(" + repr(start) + ", " +
-                                          repr(stop) + ", " + repr(step_value) + ")");
-  for (const Value* part : {&start, &stop, &step_value}) {
-    if (part->is_none() || part->is_integral()) continue;
-    // A TypeError within obj[slice] becomes an undefined value, as for any other item.
-    return Value::undefined(object_name(object) + " has no element slice(" + repr(start) + ", " + repr(stop) + ", " +
-                            repr(step_value) + ")");
-  }
+  if (!sliceable) fail("'" + object.type_name() + "' object cannot be sliced");
+  for (const Value* part : {&start, &stop, &step_value})
+    if (!part->is_none() && !part->is_integral()) fail("slice indices must be integers or None or have an __index__ method");
   int64_t by = step_value.is_none() ? 1 : step_value.as_int();
   if (by == 0) fail("slice step cannot be zero");
   by = std::clamp<int64_t>(by, -INT32_MAX, INT32_MAX);
