@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
 # Runs trireme on several ranks of this machine:  launch/run_local.sh -n RANKS VERB [CONFIG.ini] [--key=value ...]
-# SIGTERM, SIGINT (Ctrl-C) and SIGHUP let the run finish its step and save (status 75); a second one ends it at once.
+# SIGTERM, SIGINT (Ctrl-C), SIGHUP and SIGUSR1 let the run finish its step and save (status 75); a second one ends it at once.
 set -euo pipefail
 top=$(cd "$(dirname "$0")/.." && pwd)
 ranks=1
@@ -19,25 +19,27 @@ options=(-q --bind-to none -n "$ranks")
 [ "$ranks" -le "$cores" ] || options+=(--oversubscribe)
 [ "$(id -u)" != 0 ] || export OMPI_ALLOW_RUN_AS_ROOT=1 OMPI_ALLOW_RUN_AS_ROOT_CONFIRM=1
 
-stops=0
+job="" stops=0
 on_signal() {
   stops=$((stops + 1))
-  if [ $stops -eq 1 ]; then
-    echo "run_local: stopping after this step; once more ends at once" >&2
-    kill -USR1 "$job" 2>/dev/null || true
-  else
-    kill -KILL "$job" 2>/dev/null || true
-  fi
+  [ -n "$job" ] || exit 75 # nothing has begun
+  case $stops in
+    1) echo "run_local: stopping after this step; once more ends at once" >&2; kill -USR1 "$job" 2>/dev/null || true ;;
+    2) kill -TERM "$job" 2>/dev/null || true ;;
+    *) kill -KILL "$job" 2>/dev/null || true ;;
+  esac
 }
+trap on_signal TERM INT HUP USR1
 # Job control gives mpirun a process group of its own: Ctrl-C then reaches this script alone.
 set -m
 mpirun "${options[@]}" "$binary" "$@" <&0 &
 job=$!
 set +m
-trap on_signal TERM INT HUP
-status=0
-while :; do
-  wait "$job" && status=0 || status=$?
-  kill -0 "$job" 2>/dev/null || break
+# A signal ends `wait` before mpirun has ended; 127 says that its status was given already.
+status=0 seen=-1
+while [ $seen -ne $stops ]; do
+  seen=$stops
+  answer=0; wait "$job" || answer=$?
+  [ $answer -eq 127 ] || status=$answer
 done
 exit "$status"

@@ -21,6 +21,7 @@ case "${1:-}" in
   --tests) tests=ON ;;
   --remove)
     rm -rf --one-file-system "$deps"/env-* build
+    rmdir "$deps" 2>/dev/null || true
     say "removed $deps/env-* and build/; the system's packages stay"
     exit 0 ;;
   *) sed -n 2,8p "$0"; exit 2 ;;
@@ -61,53 +62,83 @@ install_packages() {
   fi
 }
 
-check_room() { # FOLDER GB
+check_disk() { # FOLDER GB
   mkdir -p "$1" || die "cannot write $1; set TRIREME_DEPS to a folder that can be written"
   local free
   free=$(df -Pk "$1" | awk 'NR == 2 {print int($4 / 1048576)}')
   [ "$free" -ge "$2" ] || die "$1 has $free GB free, $2 GB are needed; set TRIREME_DEPS to a folder on a larger disk"
 }
 
-# One virtual environment a set of pins. A step is done when its marker exists; what an interrupted install left is
-# simply installed over.
-install_wheels() {
-  local pins
-  pins=$(cat launch/requirements.txt launch/requirements-test.txt | sha256sum | cut -c1-16)
-  env_folder=$deps/env-$pins
-  if [ ! -e "$env_folder/.torch" ] || { [ $tests = ON ] && [ ! -e "$env_folder/.tests" ]; }; then
-    [ -e "$env_folder/.torch" ] || check_room "$deps" 12
-    mkdir -p "$env_folder"
-    exec 9>"$env_folder/.lock"
-    flock -n 9 || { say "waiting for another setup in $env_folder"; flock 9; }
-    python3 -c 'import sys; sys.exit(sys.version_info[:2] != (3, 11))' ||
-      die "the pinned wheels are for Python 3.11, this is $(python3 -V); set TRIREME_TORCH to the folder of a torch 2.11 package"
-    [ -x "$env_folder/bin/pip" ] || python3 -m venv "$env_folder"
-    if [ ! -e "$env_folder/.torch" ]; then
-      say "downloading libtorch and the CUDA libraries (2 GB, 4.2 GB unpacked) into $env_folder"
-      wheels launch/requirements.txt .torch
-    fi
-    if [ $tests = ON ] && [ ! -e "$env_folder/.tests" ]; then
-      say "installing the Python packages of the tests into $env_folder"
-      wheels launch/requirements-test.txt .tests
-    fi
-    exec 9>&-
-  fi
-  python=$env_folder/bin/python
+check_memory() { # the largest compiler process needs 2 GB
+  local free
+  free=$(awk '/MemAvailable/ {print int($2 / 1024)}' /proc/meminfo)
+  [ "$free" -ge 2000 ] || die "$free MB of memory are free, compiling needs 2,000 MB; end other programs or add swap"
 }
 
-wheels() { # FILE MARKER
-  "$env_folder/bin/pip" install --quiet --disable-pip-version-check --no-deps --require-hashes --no-cache-dir -r "$1" ||
-    die "pip could not install $1 (see above); check the network or the proxy (http_proxy, https_proxy) and run this again"
-  touch "$env_folder/$2"
+# A virtual environment for each set of pins and each Python. A step is done when its marker exists; `.unfinished` tells
+# that an install was interrupted, and then it is done again from nothing: pip cannot see a package that is half there.
+install_wheels() {
+  local version pins
+  version=$(python3 -c 'import sys; print("%d.%d" % sys.version_info[:2])') ||
+    die "python3 is missing; it fetches the pinned wheels (or set TRIREME_TORCH to the folder of a torch 2.11 package)"
+  pins=$(cat launch/requirements.txt launch/requirements-test.txt <(echo "$version") | sha256sum | cut -c1-16)
+  env_folder=$deps/env-$pins
+  python=$env_folder/bin/python
+  if [ -e "$env_folder/.torch" ] && { [ $tests = OFF ] || [ -e "$env_folder/.tests" ]; }; then return; fi
+  mkdir -p "$deps" || die "cannot write $deps; set TRIREME_DEPS to a folder that can be written"
+  exec 9>"$env_folder.lock"
+  flock -n 9 || { say "waiting for another setup of $env_folder"; flock 9; }
+  if [ -e "$env_folder" ] && { [ -e "$env_folder/.unfinished" ] || [ ! -e "$env_folder/.torch" ]; }; then
+    say "an earlier install in $env_folder was interrupted; starting it again"
+    rm -rf --one-file-system "$env_folder"
+  fi
+  if [ ! -e "$env_folder/.torch" ]; then
+    check_python "$version" 3.10 3.11 3.12 3.13 3.14
+    check_disk "$deps" 9 # wheels in TMPDIR and what they unpack to
+    python3 -m venv "$env_folder" || die "python3 -m venv failed (see above)"
+    wheels "libtorch and the CUDA libraries (2 GB, 4.2 GB unpacked)" launch/requirements.txt .torch
+  fi
+  if [ $tests = ON ] && [ ! -e "$env_folder/.tests" ]; then
+    check_python "$version" 3.11
+    check_disk "$deps" 3
+    wheels "the Python packages of the tests" launch/requirements-test.txt .tests
+  fi
+  exec 9>&-
+}
+
+check_python() { # VERSION ALLOWED...
+  case " ${*:2} " in *" $1 "*) return ;; esac
+  die "the pinned wheels are for Python ${*:2}, this is $1; set TRIREME_TORCH to the folder of a torch 2.11 package"
+}
+
+wheels() { # WHAT FILE MARKER
+  say "installing $1 into $env_folder"
+  touch "$env_folder/.unfinished"
+  "$python" -m pip install --quiet --disable-pip-version-check --no-deps --require-hashes --no-cache-dir -r "$2" ||
+    die "pip could not install $2 (see above); check the network or the proxy (http_proxy, https_proxy) and run this again"
+  sync "$env_folder"
+  touch "$env_folder/$3"
+  rm -f "$env_folder/.unfinished"
+}
+
+check_torch() { # a torch that was there before us
+  [ -d "$torch/include/ATen" ] || die "TRIREME_TORCH=$torch is not a torch package folder (it has no include/ATen)"
+  local found
+  found=$(sed -n "s/^__version__ = '\([0-9.]*\).*/\1/p" "$torch/version.py" 2>/dev/null || true)
+  case "$found" in
+    2.11.*) ;;
+    *) die "TRIREME_TORCH=$torch is torch '$found'; Trireme is built and tested with 2.11" ;;
+  esac
 }
 
 configure() {
   local wanted="$torch $python $tests"
   [ -e build/release/build.ninja ] && [ "$(cat build/release/.configured 2>/dev/null)" = "$wanted" ] && return
+  check_memory
   say "configuring build/release"
-  cmake --preset release -DTRIREME_TORCH="$torch" -DTRIREME_PYTHON="$python" -DTRIREME_TESTS=$tests >build.log 2>&1 ||
-    { cat build.log >&2; rm -f build.log; die "CMake could not configure; what is missing is named above"; }
-  rm -f build.log
+  mkdir -p build
+  cmake --preset release -DTRIREME_TORCH="$torch" -DTRIREME_PYTHON="$python" -DTRIREME_TESTS=$tests >build/configure.log 2>&1 ||
+    { cat build/configure.log >&2; die "CMake could not configure; what is missing is named above"; }
   echo "$wanted" >build/release/.configured
 }
 
@@ -115,7 +146,7 @@ install_packages
 python=""
 if [ -n "${TRIREME_TORCH:-}" ]; then
   torch=$TRIREME_TORCH
-  [ -d "$torch/include/ATen" ] || die "TRIREME_TORCH=$torch is not a torch package folder (it has no include/ATen)"
+  check_torch
   [ $tests = OFF ] || python=${TRIREME_PYTHON:-$(command -v python3)}
 else
   install_wheels

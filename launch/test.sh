@@ -7,7 +7,7 @@ launch/setup.sh --tests
 echo "building"
 cmake --build build/release -j "$(cat build/release/.jobs)" >build/release/build.log 2>&1 ||
   { grep -E -A5 'error|FAILED' build/release/build.log | head -60; echo "the build failed: build/release/build.log"; exit 1; }
-rm -rf build/release/results
+rm -rf build/release/results build/release/Testing/Temporary/LastTestsFailed.log
 mkdir -p build/release/results
 # The data folder beside the checkout, where there is one; tests that need it are skipped otherwise.
 if [ -z "${TRIREME_TEST_DATA:-}" ] && [ -d ../shared/data ]; then
