@@ -1,5 +1,5 @@
-// One LoRA training step of the benchmark shape (576 wide, 6 layers, 9/3 heads, 49,152 tokens, rank 16, 4 x 256), from the
-// operations alone: what each costs and what a whole forward and backward takes. Prints a table; not a test.
+// One LoRA training step of the benchmark shape (576 wide, 6 layers, 9/3 heads, 49,152 tokens, rank 16, 4 x 256), from
+// the operations alone: what each costs and what a whole forward and backward takes. Prints a table; not a test.
 #include <torch/csrc/autograd/autograd.h>
 
 #include <chrono>
@@ -12,13 +12,15 @@ namespace {
 
 using namespace trireme;
 using Clock = std::chrono::steady_clock;
-constexpr int64_t kTokens = 1024, kWidth = 576, kInner = 1536, kHeads = 9, kKeyHeads = 3, kDim = 64, kVocabulary = 49152;
+constexpr int64_t kTokens = 1024, kWidth = 576, kInner = 1536, kHeads = 9, kKeyHeads = 3, kDim = 64,
+                  kVocabulary = 49152;
 constexpr int64_t kLayers = 6, kRank = 16;
 
 struct Projection {
   at::Tensor w, a, b;
   Projection(int64_t out, int64_t in, at::ScalarType dtype)
-      : w((at::randn({out, in}) * 0.02).to(dtype)), a((at::randn({kRank, in}) * 0.02).to(dtype)),
+      : w((at::randn({out, in}) * 0.02).to(dtype)),
+        a((at::randn({kRank, in}) * 0.02).to(dtype)),
         b((at::randn({out, kRank}) * 0.02).to(dtype)) {
     a.requires_grad_();
     b.requires_grad_();
@@ -56,22 +58,35 @@ int main(int argc, char** argv) {
   at::Tensor x = leaf({kTokens, kWidth}), inner = leaf({kTokens, kInner}), norm = at::ones({kWidth}).to(dtype);
   at::Tensor q = leaf({kTokens, kHeads, kDim}), k = leaf({kTokens, kKeyHeads, kDim});
   at::Tensor cos = at::ones({kTokens, kDim}), sin = at::zeros({kTokens, kDim});
-  at::Tensor head = (at::randn({kVocabulary, kWidth}) * 0.02).to(dtype), targets = at::randint(kVocabulary, {kTokens}, at::kLong);
+  at::Tensor head = (at::randn({kVocabulary, kWidth}) * 0.02).to(dtype),
+             targets = at::randint(kVocabulary, {kTokens}, at::kLong);
   AttentionSpec spec{{0, 256, 512, 768, 1024}, {0, 256, 512, 768, 1024}};
-  Projection square(kWidth, kWidth, dtype), narrow(192, kWidth, dtype), wide(kInner, kWidth, dtype), down(kWidth, kInner, dtype);
+  Projection square(kWidth, kWidth, dtype), narrow(192, kWidth, dtype), wide(kInner, kWidth, dtype),
+      down(kWidth, kInner, dtype);
 
   std::printf("%-28s %8s %8s\n", "", "forward", "backward");
-  row("rms_norm", [&] { return rms_norm(x, norm, 1e-5); }, 2 * kLayers + 1);
-  row("add_rms_norm", [&] { return add_rms_norm(x, x, norm, 1e-5).second; }, 2 * kLayers);
-  row("rope q", [&] { return rope(q, cos, sin); }, kLayers);
-  row("swiglu", [&] { return swiglu(inner, inner); }, kLayers);
-  row("attention", [&] { return attention(q, k, k, spec); }, kLayers);
-  row("lora_linear 576 -> 576", [&] { return square(x); }, 2 * kLayers);
-  row("lora_linear 576 -> 192", [&] { return narrow(x); }, 2 * kLayers);
-  row("lora_linear 576 -> 1536", [&] { return wide(x); }, 2 * kLayers);
-  row("lora_linear 1536 -> 576", [&] { return down(inner); }, kLayers);
-  row("plain product 576 -> 576", [&] { return at::mm(x, square.w.t()); }, 2 * kLayers);
-  row("plain product 576 -> 1536", [&] { return at::mm(x, wide.w.t()); }, 2 * kLayers);
+  row(
+      "rms_norm", [&] { return rms_norm(x, norm, 1e-5); }, 2 * kLayers + 1);
+  row(
+      "add_rms_norm", [&] { return add_rms_norm(x, x, norm, 1e-5).second; }, 2 * kLayers);
+  row(
+      "rope q", [&] { return rope(q, cos, sin); }, kLayers);
+  row(
+      "swiglu", [&] { return swiglu(inner, inner); }, kLayers);
+  row(
+      "attention", [&] { return attention(q, k, k, spec); }, kLayers);
+  row(
+      "lora_linear 576 -> 576", [&] { return square(x); }, 2 * kLayers);
+  row(
+      "lora_linear 576 -> 192", [&] { return narrow(x); }, 2 * kLayers);
+  row(
+      "lora_linear 576 -> 1536", [&] { return wide(x); }, 2 * kLayers);
+  row(
+      "lora_linear 1536 -> 576", [&] { return down(inner); }, kLayers);
+  row(
+      "plain product 576 -> 576", [&] { return at::mm(x, square.w.t()); }, 2 * kLayers);
+  row(
+      "plain product 576 -> 1536", [&] { return at::mm(x, wide.w.t()); }, 2 * kLayers);
   for (int64_t chunk : {0, 64, 128, 256, 512, 1024})
     row(("cross-entropy, chunk " + std::to_string(chunk)).c_str(),
         [&] { return linear_cross_entropy(x, head, targets, chunk).sum; }, 1);
@@ -85,8 +100,13 @@ int main(int argc, char** argv) {
   };
   std::vector<Layer> layers;
   for (int64_t i = 0; i < kLayers; ++i)
-    layers.push_back({{kWidth, kWidth, dtype}, {192, kWidth, dtype}, {192, kWidth, dtype}, {kWidth, kWidth, dtype},
-                      {kInner, kWidth, dtype}, {kInner, kWidth, dtype}, {kWidth, kInner, dtype}});
+    layers.push_back({{kWidth, kWidth, dtype},
+                      {192, kWidth, dtype},
+                      {192, kWidth, dtype},
+                      {kWidth, kWidth, dtype},
+                      {kInner, kWidth, dtype},
+                      {kInner, kWidth, dtype},
+                      {kWidth, kInner, dtype}});
   at::Tensor start = x.detach();
   auto step = [&] {
     at::Tensor sum = start, h = rms_norm(sum, norm, 1e-5);

@@ -75,7 +75,9 @@ TEST(RmsNorm, EqualsFormula) {
 
 TEST(RmsNorm, AddsTheResidual) {
   for (int part : {0, 1, 2}) {  // the sum alone, the norm alone, both used
-    auto pick = [part](const at::Tensor& sum, const at::Tensor& y) { return part == 0 ? sum * 1 : part == 1 ? y * 1 : sum * 0.5 + y; };
+    auto pick = [part](const at::Tensor& sum, const at::Tensor& y) {
+      return part == 0 ? sum * 1 : part == 1 ? y * 1 : sum * 0.5 + y;
+    };
     compare(
         [&](const Tensors& t) {
           auto [sum, y] = add_rms_norm(t[0], t[1], t[2], 1e-5);
@@ -120,8 +122,8 @@ TEST(Rope, EqualsFormulaWithDifferentHalves) {
 }
 
 TEST(Swiglu, EqualsFormula) {
-  compare([](const Tensors& t) { return swiglu(t[0], t[1]); },
-          [](const Tensors& t) { return at::silu(t[0]) * t[1]; }, {random({5, 19}, 4.0), random({5, 19})}, 2);
+  compare([](const Tensors& t) { return swiglu(t[0], t[1]); }, [](const Tensors& t) { return at::silu(t[0]) * t[1]; },
+          {random({5, 19}, 4.0), random({5, 19})}, 2);
 }
 
 TEST(Swiglu, IsFiniteWhereExpOverflows) {
@@ -141,8 +143,10 @@ at::Tensor plain_attention(const Tensors& t, const AttentionSpec& spec) {
   Tensors parts;
   for (size_t s = 0; s + 1 < spec.cu_seqlens_q.size(); ++s) {
     at::Tensor qs = q.slice(0, spec.cu_seqlens_q[s], spec.cu_seqlens_q[s + 1]).transpose(0, 1);
-    at::Tensor ks = k.slice(0, spec.cu_seqlens_k[s], spec.cu_seqlens_k[s + 1]).transpose(0, 1).repeat_interleave(group, 0);
-    at::Tensor vs = v.slice(0, spec.cu_seqlens_k[s], spec.cu_seqlens_k[s + 1]).transpose(0, 1).repeat_interleave(group, 0);
+    at::Tensor ks =
+        k.slice(0, spec.cu_seqlens_k[s], spec.cu_seqlens_k[s + 1]).transpose(0, 1).repeat_interleave(group, 0);
+    at::Tensor vs =
+        v.slice(0, spec.cu_seqlens_k[s], spec.cu_seqlens_k[s + 1]).transpose(0, 1).repeat_interleave(group, 0);
     at::Tensor scores = at::matmul(qs, ks.transpose(1, 2)) * scale;
     if (spec.causal) {
       const int64_t nq = qs.size(1), nk = ks.size(1);
@@ -345,10 +349,12 @@ TEST(Ops, FiniteDifferences) {
     at::Tensor x = rms_norm(t[0], t[1], 1e-5);
     at::Tensor q = rope(trireme::linear(x, t[2]).view({6, 2, 8}), cos, sin);
     at::Tensor a = attention(q, q, q, spec).reshape({6, 16});
-    at::Tensor h = lora_linear(swiglu(a, a + 1), at::ones({16, 16}, at::kDouble) * 0.1, {}, t[3], t[4], 0.5, key_of(0.3, 6));
+    at::Tensor h =
+        lora_linear(swiglu(a, a + 1), at::ones({16, 16}, at::kDouble) * 0.1, {}, t[3], t[4], 0.5, key_of(0.3, 6));
     return linear_cross_entropy(h, t[5], targets, 2).sum;
   };
-  Tensors inputs = {random({6, 10}), random({10}), random({16, 10}, 0.4), random({3, 16}), random({16, 3}), random({9, 16}, 0.3)};
+  Tensors inputs = {random({6, 10}), random({10}),    random({16, 10}, 0.4),
+                    random({3, 16}), random({16, 3}), random({9, 16}, 0.3)};
   Result exact = run(f, inputs, at::kDouble, at::ones({}, at::kDouble));
   for (size_t i = 0; i < inputs.size(); ++i) {
     at::Tensor direction = random(inputs[i].sizes().vec());
@@ -370,12 +376,14 @@ struct Chain {
   at::Tensor cos = random({20, 16}).to(at::kFloat), sin = random({20, 16}).to(at::kFloat);
   explicit Chain(at::ScalarType dtype) {
     auto make = [&](std::vector<int64_t> shape) { return random(shape, 0.3).to(dtype).requires_grad_(); };
-    norm = make({32}), q = make({32, 32}), gate = make({48, 32}), up = make({48, 32}), down = make({32, 48}), bias = make({32});
+    norm = make({32}), q = make({32, 32}), gate = make({48, 32}), up = make({48, 32}), down = make({32, 48}),
+    bias = make({32});
   }
   Tensors parameters() const { return {norm, q, gate, up, down, bias}; }
   at::Tensor block(const at::Tensor& x) const {
     at::Tensor h = rms_norm(x, norm, 1e-5);
-    at::Tensor heads = rope(rms_norm(trireme::linear(h, q, bias).view({20, 2, 16}), norm.slice(0, 0, 16), 1e-5), cos, sin);
+    at::Tensor heads =
+        rope(rms_norm(trireme::linear(h, q, bias).view({20, 2, 16}), norm.slice(0, 0, 16), 1e-5), cos, sin);
     auto [sum, y] = add_rms_norm(attention(heads, heads, heads, spec).reshape({20, 32}), x, norm, 1e-5);
     return sum + trireme::linear(dropout(swiglu(trireme::linear(y, gate), trireme::linear(y, up)), key), down);
   }
@@ -487,9 +495,14 @@ TEST(Loops, RoundingEqualsThatOfATen) {
                                at::tensor({0.0, 1.00390625, 1.01171875, 65504.0, 65520.0, 1e-8})})
                           .to(at::kFloat);
   for (int level : {0, 1, 2}) {
-    if (level > 0) try { loops<float>(level); } catch (const InternalError&) { continue; }
+    if (level > 0) try {
+        loops<float>(level);
+      } catch (const InternalError&) {
+        continue;
+      }
     at::Tensor bf16 = at::empty_like(values, at::kBFloat16), half = at::empty_like(values, at::kHalf);
-    loops<c10::BFloat16>(level).scale_from(values.numel(), values.data_ptr<float>(), 1.0, bf16.data_ptr<c10::BFloat16>());
+    loops<c10::BFloat16>(level).scale_from(values.numel(), values.data_ptr<float>(), 1.0,
+                                           bf16.data_ptr<c10::BFloat16>());
     loops<c10::Half>(level).scale_from(values.numel(), values.data_ptr<float>(), 1.0, half.data_ptr<c10::Half>());
     EXPECT_TRUE(same_bits(bf16, values.to(at::kBFloat16))) << level;
     EXPECT_TRUE(same_bits(half, values.to(at::kHalf))) << level;

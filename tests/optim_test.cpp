@@ -125,7 +125,8 @@ TEST(AdamW, ResetsMastersAndCountsBytes) {
 
 TEST(AdamW, EveryInstructionSetDoesTheSame) {
   for (int level : {0, 1, 2}) {
-    at::Tensor w = at::linspace(-1, 1, 45), g = at::linspace(2, -3, 45), m = at::full({45}, 0.1), v = at::full({45}, 0.2);
+    at::Tensor w = at::linspace(-1, 1, 45), g = at::linspace(2, -3, 45), m = at::full({45}, 0.1),
+               v = at::full({45}, 0.2);
     PlainAdamW plain(w);
     plain.m.assign(45, 0.1);
     plain.v.assign(45, 0.2);
@@ -169,8 +170,8 @@ TEST(Clip, Scale) {
   EXPECT_TRUE(std::isnan(clip_scale(std::nan(""), 1.0)));
 }
 
-// Values of transformers 5.23's lambdas at (step - 1) for 100 steps, 10 of warm-up, lr 2: first, second, end of warm-up,
-// after it, middle, last, past the end.
+// Values of transformers 5.23's lambdas at (step - 1) for 100 steps, 10 of warm-up, lr 2: first, second, end of
+// warm-up, after it, middle, last, past the end.
 void expect_rates(const Schedule& schedule, std::vector<double> rates) {
   const std::vector<int64_t> steps = {1, 2, 10, 11, 56, 100, 101, 200};
   ASSERT_EQ(rates.size(), steps.size());
@@ -213,8 +214,9 @@ TEST(Schedule, RefusesByName) {
   EXPECT_EQ(refusal([] { parse_schedule_kind("cosin"); }),
             "schedule.kind = cosin: allowed are constant, linear, cosine, exponential.");
   EXPECT_EQ(parse_schedule_kind("exponential"), ScheduleKind::kExponential);
-  EXPECT_EQ(refusal([] { Schedule(ScheduleKind::kLinear, 1.0, 10, 2.5); }),
-            "schedule.warmup_steps = 2.5: it must be a number of steps (0, 1, 2, ...) or a fraction of the run below 1.");
+  EXPECT_EQ(
+      refusal([] { Schedule(ScheduleKind::kLinear, 1.0, 10, 2.5); }),
+      "schedule.warmup_steps = 2.5: it must be a number of steps (0, 1, 2, ...) or a fraction of the run below 1.");
   EXPECT_EQ(refusal([] { Schedule(ScheduleKind::kLinear, 1.0, 10, 0, 2.0); }),
             "schedule.min_lr = 2: it must lie between 0 and optim.lr = 1.");
   EXPECT_EQ(refusal([] { Schedule(ScheduleKind::kExponential, 1.0, 10); }),

@@ -15,19 +15,25 @@ struct Tolerance {
 inline Tolerance tolerance(at::ScalarType dtype) {
   switch (dtype) {
     // 2^-53 = 1.1e-16 a rounding; sums of some hundred terms in another order than the reference's.
-    case at::kDouble: return {1e-11, 1e-12};
+    case at::kDouble:
+      return {1e-11, 1e-12};
     // 2^-24 = 6e-8 a rounding; the same sums.
-    case at::kFloat: return {2e-5, 1e-5};
+    case at::kFloat:
+      return {2e-5, 1e-5};
     // 2^-9 = 2e-3 a rounding of the output, and one or two of intermediate values that the contract rounds.
-    case at::kBFloat16: return {1.6e-2, 1.6e-2};
+    case at::kBFloat16:
+      return {1.6e-2, 1.6e-2};
     // 2^-11 = 5e-4 a rounding, as above.
-    case at::kHalf: return {4e-3, 4e-3};
-    default: return {0.0, 0.0};  // integers are equal or wrong
+    case at::kHalf:
+      return {4e-3, 4e-3};
+    default:
+      return {0.0, 0.0};  // integers are equal or wrong
   }
 }
 
 // Success where `actual` has the shape of `expected` and every element is close to it, by the tolerance of `dtype`
-// (default: that of actual) times `factor`. NaN is close to nothing, infinity only to itself. The message names the worst.
+// (default: that of actual) times `factor`. NaN is close to nothing, infinity only to itself. The message names the
+// worst.
 inline testing::AssertionResult near(const at::Tensor& actual, const at::Tensor& expected, double factor = 1.0,
                                      std::optional<at::ScalarType> dtype = std::nullopt) {
   if (!actual.defined() || !expected.defined()) return testing::AssertionFailure() << "an undefined tensor";

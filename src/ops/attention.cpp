@@ -18,7 +18,7 @@ constexpr int64_t kBlockQueries = 128;
 // Queries [q_begin, q_end) against keys [k_begin, k_end) of the flat tensors, in one call.
 struct Piece {
   int64_t q_begin, q_end, k_begin, k_end;
-  bool causal;      // ATen's own causal mask
+  bool causal;       // ATen's own causal mask
   int64_t diagonal;  // else query i sees keys j <= i + diagonal (both within the piece) ...
   int64_t window;    // ... and j > i + diagonal - window
   bool masked;
@@ -54,7 +54,8 @@ std::vector<Piece> cut(const AttentionSpec& spec) {
 std::optional<at::Tensor> mask_of(const Piece& piece, const at::TensorOptions& options) {
   if (!piece.masked) return std::nullopt;
   const int64_t queries = piece.q_end - piece.q_begin, keys = piece.k_end - piece.k_begin;
-  at::Tensor mask = at::empty({queries, keys}, options.dtype(compute_dtype(c10::typeMetaToScalarType(options.dtype()))));
+  at::Tensor mask =
+      at::empty({queries, keys}, options.dtype(compute_dtype(c10::typeMetaToScalarType(options.dtype()))));
   dispatch_floating(mask.scalar_type(), [&](auto zero) {
     using T = decltype(zero);
     T* m = mask.data_ptr<T>();
@@ -142,7 +143,9 @@ struct Attention : Function<Attention> {
                             key_part(grad_k), key_part(grad_v)});
         continue;
       }
-      auto queries = [&](const at::Tensor& t) { return group_queries(t.slice(0, piece.q_begin, piece.q_end), key_heads); };
+      auto queries = [&](const at::Tensor& t) {
+        return group_queries(t.slice(0, piece.q_begin, piece.q_end), key_heads);
+      };
       auto keys = [&](const at::Tensor& t) { return group_keys(t.slice(0, piece.k_begin, piece.k_end), group); };
       auto [gq, gk, gv] = at::_scaled_dot_product_flash_attention_for_cpu_backward(
           queries(grad_out), queries(q), keys(k), keys(v), queries(out), kept->lse[i], 0.0, piece.causal,

@@ -36,8 +36,8 @@ void multiply(int64_t rows, int64_t depth, const void* a, int64_t stride_a, cons
 // What one thread needs for one key head of one segment; rows beyond the segment are zero.
 struct Scratch {
   int64_t dim, blocks;
-  std::vector<uint16_t> k, v;      // [blocks * 64, D]
-  std::vector<uint16_t> k_turned;  // [blocks][D, 64]
+  std::vector<uint16_t> k, v;         // [blocks * 64, D]
+  std::vector<uint16_t> k_turned;     // [blocks][D, 64]
   std::vector<float> grad_k, grad_v;  // [blocks * 64, D]
   // Of one block of queries: rows, their pairs over queries ([D / 64] of 64 x 64) and over features (D x 64).
   std::vector<uint16_t> rows;
@@ -101,8 +101,8 @@ void backward_of_head(const AttentionSegment& t, int64_t head, double scale) {
       for (int64_t i = 0; i < kTile; ++i) {
         const bool real = begin + i < end;
         s.lse[i] = real ? log_sums[(begin + i) * t.lse.stride(2)] : 1e30f;  // no query: exp gives 0
-        s.delta[i] = real ? loops.dot(dim, row_of(t.out, begin + i, q_head), row_of(t.grad_out, begin + i, q_head))
-                          : 0.0f;
+        s.delta[i] =
+            real ? loops.dot(dim, row_of(t.out, begin + i, q_head), row_of(t.grad_out, begin + i, q_head)) : 0.0f;
       }
       std::fill(s.grad_q.begin(), s.grad_q.end(), 0.0f);
       for (int64_t j = 0; j <= block; ++j) {
@@ -112,7 +112,8 @@ void backward_of_head(const AttentionSegment& t, int64_t head, double scale) {
         loops.tile(s.scores, s.grad_p, s.lse, s.delta, static_cast<float>(scale), j == block, s.p, s.ds, s.ds_pairs);
         for (int64_t part = 0; part < dim / kTile; ++part) {
           const int64_t pairs = part * kTile * kTile / 2;
-          multiply(kTile, kTile, s.p, kTile, s.grad_pairs.data() + pairs, s.grad_v.data() + at + part * kTile, dim, true);
+          multiply(kTile, kTile, s.p, kTile, s.grad_pairs.data() + pairs, s.grad_v.data() + at + part * kTile, dim,
+                   true);
           multiply(kTile, kTile, s.ds, kTile, s.q_pairs.data() + pairs, s.grad_k.data() + at + part * kTile, dim, true);
         }
         multiply(dim, kTile, s.k_turned.data() + at, kTile, s.ds_pairs, s.grad_q.data(), kTile, true);
@@ -133,8 +134,8 @@ void backward_of_head(const AttentionSegment& t, int64_t head, double scale) {
 
 bool has_attention_bf16(int64_t dim) {
 #if defined(__x86_64__)
-  static const bool supported = vector_level() == 2 && __builtin_cpu_supports("avx512bf16") &&
-                                at::native::cpublas::could_pack(at::kBFloat16);
+  static const bool supported =
+      vector_level() == 2 && __builtin_cpu_supports("avx512bf16") && at::native::cpublas::could_pack(at::kBFloat16);
   return supported && dim % kTile == 0 && dim <= 256;
 #else
   (void)dim;

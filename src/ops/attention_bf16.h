@@ -8,9 +8,9 @@ namespace trireme {
 // Can this processor do it, and does it pay for heads of this size?
 bool has_attention_bf16(int64_t dim);
 
-// One segment in which query i sees keys j <= i: q, out, grad_out, grad_q [L, H, D], k, v, grad_k, grad_v [L, K, D], all
-// bfloat16 with contiguous last dim (slices of the flat tensors); lse [K, H / K, L] fp32, the log-sum-exp of the scaled
-// scores.
+// One segment in which query i sees keys j <= i: q, out, grad_out, grad_q [L, H, D], k, v, grad_k, grad_v [L, K, D],
+// all bfloat16 with contiguous last dim (slices of the flat tensors); lse [K, H / K, L] fp32, the log-sum-exp of the
+// scaled scores.
 struct AttentionSegment {
   at::Tensor grad_out, q, k, v, out, lse, grad_q, grad_k, grad_v;
 };

@@ -11,8 +11,8 @@ using torch::autograd::variable_list;
 
 constexpr int64_t kIgnored = -100;
 
-// Matrix products are compiled once per number of rows: a few milliseconds, which every step would pay again because the
-// number of learnt rows differs. So products have a multiple of 64 rows, the rest being zero.
+// Matrix products are compiled once per number of rows: a few milliseconds, which every step would pay again because
+// the number of learnt rows differs. So products have a multiple of 64 rows, the rest being zero.
 int64_t padded_rows(int64_t rows) { return rows <= 64 ? rows : (rows + 63) / 64 * 64; }
 
 struct Rows {
@@ -25,8 +25,8 @@ Rows learnt_rows(const at::Tensor& targets_T, int64_t vocabulary) {
   Rows rows;
   for (int64_t t = 0; t < targets.numel(); ++t) {
     if (target[t] == kIgnored) continue;
-    TRIREME_CHECK(target[t] >= 0 && target[t] < vocabulary, "target ", target[t], " at row ", t, " with a vocabulary of ",
-                  vocabulary);
+    TRIREME_CHECK(target[t] >= 0 && target[t] < vocabulary, "target ", target[t], " at row ", t,
+                  " with a vocabulary of ", vocabulary);
     rows.index.push_back(t);
     rows.target.push_back(target[t]);
   }
@@ -45,7 +45,8 @@ Computed run(const at::Tensor& hidden_TC, const at::Tensor& head_VC, const Rows&
   const int64_t count = static_cast<int64_t>(rows.index.size()), size = hidden_TC.size(1), vocabulary = head_VC.size(0);
   const auto dtype = hidden_TC.scalar_type();
   Computed out;
-  if (want_hidden) out.grad_hidden_TC = count == hidden_TC.size(0) ? at::empty_like(hidden_TC) : at::zeros_like(hidden_TC);
+  if (want_hidden)
+    out.grad_hidden_TC = count == hidden_TC.size(0) ? at::empty_like(hidden_TC) : at::zeros_like(hidden_TC);
   // Sums of chunks are kept in fp32; one chunk needs no second buffer.
   const bool several = count > chunk_rows;
   if (want_head && (several || count == 0))

@@ -10,8 +10,8 @@ class DropoutMask {
  public:
   explicit DropoutMask(const DropoutKey& key);
   bool active() const { return key_.p > 0.0; }
-  at::Tensor apply(const at::Tensor& x_TC) const;                      // mask(x)
-  void add_to(const at::Tensor& x_TC, const at::Tensor& y_TC) const;   // y += mask(x)
+  at::Tensor apply(const at::Tensor& x_TC) const;                     // mask(x)
+  void add_to(const at::Tensor& x_TC, const at::Tensor& y_TC) const;  // y += mask(x)
 
  private:
   void run(const at::Tensor& x_TC, const at::Tensor& y_TC, bool add) const;

@@ -136,9 +136,8 @@ at::Tensor swiglu(const at::Tensor& gate_TF, const at::Tensor& up_TF) {
                 up_TF.sizes());
   at::Tensor y = Swiglu::apply(gate_TF, up_TF);
   if (selective_recompute())
-    register_recipe(y, [gate = gate_TF.detach(), up = up_TF.detach()] {
-      return run_swiglu(gate.contiguous(), up.contiguous());
-    });
+    register_recipe(
+        y, [gate = gate_TF.detach(), up = up_TF.detach()] { return run_swiglu(gate.contiguous(), up.contiguous()); });
   return y;
 }
 

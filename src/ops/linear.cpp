@@ -53,15 +53,13 @@ struct LoraLinear : Function<LoraLinear> {
   static variable_list backward(AutogradContext* ctx, const variable_list& grads) {
     auto saved = ctx->get_saved_variables();
     at::Tensor &w_OI = saved[0], &a_RI = saved[1], &b_OR = saved[2];
-    const DropoutMask mask =
-        c10::static_intrusive_pointer_cast<KeptMask>(ctx->saved_data.at("mask").toCapsule())->mask;
+    const DropoutMask mask = c10::static_intrusive_pointer_cast<KeptMask>(ctx->saved_data.at("mask").toCapsule())->mask;
     const double scale = ctx->saved_data.at("scale").toDouble();
     at::Tensor xa_TR = ctx->saved_data.at("xa").toTensor();
     at::Tensor grad_y = grads[0].contiguous(), grad_x, grad_a, grad_b;
     at::Tensor grad_xa_TR = at::mm(grad_y, b_OR).mul_(scale);
     at::Tensor x_TI = take(ctx, "x");
-    if (ctx->needs_input_grad(2))
-      grad_a = at::mm(grad_xa_TR.t(), mask.active() ? mask.apply(x_TI.contiguous()) : x_TI);
+    if (ctx->needs_input_grad(2)) grad_a = at::mm(grad_xa_TR.t(), mask.active() ? mask.apply(x_TI.contiguous()) : x_TI);
     if (ctx->needs_input_grad(3)) grad_b = at::mm(grad_y.t(), xa_TR).mul_(scale);
     if (ctx->needs_input_grad(0)) {
       grad_x = at::mm(grad_y, w_OI);

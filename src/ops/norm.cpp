@@ -51,9 +51,8 @@ std::pair<at::Tensor, at::Tensor> run_rms_norm_backward(const at::Tensor& grad_y
     };
     if (want_weight) {
       RowChunks chunks(rows);
-      grad_weight = sum_chunks<T>(chunks, size, [&](int64_t chunk, A* partial) {
-        run(chunks.begin(chunk), chunks.end(chunk), partial);
-      });
+      grad_weight = sum_chunks<T>(
+          chunks, size, [&](int64_t chunk, A* partial) { run(chunks.begin(chunk), chunks.end(chunk), partial); });
     } else {
       for_rows(rows, size, [&](int64_t begin, int64_t end) { run(begin, end, nullptr); });
     }
@@ -62,9 +61,9 @@ std::pair<at::Tensor, at::Tensor> run_rms_norm_backward(const at::Tensor& grad_y
 }
 
 void check_norm(const at::Tensor& x, const at::Tensor& weight_C) {
-  TRIREME_CHECK(x.dim() > 0 && weight_C.dim() == 1 && x.size(-1) == weight_C.size(0) &&
-                    x.scalar_type() == weight_C.scalar_type(),
-                x.sizes(), x.scalar_type(), weight_C.sizes(), weight_C.scalar_type());
+  TRIREME_CHECK(
+      x.dim() > 0 && weight_C.dim() == 1 && x.size(-1) == weight_C.size(0) && x.scalar_type() == weight_C.scalar_type(),
+      x.sizes(), x.scalar_type(), weight_C.sizes(), weight_C.scalar_type());
 }
 
 struct RmsNorm : Function<RmsNorm> {
@@ -78,9 +77,9 @@ struct RmsNorm : Function<RmsNorm> {
     return out.y;
   }
   static variable_list backward(AutogradContext* ctx, const variable_list& grads) {
-    auto [grad_x, grad_weight] =
-        run_rms_norm_backward(grads[0].contiguous(), {}, take(ctx, "x"), ctx->get_saved_variables()[0],
-                              ctx->saved_data.at("rstd").toTensor(), ctx->needs_input_grad(0), ctx->needs_input_grad(1));
+    auto [grad_x, grad_weight] = run_rms_norm_backward(
+        grads[0].contiguous(), {}, take(ctx, "x"), ctx->get_saved_variables()[0], ctx->saved_data.at("rstd").toTensor(),
+        ctx->needs_input_grad(0), ctx->needs_input_grad(1));
     ctx->saved_data.clear();
     return {grad_x, grad_weight, {}};
   }

@@ -13,11 +13,16 @@ namespace trireme {
 template <typename F>
 void dispatch_floating(at::ScalarType dtype, F&& f) {
   switch (dtype) {
-    case at::kFloat: return f(float{});
-    case at::kDouble: return f(double{});
-    case at::kBFloat16: return f(c10::BFloat16{});
-    case at::kHalf: return f(c10::Half{});
-    default: TRIREME_CHECK(false, "dtype ", c10::toString(dtype), " is not float32, float64, bfloat16 or float16");
+    case at::kFloat:
+      return f(float{});
+    case at::kDouble:
+      return f(double{});
+    case at::kBFloat16:
+      return f(c10::BFloat16{});
+    case at::kHalf:
+      return f(c10::Half{});
+    default:
+      TRIREME_CHECK(false, "dtype ", c10::toString(dtype), " is not float32, float64, bfloat16 or float16");
   }
 }
 

@@ -3,8 +3,8 @@
 // float64; all tensors of a call have the same one. Everything is a function of its arguments only: the number of
 // threads never changes a bit, except inside the matrix products of ATen.
 // ATen has functions of the same names: write trireme::linear, trireme::embedding where a call is ambiguous.
-// Shape suffixes: T tokens (rows), C features, I/O inputs/outputs of a linear layer, F intermediate size, H query heads,
-// K key heads, D head size, S keys, V vocabulary, R rank of an adapter or number of rotary dims.
+// Shape suffixes: T tokens (rows), C features, I/O inputs/outputs of a linear layer, F intermediate size, H query
+// heads, K key heads, D head size, S keys, V vocabulary, R rank of an adapter or number of rotary dims.
 #pragma once
 
 #include <utility>
@@ -33,9 +33,9 @@ at::Tensor swiglu(const at::Tensor& gate_TF, const at::Tensor& up_TF);
 // stands at its last key: query i has position i + (number of keys - number of queries).
 struct AttentionSpec {
   std::vector<int64_t> cu_seqlens_q, cu_seqlens_k;  // [segments + 1]; a segment may be empty
-  int64_t window = -1;   // a query at position p sees keys p - window < j (Hugging Face's sliding window); -1: all
-  double scale = 0.0;    // 0: 1 / sqrt(D)
-  bool causal = true;    // sees keys j <= p; a window needs it
+  int64_t window = -1;  // a query at position p sees keys p - window < j (Hugging Face's sliding window); -1: all
+  double scale = 0.0;   // 0: 1 / sqrt(D)
+  bool causal = true;   // sees keys j <= p; a window needs it
 };
 
 // softmax(q k^T * scale) v in every segment; head h of q uses head h / (H / K) of k and v. q [T, H, D], k and v
@@ -46,13 +46,13 @@ at::Tensor attention(const at::Tensor& q_THD, const at::Tensor& k_SKD, const at:
 // x w^T (+ bias). Only the gradients that are asked for are computed.
 at::Tensor linear(const at::Tensor& x_TI, const at::Tensor& w_OI, const at::Tensor& bias_O = {});
 
-// Keys of a dropout mask: element (t, c) is dropped as a function of (seed, module, row_ids_T[t], c) alone, so a mask is
-// the same on any mesh, in any packing and when computed again. row_ids_T: int64 [T], a hash of (sample, position).
+// Keys of a dropout mask: element (t, c) is dropped as a function of (seed, module, row_ids_T[t], c) alone, so a mask
+// is the same on any mesh, in any packing and when computed again. row_ids_T: int64 [T], a hash of (sample, position).
 struct DropoutKey {
-  double p = 0.0;      // probability of dropping; the rest is scaled by 1 / (1 - p). 0: no dropout
+  double p = 0.0;  // probability of dropping; the rest is scaled by 1 / (1 - p). 0: no dropout
   uint64_t seed = 0;
   uint64_t module = 0;
-  at::Tensor row_ids_T;  // may be undefined where p is 0
+  at::Tensor row_ids_T;       // may be undefined where p is 0
   int64_t first_feature = 0;  // c of x's first column, where x is a slice of the features
 };
 
@@ -73,24 +73,24 @@ struct LossSum {
 };
 
 // Cross-entropy of the logits hidden head^T over the rows whose target is not kIgnoreTarget (-100); other rows are not
-// computed. Logits exist chunk_rows rows at a time (0: chosen by size), rounded to the dtype as Hugging Face's, never all
-// at once: gradients of hidden and head (where it is trained) are computed in forward and scaled in backward by the
+// computed. Logits exist chunk_rows rows at a time (0: chosen by size), rounded to the dtype as Hugging Face's, never
+// all at once: gradients of hidden and head (where it is trained) are computed in forward and scaled in backward by the
 // incoming scalar. Without gradients (nothing requires them, or under NoGradGuard) only the sums are computed.
 // count == 0 gives a zero sum with zero gradients. A target outside 0 .. V-1 is an InternalError.
 LossSum linear_cross_entropy(const at::Tensor& hidden_TC, const at::Tensor& head_VC, const at::Tensor& targets_T,
                              int64_t chunk_rows = 0);
 
-// Runs fn(inputs) without keeping anything but the inputs, and runs it again with gradients when backward comes (Chen et
-// al. 2016). Gradients are the same bits as without it (of a tensor captured by several fns: up to the order of the sum),
-// fn being a function of its inputs and of what it captures;
-// parameters that fn captures get their gradients (and fire their hooks) in the nested backward. `trains` says whether fn
-// captures a tensor that requires gradients: then the result does too, even where no input does.
+// Runs fn(inputs) without keeping anything but the inputs, and runs it again with gradients when backward comes (Chen
+// et al. 2016). Gradients are the same bits as without it (of a tensor captured by several fns: up to the order of the
+// sum), fn being a function of its inputs and of what it captures; parameters that fn captures get their gradients (and
+// fire their hooks) in the nested backward. `trains` says whether fn captures a tensor that requires gradients: then
+// the result does too, even where no input does.
 at::Tensor recompute(const std::function<at::Tensor(const std::vector<at::Tensor>&)>& fn,
                      const std::vector<at::Tensor>& inputs, bool trains = true);
 
 // While one lives on this thread (and is on), later ops do not keep the outputs of rms_norm, add_rms_norm, rope, swiglu
-// and dropout for backward: these are computed again, once for all who need them, from what is kept anyway. The same bits.
-// It needs nothing else from the code in its scope: matrix products and attention outputs are kept as always.
+// and dropout for backward: these are computed again, once for all who need them, from what is kept anyway. The same
+// bits. It needs nothing else from the code in its scope: matrix products and attention outputs are kept as always.
 class SelectiveRecompute {
  public:
   explicit SelectiveRecompute(bool on = true);

@@ -80,8 +80,7 @@ bool selective_recompute() { return selective && at::GradMode::is_enabled(); }
 
 void register_recipe(const at::Tensor& output, std::function<at::Tensor()> compute) {
   // Recipes own what they need, which frees itself with the graph; the table must not keep it longer than the tensor.
-  if (recipes.size() > 64)
-    std::erase_if(recipes, [](auto& entry) { return entry.second.owner.expired(); });
+  if (recipes.size() > 64) std::erase_if(recipes, [](auto& entry) { return entry.second.owner.expired(); });
   recipes.insert_or_assign(output.unsafeGetTensorImpl(),
                            RegisteredRecipe{c10::weak_intrusive_ptr<c10::TensorImpl>(output.getIntrusivePtr()),
                                             std::make_shared<Recipe>(std::move(compute))});

@@ -14,8 +14,8 @@ double squared_norm(const at::Tensor& x) {
     using T = decltype(zero);
     at::parallel_for(0, num_chunks, 1, [&](int64_t first, int64_t last) {
       for (int64_t c = first; c < last; ++c)
-        sums[static_cast<size_t>(c)] =
-            update_loops<T>().sum_of_squares(std::min(size, (c + 1) * kChunk) - c * kChunk, x.data_ptr<T>() + c * kChunk);
+        sums[static_cast<size_t>(c)] = update_loops<T>().sum_of_squares(std::min(size, (c + 1) * kChunk) - c * kChunk,
+                                                                        x.data_ptr<T>() + c * kChunk);
     });
   });
   double sum = 0.0;

@@ -26,7 +26,8 @@ Schedule::Schedule(ScheduleKind kind, double lr, int64_t total_steps, double war
     throw ConfigError(str("schedule.warmup_steps = ", warmup,
                           ": it must be a number of steps (0, 1, 2, ...) or a fraction of the run below 1."));
   if (kind == ScheduleKind::kExponential && !(min_lr > 0.0))
-    throw ConfigError("schedule.kind = exponential falls from optim.lr to schedule.min_lr: set schedule.min_lr above 0.");
+    throw ConfigError(
+        "schedule.kind = exponential falls from optim.lr to schedule.min_lr: set schedule.min_lr above 0.");
   warmup_steps_ = static_cast<int64_t>(warmup < 1.0 ? std::ceil(warmup * static_cast<double>(total_steps)) : warmup);
 }
 
@@ -37,10 +38,14 @@ double Schedule::operator()(int64_t step) const {
   const double length = static_cast<double>(std::max<int64_t>(1, total_steps_ - warmup_steps_));
   const double p = std::min(1.0, static_cast<double>(done - warmup_steps_) / length);
   switch (kind_) {
-    case ScheduleKind::kConstant: return lr_;
-    case ScheduleKind::kLinear: return min_lr_ + (lr_ - min_lr_) * (1.0 - p);
-    case ScheduleKind::kCosine: return min_lr_ + (lr_ - min_lr_) * 0.5 * (1.0 + std::cos(std::numbers::pi * p));
-    case ScheduleKind::kExponential: return lr_ * std::pow(min_lr_ / lr_, p);
+    case ScheduleKind::kConstant:
+      return lr_;
+    case ScheduleKind::kLinear:
+      return min_lr_ + (lr_ - min_lr_) * (1.0 - p);
+    case ScheduleKind::kCosine:
+      return min_lr_ + (lr_ - min_lr_) * 0.5 * (1.0 + std::cos(std::numbers::pi * p));
+    case ScheduleKind::kExponential:
+      return lr_ * std::pow(min_lr_ / lr_, p);
   }
   TRIREME_CHECK(false);
 }
