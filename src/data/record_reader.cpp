@@ -46,6 +46,7 @@ std::optional<RawRecord> RecordReader::next() {
   std::optional<RawRecord> record;
   if (plain_text_) {
     record = RawRecord{view_.substr(at_), 1};
+    at_ = view_.size();
     ended_ = true;
   } else {
     record = array_ ? next_element() : next_line();
