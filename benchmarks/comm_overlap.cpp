@@ -1,7 +1,7 @@
 // Communication of data parallelism, for mpirun -n 2 (or more): speed of the all-reduce beside MPI_Iallreduce and
 // MPI_Allreduce, and the share of it that computation hides:
-//   (sequential - overlapped) / non-blocking time, where sequential = compute, then all buckets; overlapped = the buckets are
-//   started at regular times while computing; non-blocking time = all buckets alone, started together.
+//   (sequential - overlapped) / non-blocking time, where sequential = compute, then all buckets; overlapped = the
+//   buckets are started at regular times while computing; non-blocking time = all buckets alone, started together.
 // Compute is a sleep (the cores are free) or matrix products (they are not). Medians of 15. Prints one JSON object.
 #include <mpi.h>
 
@@ -53,7 +53,8 @@ std::vector<double> median_seconds(const Communicator& world, const std::vector<
 
 Json all_reduce_times(const Communicator& world) {
   Json rows = Json::array();
-  for (int64_t bytes : {int64_t{64}, int64_t{4} << 10, int64_t{64} << 10, int64_t{1} << 20, int64_t{8} << 20, int64_t{32} << 20}) {
+  for (int64_t bytes :
+       {int64_t{64}, int64_t{4} << 10, int64_t{64} << 10, int64_t{1} << 20, int64_t{8} << 20, int64_t{32} << 20}) {
     at::Tensor x = at::zeros({bytes / 4});
     const int count = static_cast<int>(x.numel());
     const int calls = bytes <= (64 << 10) ? 50 : 1;  // the clock is coarse against a small one
@@ -135,7 +136,8 @@ int main(int argc, char** argv) {
   result["overlap"] = Json::array();
   for (bool thread : {true, false}) {
     set_progress_thread(thread);
-    for (const auto& [name, piece] : std::vector<std::pair<const char*, std::function<void()>>>{{"sleep", sleep}, {"matrix products", multiply}}) {
+    for (const auto& [name, piece] :
+         std::vector<std::pair<const char*, std::function<void()>>>{{"sleep", sleep}, {"matrix products", multiply}}) {
       Json row = hidden_share(world, name, piece);
       row["progress_thread"] = thread;
       result["overlap"].push_back(row);

@@ -17,7 +17,8 @@
 namespace trireme {
 namespace {
 
-const std::vector<at::ScalarType> kTypes{at::kFloat, at::kDouble, at::kBFloat16, at::kHalf, at::kLong, at::kInt, at::kByte};
+const std::vector<at::ScalarType> kTypes{at::kFloat, at::kDouble, at::kBFloat16, at::kHalf,
+                                         at::kLong,  at::kInt,    at::kByte};
 // 0, one, odd, around the switch from one round of messages to two, and more than one piece of 4 MiB.
 const std::vector<int64_t> kSizes{0, 1, 7, 1023, 4099, 40961};
 constexpr int64_t kManyPieces = 2'500'003;
@@ -38,7 +39,9 @@ at::Tensor expected(const std::vector<int>& ranks, int64_t size, at::ScalarType 
   at::Tensor result = values(ranks[0], size, type);
   for (size_t i = 1; i < ranks.size(); ++i) {
     const at::Tensor next = values(ranks[i], size, type);
-    result = op == ReduceOp::kSum ? result + next : op == ReduceOp::kMax ? at::maximum(result, next) : at::minimum(result, next);
+    result = op == ReduceOp::kSum   ? result + next
+             : op == ReduceOp::kMax ? at::maximum(result, next)
+                                    : at::minimum(result, next);
   }
   return result;
 }
@@ -306,10 +309,12 @@ TEST(Communicator, InfinitiesAndNansTravel) {
 }
 
 TEST(Communicator, IntegersWrapAndKeepTheirSign) {
-  at::Tensor x = at::tensor({world().rank() == 0 ? std::numeric_limits<int64_t>::max() : int64_t{1}, int64_t{-5} - world().rank()});
+  at::Tensor x = at::tensor(
+      {world().rank() == 0 ? std::numeric_limits<int64_t>::max() : int64_t{1}, int64_t{-5} - world().rank()});
   at::Tensor sum = x.clone(), smallest = x.clone();
   world().all_reduce(sum);
-  const uint64_t wrapped = static_cast<uint64_t>(std::numeric_limits<int64_t>::max()) + static_cast<uint64_t>(world().size()) - 1;
+  const uint64_t wrapped =
+      static_cast<uint64_t>(std::numeric_limits<int64_t>::max()) + static_cast<uint64_t>(world().size()) - 1;
   EXPECT_EQ(sum[0].item<int64_t>(), static_cast<int64_t>(wrapped));
   world().all_reduce(smallest, ReduceOp::kMin);
   EXPECT_EQ(smallest[1].item<int64_t>(), -4 - world().size());

@@ -34,8 +34,8 @@ TEST(Mesh, RankAndCoordsAreInverse) {
     for (int r = 0; r < ranks; ++r) {
       const MeshCoords c = mesh.coords(r);
       EXPECT_EQ(mesh.rank(c), r);
-      EXPECT_TRUE(c.data >= 0 && c.data < mesh.num_data() && c.tensor >= 0 && c.tensor < mesh.num_tensor() && c.pipeline >= 0 &&
-                  c.pipeline < mesh.num_pipeline());
+      EXPECT_TRUE(c.data >= 0 && c.data < mesh.num_data() && c.tensor >= 0 && c.tensor < mesh.num_tensor() &&
+                  c.pipeline >= 0 && c.pipeline < mesh.num_pipeline());
     }
   });
   EXPECT_EQ(num_meshes, 110);  // sum over n <= 16 of the ordered factorizations of n into three
@@ -78,13 +78,16 @@ std::string refusal(int ranks, int data, int tensor, int pipeline) {
 
 TEST(Mesh, RefusalsNameKeysAndWayOut) {
   EXPECT_EQ(refusal(4, 0, 3, 1),
-            "parallel.tensor=3 x parallel.pipeline=1 does not divide the 4 ranks of this job; start a multiple of 3 ranks (mpirun -n 3 "
+            "parallel.tensor=3 x parallel.pipeline=1 does not divide the 4 ranks of this job; start a multiple of 3 "
+            "ranks (mpirun -n 3 "
             "...) or choose divisors of 4");
   EXPECT_EQ(refusal(4, 3, 2, 1),
-            "parallel.data=3 x parallel.tensor=2 x parallel.pipeline=1 is 6, but the job has 4 ranks; use parallel.data=2 (or 0: all "
+            "parallel.data=3 x parallel.tensor=2 x parallel.pipeline=1 is 6, but the job has 4 ranks; use "
+            "parallel.data=2 (or 0: all "
             "that are left) or mpirun -n 6");
   EXPECT_EQ(refusal(1, 2, 1, 1),
-            "parallel.data=2 x parallel.tensor=1 x parallel.pipeline=1 is 2, but the job has 1 rank; use parallel.data=1 (or 0: all that "
+            "parallel.data=2 x parallel.tensor=1 x parallel.pipeline=1 is 2, but the job has 1 rank; use "
+            "parallel.data=1 (or 0: all that "
             "are left) or mpirun -n 2");
   EXPECT_EQ(refusal(4, 0, 0, 1), "parallel.tensor=0: must be at least 1");
   EXPECT_EQ(refusal(4, 0, 1, -1), "parallel.pipeline=-1: must be at least 1");
@@ -105,13 +108,16 @@ TEST(Launch, ALoneProcessIsTold) {
   EXPECT_EQ(launch({{"SLURM_NTASKS", "4"}, {"SLURM_STEP_NUM_TASKS", "1"}}), "");  // srun -n 1
   EXPECT_EQ(launch({{"SLURM_NTASKS", "4"}, {"OMPI_COMM_WORLD_SIZE", "1"}}), "");  // mpirun -n 1
   EXPECT_EQ(launch({{"SLURM_NTASKS", "4"}, {"SLURM_STEP_NUM_TASKS", "4"}}),
-            "srun started 4 tasks (SLURM_STEP_NUM_TASKS=4) but each is alone in its MPI world; use: srun --mpi=pmix -n 4 trireme ..., or "
+            "srun started 4 tasks (SLURM_STEP_NUM_TASKS=4) but each is alone in its MPI world; use: srun --mpi=pmix -n "
+            "4 trireme ..., or "
             "inside the allocation: mpirun -n 4 trireme ...");
   EXPECT_EQ(launch({{"SLURM_NTASKS", "4"}}),
-            "Slurm has allocated 4 tasks (SLURM_NTASKS=4) but trireme was started as one process; use: mpirun -n 4 trireme ..., or for "
+            "Slurm has allocated 4 tasks (SLURM_NTASKS=4) but trireme was started as one process; use: mpirun -n 4 "
+            "trireme ..., or for "
             "one process: srun -n 1 trireme ...");
   EXPECT_EQ(launch({{"PMI_SIZE", "3"}}),
-            "the launcher started 3 processes (PMI_SIZE=3) but it belongs to another MPI than the Open MPI that trireme was built with; "
+            "the launcher started 3 processes (PMI_SIZE=3) but it belongs to another MPI than the Open MPI that "
+            "trireme was built with; "
             "use Open MPI's: mpirun -n 3 trireme ... (`trireme doctor` prints its version)");
 }
 
@@ -133,7 +139,8 @@ TEST(Watchdog, ACollectiveThatHangsEndsTheJobAndIsNamed) {
         std::this_thread::sleep_for(std::chrono::seconds(20));
       },
       testing::ExitedWithCode(1),
-      "#2 all_reduce of group data, 4096 bytes, in flight for 0\\.[3-9].* s, more than comm.timeout_s=0\\.3: a peer is gone(.|\n)*#1 "
+      "#2 all_reduce of group data, 4096 bytes, in flight for 0\\.[3-9].* s, more than comm.timeout_s=0\\.3: a peer is "
+      "gone(.|\n)*#1 "
       "barrier of group data, 0 bytes, took 0");
 }
 

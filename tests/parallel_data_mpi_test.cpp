@@ -1,6 +1,6 @@
 // Gradients of N ranks = gradients of one rank with N times the batch, however the contributions arrive: tied weights,
-// nested backward of recomputation, delayed weight gradients, leaves without a gradient, accumulation; overlap changes no
-// bit. Runs on 1, 2 and 4 ranks.
+// nested backward of recomputation, delayed weight gradients, leaves without a gradient, accumulation; overlap changes
+// no bit. Runs on 1, 2 and 4 ranks.
 #include "parallel/data_parallel.h"
 
 #include <gtest/gtest.h>
@@ -36,7 +36,8 @@ struct Recomputed : torch::autograd::Function<Recomputed> {
     ctx->saved_data["w"] = w;
     return at::tanh(x.matmul(w));
   }
-  static torch::autograd::tensor_list backward(torch::autograd::AutogradContext* ctx, torch::autograd::tensor_list grads) {
+  static torch::autograd::tensor_list backward(torch::autograd::AutogradContext* ctx,
+                                               torch::autograd::tensor_list grads) {
     at::AutoGradMode with_grad(true);
     at::Tensor x = ctx->get_saved_variables()[0].detach().requires_grad_(true);
     at::Tensor y = at::tanh(x.matmul(ctx->saved_data["w"].toTensor()));
@@ -54,7 +55,8 @@ struct Delayed : torch::autograd::Function<Delayed> {
     ctx->saved_data["w"] = w;
     return x.matmul(w);
   }
-  static torch::autograd::tensor_list backward(torch::autograd::AutogradContext* ctx, torch::autograd::tensor_list grads) {
+  static torch::autograd::tensor_list backward(torch::autograd::AutogradContext* ctx,
+                                               torch::autograd::tensor_list grads) {
     at::Tensor x = ctx->get_saved_variables()[0], g = grads[0], w = ctx->saved_data["w"].toTensor();
     queue.push_back([=] {
       at::NoGradGuard no_grad;
@@ -150,7 +152,8 @@ TEST(GradientReducer, NRanksEqualOneRankWithNTimesTheBatch) {
       for (bool overlap : {false, true}) {
         SCOPED_TRACE(str("uses ", uses, ", accumulation ", accumulation, ", overlap ", overlap));
         Net net(at::kDouble);
-        GradientReducer reducer(net.parameters, world(), {.bucket_bytes = 700, .overlap = overlap});  // one weight a bucket
+        GradientReducer reducer(net.parameters, world(),
+                                {.bucket_bytes = 700, .overlap = overlap});  // one weight a bucket
         const std::vector<at::Tensor> right = [&] {  // on leaves of its own: the hooks of net take every .grad
           Net plain(at::kDouble);
           return reference(plain, uses, accumulation);
@@ -189,7 +192,8 @@ TEST(GradientReducer, NeitherOverlapNorBucketSizeChangesABit) {
       ASSERT_EQ(other.size(), right.size());
       for (size_t i = 0; i < right.size(); ++i) {
         EXPECT_EQ(right[i].scalar_type(), type == at::kDouble ? at::kDouble : at::kFloat);
-        EXPECT_EQ(std::memcmp(right[i].data_ptr(), other[i].data_ptr(), right[i].nbytes()), 0) << i << " " << bucket_bytes;
+        EXPECT_EQ(std::memcmp(right[i].data_ptr(), other[i].data_ptr(), right[i].nbytes()), 0)
+            << i << " " << bucket_bytes;
       }
       for (size_t i = 0; i < right.size() / 2; ++i)  // the second step is overlapped, the first is not
         EXPECT_EQ(std::memcmp(other[i].data_ptr(), other[i + right.size() / 2].data_ptr(), other[i].nbytes()), 0);
@@ -283,7 +287,8 @@ TEST(GradientReducer, SmallGradientsOf16BitWeightsAddUpInFp32) {
     w.sum().backward();
   }
   reducer.finish();
-  EXPECT_EQ(reducer.slices()[0].gradient[0].item<float>(), 300.0f * static_cast<float>(world().size()));  // bf16 would stop at 256
+  EXPECT_EQ(reducer.slices()[0].gradient[0].item<float>(),
+            300.0f * static_cast<float>(world().size()));  // bf16 would stop at 256
 }
 
 TEST(GradientReducer, ScaleAndNorm) {
@@ -326,7 +331,9 @@ TEST(Parameters, AreBroadcastAndCompared) {
       check_parameters_equal(parameters, world());
       ADD_FAILURE() << "accepted";
     } catch (const SystemError& e) {
-      EXPECT_NE(std::string(e.what()).find(world().rank() == 0 ? "another rank" : "parameter w differs"), std::string::npos) << e.what();
+      EXPECT_NE(std::string(e.what()).find(world().rank() == 0 ? "another rank" : "parameter w differs"),
+                std::string::npos)
+          << e.what();
     }
   }
   broadcast_parameters(parameters, world());

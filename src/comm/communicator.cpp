@@ -50,14 +50,16 @@ CommType comm_type(const at::Tensor& tensor) {
 void check_tensor(const at::Tensor& tensor) {
   TRIREME_CHECK(tensor.defined());
   TRIREME_CHECK(tensor.is_cpu(), tensor.device().str());
-  TRIREME_CHECK(tensor.layout() == at::kStrided && tensor.is_contiguous(), "sizes ", tensor.sizes(), " strides ", tensor.strides());
+  TRIREME_CHECK(tensor.layout() == at::kStrided && tensor.is_contiguous(), "sizes ", tensor.sizes(), " strides ",
+                tensor.strides());
   comm_type(tensor);
 }
 
 void check_pair(const at::Tensor& output, const at::Tensor& input) {
   check_tensor(output);
   check_tensor(input);
-  TRIREME_CHECK(output.scalar_type() == input.scalar_type(), c10::toString(output.scalar_type()), " ", c10::toString(input.scalar_type()));
+  TRIREME_CHECK(output.scalar_type() == input.scalar_type(), c10::toString(output.scalar_type()), " ",
+                c10::toString(input.scalar_type()));
 }
 
 int64_t bytes(const at::Tensor& tensor) { return static_cast<int64_t>(tensor.nbytes()); }
@@ -79,7 +81,8 @@ struct Communicator::Impl {
 
   // Counts the call, makes the operation and either completes it or hands it to the engine.
   template <typename Make>
-  std::shared_ptr<CommOperation> run(bool blocking, const char* op, int64_t num_bytes, std::vector<at::Tensor> tensors, Make make) {
+  std::shared_ptr<CommOperation> run(bool blocking, const char* op, int64_t num_bytes, std::vector<at::Tensor> tensors,
+                                     Make make) {
     std::shared_ptr<std::atomic<int64_t>> nanoseconds;
     {
       std::lock_guard lock(mutex);
@@ -108,16 +111,19 @@ struct Communicator::Impl {
     return run(blocking, "all_reduce", bytes(tensor), {tensor},
                [&] { return make_all_reduce(next(), comm_type(tensor), op, tensor.data_ptr(), tensor.numel()); });
   }
-  std::shared_ptr<CommOperation> reduce_scatter(bool blocking, const at::Tensor& output, const at::Tensor& input, ReduceOp op) {
+  std::shared_ptr<CommOperation> reduce_scatter(bool blocking, const at::Tensor& output, const at::Tensor& input,
+                                                ReduceOp op) {
     check_pair(output, input);
-    TRIREME_CHECK(input.numel() == output.numel() * group->size(), input.numel(), " ", output.numel(), " ", group->size());
+    TRIREME_CHECK(input.numel() == output.numel() * group->size(), input.numel(), " ", output.numel(), " ",
+                  group->size());
     return run(blocking, "reduce_scatter", bytes(input), {output, input}, [&] {
       return make_reduce_scatter(next(), comm_type(input), op, output.data_ptr(), input.data_ptr(), output.numel());
     });
   }
   std::shared_ptr<CommOperation> all_gather(bool blocking, const at::Tensor& output, const at::Tensor& input) {
     check_pair(output, input);
-    TRIREME_CHECK(output.numel() == input.numel() * group->size(), output.numel(), " ", input.numel(), " ", group->size());
+    TRIREME_CHECK(output.numel() == input.numel() * group->size(), output.numel(), " ", input.numel(), " ",
+                  group->size());
     return run(blocking, "all_gather", bytes(output), {output, input},
                [&] { return make_all_gather(next(), output.data_ptr(), input.data_ptr(), bytes(input)); });
   }
@@ -129,21 +135,24 @@ struct Communicator::Impl {
   }
   std::shared_ptr<CommOperation> all_to_all(bool blocking, const at::Tensor& output, const at::Tensor& input) {
     check_pair(output, input);
-    TRIREME_CHECK(output.numel() == input.numel() && input.numel() % group->size() == 0, output.numel(), " ", input.numel(), " ",
-                  group->size());
+    TRIREME_CHECK(output.numel() == input.numel() && input.numel() % group->size() == 0, output.numel(), " ",
+                  input.numel(), " ", group->size());
     TRIREME_CHECK(output.numel() == 0 || output.data_ptr() != input.data_ptr());
-    return run(blocking, "all_to_all", bytes(input), {output, input},
-               [&] { return make_all_to_all(next(), output.data_ptr(), input.data_ptr(), bytes(input) / group->size()); });
+    return run(blocking, "all_to_all", bytes(input), {output, input}, [&] {
+      return make_all_to_all(next(), output.data_ptr(), input.data_ptr(), bytes(input) / group->size());
+    });
   }
   std::shared_ptr<CommOperation> send(bool blocking, const at::Tensor& tensor, int to, int tag) {
     check_tensor(tensor);
     check_rank(to);
-    return run(blocking, "send", bytes(tensor), {tensor}, [&] { return make_send(user(tag), tensor.data_ptr(), bytes(tensor), to); });
+    return run(blocking, "send", bytes(tensor), {tensor},
+               [&] { return make_send(user(tag), tensor.data_ptr(), bytes(tensor), to); });
   }
   std::shared_ptr<CommOperation> receive(bool blocking, const at::Tensor& tensor, int from, int tag) {
     check_tensor(tensor);
     check_rank(from);
-    return run(blocking, "receive", bytes(tensor), {tensor}, [&] { return make_receive(user(tag), tensor.data_ptr(), bytes(tensor), from); });
+    return run(blocking, "receive", bytes(tensor), {tensor},
+               [&] { return make_receive(user(tag), tensor.data_ptr(), bytes(tensor), from); });
   }
   std::shared_ptr<CommOperation> barrier(bool blocking) {
     return run(blocking, "barrier", 0, {}, [&] { return make_barrier(next()); });
@@ -151,7 +160,8 @@ struct Communicator::Impl {
   void check_rank(int rank) const { TRIREME_CHECK(rank >= 0 && rank < group->size(), rank, " of ", group->size()); }
 };
 
-// --- Work -------------------------------------------------------------------------------------------------------------
+// --- Work
+// -------------------------------------------------------------------------------------------------------------
 
 bool Work::test() {
   if (!operation_) return true;
@@ -172,7 +182,8 @@ void Work::wait() {
   std::exchange(operation_, nullptr)->rethrow();
 }
 
-// --- Communicator -----------------------------------------------------------------------------------------------------
+// --- Communicator
+// -----------------------------------------------------------------------------------------------------
 
 Communicator::Communicator(std::shared_ptr<Impl> impl) : impl_(std::move(impl)) {}
 
@@ -204,29 +215,42 @@ void Communicator::all_reduce(at::Tensor tensor, ReduceOp op) const { impl_->all
 void Communicator::reduce_scatter(at::Tensor output, const at::Tensor& input, ReduceOp op) const {
   impl_->reduce_scatter(true, output, input, op);
 }
-void Communicator::all_gather(at::Tensor output, const at::Tensor& input) const { impl_->all_gather(true, output, input); }
+void Communicator::all_gather(at::Tensor output, const at::Tensor& input) const {
+  impl_->all_gather(true, output, input);
+}
 void Communicator::broadcast(at::Tensor tensor, int root) const { impl_->broadcast(true, tensor, root); }
-void Communicator::all_to_all(at::Tensor output, const at::Tensor& input) const { impl_->all_to_all(true, output, input); }
+void Communicator::all_to_all(at::Tensor output, const at::Tensor& input) const {
+  impl_->all_to_all(true, output, input);
+}
 void Communicator::send(const at::Tensor& tensor, int to, int tag) const { impl_->send(true, tensor, to, tag); }
 void Communicator::receive(at::Tensor tensor, int from, int tag) const { impl_->receive(true, tensor, from, tag); }
 void Communicator::barrier() const { impl_->barrier(true); }
 
-Work Communicator::start_all_reduce(at::Tensor tensor, ReduceOp op) const { return Work(impl_->all_reduce(false, tensor, op)); }
+Work Communicator::start_all_reduce(at::Tensor tensor, ReduceOp op) const {
+  return Work(impl_->all_reduce(false, tensor, op));
+}
 Work Communicator::start_reduce_scatter(at::Tensor output, const at::Tensor& input, ReduceOp op) const {
   return Work(impl_->reduce_scatter(false, output, input, op));
 }
 Work Communicator::start_all_gather(at::Tensor output, const at::Tensor& input) const {
   return Work(impl_->all_gather(false, output, input));
 }
-Work Communicator::start_broadcast(at::Tensor tensor, int root) const { return Work(impl_->broadcast(false, tensor, root)); }
+Work Communicator::start_broadcast(at::Tensor tensor, int root) const {
+  return Work(impl_->broadcast(false, tensor, root));
+}
 Work Communicator::start_all_to_all(at::Tensor output, const at::Tensor& input) const {
   return Work(impl_->all_to_all(false, output, input));
 }
-Work Communicator::start_send(const at::Tensor& tensor, int to, int tag) const { return Work(impl_->send(false, tensor, to, tag)); }
-Work Communicator::start_receive(at::Tensor tensor, int from, int tag) const { return Work(impl_->receive(false, tensor, from, tag)); }
+Work Communicator::start_send(const at::Tensor& tensor, int to, int tag) const {
+  return Work(impl_->send(false, tensor, to, tag));
+}
+Work Communicator::start_receive(at::Tensor tensor, int from, int tag) const {
+  return Work(impl_->receive(false, tensor, from, tag));
+}
 Work Communicator::start_barrier() const { return Work(impl_->barrier(false)); }
 
-// --- small things -----------------------------------------------------------------------------------------------------
+// --- small things
+// -----------------------------------------------------------------------------------------------------
 
 int Communicator::agree(int status) const {
   at::Tensor value = at::full({1}, status, at::kInt);

@@ -12,8 +12,8 @@
 //           operation)
 //
 // Non-blocking operations move on in a background thread that looks every 0.1 ms while something is in flight
-// (comm/progress.h), in wait() of any Work and, where that thread is switched off, in test(). They may be completed in any
-// order.
+// (comm/progress.h), in wait() of any Work and, where that thread is switched off, in test(). They may be completed in
+// any order.
 //
 // Threads: one thread a Communicator at a time. Different Communicators may be used from different threads.
 //
@@ -35,9 +35,9 @@ namespace trireme {
 
 class CommOperation;
 
-// A collective in flight. The tensors given to it are kept alive and must not be touched before wait() returns or test()
-// is true. Move-only. Forgetting one (an exception passes by) leaves it to finish in the background, with its tensors: a
-// destructor that waits would wait for ever where a peer has failed.
+// A collective in flight. The tensors given to it are kept alive and must not be touched before wait() returns or
+// test() is true. Move-only. Forgetting one (an exception passes by) leaves it to finish in the background, with its
+// tensors: a destructor that waits would wait for ever where a peer has failed.
 class Work {
  public:
   Work() = default;  // done
@@ -81,8 +81,10 @@ class Communicator {
 
   // Blocking. The tensors are contiguous.
   void all_reduce(at::Tensor tensor, ReduceOp op = ReduceOp::kSum) const;                                   // in place
-  void reduce_scatter(at::Tensor output, const at::Tensor& input, ReduceOp op = ReduceOp::kSum) const;  // input: size() x output elements; rank r gets part r
-  void all_gather(at::Tensor output, const at::Tensor& input) const;                                        // output: size() x input elements; input may be its own part of output
+  void reduce_scatter(at::Tensor output, const at::Tensor& input,
+                      ReduceOp op = ReduceOp::kSum) const;  // input: size() x output elements; rank r gets part r
+  void all_gather(at::Tensor output, const at::Tensor& input)
+      const;  // output: size() x input elements; input may be its own part of output
   void broadcast(at::Tensor tensor, int root) const;
   void all_to_all(at::Tensor output, const at::Tensor& input) const;  // both size() equal parts; part p goes to rank p
   void send(const at::Tensor& tensor, int to, int tag = 0) const;
@@ -91,7 +93,8 @@ class Communicator {
 
   // The same, non-blocking.
   [[nodiscard]] Work start_all_reduce(at::Tensor tensor, ReduceOp op = ReduceOp::kSum) const;
-  [[nodiscard]] Work start_reduce_scatter(at::Tensor output, const at::Tensor& input, ReduceOp op = ReduceOp::kSum) const;
+  [[nodiscard]] Work start_reduce_scatter(at::Tensor output, const at::Tensor& input,
+                                          ReduceOp op = ReduceOp::kSum) const;
   [[nodiscard]] Work start_all_gather(at::Tensor output, const at::Tensor& input) const;
   [[nodiscard]] Work start_broadcast(at::Tensor tensor, int root) const;
   [[nodiscard]] Work start_all_to_all(at::Tensor output, const at::Tensor& input) const;

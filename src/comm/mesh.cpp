@@ -22,18 +22,21 @@ Mesh::Mesh(int num_ranks, int num_data, int num_tensor, int num_pipeline)
   TRIREME_CHECK(num_ranks >= 1, num_ranks);
   if (num_tensor < 1) throw ConfigError(str("parallel.tensor=", num_tensor, ": must be at least 1"));
   if (num_pipeline < 1) throw ConfigError(str("parallel.pipeline=", num_pipeline, ": must be at least 1"));
-  if (num_data < 0) throw ConfigError(str("parallel.data=", num_data, ": must be at least 1, or 0 for all ranks that are left"));
+  if (num_data < 0)
+    throw ConfigError(str("parallel.data=", num_data, ": must be at least 1, or 0 for all ranks that are left"));
   const int64_t inner = static_cast<int64_t>(num_tensor) * num_pipeline;
   if (inner > num_ranks || num_ranks % inner != 0)
-    throw ConfigError(str("parallel.tensor=", num_tensor, " x parallel.pipeline=", num_pipeline, " does not divide the ", num_ranks,
-                          num_ranks == 1 ? " rank" : " ranks", " of this job; start a multiple of ", inner,
-                          " ranks (mpirun -n ", inner, " ...) or choose divisors of ", num_ranks));
+    throw ConfigError(str("parallel.tensor=", num_tensor, " x parallel.pipeline=", num_pipeline,
+                          " does not divide the ", num_ranks, num_ranks == 1 ? " rank" : " ranks",
+                          " of this job; start a multiple of ", inner, " ranks (mpirun -n ", inner,
+                          " ...) or choose divisors of ", num_ranks));
   const int left = static_cast<int>(num_ranks / inner);
   if (num_data == 0) num_data_ = left;
   if (num_data_ != left)
-    throw ConfigError(str("parallel.data=", num_data, " x parallel.tensor=", num_tensor, " x parallel.pipeline=", num_pipeline, " is ",
-                          inner * num_data, ", but the job has ", num_ranks, num_ranks == 1 ? " rank" : " ranks",
-                          "; use parallel.data=", left, " (or 0: all that are left) or mpirun -n ", inner * num_data));
+    throw ConfigError(str("parallel.data=", num_data, " x parallel.tensor=", num_tensor,
+                          " x parallel.pipeline=", num_pipeline, " is ", inner * num_data, ", but the job has ",
+                          num_ranks, num_ranks == 1 ? " rank" : " ranks", "; use parallel.data=", left,
+                          " (or 0: all that are left) or mpirun -n ", inner * num_data));
 }
 
 int Mesh::size(MeshAxis axis) const {

@@ -94,8 +94,9 @@ void MpiRequests::send(const void* data, int64_t num_bytes, int peer, int tag) {
   for (int64_t done = 0; done < num_bytes; done += kMaxMessageBytes) {
     const int bytes = static_cast<int>(std::min(kMaxMessageBytes, num_bytes - done));
     MPI_Request request;
-    check_mpi(MPI_Isend(static_cast<const char*>(data) + done, bytes, MPI_BYTE, peer, tag, group_->handle().comm, &request),
-              "MPI_Isend");
+    check_mpi(
+        MPI_Isend(static_cast<const char*>(data) + done, bytes, MPI_BYTE, peer, tag, group_->handle().comm, &request),
+        "MPI_Isend");
     impl_->requests.push_back(request);
     impl_->expected_bytes.push_back(-1);
   }
@@ -117,7 +118,8 @@ void MpiRequests::broadcast(void* data, int64_t num_bytes, int root) {
   for (int64_t done = 0; done < num_bytes; done += kMaxMessageBytes) {
     const int bytes = static_cast<int>(std::min(kMaxMessageBytes, num_bytes - done));
     MPI_Request request;
-    check_mpi(MPI_Ibcast(static_cast<char*>(data) + done, bytes, MPI_BYTE, root, group_->handle().comm, &request), "MPI_Ibcast");
+    check_mpi(MPI_Ibcast(static_cast<char*>(data) + done, bytes, MPI_BYTE, root, group_->handle().comm, &request),
+              "MPI_Ibcast");
     impl_->requests.push_back(request);
     impl_->expected_bytes.push_back(-1);
   }
@@ -135,7 +137,8 @@ bool MpiRequests::test() {
   if (impl_->requests.empty()) return true;
   int done = 0;
   std::vector<MPI_Status> statuses(impl_->requests.size());
-  const int code = MPI_Testall(static_cast<int>(impl_->requests.size()), impl_->requests.data(), &done, statuses.data());
+  const int code =
+      MPI_Testall(static_cast<int>(impl_->requests.size()), impl_->requests.data(), &done, statuses.data());
   if (code == MPI_ERR_IN_STATUS) {
     for (const MPI_Status& status : statuses)
       if (status.MPI_ERROR != MPI_ERR_PENDING) check_mpi(status.MPI_ERROR, "a message");

@@ -34,8 +34,8 @@ class MpiRequests {
   std::unique_ptr<Impl> impl_;
 };
 
-// A lone process starts MPI (0.3 s) only when it sends a message to itself: without MPI, world() and self() are groups of
-// one all the same.
+// A lone process starts MPI (0.3 s) only when it sends a message to itself: without MPI, world() and self() are groups
+// of one all the same.
 class MpiGroup {
  public:
   // Tags that a group has: kLaneUser for send and receive, kLaneCollective for Communicator's own exchanges. They never
@@ -50,7 +50,9 @@ class MpiGroup {
 
   int rank() const { return rank_; }
   int size() const { return size_; }
-  int tag(Lane lane, int64_t number) const { return (lane == kLaneUser ? 0 : kNumTags) + static_cast<int>(number % kNumTags); }
+  int tag(Lane lane, int64_t number) const {
+    return (lane == kLaneUser ? 0 : kNumTags) + static_cast<int>(number % kNumTags);
+  }
 
  private:
   friend class MpiRequests;

@@ -66,7 +66,12 @@ class Scratch {
 class AllReduce : public CommOperation {
  public:
   AllReduce(const Exchange& e, CommType type, ReduceOp op, void* data, int64_t n)
-      : CommOperation(e.group), e_(e), type_(type), op_(op), data_(static_cast<char*>(data)), num_bytes_(n * comm_type_bytes(type)) {
+      : CommOperation(e.group),
+        e_(e),
+        type_(type),
+        op_(op),
+        data_(static_cast<char*>(data)),
+        num_bytes_(n * comm_type_bytes(type)) {
     direct_ = num_bytes_ * (e.group->size() - 1) <= kDirectBytes;
   }
 
@@ -165,7 +170,8 @@ class ReduceScatter : public CommOperation {
       if (posted_) {
         if (!requests_.test()) return false;
         std::vector<const void*> parts;
-        for (int p = 0; p < n; ++p) parts.push_back(p == me ? input_ + me * part_bytes_ + begin_ : received_ + p * length_);
+        for (int p = 0; p < n; ++p)
+          parts.push_back(p == me ? input_ + me * part_bytes_ + begin_ : received_ + p * length_);
         reduce_parts(type_, op_, parts, output_ + begin_, length_ / comm_type_bytes(type_));
         begin_ += length_;
       }
@@ -209,12 +215,13 @@ std::shared_ptr<CommOperation> make_all_reduce(const Exchange& e, CommType type,
   return std::make_shared<AllReduce>(e, type, op, data, n);
 }
 
-std::shared_ptr<CommOperation> make_reduce_scatter(const Exchange& e, CommType type, ReduceOp op, void* output, const void* input,
-                                                   int64_t n) {
+std::shared_ptr<CommOperation> make_reduce_scatter(const Exchange& e, CommType type, ReduceOp op, void* output,
+                                                   const void* input, int64_t n) {
   return std::make_shared<ReduceScatter>(e, type, op, output, input, n);
 }
 
-std::shared_ptr<CommOperation> make_all_gather(const Exchange& e, void* output, const void* input, int64_t num_part_bytes) {
+std::shared_ptr<CommOperation> make_all_gather(const Exchange& e, void* output, const void* input,
+                                               int64_t num_part_bytes) {
   auto operation = std::make_shared<OneRound>(e);
   const int n = e.group->size(), me = e.group->rank();
   char* out = static_cast<char*>(output);
@@ -227,12 +234,14 @@ std::shared_ptr<CommOperation> make_all_gather(const Exchange& e, void* output, 
   return operation;
 }
 
-std::shared_ptr<CommOperation> make_all_to_all(const Exchange& e, void* output, const void* input, int64_t num_part_bytes) {
+std::shared_ptr<CommOperation> make_all_to_all(const Exchange& e, void* output, const void* input,
+                                               int64_t num_part_bytes) {
   auto operation = std::make_shared<OneRound>(e);
   const int n = e.group->size(), me = e.group->rank();
   char* out = static_cast<char*>(output);
   const char* in = static_cast<const char*>(input);
-  if (num_part_bytes > 0) std::memcpy(out + me * num_part_bytes, in + me * num_part_bytes, static_cast<size_t>(num_part_bytes));
+  if (num_part_bytes > 0)
+    std::memcpy(out + me * num_part_bytes, in + me * num_part_bytes, static_cast<size_t>(num_part_bytes));
   for (int i = 1; i < n; ++i) {
     const int from = (me + i) % n, to = (me + n - i) % n;
     operation->requests().receive(out + from * num_part_bytes, num_part_bytes, from, e.tag);

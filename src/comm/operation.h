@@ -44,11 +44,14 @@ struct Exchange {
   std::shared_ptr<MpiGroup> group;
   int tag;
 };
-std::shared_ptr<CommOperation> make_all_reduce(const Exchange& e, CommType type, ReduceOp op, void* data, int64_t num_elements);
+std::shared_ptr<CommOperation> make_all_reduce(const Exchange& e, CommType type, ReduceOp op, void* data,
+                                               int64_t num_elements);
 std::shared_ptr<CommOperation> make_reduce_scatter(const Exchange& e, CommType type, ReduceOp op, void* output,
                                                    const void* input, int64_t num_part_elements);
-std::shared_ptr<CommOperation> make_all_gather(const Exchange& e, void* output, const void* input, int64_t num_part_bytes);
-std::shared_ptr<CommOperation> make_all_to_all(const Exchange& e, void* output, const void* input, int64_t num_part_bytes);
+std::shared_ptr<CommOperation> make_all_gather(const Exchange& e, void* output, const void* input,
+                                               int64_t num_part_bytes);
+std::shared_ptr<CommOperation> make_all_to_all(const Exchange& e, void* output, const void* input,
+                                               int64_t num_part_bytes);
 std::shared_ptr<CommOperation> make_broadcast(const Exchange& e, void* data, int64_t num_bytes, int root);
 std::shared_ptr<CommOperation> make_barrier(const Exchange& e);
 std::shared_ptr<CommOperation> make_send(const Exchange& e, const void* data, int64_t num_bytes, int to);

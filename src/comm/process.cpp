@@ -45,7 +45,8 @@ HostLoad read_host_load() {
   cpu_set_t cores;
   CPU_ZERO(&cores);
   if (sched_getaffinity(0, sizeof cores, &cores) == 0) load.num_cores = std::max(1, CPU_COUNT(&cores));
-  for (const char* name : {"OMPI_COMM_WORLD_LOCAL_SIZE", "SLURM_STEP_TASKS_PER_NODE"}) {  // Slurm: "2(x3),1": the first node's
+  for (const char* name :
+       {"OMPI_COMM_WORLD_LOCAL_SIZE", "SLURM_STEP_TASKS_PER_NODE"}) {  // Slurm: "2(x3),1": the first node's
     if (const int count = leading_count(std::getenv(name)); count > 0) {
       load.num_local_ranks = count;
       break;
@@ -59,17 +60,20 @@ HostLoad read_host_load() {
 std::string launch_problem(const std::function<const char*(const char*)>& variable) {
   if (variable("OMPI_COMM_WORLD_SIZE") != nullptr) return "";  // our own mpirun was asked for one rank
   if (const int tasks = leading_count(variable("SLURM_STEP_NUM_TASKS")); tasks > 1)
-    return str("srun started ", tasks, " tasks (SLURM_STEP_NUM_TASKS=", tasks, ") but each is alone in its MPI world; use: srun --mpi=pmix -n ",
-               tasks, " trireme ..., or inside the allocation: mpirun -n ", tasks, " trireme ...");
+    return str("srun started ", tasks, " tasks (SLURM_STEP_NUM_TASKS=", tasks,
+               ") but each is alone in its MPI world; use: srun --mpi=pmix -n ", tasks,
+               " trireme ..., or inside the allocation: mpirun -n ", tasks, " trireme ...");
   if (variable("SLURM_STEP_NUM_TASKS") == nullptr)
     if (const int tasks = leading_count(variable("SLURM_NTASKS")); tasks > 1)
-      return str("Slurm has allocated ", tasks, " tasks (SLURM_NTASKS=", tasks, ") but trireme was started as one process; use: mpirun -n ", tasks,
+      return str("Slurm has allocated ", tasks, " tasks (SLURM_NTASKS=", tasks,
+                 ") but trireme was started as one process; use: mpirun -n ", tasks,
                  " trireme ..., or for one process: srun -n 1 trireme ...");
   for (const char* name : {"PMI_SIZE", "MPI_LOCALNRANKS", "MV2_COMM_WORLD_SIZE"})
     if (const int tasks = leading_count(variable(name)); tasks > 1)
-      return str("the launcher started ", tasks, " processes (", name, "=", tasks,
-                 ") but it belongs to another MPI than the Open MPI that trireme was built with; use Open MPI's: mpirun -n ", tasks,
-                 " trireme ... (`trireme doctor` prints its version)");
+      return str(
+          "the launcher started ", tasks, " processes (", name, "=", tasks,
+          ") but it belongs to another MPI than the Open MPI that trireme was built with; use Open MPI's: mpirun -n ",
+          tasks, " trireme ... (`trireme doctor` prints its version)");
   return "";
 }
 
@@ -77,7 +81,8 @@ Process::Process(int* argc, char*** argv) : host_(host_name()) {
   found_running_ = mpi_initialized();
   if (!found_running_) {
     if (!has_launcher()) {
-      if (const std::string problem = launch_problem([](const char* name) { return std::getenv(name); }); !problem.empty())
+      if (const std::string problem = launch_problem([](const char* name) { return std::getenv(name); });
+          !problem.empty())
         throw ConfigError(problem);
       alone = true;
       set_log_rank(0, 1);
@@ -86,9 +91,11 @@ Process::Process(int* argc, char*** argv) : host_(host_name()) {
     // Open MPI gives cores away only when it sees more ranks than slots, and the slots are often wrong.
     if (read_host_load().oversubscribed()) setenv("OMPI_MCA_mpi_yield_when_idle", "1", 0);
     int provided = 0;
-    if (MPI_Init_thread(argc, argv, MPI_THREAD_MULTIPLE, &provided) != MPI_SUCCESS) throw SystemError("MPI_Init_thread failed");
+    if (MPI_Init_thread(argc, argv, MPI_THREAD_MULTIPLE, &provided) != MPI_SUCCESS)
+      throw SystemError("MPI_Init_thread failed");
     if (provided != MPI_THREAD_MULTIPLE)
-      throw SystemError("this MPI does not support calls from several threads (MPI_THREAD_MULTIPLE); rebuild it with thread support");
+      throw SystemError(
+          "this MPI does not support calls from several threads (MPI_THREAD_MULTIPLE); rebuild it with thread support");
   }
   const char* yield = std::getenv("OMPI_MCA_mpi_yield_when_idle");
   yields_ = yield != nullptr && leading_count(yield) > 0;
@@ -96,7 +103,8 @@ Process::Process(int* argc, char*** argv) : host_(host_name()) {
   MPI_Comm_rank(MPI_COMM_WORLD, &rank_);
   MPI_Comm_size(MPI_COMM_WORLD, &size_);
   if (size_ == 1 && !found_running_) {
-    if (const std::string problem = launch_problem([](const char* name) { return std::getenv(name); }); !problem.empty()) {
+    if (const std::string problem = launch_problem([](const char* name) { return std::getenv(name); });
+        !problem.empty()) {
       MPI_Finalize();
       throw ConfigError(problem);
     }
@@ -130,7 +138,8 @@ bool Process::is_alone() { return alone; }
 void Process::start_mpi() {
   if (mpi_initialized()) return;
   int provided = 0;
-  if (MPI_Init_thread(nullptr, nullptr, MPI_THREAD_MULTIPLE, &provided) != MPI_SUCCESS) throw SystemError("MPI_Init_thread failed");
+  if (MPI_Init_thread(nullptr, nullptr, MPI_THREAD_MULTIPLE, &provided) != MPI_SUCCESS)
+    throw SystemError("MPI_Init_thread failed");
 }
 
 std::string host_name() {

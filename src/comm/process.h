@@ -18,7 +18,8 @@ HostLoad read_host_load();
 
 // RAII over MPI_Init_thread(MPI_THREAD_MULTIPLE) and MPI_Finalize. One object a program, made first thing in main() and
 // destroyed last, when every rank is at its end: MPI_Finalize waits for all. An exception of one rank alone must so be
-// caught while the Process lives, and end in abort(). Where MPI runs already (a test's main), it is used and not finalized.
+// caught while the Process lives, and end in abort(). Where MPI runs already (a test's main), it is used and not
+// finalized.
 //   - Started without a launcher it is a world of one, and MPI starts (0.3 s) only if it is needed.
 //   - OMPI_MCA_mpi_yield_when_idle=1 is set first where the host is oversubscribed, unless the user has set it.
 //   - ConfigError, with the command to use, where the environment says several tasks but the world is one process: an

@@ -11,7 +11,8 @@
 
 // These loops run beside the computation, so they should be short: vectorised, with AVX2 or AVX-512 where there is.
 #pragma GCC optimize("O3")
-#if defined(__x86_64__) && defined(__gnu_linux__) && !defined(__SANITIZE_ADDRESS__)  // ASan is not up when ifuncs resolve
+#if defined(__x86_64__) && defined(__gnu_linux__) && \
+    !defined(__SANITIZE_ADDRESS__)  // ASan is not up when ifuncs resolve
 #define TRIREME_COMM_CLONES __attribute__((target_clones("default", "avx2", "avx512f")))
 #else
 #define TRIREME_COMM_CLONES
@@ -124,7 +125,8 @@ int64_t comm_type_bytes(CommType type) {
   return 0;
 }
 
-void reduce_parts(CommType type, ReduceOp op, const std::vector<const void*>& parts, void* output, int64_t num_elements) {
+void reduce_parts(CommType type, ReduceOp op, const std::vector<const void*>& parts, void* output,
+                  int64_t num_elements) {
   TRIREME_CHECK(!parts.empty());
   switch (type) {
     case CommType::kFloat32: return reduce_typed<float>(op, parts, output, num_elements);

@@ -44,9 +44,9 @@ double seconds(Clock::duration duration) { return std::chrono::duration<double>(
 
 std::string line(const Entry& e, Clock::time_point now) {
   char text[160];
-  std::snprintf(text, sizeof text, "#%llu %s of group %s, %lld bytes, %s %.3f s", static_cast<unsigned long long>(e.sequence), e.op,
-                e.group.data(), static_cast<long long>(e.num_bytes), e.done ? "took" : "in flight for",
-                seconds((e.done ? e.end : now) - e.begin));
+  std::snprintf(text, sizeof text, "#%llu %s of group %s, %lld bytes, %s %.3f s",
+                static_cast<unsigned long long>(e.sequence), e.op, e.group.data(), static_cast<long long>(e.num_bytes),
+                e.done ? "took" : "in flight for", seconds((e.done ? e.end : now) - e.begin));
   return text;
 }
 
@@ -69,8 +69,10 @@ void watch() {
       const auto now = Clock::now();
       for (const Entry& e : r.entries) {
         if (e.sequence == 0 || e.done || seconds(now - e.begin) < r.timeout_s) continue;
-        message = str("rank ", log_rank(), " on ", host_name(), ": ", line(e, now), ", more than comm.timeout_s=", r.timeout_s,
-                      ": a peer is gone, stopped or does something else. All ranks are ended. The last collectives:\n", dump(r, 16));
+        message = str("rank ", log_rank(), " on ", host_name(), ": ", line(e, now),
+                      ", more than comm.timeout_s=", r.timeout_s,
+                      ": a peer is gone, stopped or does something else. All ranks are ended. The last collectives:\n",
+                      dump(r, 16));
         break;
       }
     }

@@ -23,7 +23,9 @@ class AccumulationHook : public torch::autograd::PostAccumulateGradHook {
   std::function<void()> arrived_;
 };
 
-at::ScalarType gradient_type(const at::Tensor& weight) { return weight.scalar_type() == at::kDouble ? at::kDouble : at::kFloat; }
+at::ScalarType gradient_type(const at::Tensor& weight) {
+  return weight.scalar_type() == at::kDouble ? at::kDouble : at::kFloat;
+}
 
 }  // namespace
 
@@ -165,7 +167,9 @@ void GradientReducer::Impl::reduce_late() {
     at::Tensor difference = at::zeros_like(flat[b]);
     for (size_t i : buckets[b].leaves) {
       if (!leaves[i].late.defined()) continue;
-      difference.as_strided(slices[i].gradient.sizes(), slices[i].gradient.strides(), slices[i].gradient.storage_offset()).copy_(leaves[i].late);
+      difference
+          .as_strided(slices[i].gradient.sizes(), slices[i].gradient.strides(), slices[i].gradient.storage_offset())
+          .copy_(leaves[i].late);
       leaves[i].late.reset();
     }
     data.all_reduce(difference);
@@ -174,7 +178,8 @@ void GradientReducer::Impl::reduce_late() {
   }
 }
 
-GradientReducer::GradientReducer(const std::vector<Parameter>& parameters, Communicator data, const GradientReducerOptions& options)
+GradientReducer::GradientReducer(const std::vector<Parameter>& parameters, Communicator data,
+                                 const GradientReducerOptions& options)
     : impl_(std::make_unique<Impl>()) {
   TRIREME_CHECK(options.bucket_bytes > 0, options.bucket_bytes);
   impl_->data = std::move(data);
@@ -182,18 +187,22 @@ GradientReducer::GradientReducer(const std::vector<Parameter>& parameters, Commu
   impl_->lay_out(parameters);
 
   std::string description;
-  for (const GradientSlice& s : impl_->slices) description += trireme::str(s.name, " ", s.weight.sizes(), " ", s.weight.scalar_type(), "\n");
+  for (const GradientSlice& s : impl_->slices)
+    description += trireme::str(s.name, " ", s.weight.sizes(), " ", s.weight.scalar_type(), "\n");
   const std::string rank0 = impl_->data.broadcast_bytes(description);
-  TRIREME_CHECK(impl_->data.agree(description != rank0) == 0, "the ranks of a data-parallel group train different parameters; here:\n",
-                description, "on its rank 0:\n", rank0);
+  TRIREME_CHECK(impl_->data.agree(description != rank0) == 0,
+                "the ranks of a data-parallel group train different parameters; here:\n", description,
+                "on its rank 0:\n", rank0);
 
   for (size_t i = 0; i < impl_->slices.size(); ++i) {
     Impl* impl = impl_.get();
-    torch::autograd::impl::set_post_acc_grad_hooks(impl->slices[i].weight, std::make_unique<AccumulationHook>([impl, i] {
-      at::Tensor& gradient = impl->slices[i].weight.mutable_grad();
-      if (!gradient.defined()) return;  // a Function that returned none: not a contribution
-      impl->arrived(i, std::exchange(gradient, at::Tensor()));
-    }));
+    torch::autograd::impl::set_post_acc_grad_hooks(impl->slices[i].weight,
+                                                   std::make_unique<AccumulationHook>([impl, i] {
+                                                     at::Tensor& gradient = impl->slices[i].weight.mutable_grad();
+                                                     if (!gradient.defined())
+                                                       return;  // a Function that returned none: not a contribution
+                                                     impl->arrived(i, std::exchange(gradient, at::Tensor()));
+                                                   }));
   }
 }
 
@@ -211,7 +220,8 @@ void GradientReducer::begin_step() {
 }
 
 void GradientReducer::before_backward(bool is_last) {
-  TRIREME_CHECK(impl_->in_step && !impl_->overlapping, "before_backward() outside of a step, or after the last one of it");
+  TRIREME_CHECK(impl_->in_step && !impl_->overlapping,
+                "before_backward() outside of a step, or after the last one of it");
   impl_->end_backward();
   impl_->in_backward = true;
   impl_->overlapping = is_last && impl_->options.overlap;
@@ -262,14 +272,20 @@ int64_t GradientReducer::num_late_contributions() const { return impl_->num_late
 
 double GradientReducer::squared_norm() const {
   double sum = 0;
-  constexpr int64_t kBlock = 32768;  // ATen sums a block of this size in one thread: the bits do not depend on their number
+  constexpr int64_t kBlock =
+      32768;  // ATen sums a block of this size in one thread: the bits do not depend on their number
   for (const at::Tensor& bucket : impl_->flat)
     for (int64_t begin = 0; begin < bucket.numel(); begin += kBlock)
-      sum += bucket.narrow(0, begin, std::min(kBlock, bucket.numel() - begin)).to(at::kDouble).square().sum().item<double>();
+      sum += bucket.narrow(0, begin, std::min(kBlock, bucket.numel() - begin))
+                 .to(at::kDouble)
+                 .square()
+                 .sum()
+                 .item<double>();
   return sum;
 }
 
-// --- equal parameters -------------------------------------------------------------------------------------------------
+// --- equal parameters
+// -------------------------------------------------------------------------------------------------
 
 void broadcast_parameters(const std::vector<Parameter>& parameters, const Communicator& data) {
   if (data.size() == 1) return;
@@ -294,8 +310,10 @@ void check_parameters_equal(const std::vector<Parameter>& parameters, const Comm
     if (rank0.compare(i * 32, 32, hashes, i * 32, 32) != 0) different = parameters[i].name;
   if (rank0.size() != hashes.size() && different.empty()) different = "(another number of parameters)";
   if (data.agree(different.empty() ? 0 : 1) == 0) return;
-  throw SystemError(different.empty() ? "the parameters of another rank of the data-parallel group differ from rank 0's"
-                                      : trireme::str("parameter ", different, " differs from rank 0's of the data-parallel group: a rank has lost step"));
+  throw SystemError(different.empty()
+                        ? "the parameters of another rank of the data-parallel group differ from rank 0's"
+                        : trireme::str("parameter ", different,
+                                       " differs from rank 0's of the data-parallel group: a rank has lost step"));
 }
 
 }  // namespace trireme

@@ -10,7 +10,8 @@
 // as many. A contribution beyond that, to a bucket already sent, is kept aside and reduced in finish(): the sum is
 // linear, so the result is right in every case, and the new number is learnt. Fewer than expected: the bucket starts in
 // finish(). The number of bytes can so depend on the order of arrival, the bits only if a contribution was late. A hook
-// that fires without a gradient (a Function that returned none) counts for nothing. Buckets always start in the same order on every rank (last parameters first), whatever order hooks fire in.
+// that fires without a gradient (a Function that returned none) counts for nothing. Buckets always start in the same
+// order on every rank (last parameters first), whatever order hooks fire in.
 //
 //   GradientReducer reducer(parameters, comms.data);
 //   reducer.begin_step();
@@ -42,9 +43,10 @@ struct GradientReducerOptions {
 
 class GradientReducer {
  public:
-  // Takes the parameters that require gradients; a tensor that appears twice (tied) is taken once, under its first name.
-  // Collective: TRIREME_CHECK on a rank whose parameters differ from rank 0's in name, shape or dtype.
-  GradientReducer(const std::vector<Parameter>& parameters, Communicator data, const GradientReducerOptions& options = {});
+  // Takes the parameters that require gradients; a tensor that appears twice (tied) is taken once, under its first
+  // name. Collective: TRIREME_CHECK on a rank whose parameters differ from rank 0's in name, shape or dtype.
+  GradientReducer(const std::vector<Parameter>& parameters, Communicator data,
+                  const GradientReducerOptions& options = {});
   ~GradientReducer();  // removes the hooks
   GradientReducer(const GradientReducer&) = delete;
   GradientReducer& operator=(const GradientReducer&) = delete;
@@ -54,8 +56,8 @@ class GradientReducer {
   // A gradient that does not come through the leaf's .grad, such as a weight gradient that was delayed: part of the
   // present backward, until the next before_backward() or finish(). Any thread.
   void contribute(const at::Tensor& weight, const at::Tensor& gradient);
-  // Waits for all buckets. Parameters without a gradient have zeros. After it the slices hold the sum over micro-batches
-  // and ranks, with the same bits on every rank.
+  // Waits for all buckets. Parameters without a gradient have zeros. After it the slices hold the sum over
+  // micro-batches and ranks, with the same bits on every rank.
   void finish();
   // Multiplies all gradients. The only place of Trireme where a gradient is divided by the number of learnt tokens.
   void scale(double factor);
