@@ -216,6 +216,30 @@ TEST(LearntSpans, TemplateThatChangesEarlierTurns) {
   EXPECT_EQ(learnt(chat, messages), (std::vector<std::string>{"yes<end>", "<think>y</think>no<end>"}));
 }
 
+// As Phi-3: the end token stands once, after the last turn. As SmolLM3: the block begins before the header.
+TEST(LearntSpans, TrailerAndHeaderAreNotLearnt) {
+  const std::string prompt = "{% if add_generation_prompt %}<|assistant|>\n{% else %}{{ eos_token }}{% endif %}";
+  ChatTemplate phi = ChatTemplate::from_text("{% for m in messages %}<|{{ m.role }}|>\n{{ m.content }}<end>\n{% endfor %}" + prompt, "t");
+  phi.set_special_token("eos_token", "</s>");
+  EXPECT_EQ(learnt(phi, kLong), (std::vector<std::string>{"yes<end>", "two\nlines<end>"}));
+  ChatTemplate block = ChatTemplate::from_text(
+      "{% for m in messages %}{% generation %}{{ '<|' + m.role + '|>\n' + m.content + '<end>\n' }}{% endgeneration %}{% endfor %}" + prompt, "t");
+  EXPECT_EQ(learnt(block, Json::array({kLong[2]})), std::vector<std::string>{"yes<end>"});
+}
+
+// A tool call whose text the template leaves out, with and without a header.
+TEST(LearntSpans, ToolCalls) {
+  Json messages = kLong;
+  messages[2]["tool_calls"] = Json::array({1});
+  for (const char* header : {" ", "<bot>"}) {
+    ChatTemplate chat = ChatTemplate::from_text(
+        "{% for m in messages %}{% if m.role != 'assistant' %}[{{ m.content }}]{% else %}{{ '" + std::string(header) +
+        "' }}{{ m.tool_calls if m.tool_calls else m.content }}</s>{% endif %}{% endfor %}", "t");
+    std::string kept = *header == ' ' ? " " : "";
+    EXPECT_EQ(learnt(chat, messages), (std::vector<std::string>{kept + "[1]</s>", kept + "two\nlines</s>"}));
+  }
+}
+
 TEST(LearntSpans, RefusesWhatItCannotFind) {
   ChatTemplate chat = ChatTemplate::from_text("{{ messages | length }}{% for m in messages[::-1] %}{{ m.content }}{% endfor %}", "t");
   EXPECT_EQ(error_of([&] { chat.render_learnt(kLong); }),

@@ -196,6 +196,12 @@ class ChatTemplate::TurnFinder {
     return LearntSpan{*begin, end_without_space(full_, *begin, *end), i};
   }
 
+  // The end of the generation prompt before message i, 0 where there is none: some generation blocks begin before it.
+  size_t prompt_end(size_t i) const {
+    std::optional<std::string> prompted = try_render(first_messages(messages_, i), true);
+    return prompted && full_.starts_with(*prompted) ? prompted->size() : 0;
+  }
+
  private:
   // nullopt where the template refuses these messages (roles that must alternate, no message at all, ...).
   std::optional<std::string> try_render(const Json& messages, bool prompt) const {
@@ -206,9 +212,10 @@ class ChatTemplate::TurnFinder {
     }
   }
 
-  // The messages up to `count`, the text of message i replaced by the marker.
-  std::optional<std::string> render_marked(size_t i, size_t count) const {
+  // The messages up to `count`, the text of message i replaced by the marker. `alone`: nothing else is left of it.
+  std::optional<std::string> render_marked(size_t i, size_t count, bool alone = false) const {
     Json marked = first_messages(messages_, count);
+    if (alone) marked[i] = Json{{"role", marked[i]["role"]}};
     marked[i]["content"] = kMarker;
     for (const char* name : {"reasoning_content", "thinking", "reasoning"}) marked[i].erase(name);
     std::optional<std::string> text = try_render(marked, false);
@@ -223,18 +230,34 @@ class ChatTemplate::TurnFinder {
     bool has_prompt = prompted && (!plain || *plain != *prompted);
     if (has_prompt && full_.starts_with(*prompted)) return prompted->size();
     // No generation prompt, or one with more in it than the header: the header is what stands before a marked text.
-    std::optional<std::string> marked = render_marked(i, i + 1);
-    if (!marked || !full_.starts_with(marked->substr(0, marked->find(kMarker)))) return std::nullopt;
-    size_t text = marked->find(kMarker);
-    // White space alone is no header: the model writes it, as in Mistral's "[/INST] text".
-    if (plain && !has_prompt && full_.starts_with(*plain) && plain->size() <= text &&
-        end_without_space(full_, plain->size(), text) == plain->size())
-      return plain->size();
-    return text;
+    for (bool alone : {false, true}) {  // a template may leave out the text of a message with tool calls
+      std::optional<std::string> marked = render_marked(i, i + 1, alone);
+      if (!marked || !full_.starts_with(marked->substr(0, marked->find(kMarker)))) continue;
+      size_t text = marked->find(kMarker);
+      // White space alone is no header: the model writes it, as in Mistral's "[/INST] text".
+      bool no_header = plain && !has_prompt && full_.starts_with(*plain) && plain->size() <= text &&
+                       end_without_space(full_, plain->size(), text) == plain->size();
+      return no_header ? plain->size() : text;
+    }
+    return std::nullopt;
+  }
+
+  // Where the rendering of the first `count` messages ends; without an end token that some templates (Phi-3) write once,
+  // after the last message.
+  std::optional<std::string> render_turns(size_t count) const {
+    Json part = first_messages(messages_, count);
+    std::optional<std::string> plain = try_render(part, false);
+    Json all = chat_.variables_for(part, tools_, false, variables_);
+    if (!plain || !all.contains("eos_token") || !all["eos_token"].is_string()) return plain;
+    const std::string& end = all["eos_token"].get_ref<const std::string&>();
+    std::optional<std::string> prompted = end.empty() || !plain->ends_with(end) ? std::nullopt : try_render(part, true);
+    if (prompted && !prompted->starts_with(*plain) && prompted->starts_with(plain->substr(0, plain->size() - end.size())))
+      plain->resize(plain->size() - end.size());
+    return plain;
   }
 
   std::optional<size_t> find_end(size_t i) const {
-    std::optional<std::string> until = i + 1 == messages_.size() ? full_ : try_render(first_messages(messages_, i + 1), false);
+    std::optional<std::string> until = render_turns(i + 1);
     if (until && full_.starts_with(*until)) return until->size();
     // The template changes this turn once others follow. What follows it does not depend on its text: find that.
     std::optional<std::string> alone = render_marked(i, i + 1), marked = render_marked(i, messages_.size());
@@ -269,6 +292,7 @@ RenderedChat ChatTemplate::render_learnt(const Json& messages, const Json& tools
     std::optional<LearntSpan> span;
     if (blocks) {
       auto [begin, end] = rendering.generations[n];
+      if (size_t header = finder.prompt_end(i); header > begin && header <= end) begin = header;
       span = LearntSpan{begin, end_without_space(rendering.text, begin, end), i};
     } else {
       span = finder.find(i);
