@@ -1,6 +1,8 @@
 // The one place that catches: prints the error once, ends the job with the right status.
 #include "base/tensor.h"
 
+#include <ATen/Parallel.h>
+
 #include <cstdio>
 #include <cstdlib>
 #include <iostream>

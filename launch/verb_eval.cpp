@@ -1,0 +1,104 @@
+// trireme eval: one JSON object on stdout; logits to a file for whoever compares them.
+#include "base/tensor.h"
+
+#include <iostream>
+
+#include "base/file.h"
+#include "base/log.h"
+#include "comm/mesh.h"
+#include "eval/evaluate.h"
+#include "launch/verbs.h"
+#include "checkpoint/safetensors.h"
+#include "tasks/task.h"
+#include "train/agreement.h"
+#include "train/build.h"
+
+namespace trireme {
+namespace {
+
+// eval.token_ids: an array of arrays. Every next token is a target.
+std::vector<SequenceBatch> read_token_ids(const std::string& path, int64_t vocab_size) {
+  Json json = read_json_file(path);
+  if (!json.is_array() || json.empty()) throw DataError(str(path, ": an array of arrays of ids is expected"));
+  std::vector<SequenceBatch> out;
+  for (size_t i = 0; i < json.size(); ++i) {
+    if (!json[i].is_array() || json[i].empty()) throw DataError(str(path, ": element ", i, " is no array of ids, or empty"));
+    SequenceBatch batch;
+    for (const Json& id : json[i]) {
+      if (!id.is_number_integer() || id.get<double>() < 0 || id.get<double>() >= static_cast<double>(vocab_size))
+        throw DataError(str(path, ": element ", i, " has ", dump_json(id), "; ids are 0 to ", vocab_size - 1));
+      batch.tokens.push_back(id.get<int64_t>());
+      batch.positions.push_back(batch.num_tokens() - 1);
+    }
+    batch.targets.assign(batch.tokens.begin() + 1, batch.tokens.end());
+    batch.targets.push_back(kIgnoreTarget);
+    batch.cu_seqlens = {0, batch.num_tokens()};
+    batch.sample_ids = {static_cast<int64_t>(i)};
+    out.push_back(std::move(batch));
+  }
+  return out;
+}
+
+std::map<std::string, double> eval_token_ids(const Config& config, const ModelSource& source, Transformer& model, const Task& task) {
+  at::NoGradGuard no_grad;
+  std::map<std::string, double> sums;
+  std::vector<TensorSource> logits;
+  int64_t index = 0;
+  for (const auto& batch : read_token_ids(config.eval.token_ids, source.config.vocab_size)) {
+    ModelInput input = to_device(batch, model.device());
+    for (const auto& [name, value] : task.run(model, input).sums) sums[name] += value;
+    if (config.eval.logits.empty()) continue;
+    TensorSource tensor = TensorSource::of(str("logits.", index++), model.logits(model.forward(input)));
+    tensor.dtype = at::kFloat;
+    logits.push_back(std::move(tensor));
+  }
+  if (!logits.empty()) write_safetensors(config.eval.logits, logits);
+  return task.metrics(sums);
+}
+
+}  // namespace
+
+ExitStatus verb_eval(const Config& config, const CommandLine& line, const Process& process) {
+  check_config(config, line);
+  if (config.eval.token_ids.empty() && config.data.eval.empty())
+    throw ConfigError("nothing to evaluate: set data.eval to record files, or eval.token_ids to a JSON file of ids");
+  if (!config.eval.logits.empty() && config.eval.token_ids.empty()) throw ConfigError("eval.logits needs eval.token_ids");
+  Communicator world = Communicator::world();
+  ModelSource source;
+  std::unique_ptr<Transformer> model;
+  std::map<std::string, double> metrics;
+  auto task = make_task(config.task.kind);
+  agree_on(world, [&] { source = find_model(config); });
+  if (!config.eval.token_ids.empty()) {
+    agree_on(world, [&] {
+      if (process.rank() != 0) return;
+      model = build_model(config, source, weight_dtype(config, source), false);
+      metrics = eval_token_ids(config, source, *model, *task);
+    });
+  } else {
+    DataOptions options;
+    std::string file;
+    std::shared_ptr<const Dataset> dataset;
+    agree_on(world, [&] {
+      TextTools tools = load_text_tools(config, source.tokenizer_folder, &source.config);
+      options = data_options(config, tools, source.config.vocab_size);
+      options.train = options.eval;  // prepare() wants a training set; only the evaluation files are read
+      if (process.rank() == 0) file = Dataset::prepare(options, Split::kEval, tools.tokenizer, tools.chat ? &*tools.chat : nullptr);
+    });
+    file = world.broadcast_bytes(file);
+    agree_on(world, [&] {
+      dataset = Dataset::open(options, Split::kEval, file);
+      model = build_model(config, source, weight_dtype(config, source), false);
+    });
+    int64_t rows = config.eval.micro_batch_size > 0 ? config.eval.micro_batch_size : config.train.micro_batch_size;
+    metrics = evaluate(*model, *task, dataset, rows, world);
+  }
+  if (process.rank() == 0) {
+    Json out;
+    for (const auto& [name, value] : metrics) out[name] = name == "tokens" ? Json(static_cast<int64_t>(value)) : Json(value);
+    std::cout << dump_json(out) << std::endl;
+  }
+  return kExitDone;
+}
+
+}  // namespace trireme
