@@ -91,3 +91,32 @@ def test_generation_spans():
     (answer,) = ours([{"template": template, "context": {"messages": messages}}])
     data = answer["output"].encode()
     assert [data[begin:end].decode() for begin, end in answer["generations"]] == [rendered[0][b:e] for b, e in spans[0]]
+
+
+# What is learnt of the chats of template_families.py: by chat, the beginning of each span, and the end token.
+LEARNT = {
+    "llama3": ([["Hello!"], ["A"], ["<think>", "<think>"], ["2"], ["", "21"]], "<|eot_id|>"),
+    "llama31": ([["Hello!"], ["A"], ["<think>", "<think>"], ["2"], ['{"name": "get_weather"', "21"]], "<|eot_id|>"),
+    "mistral": ([[" Hello!"], ["A"], ["<think>", "<think>"], [" 2"], ["[TOOL_CALLS]", " 21"]], "</s>"),
+    "qwen25": ([["  Hello!"], ["A"], ["<think>", "<think>"], ["2"], ["<tool_call>", "21"]], "<|im_end|>"),
+    "qwen3": ([["<think>"], ["A"], ["2", "<think>"], ["<think>\nbecause"], ["<tool_call>", "<think>"]], "<|im_end|>"),
+    "gemma3": ([["Hello!"], ["A"], ["<think>", "<think>"], ["2"]], "<end_of_turn>"),
+    "phi3": ([["  Hello!"], ["A"], ["<think>", "<think>"], ["2"], ["", "21"]], "<|end|>"),
+    "zephyr": ([["  Hello!"], ["A"], ["<think>", "<think>"], ["2"], ["", "21"]], "</s>"),
+    "deepseek_r1": ([["  Hello!"], ["A"], ["\n\n2", "\n\n4"], ["2"], ["<|tool_calls_begin|>", "21"]], "<|end_of_sentence|>"),
+    "smollm3_generation": ([["  Hello!"], ["A"], ["<think>", "<think>"], ["2"], ["", "21"]], "<|im_end|>"),
+    "granite": ([["  Hello!"], ["A"], ["<think>", "<think>"], ["2"], ["", "21"]], "<|end_of_text|>"),
+}
+
+
+@pytest.mark.parametrize("family", sorted(LEARNT))
+def test_learnt_spans(family):
+    chats, end = LEARNT[family]
+    answers = ours([{"template": FAMILIES[family], "messages": chat["messages"], "tools": chat.get("tools"), "special": SPECIAL,
+                     "variables": chat.get("variables")} for chat in CHATS[1 : 1 + len(chats)]])
+    for beginnings, answer, chat in zip(chats, answers, CHATS[1:]):
+        texts = [text for text, _ in answer["learnt"]]
+        assert len(texts) == len(beginnings), answer
+        assert [index for _, index in answer["learnt"]] == [i for i, m in enumerate(chat["messages"]) if m["role"] == "assistant"]
+        for text, beginning in zip(texts, beginnings):
+            assert text.startswith(beginning or end) and text.endswith(end), (text, beginning)

@@ -232,12 +232,13 @@ class ChatTemplate::TurnFinder {
     // No generation prompt, or one with more in it than the header: the header is what stands before a marked text.
     for (bool alone : {false, true}) {  // a template may leave out the text of a message with tool calls
       std::optional<std::string> marked = render_marked(i, i + 1, alone);
-      if (!marked || !full_.starts_with(marked->substr(0, marked->find(kMarker)))) continue;
+      if (!marked) continue;
       size_t text = marked->find(kMarker);
       // White space alone is no header: the model writes it, as in Mistral's "[/INST] text".
-      bool no_header = plain && !has_prompt && full_.starts_with(*plain) && plain->size() <= text &&
-                       end_without_space(full_, plain->size(), text) == plain->size();
-      return no_header ? plain->size() : text;
+      if (plain && !has_prompt && full_.starts_with(*plain) && marked->starts_with(*plain) && plain->size() <= text &&
+          end_without_space(*marked, plain->size(), text) == plain->size())
+        return plain->size();
+      if (full_.starts_with(marked->substr(0, text))) return text;
     }
     return std::nullopt;
   }
