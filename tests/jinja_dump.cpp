@@ -1,5 +1,5 @@
-// For template_parity_test.py: each line of stdin {"template", "context"} becomes {"output"} or {"error"} on stdout. With
-// "messages" in place of a context the line goes through ChatTemplate and the answer has "learnt" spans, too.
+// For template_parity_test.py: each line of stdin {"template", "context"} becomes {"output"} or {"error"} on stdout.
+// With "messages" in place of a context the line goes through ChatTemplate and the answer has "learnt" spans, too.
 #include <iostream>
 #include <string>
 
@@ -19,7 +19,8 @@ int main() {
         if (request.contains("builtin")) chat = trireme::ChatTemplate::load(request["builtin"], "");
         for (const auto& [name, value] : request["special"].items()) chat.set_special_token(name, value);
         if (request.contains("prompt")) {
-          answer["output"] = chat.render(request["messages"], request["tools"], request["prompt"].get<bool>(), request["variables"]);
+          answer["output"] =
+              chat.render(request["messages"], request["tools"], request["prompt"].get<bool>(), request["variables"]);
         } else {
           auto rendered = chat.render_learnt(request["messages"], request["tools"], request["variables"]);
           answer["output"] = rendered.text;

@@ -1,5 +1,5 @@
 """Small Jinja expressions for template_parity_test.py. Each is rendered with CONTEXT by both engines; where Python raises, we
-must refuse, too."""
+must refuse, too. Long because it is a list: one expression a line."""
 
 CONTEXT = {
     "s": "Hello, World",

@@ -3,7 +3,8 @@
 namespace trireme {
 namespace {
 
-// Stanford Alpaca: an instruction, an optional system text in place of the usual preamble, the answer and the end token.
+// Stanford Alpaca: an instruction, an optional system text in place of the usual preamble, the answer and the end
+// token.
 constexpr const char* kAlpaca = R"(
 {%- if messages and messages[0]['role'] == 'system' %}
     {%- set system = messages[0]['content'] | trim %}
@@ -117,7 +118,7 @@ constexpr const char* kMistral = R"(
 }  // namespace
 
 const std::vector<BuiltinTemplate>& builtin_templates() {
-  static const std::vector<BuiltinTemplate> kTemplates = {{"alpaca", kAlpaca}, {"chatml", kChatml}, {"gemma", kGemma},
+  static const std::vector<BuiltinTemplate> kTemplates = {{"alpaca", kAlpaca}, {"chatml", kChatml},   {"gemma", kGemma},
                                                           {"llama3", kLlama3}, {"mistral", kMistral}, {"phi3", kPhi3}};
   return kTemplates;
 }

@@ -74,7 +74,9 @@ ChatTemplate ChatTemplate::from_json(const Json& value, const std::string& sourc
 
 std::optional<ChatTemplate> ChatTemplate::find(const std::string& setting, const std::string& folder) {
   std::optional<ChatTemplate> chat;
-  auto in_folder = [&](const char* name) { return folder.empty() ? std::string() : (fs::path(folder) / name).string(); };
+  auto in_folder = [&](const char* name) {
+    return folder.empty() ? std::string() : (fs::path(folder) / name).string();
+  };
   auto exists = [](const std::string& path) {
     std::error_code ignored;
     return !path.empty() && fs::exists(path, ignored);
@@ -83,7 +85,8 @@ std::optional<ChatTemplate> ChatTemplate::find(const std::string& setting, const
     for (const BuiltinTemplate& builtin : builtin_templates())
       if (setting == builtin.name) chat = from_text(builtin.text, str("built-in ", builtin.name));
     if (!chat && !exists(setting))
-      throw ConfigError(str("data.chat_template='", setting, "' is neither a built-in template (", name_list(), ") nor a file."));
+      throw ConfigError(
+          str("data.chat_template='", setting, "' is neither a built-in template (", name_list(), ") nor a file."));
     if (!chat) chat = from_text(read_file(setting, jinja::kMaxTemplateBytes), setting);
   } else if (std::string path = in_folder("chat_template.jinja"); exists(path)) {
     chat = from_text(read_file(path, jinja::kMaxTemplateBytes), path);
@@ -105,8 +108,10 @@ std::optional<ChatTemplate> ChatTemplate::find(const std::string& setting, const
 ChatTemplate ChatTemplate::load(const std::string& setting, const std::string& folder) {
   std::optional<ChatTemplate> chat = find(setting, folder);
   if (!chat)
-    throw ConfigError(str("'", folder, "' has no chat template (chat_template.jinja, chat_template.json or chat_template in "
-                          "tokenizer_config.json); set data.chat_template to a file or to one of: ", name_list(), "."));
+    throw ConfigError(str("'", folder,
+                          "' has no chat template (chat_template.jinja, chat_template.json or chat_template in "
+                          "tokenizer_config.json); set data.chat_template to a file or to one of: ",
+                          name_list(), "."));
   return std::move(*chat);
 }
 
@@ -116,11 +121,14 @@ void ChatTemplate::read_special_tokens(const std::string& folder) {
     std::error_code ignored;
     if (!fs::exists(path, ignored)) continue;
     Json object = read_object(path);
-    for (const char* token : {"bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "cls_token", "mask_token"}) {
+    for (const char* token :
+         {"bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "cls_token", "mask_token"}) {
       if (!object.contains(token)) continue;
       const Json& value = object[token];
-      if (value.is_string()) special_tokens_[token] = value;
-      else if (value.is_object() && value.contains("content") && value["content"].is_string()) special_tokens_[token] = value["content"];
+      if (value.is_string())
+        special_tokens_[token] = value;
+      else if (value.is_object() && value.contains("content") && value["content"].is_string())
+        special_tokens_[token] = value["content"];
     }
   }
 }
@@ -137,11 +145,13 @@ std::string ChatTemplate::hash() const {
 Json ChatTemplate::variables_for(const Json& messages, const Json& tools, bool add_generation_prompt,
                                  const Json& variables) const {
   if (!messages.is_array()) throw DataError(str(source_, ": messages must be a list, not ", messages.type_name(), "."));
-  if (!tools.is_null() && !tools.is_array()) throw DataError(str(source_, ": tools must be a list, not ", tools.type_name(), "."));
+  if (!tools.is_null() && !tools.is_array())
+    throw DataError(str(source_, ": tools must be a list, not ", tools.type_name(), "."));
   Json all = special_tokens_;
   Json& list = all["messages"] = Json::array();
   for (const Json& message : messages) {
-    if (!message.is_object()) throw DataError(str(source_, ": a message must be an object, not ", message.type_name(), "."));
+    if (!message.is_object())
+      throw DataError(str(source_, ": a message must be an object, not ", message.type_name(), "."));
     Json copy = message;
     // A message's reasoning has three names in the wild; templates read reasoning_content or thinking.
     for (const char* name : {"reasoning_content", "thinking", "reasoning"}) {
@@ -165,7 +175,8 @@ std::string ChatTemplate::render(const Json& messages, const Json& tools, bool a
   return select(tools).render(variables_for(messages, tools, add_generation_prompt, variables)).text;
 }
 
-// --- what is learnt ---------------------------------------------------------------------------------------------------
+// --- what is learnt
+// ---------------------------------------------------------------------------------------------------
 namespace {
 
 const char kMarker[] = "TriremeMarkerQ7f3";  // plain letters: templates trim, split and escape
@@ -185,7 +196,8 @@ Json first_messages(const Json& messages, size_t count) {
 // Finds one assistant message in `full`, the rendering of all messages.
 class ChatTemplate::TurnFinder {
  public:
-  TurnFinder(const ChatTemplate& chat, const Json& messages, const Json& tools, const Json& variables, const std::string& full)
+  TurnFinder(const ChatTemplate& chat, const Json& messages, const Json& tools, const Json& variables,
+             const std::string& full)
       : chat_(chat), messages_(messages), tools_(tools), variables_(variables), full_(full) {}
 
   std::optional<LearntSpan> find(size_t i) const {
@@ -220,7 +232,8 @@ class ChatTemplate::TurnFinder {
     for (const char* name : {"reasoning_content", "thinking", "reasoning"}) marked[i].erase(name);
     std::optional<std::string> text = try_render(marked, false);
     // A template may print the text twice or not at all: then it says nothing.
-    if (text && (text->find(kMarker) == std::string::npos || text->find(kMarker) != text->rfind(kMarker))) return std::nullopt;
+    if (text && (text->find(kMarker) == std::string::npos || text->find(kMarker) != text->rfind(kMarker)))
+      return std::nullopt;
     return text;
   }
 
@@ -243,8 +256,8 @@ class ChatTemplate::TurnFinder {
     return std::nullopt;
   }
 
-  // Where the rendering of the first `count` messages ends; without an end token that some templates (Phi-3) write once,
-  // after the last message.
+  // Where the rendering of the first `count` messages ends; without an end token that some templates (Phi-3) write
+  // once, after the last message.
   std::optional<std::string> render_turns(size_t count) const {
     Json part = first_messages(messages_, count);
     std::optional<std::string> plain = try_render(part, false);
@@ -252,7 +265,8 @@ class ChatTemplate::TurnFinder {
     if (!plain || !all.contains("eos_token") || !all["eos_token"].is_string()) return plain;
     const std::string& end = all["eos_token"].get_ref<const std::string&>();
     std::optional<std::string> prompted = end.empty() || !plain->ends_with(end) ? std::nullopt : try_render(part, true);
-    if (prompted && !prompted->starts_with(*plain) && prompted->starts_with(plain->substr(0, plain->size() - end.size())))
+    if (prompted && !prompted->starts_with(*plain) &&
+        prompted->starts_with(plain->substr(0, plain->size() - end.size())))
       plain->resize(plain->size() - end.size());
     return plain;
   }
@@ -285,7 +299,8 @@ RenderedChat ChatTemplate::render_learnt(const Json& messages, const Json& tools
     if (messages[i].contains("role") && messages[i]["role"] == "assistant") assistants.push_back(i);
 
   std::vector<LearntSpan> spans;
-  bool blocks = used.has_generation() && !rendering.nested_generation && rendering.generations.size() == assistants.size();
+  bool blocks =
+      used.has_generation() && !rendering.nested_generation && rendering.generations.size() == assistants.size();
   TurnFinder finder(*this, messages, tools, variables, rendering.text);
   for (size_t n = 0; n < assistants.size(); ++n) {
     size_t i = assistants[n];
@@ -299,10 +314,12 @@ RenderedChat ChatTemplate::render_learnt(const Json& messages, const Json& tools
       span = finder.find(i);
     }
     if (!span || (!spans.empty() && span->begin < spans.back().end))
-      throw DataError(str(source_, ": cannot find what the assistant says in message ", i + 1, " of ", messages.size(),
-                          " (the template changes it when other messages follow); put {% generation %} and "
-                          "{% endgeneration %} around the assistant's text in the template, or set data.chat_template to "
-                          "one of: ", name_list(), "."));
+      throw DataError(
+          str(source_, ": cannot find what the assistant says in message ", i + 1, " of ", messages.size(),
+              " (the template changes it when other messages follow); put {% generation %} and "
+              "{% endgeneration %} around the assistant's text in the template, or set data.chat_template to "
+              "one of: ",
+              name_list(), "."));
     if (span->begin < span->end) spans.push_back(*span);
   }
   return {std::move(rendering.text), std::move(spans)};

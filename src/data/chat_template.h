@@ -1,5 +1,5 @@
-// Chat templates: a list of messages as the text a model was trained on. The template is the Jinja of the model's folder
-// (equal to what transformers' apply_chat_template prints, data/jinja.h), a file, or one of our own by name.
+// Chat templates: a list of messages as the text a model was trained on. The template is the Jinja of the model's
+// folder (equal to what transformers' apply_chat_template prints, data/jinja.h), a file, or one of our own by name.
 #pragma once
 
 #include <memory>
@@ -35,10 +35,10 @@ class ChatTemplate {
 
   // `setting` (data.chat_template) is empty, a built-in name or a file with Jinja text. Empty: `folder` (may be "") is
   // searched: chat_template.jinja, chat_template.json, tokenizer_config.json:chat_template (a string, or a list of
-  // {name, template}: "default", and "tool_use" where there are tools). bos_token, eos_token and the other special tokens
-  // come from the folder's tokenizer_config.json and special_tokens_map.json.
-  // ConfigError: `setting` is neither; DataError: a file is broken, or is not Jinja (names file and line).
-  // Nothing set and nothing found: nullopt; load() instead throws a ConfigError that lists the built-in names.
+  // {name, template}: "default", and "tool_use" where there are tools). bos_token, eos_token and the other special
+  // tokens come from the folder's tokenizer_config.json and special_tokens_map.json. ConfigError: `setting` is neither;
+  // DataError: a file is broken, or is not Jinja (names file and line). Nothing set and nothing found: nullopt; load()
+  // instead throws a ConfigError that lists the built-in names.
   static std::optional<ChatTemplate> find(const std::string& setting, const std::string& folder);
   static ChatTemplate load(const std::string& setting, const std::string& folder);
   // Jinja text as it stands. `source` names it in messages.
@@ -47,8 +47,9 @@ class ChatTemplate {
   // The template's variable `name` ("bos_token", "eos_token", ...), where the folder does not say it.
   void set_special_token(const std::string& name, const std::string& text) { special_tokens_[name] = text; }
 
-  // `messages`: [{role, content, ...}, ...]. `tools`: an array or null. `variables` (data.template_args): an object or null;
-  // wins over special tokens. DataError: raise_exception's message, an error of the template (names its line), a limit.
+  // `messages`: [{role, content, ...}, ...]. `tools`: an array or null. `variables` (data.template_args): an object or
+  // null; wins over special tokens. DataError: raise_exception's message, an error of the template (names its line), a
+  // limit.
   std::string render(const Json& messages, const Json& tools = nullptr, bool add_generation_prompt = false,
                      const Json& variables = nullptr) const;
 

@@ -62,7 +62,9 @@ class Evaluator {
     ScopePtr before;
   };
   struct OutputHold {  // sends the output into `buffer`
-    OutputHold(Evaluator& evaluator, std::string& buffer) : evaluator(evaluator), before(evaluator.out_) { evaluator.out_ = &buffer; }
+    OutputHold(Evaluator& evaluator, std::string& buffer) : evaluator(evaluator), before(evaluator.out_) {
+      evaluator.out_ = &buffer;
+    }
     ~OutputHold() { evaluator.out_ = before; }
     Evaluator& evaluator;
     std::string* before;
@@ -76,7 +78,8 @@ class Evaluator {
     *out_ += text;
   }
 
-  // --- statements -----------------------------------------------------------------------------------------------------
+  // --- statements
+  // -----------------------------------------------------------------------------------------------------
   Flow exec(const Body& body) {
     for (const NodePtr& node : body)
       if (Flow flow = exec(*node); flow != Flow::kNormal) return flow;
@@ -88,7 +91,9 @@ class Evaluator {
     runtime_.step();
     line_ = node.line;
     switch (node.kind) {
-      case NodeKind::kText: write(node.text); break;
+      case NodeKind::kText:
+        write(node.text);
+        break;
       case NodeKind::kPrint: {
         Value value = eval(*node.a);
         value.is_string() ? write(value.text()) : write(runtime_.str(value));
@@ -98,8 +103,12 @@ class Evaluator {
         for (size_t i = 0; i < node.items.size(); ++i)
           if (Runtime::truth(eval(*node.items[i]))) return exec(node.bodies[i]);
         return node.bodies.size() > node.items.size() ? exec(node.bodies.back()) : Flow::kNormal;
-      case NodeKind::kFor: run_loop(node, eval(*node.b), 0); break;
-      case NodeKind::kSet: assign(*node.a, eval(*node.b)); break;
+      case NodeKind::kFor:
+        run_loop(node, eval(*node.b), 0);
+        break;
+      case NodeKind::kSet:
+        assign(*node.a, eval(*node.b));
+        break;
       case NodeKind::kSetBlock:
       case NodeKind::kFilterBlock: {
         std::string buffer;
@@ -111,11 +120,15 @@ class Evaluator {
         }
         Value value = runtime_.text(std::move(buffer));
         if (node.b) value = apply_filters(*node.b, value);
-        if (node.kind == NodeKind::kSetBlock) assign(*node.a, value);
-        else write(runtime_.str(value));
+        if (node.kind == NodeKind::kSetBlock)
+          assign(*node.a, value);
+        else
+          write(runtime_.str(value));
         break;
       }
-      case NodeKind::kMacro: scope_->set(node.text, make_macro(node)); break;
+      case NodeKind::kMacro:
+        scope_->set(node.text, make_macro(node));
+        break;
       case NodeKind::kCallBlock: {
         Args args = arguments(*node.b);
         args.named.emplace_back("caller", make_macro(node));
@@ -136,8 +149,10 @@ class Evaluator {
         size_t begin = out_->size();
         bool outermost = out_ == &rendering_.text;
         exec(node.bodies[0]);
-        if (outermost) rendering_.generations.emplace_back(begin, out_->size());
-        else rendering_.nested_generation = true;
+        if (outermost)
+          rendering_.generations.emplace_back(begin, out_->size());
+        else
+          rendering_.nested_generation = true;
         break;
       }
       case NodeKind::kBlock: {
@@ -146,9 +161,12 @@ class Evaluator {
         exec(node.bodies[0]);
         break;
       }
-      case NodeKind::kBreak: return Flow::kBreak;
-      case NodeKind::kContinue: return Flow::kContinue;
-      default: break;
+      case NodeKind::kBreak:
+        return Flow::kBreak;
+      case NodeKind::kContinue:
+        return Flow::kContinue;
+      default:
+        break;
     }
     return Flow::kNormal;
   }
@@ -224,7 +242,8 @@ class Evaluator {
   Value make_macro(const Node& node) {
     captured_.push_back(scope_);
     runtime_.step();
-    return Value::function(node.text, [this, &node, outer = scope_](Runtime&, const Args& args) { return call_macro(node, outer, args); });
+    return Value::function(
+        node.text, [this, &node, outer = scope_](Runtime&, const Args& args) { return call_macro(node, outer, args); });
   }
 
   // As jinja2.runtime.Macro.__call__.
@@ -247,10 +266,14 @@ class Evaluator {
     for (size_t i = 0; i < names.size(); ++i) {
       explicit_caller = explicit_caller || names[i] == "caller";
       std::optional<Value> value;
-      if (i < args.positional.size()) value = args.positional[i];
-      else value = take(names[i]);
+      if (i < args.positional.size())
+        value = args.positional[i];
+      else
+        value = take(names[i]);
       size_t num_required = names.size() - node.items.size();
-      if (!value) value = i >= num_required ? eval(*node.items[i - num_required]) : Value::undefined("parameter " + string_repr(names[i]) + " was not provided");
+      if (!value)
+        value = i >= num_required ? eval(*node.items[i - num_required])
+                                  : Value::undefined("parameter " + string_repr(names[i]) + " was not provided");
       scope_->set(names[i], std::move(*value));
     }
     if (node.uses_caller && !explicit_caller) {
@@ -264,7 +287,8 @@ class Evaluator {
     } else if (!named.empty()) {
       std::string macro = "macro " + string_repr(node.text);
       for (const auto& [name, value] : named)
-        if (name == "caller") fail(macro + " was invoked with two values for the special caller argument. This is most likely a bug.");
+        if (name == "caller")
+          fail(macro + " was invoked with two values for the special caller argument. This is most likely a bug.");
       fail(macro + " takes no keyword argument " + string_repr(named[0].first));
     }
     if (node.uses_varargs) {
@@ -282,16 +306,21 @@ class Evaluator {
     return Value::string(std::move(buffer));
   }
 
-  // --- expressions ----------------------------------------------------------------------------------------------------
+  // --- expressions
+  // ----------------------------------------------------------------------------------------------------
   Value eval(const Node& node) {
     Runtime::Depth depth(runtime_);
     runtime_.step();
     line_ = node.line;
     switch (node.kind) {
-      case NodeKind::kConst: return node.value;
-      case NodeKind::kName: return lookup(node.text);
-      case NodeKind::kTuple: return Value::tuple(eval_all(node.items));
-      case NodeKind::kList: return Value::list(eval_all(node.items));
+      case NodeKind::kConst:
+        return node.value;
+      case NodeKind::kName:
+        return lookup(node.text);
+      case NodeKind::kTuple:
+        return Value::tuple(eval_all(node.items));
+      case NodeKind::kList:
+        return Value::list(eval_all(node.items));
       case NodeKind::kDict: {
         auto dict = std::make_shared<DictObject>();
         for (size_t i = 0; i + 1 < node.items.size(); i += 2) {
@@ -300,7 +329,8 @@ class Evaluator {
         }
         return Value::dict(std::move(dict));
       }
-      case NodeKind::kGetattr: return runtime_.attribute(eval(*node.a), node.text);
+      case NodeKind::kGetattr:
+        return runtime_.attribute(eval(*node.a), node.text);
       case NodeKind::kGetitem: {
         Value object = eval(*node.a);
         if (node.b->kind != NodeKind::kSlice) return runtime_.item(object, eval(*node.b));
@@ -309,7 +339,8 @@ class Evaluator {
           if (node.b->items[i]) parts[i] = eval(*node.b->items[i]);
         return runtime_.slice(object, parts[0], parts[1], parts[2]);
       }
-      case NodeKind::kSlice: fail("a slice stands in a list of indices");
+      case NodeKind::kSlice:
+        fail("a slice stands in a list of indices");
       case NodeKind::kCall: {
         Value function = eval(*node.a);
         return runtime_.call(function, arguments(node));
@@ -322,9 +353,12 @@ class Evaluator {
         Value value = eval(*node.a);
         return Value::boolean(runtime_.test(node.text, value, arguments(node)));
       }
-      case NodeKind::kNot: return Value::boolean(!Runtime::truth(eval(*node.a)));
-      case NodeKind::kNegative: return runtime_.negative(eval(*node.a), true);
-      case NodeKind::kPositive: return runtime_.negative(eval(*node.a), false);
+      case NodeKind::kNot:
+        return Value::boolean(!Runtime::truth(eval(*node.a)));
+      case NodeKind::kNegative:
+        return runtime_.negative(eval(*node.a), true);
+      case NodeKind::kPositive:
+        return runtime_.negative(eval(*node.a), false);
       case NodeKind::kBinary: {
         Value left = eval(*node.a);
         return runtime_.binary(node.text, left, eval(*node.b));
@@ -337,7 +371,8 @@ class Evaluator {
         }
         return runtime_.text(std::move(out));
       }
-      case NodeKind::kCompare: return compare(node);
+      case NodeKind::kCompare:
+        return compare(node);
       case NodeKind::kAnd: {
         Value left = eval(*node.a);
         return Runtime::truth(left) ? eval(*node.b) : left;
@@ -351,7 +386,8 @@ class Evaluator {
         if (node.c) return eval(*node.c);
         return Value::undefined("the inline if-expression on line " + std::to_string(node.line) +
                                 " evaluated to false and no else section was defined.");
-      default: fail("this is not an expression");
+      default:
+        fail("this is not an expression");
     }
   }
 
@@ -397,9 +433,9 @@ class Evaluator {
     for (size_t i = 0; i < node.items.size(); ++i) {
       Value right = eval(*node.items[i]);
       const std::string& op = node.operators[i];
-      bool holds = op == "==" ? runtime_.equal(left, right)
-                   : op == "!=" ? !runtime_.equal(left, right)
-                   : op == "in" ? runtime_.contains(right, left)
+      bool holds = op == "=="       ? runtime_.equal(left, right)
+                   : op == "!="     ? !runtime_.equal(left, right)
+                   : op == "in"     ? runtime_.contains(right, left)
                    : op == "not in" ? !runtime_.contains(right, left)
                                     : ordered(op, left, right);
       if (!holds) return Value::boolean(false);
@@ -441,7 +477,8 @@ bool valid_utf8(const std::string& text) {
 
 Template::Template(const std::string& text, std::string name) : name_(std::move(name)) {
   if (text.size() > kMaxTemplateBytes)
-    throw DataError(str(name_, ": a chat template of ", text.size(), " bytes; at most ", kMaxTemplateBytes, " are allowed."));
+    throw DataError(
+        str(name_, ": a chat template of ", text.size(), " bytes; at most ", kMaxTemplateBytes, " are allowed."));
   if (!valid_utf8(text)) throw DataError(str(name_, ": the chat template is not UTF-8 text."));
   try {
     ParsedTemplate parsed = parse(text);

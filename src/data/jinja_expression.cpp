@@ -10,7 +10,8 @@ NodePtr Parser::parse_target(bool with_namespace, const char* end_name) {
   auto check = [&](const Node& node) {
     static const char* const kTypes[] = {"const", "name", "nsref", "tuple", "list", "dict"};
     if (node.kind != NodeKind::kName && node.kind != NodeKind::kNamespaceRef)
-      error(std::string("can't assign to '") + (node.kind <= NodeKind::kDict ? kTypes[static_cast<int>(node.kind)] : "expression") + "'");
+      error(std::string("can't assign to '") +
+            (node.kind <= NodeKind::kDict ? kTypes[static_cast<int>(node.kind)] : "expression") + "'");
   };
   if (target->kind != NodeKind::kTuple) {
     check(*target);
@@ -21,14 +22,17 @@ NodePtr Parser::parse_target(bool with_namespace, const char* end_name) {
     const Node* node = open.back();
     open.pop_back();
     for (const NodePtr& item : node->items) {
-      if (item->kind == NodeKind::kTuple) open.push_back(item.get());
-      else check(*item);
+      if (item->kind == NodeKind::kTuple)
+        open.push_back(item.get());
+      else
+        check(*item);
     }
   }
   return target;
 }
 
-NodePtr Parser::parse_tuple(bool with_conditional, const char* end_name, bool in_parentheses, bool target, bool with_namespace) {
+NodePtr Parser::parse_tuple(bool with_conditional, const char* end_name, bool in_parentheses, bool target,
+                            bool with_namespace) {
   NodePtr tuple = make(NodeKind::kTuple);
   bool is_tuple = false;
   while (true) {
@@ -175,10 +179,14 @@ NodePtr Parser::parse_unary(bool with_filter) {
   }
   node = parse_postfix(std::move(node));
   while (with_filter) {
-    if (is_operator("|")) node = parse_filter(std::move(node), false);
-    else if (is_name("is")) node = parse_test(std::move(node));
-    else if (is_operator("(")) node = parse_call(std::move(node));
-    else break;
+    if (is_operator("|"))
+      node = parse_filter(std::move(node), false);
+    else if (is_name("is"))
+      node = parse_test(std::move(node));
+    else if (is_operator("("))
+      node = parse_call(std::move(node));
+    else
+      break;
   }
   return node;
 }
@@ -259,9 +267,12 @@ NodePtr Parser::parse_dict() {
 
 NodePtr Parser::parse_postfix(NodePtr node) {
   while (true) {
-    if (is_operator(".") || is_operator("[")) node = parse_subscript(std::move(node));
-    else if (is_operator("(")) node = parse_call(std::move(node));
-    else return node;
+    if (is_operator(".") || is_operator("["))
+      node = parse_subscript(std::move(node));
+    else if (is_operator("("))
+      node = parse_call(std::move(node));
+    else
+      return node;
   }
 }
 
@@ -326,7 +337,8 @@ void Parser::parse_arguments(Node& node) {
       ensure(!node.more_named);
       advance();
       node.more_named = parse_expression();
-    } else if (current().kind == TokenKind::kName && look_ahead().kind == TokenKind::kOperator && look_ahead().text == "=") {
+    } else if (current().kind == TokenKind::kName && look_ahead().kind == TokenKind::kOperator &&
+               look_ahead().text == "=") {
       ensure(!node.more_named);
       std::string name = advance().text;
       advance();
@@ -355,7 +367,8 @@ NodePtr Parser::parse_filter(NodePtr value, bool inline_start) {
     NodePtr node = make(NodeKind::kFilter);
     node->text = expect_name();
     while (skip_operator(".")) node->text += "." + expect_name();
-    if (num_conditions_ == 0 && !Runtime::has_filter(node->text)) error("No filter named " + string_repr(node->text) + ".");
+    if (num_conditions_ == 0 && !Runtime::has_filter(node->text))
+      error("No filter named " + string_repr(node->text) + ".");
     if (is_operator("(")) parse_arguments(*node);
     node->a = std::move(value);
     value = finish(std::move(node));
@@ -374,8 +387,8 @@ NodePtr Parser::parse_test(NodePtr value) {
   TokenKind kind = current().kind;
   if (is_operator("(")) {
     parse_arguments(*node);
-  } else if ((kind == TokenKind::kName || kind == TokenKind::kString || kind == TokenKind::kNumber || is_operator("[") ||
-              is_operator("{")) &&
+  } else if ((kind == TokenKind::kName || kind == TokenKind::kString || kind == TokenKind::kNumber ||
+              is_operator("[") || is_operator("{")) &&
              !is_name("else") && !is_name("or") && !is_name("and")) {
     if (is_name("is")) error("You cannot chain multiple tests with is");
     node->items.push_back(parse_postfix(parse_primary()));

@@ -32,7 +32,8 @@ std::string title(std::string_view text) {
   auto flush = [&] {
     if (word.empty()) return;
     std::u32string codes = decode(word);
-    out += to_upper(encode(std::u32string_view(codes).substr(0, 1))) + to_lower(encode(std::u32string_view(codes).substr(1)));
+    out += to_upper(encode(std::u32string_view(codes).substr(0, 1))) +
+           to_lower(encode(std::u32string_view(codes).substr(1)));
     word.clear();
   };
   for (char32_t code : decode(text)) {
@@ -56,7 +57,8 @@ Value filter_int(Runtime& runtime, const Value& value, const Args& args) {
   double number = 0;
   if (value.is_string()) {
     int64_t integer = 0;
-    if (parse_int(value.text(), static_cast<int>(std::clamp<int64_t>(int_or(bound[1], 10), 0, 36)), integer)) return Value::integer(integer);
+    if (parse_int(value.text(), static_cast<int>(std::clamp<int64_t>(int_or(bound[1], 10), 0, 36)), integer))
+      return Value::integer(integer);
     if (!parse_float(value.text(), number)) return absent;
   } else if (value.is(Kind::kFloat)) {
     number = value.as_double();
@@ -118,8 +120,10 @@ Value filter_abs(Runtime& runtime, const Value& value, const Args& args) {
 Value filter_indent(Runtime& runtime, const Value& value, const Args& args) {
   Bound bound = args.bind("indent", {"width", "first", "blank"});
   std::string indent;
-  if (bound[0] && bound[0]->is_string()) indent = bound[0]->text();
-  else indent = std::string(static_cast<size_t>(std::clamp<int64_t>(int_or(bound[0], 4), 0, 1 << 20)), ' ');
+  if (bound[0] && bound[0]->is_string())
+    indent = bound[0]->text();
+  else
+    indent = std::string(static_cast<size_t>(std::clamp<int64_t>(int_or(bound[0], 4), 0, 1 << 20)), ' ');
   bool first = bound[1] && Runtime::truth(*bound[1]), blank = bound[2] && Runtime::truth(*bound[2]);
   if (value.is_undefined()) fail(value.text());
   if (!value.is_string()) fail("unsupported operand type(s) for +=: '" + value.type_name() + "' and 'str'");
@@ -139,12 +143,18 @@ Value filter_escape(Runtime& runtime, const Value& value, const Args& args) {
   if (value.safe()) return value;
   std::string out;
   for (char c : runtime.str(value)) {
-    if (c == '&') out += "&amp;";
-    else if (c == '<') out += "&lt;";
-    else if (c == '>') out += "&gt;";
-    else if (c == '"') out += "&#34;";
-    else if (c == '\'') out += "&#39;";
-    else out += c;
+    if (c == '&')
+      out += "&amp;";
+    else if (c == '<')
+      out += "&lt;";
+    else if (c == '>')
+      out += "&gt;";
+    else if (c == '"')
+      out += "&#34;";
+    else if (c == '\'')
+      out += "&#39;";
+    else
+      out += c;
   }
   return Value::string(std::move(out), true);
 }
@@ -153,8 +163,10 @@ Value filter_tojson(Runtime& runtime, const Value& value, const Args& args) {
   Bound bound = args.bind("tojson", {"ensure_ascii", "indent", "separators", "sort_keys"});
   bool pretty = bound[1] && !bound[1]->is_none();
   std::string indent;
-  if (pretty && bound[1]->is_string()) indent = bound[1]->text();
-  else if (pretty) indent = std::string(static_cast<size_t>(std::clamp<int64_t>(int_or(bound[1], 0), 0, 1000)), ' ');
+  if (pretty && bound[1]->is_string())
+    indent = bound[1]->text();
+  else if (pretty)
+    indent = std::string(static_cast<size_t>(std::clamp<int64_t>(int_or(bound[1], 0), 0, 1000)), ' ');
   std::string item_separator = pretty ? "," : ", ", key_separator = ": ";
   if (bound[2] && !bound[2]->is_none()) {
     std::vector<Value> both = runtime.iterate(*bound[2]);
@@ -187,7 +199,8 @@ Value filter_truncate(Runtime& runtime, const Value& value, const Args& args) {
   Bound bound = args.bind("truncate", {"length", "killwords", "end", "leeway"});
   int64_t length = int_or(bound[0], 255), leeway = int_or(bound[3], 5);
   std::u32string codes = decode(runtime.str(value)), end = decode(bound[2] ? runtime.str(*bound[2]) : "...");
-  if (length < static_cast<int64_t>(end.size())) fail("expected length >= " + std::to_string(end.size()) + ", got " + std::to_string(length));
+  if (length < static_cast<int64_t>(end.size()))
+    fail("expected length >= " + std::to_string(end.size()) + ", got " + std::to_string(length));
   if (leeway < 0) fail("expected leeway >= 0, got " + std::to_string(leeway));
   if (static_cast<int64_t>(codes.size()) - leeway <= length) return value;
   std::u32string kept = codes.substr(0, static_cast<size_t>(length) - end.size());
@@ -213,8 +226,10 @@ Value filter_urlencode(Runtime& runtime, const Value& value, const Args& args) {
   if (!value.is_string()) fail("urlencode is supported for strings only");
   std::string out;
   for (unsigned char c : runtime.str(value)) {
-    if (std::isalnum(c) || std::string("_.-~/").find(static_cast<char>(c)) != std::string::npos) out += static_cast<char>(c);
-    else (out += '%') += {"0123456789ABCDEF"[c >> 4], "0123456789ABCDEF"[c & 15]};
+    if (std::isalnum(c) || std::string("_.-~/").find(static_cast<char>(c)) != std::string::npos)
+      out += static_cast<char>(c);
+    else
+      (out += '%') += {"0123456789ABCDEF"[c >> 4], "0123456789ABCDEF"[c & 15]};
   }
   return Value::string(out);
 }
@@ -237,17 +252,20 @@ const FilterTable& text_filters() {
       {"float", filter_float},
       {"round", filter_round},
       {"abs", filter_abs},
-      {"string", [](Runtime& r, const Value& v, const Args& args) {
+      {"string",
+       [](Runtime& r, const Value& v, const Args& args) {
          args.bind("string", {});
          return Value::string(r.str(v), v.safe());
        }},
-      {"safe", [](Runtime& r, const Value& v, const Args& args) {
+      {"safe",
+       [](Runtime& r, const Value& v, const Args& args) {
          args.bind("safe", {});
          return Value::string(r.str(v), true);
        }},
       {"escape", filter_escape},
       {"e", filter_escape},
-      {"forceescape", [](Runtime& r, const Value& v, const Args& args) { return filter_escape(r, Value::string(r.str(v)), args); }},
+      {"forceescape",
+       [](Runtime& r, const Value& v, const Args& args) { return filter_escape(r, Value::string(r.str(v)), args); }},
       {"indent", filter_indent},
       {"tojson", filter_tojson},
       {"replace", filter_replace},

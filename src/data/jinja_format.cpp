@@ -62,8 +62,10 @@ int64_t to_integer(const Value& value, char type) {
   if (value.is_undefined()) fail(value.text());
   if (value.is_integral()) return value.as_int();
   bool decimal = type == 'd' || type == 'i' || type == 'u';
-  if (value.is(Kind::kFloat) && decimal && std::abs(value.as_double()) < 9e18) return static_cast<int64_t>(value.as_double());
-  fail("%" + std::string(1, type) + " format: " + (decimal ? "a real number" : "an integer") + " is required, not " + value.type_name());
+  if (value.is(Kind::kFloat) && decimal && std::abs(value.as_double()) < 9e18)
+    return static_cast<int64_t>(value.as_double());
+  fail("%" + std::string(1, type) + " format: " + (decimal ? "a real number" : "an integer") + " is required, not " +
+       value.type_name());
 }
 
 }  // namespace
@@ -111,19 +113,26 @@ Value Runtime::percent_format(const std::string& format, const Value& arguments)
     bool left = false, zero = false, alternate = false;
     char sign = 0;
     for (; at < format.size(); ++at) {
-      if (format[at] == '-') left = true;
-      else if (format[at] == '0') zero = true;
-      else if (format[at] == '#') alternate = true;
-      else if (format[at] == '+') sign = '+';
-      else if (format[at] == ' ') sign = sign ? sign : ' ';
-      else break;
+      if (format[at] == '-')
+        left = true;
+      else if (format[at] == '0')
+        zero = true;
+      else if (format[at] == '#')
+        alternate = true;
+      else if (format[at] == '+')
+        sign = '+';
+      else if (format[at] == ' ')
+        sign = sign ? sign : ' ';
+      else
+        break;
     }
     auto number = [&](int limit) {
       if (at >= format.size() || format[at] != '*') return read_number(format, at, limit);
       ++at;
       Value value = take();
       if (!value.is_integral()) fail("* wants int");
-      if (std::abs(value.as_int()) > limit) fail("a width or precision in a format is larger than " + std::to_string(limit));
+      if (std::abs(value.as_int()) > limit)
+        fail("a width or precision in a format is larger than " + std::to_string(limit));
       return static_cast<int>(value.as_int());
     };
     int width = number(kMaxWidth), precision = -1;
@@ -155,20 +164,25 @@ Value Runtime::percent_format(const std::string& format, const Value& arguments)
       if (precision >= 0) text = encode(std::u32string_view(decode(text)).substr(0, static_cast<size_t>(precision)));
       numeric = false;
     } else if (type == 'c') {
-      if (value.is_string() && count_codes(value.text()) == 1) text = value.text();
-      else if (value.is_integral() && value.as_int() >= 0 && value.as_int() < 0xd800) append_utf8(text, static_cast<char32_t>(value.as_int()));
-      else fail("%c requires int or char");
+      if (value.is_string() && count_codes(value.text()) == 1)
+        text = value.text();
+      else if (value.is_integral() && value.as_int() >= 0 && value.as_int() < 0xd800)
+        append_utf8(text, static_cast<char32_t>(value.as_int()));
+      else
+        fail("%c requires int or char");
       numeric = false;
     } else if (std::string("diuxXo").find(type) != std::string::npos) {
       int64_t integer = to_integer(value, type);
       std::string digits = int_digits(integer, type, false);
-      if (precision > static_cast<int>(digits.size())) digits.insert(0, static_cast<size_t>(precision) - digits.size(), '0');
+      if (precision > static_cast<int>(digits.size()))
+        digits.insert(0, static_cast<size_t>(precision) - digits.size(), '0');
       if (alternate && (type == 'x' || type == 'X' || type == 'o')) digits = std::string("0") + type + digits;
       text = with_sign(integer < 0, sign, digits);
     } else if (std::string("eEfFgG").find(type) != std::string::npos) {
       if (value.is_undefined()) fail(value.text());
       if (!value.is_number()) fail("must be real number, not " + value.type_name());
-      text = with_sign(std::signbit(value.as_double()), sign, format_float(value.as_double(), type, precision < 0 ? 6 : precision, alternate));
+      text = with_sign(std::signbit(value.as_double()), sign,
+                       format_float(value.as_double(), type, precision < 0 ? 6 : precision, alternate));
     } else {
       fail("unsupported format character '" + std::string(1, type) + "'");
     }
@@ -198,7 +212,9 @@ std::string Runtime::format_value(const Value& value, const std::string& spec) {
     rest = spec.substr(1);
   }
   size_t at = 0;
-  auto take = [&](const char* any) -> char { return at < rest.size() && std::string(any).find(rest[at]) != std::string::npos ? rest[at++] : 0; };
+  auto take = [&](const char* any) -> char {
+    return at < rest.size() && std::string(any).find(rest[at]) != std::string::npos ? rest[at++] : 0;
+  };
   char sign = take("+- ");
   bool alternate = take("#") != 0;
   if (at < rest.size() && rest[at] == '0') {
@@ -217,8 +233,11 @@ std::string Runtime::format_value(const Value& value, const std::string& spec) {
     if (at == before) fail("Format specifier missing precision");
   }
   char type = at < rest.size() ? rest[at++] : 0;
-  if (at < rest.size()) fail("Invalid format specifier " + string_repr(spec) + " for object of type '" + value.type_name() + "'");
-  auto unknown = [&] { fail("Unknown format code '" + std::string(1, type) + "' for object of type '" + value.type_name() + "'"); };
+  if (at < rest.size())
+    fail("Invalid format specifier " + string_repr(spec) + " for object of type '" + value.type_name() + "'");
+  auto unknown = [&] {
+    fail("Unknown format code '" + std::string(1, type) + "' for object of type '" + value.type_name() + "'");
+  };
 
   if (value.is_string()) {
     if (type && type != 's') unknown();
@@ -233,15 +252,20 @@ std::string Runtime::format_value(const Value& value, const std::string& spec) {
   if (value.is_integral() && (!type || std::string("dxXobcn").find(type) != std::string::npos)) {
     if (precision >= 0) fail("Precision not allowed in integer format specifier");
     negative = value.as_int() < 0;
-    if (type == 'c') append_utf8(digits, static_cast<char32_t>(value.as_int() & 0xffff));
-    else digits = int_digits(value.as_int(), type, alternate);
+    if (type == 'c')
+      append_utf8(digits, static_cast<char32_t>(value.as_int() & 0xffff));
+    else
+      digits = int_digits(value.as_int(), type, alternate);
   } else {
     if (type && std::string("eEfFgG%n").find(type) == std::string::npos) unknown();
     double number = value.as_double();
     negative = std::signbit(number);
-    if (!type && precision < 0) digits = float_repr(std::abs(number));
-    else if (type == '%') digits = format_float(number * 100, 'f', precision < 0 ? 6 : precision, alternate) + "%";
-    else digits = format_float(number, type && type != 'n' ? type : 'g', precision < 0 ? 6 : precision, alternate);
+    if (!type && precision < 0)
+      digits = float_repr(std::abs(number));
+    else if (type == '%')
+      digits = format_float(number * 100, 'f', precision < 0 ? 6 : precision, alternate) + "%";
+    else
+      digits = format_float(number, type && type != 'n' ? type : 'g', precision < 0 ? 6 : precision, alternate);
     if (!type && precision >= 0 && digits.find_first_of(".en") == std::string::npos) digits += ".0";
   }
   if (mark) group_thousands(digits, mark);
@@ -250,7 +274,8 @@ std::string Runtime::format_value(const Value& value, const std::string& spec) {
   return pad(text, width, align == '=' || !align ? '>' : align, fill);
 }
 
-// --- '{}'.format --------------------------------------------------------------------------------------------------------
+// --- '{}'.format
+// --------------------------------------------------------------------------------------------------------
 Value Runtime::brace_field(const std::string& field, const Args& args, size_t& next_index) {
   size_t end = std::min(field.find_first_of(".["), field.size());
   std::string first = field.substr(0, end);
@@ -262,7 +287,8 @@ Value Runtime::brace_field(const std::string& field, const Args& args, size_t& n
       if (next_index == SIZE_MAX) fail("cannot switch from manual field specification to automatic field numbering");
       index = static_cast<int64_t>(next_index++);
     } else {
-      if (next_index != 0 && next_index != SIZE_MAX) fail("cannot switch from automatic field numbering to manual field specification");
+      if (next_index != 0 && next_index != SIZE_MAX)
+        fail("cannot switch from automatic field numbering to manual field specification");
       next_index = SIZE_MAX;
       if (!parse_int(first, 10, index)) fail("invalid field name");
     }
@@ -287,7 +313,8 @@ Value Runtime::brace_field(const std::string& field, const Args& args, size_t& n
     bool integer = is_item && std::isdigit(static_cast<unsigned char>(part[0])) && parse_int(part, 10, index);
     value = !is_item ? attribute(value, part) : item(value, integer ? Value::integer(index) : Value::string(part));
     at = stop + (is_item ? 1 : 0);
-    if (is_item && at < field.size() && field[at] != '.' && field[at] != '[') fail("Only '.' or '[' may follow ']' in format field specifier");
+    if (is_item && at < field.size() && field[at] != '.' && field[at] != '[')
+      fail("Only '.' or '[' may follow ']' in format field specifier");
   }
   return value;
 }
@@ -323,11 +350,13 @@ std::string Runtime::brace_text(const std::string& format, const Args& args, siz
       if (!in_item && format[at] == '{') ++open;
       if (!in_item && format[at] == '}' && --open == 0) break;
     }
-    if (at >= format.size()) fail(start >= format.size() ? "Single '{' encountered in format string" : "expected '}' before end of string");
+    if (at >= format.size())
+      fail(start >= format.size() ? "Single '{' encountered in format string" : "expected '}' before end of string");
     std::string field = format.substr(start, at++ - start), spec;
     size_t colon = field.find_first_of(":!");
     if (size_t bracket = field.find('['); bracket != std::string::npos && colon != std::string::npos && bracket < colon)
-      colon = field.find_first_of(":!", field.find(']', bracket) == std::string::npos ? field.size() : field.find(']', bracket));
+      colon = field.find_first_of(
+          ":!", field.find(']', bracket) == std::string::npos ? field.size() : field.find(']', bracket));
     char conversion = 0;
     std::string name = field.substr(0, colon);
     if (colon != std::string::npos && field[colon] == '!') {
@@ -338,9 +367,12 @@ std::string Runtime::brace_text(const std::string& format, const Args& args, siz
     }
     if (colon != std::string::npos) spec = field.substr(colon + 1);
     Value value = brace_field(name, args, next_index);
-    if (conversion == 's') value = Value::string(str(value));
-    else if (conversion == 'r' || conversion == 'a') value = Value::string(repr(value));
-    else if (conversion) fail("Unknown conversion specifier '" + std::string(1, conversion) + "'");
+    if (conversion == 's')
+      value = Value::string(str(value));
+    else if (conversion == 'r' || conversion == 'a')
+      value = Value::string(repr(value));
+    else if (conversion)
+      fail("Unknown conversion specifier '" + std::string(1, conversion) + "'");
     if (spec.find('{') != std::string::npos) spec = brace_text(spec, args, next_index, depth + 1);
     out += format_value(value, spec);
   }

@@ -11,7 +11,8 @@ constexpr int64_t kMaxRange = 100'000;  // as jinja2's sandbox
 
 Value make_range(Runtime&, const Args& args) {
   if (!args.named.empty()) fail("range() takes no keyword arguments");
-  if (args.positional.empty() || args.positional.size() > 3) fail("range expected 1 to 3 arguments, got " + std::to_string(args.positional.size()));
+  if (args.positional.empty() || args.positional.size() > 3)
+    fail("range expected 1 to 3 arguments, got " + std::to_string(args.positional.size()));
   int64_t bounds[3] = {0, 0, 1};
   for (size_t i = 0; i < args.positional.size(); ++i) {
     const Value& value = args.positional[i];
@@ -27,7 +28,8 @@ Value make_range(Runtime&, const Args& args) {
 }
 
 void fill(Runtime& runtime, DictObject& dict, const Args& args, const char* name) {
-  if (args.positional.size() > 1) fail(std::string(name) + " expected at most 1 argument, got " + std::to_string(args.positional.size()));
+  if (args.positional.size() > 1)
+    fail(std::string(name) + " expected at most 1 argument, got " + std::to_string(args.positional.size()));
   for (const Value& source : args.positional) {
     if (source.is(Kind::kDict)) {
       for (const auto& [key, value] : source.as_dict().entries) dict.set(key, value);
@@ -35,7 +37,8 @@ void fill(Runtime& runtime, DictObject& dict, const Args& args, const char* name
     }
     for (const Value& pair : runtime.iterate(source)) {
       std::vector<Value> both = runtime.iterate(pair);
-      if (both.size() != 2) fail("dictionary update sequence element has length " + std::to_string(both.size()) + "; 2 is required");
+      if (both.size() != 2)
+        fail("dictionary update sequence element has length " + std::to_string(both.size()) + "; 2 is required");
       dict.set(both[0], both[1]);
     }
   }
@@ -55,8 +58,8 @@ Value make_namespace(Runtime& runtime, const Args& args) {
   fill(runtime, *space, args, "namespace");
   for (const auto& [key, value] : space->entries)
     if (key.is_string() && key.text().starts_with("_"))
-      fail("Chat templates cannot store underscore-prefixed attributes on a namespace, but got " + string_repr(key.text()) +
-           ". Please rename the attribute.");
+      fail("Chat templates cannot store underscore-prefixed attributes on a namespace, but got " +
+           string_repr(key.text()) + ". Please rename the attribute.");
   return Value::of(Kind::kNamespace, std::move(space));
 }
 
@@ -64,12 +67,13 @@ Value make_joiner(Runtime& runtime, const Args& args) {
   const Value* separator = args.bind("joiner", {"sep"})[0];
   auto used = std::make_shared<bool>(false);
   std::string text = separator ? runtime.str(*separator) : ", ";
-  return Value::function("joiner", [used, text](Runtime&, const Args&) {
-    return Value::string(std::exchange(*used, true) ? text : "");
-  });
+  return Value::function(
+      "joiner", [used, text](Runtime&, const Args&) { return Value::string(std::exchange(*used, true) ? text : ""); });
 }
 
-Value raise_exception(Runtime& runtime, const Args& args) { fail(runtime.str(*args.bind("raise_exception", {"message"}, 1)[0])); }
+Value raise_exception(Runtime& runtime, const Args& args) {
+  fail(runtime.str(*args.bind("raise_exception", {"message"}, 1)[0]));
+}
 
 Value strftime_now(Runtime& runtime, const Args& args) {
   std::string format = runtime.str(*args.bind("strftime_now", {"format"}, 1)[0]);

@@ -103,8 +103,10 @@ class Lexer {
 
   // White space after a block or comment: '-' takes all, '+' none, otherwise one line end goes.
   void after_tag(char sign) {
-    if (sign == '-') advance(space_at(at_));
-    else if (sign != '+' && looking_at("\n")) advance(1);
+    if (sign == '-')
+      advance(space_at(at_));
+    else if (sign != '+' && looking_at("\n"))
+      advance(1);
   }
 
   bool read_raw() {
@@ -178,7 +180,8 @@ class Lexer {
     if (op.size() == 1 && std::string_view("+-/*%~[](){}><=.:|,;").find(op[0]) == std::string_view::npos) {
       size_t size = 1;
       while (size < rest.size() && (rest[size] & 0xc0) == 0x80) ++size;
-      error("unexpected char " + string_repr(rest.substr(0, size)) + " at " + std::to_string(count_codes(text_.substr(0, at_))));
+      error("unexpected char " + string_repr(rest.substr(0, size)) + " at " +
+            std::to_string(count_codes(text_.substr(0, at_))));
     }
     if (op == "{" || op == "(" || op == "[") open += op == "{" ? '}' : op == "(" ? ')' : ']';
     if (op == "}" || op == ")" || op == "]") {
@@ -194,7 +197,8 @@ class Lexer {
   template <typename Is>
   size_t digits_end(size_t at, Is is) const {
     size_t end = at;
-    while (end < text_.size() && (is(text_[end]) || (text_[end] == '_' && end > at && end + 1 < text_.size() && is(text_[end + 1]))))
+    while (end < text_.size() &&
+           (is(text_[end]) || (text_[end] == '_' && end > at && end + 1 < text_.size() && is(text_[end + 1]))))
       ++end;
     return end;
   }
@@ -230,8 +234,10 @@ class Lexer {
           int value = digit(c) ? c - '0' : (c | 32) >= 'a' && (c | 32) <= 'f' ? (c | 32) - 'a' + 10 : 99;
           return value < base;
         });
-        if (last > first) stop = last;
-        else base = 10;
+        if (last > first)
+          stop = last;
+        else
+          base = 10;
       }
       if (base == 10 && text_[at_] == '0') {  // 0, 00, 0_0: a following digit is another token
         stop = at_ + 1;
@@ -254,7 +260,8 @@ class Lexer {
     size_t end = at_ + 1;
     while (end < text_.size() && text_[end] != quote) end += text_[end] == '\\' ? 2 : 1;
     if (end >= text_.size())
-      error("unexpected char " + string_repr(std::string(1, quote)) + " at " + std::to_string(count_codes(text_.substr(0, at_))));
+      error("unexpected char " + string_repr(std::string(1, quote)) + " at " +
+            std::to_string(count_codes(text_.substr(0, at_))));
     std::string_view raw = std::string_view(text_).substr(at_ + 1, end - at_ - 1);
     add(TokenKind::kString, unescape(raw));
     advance(end + 1 - at_);
@@ -274,7 +281,8 @@ class Lexer {
       } else if (c == '\n') {
       } else if (c >= '0' && c <= '7') {
         char32_t code = 0;
-        for (int n = 0; n < 3 && i < raw.size() && raw[i] >= '0' && raw[i] <= '7'; ++n) code = code * 8 + (raw[i++] - '0');
+        for (int n = 0; n < 3 && i < raw.size() && raw[i] >= '0' && raw[i] <= '7'; ++n)
+          code = code * 8 + (raw[i++] - '0');
         --i;
         append_utf8(out, code);
       } else if (c == 'x' || c == 'u' || c == 'U') {

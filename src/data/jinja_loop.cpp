@@ -55,18 +55,24 @@ Value LoopObject::attribute(const std::string& name, const Value& self) {
   if (name == "previtem") return before ? *before : Value::undefined("there is no previous item");
   if (name == "nextitem") return peek() ? *after : Value::undefined("there is no next item");
   if (name == "cycle")
-    return Value::function("cycle", [self](Runtime&, const Args& args) {
-      if (args.positional.empty()) fail("no items for cycling given");
-      return args.positional[static_cast<size_t>(self.as_loop().index0) % args.positional.size()];
-    }, nesting + 1);
+    return Value::function(
+        "cycle",
+        [self](Runtime&, const Args& args) {
+          if (args.positional.empty()) fail("no items for cycling given");
+          return args.positional[static_cast<size_t>(self.as_loop().index0) % args.positional.size()];
+        },
+        nesting + 1);
   if (name == "changed")
-    return Value::function("changed", [self](Runtime& runtime, const Args& args) {
-      LoopObject& loop = self.as_loop();
-      Value value = Value::tuple(args.positional);
-      if (loop.last_changed && runtime.equal(*loop.last_changed, value)) return Value::boolean(false);
-      loop.last_changed = std::move(value);
-      return Value::boolean(true);
-    }, nesting + 1);
+    return Value::function(
+        "changed",
+        [self](Runtime& runtime, const Args& args) {
+          LoopObject& loop = self.as_loop();
+          Value value = Value::tuple(args.positional);
+          if (loop.last_changed && runtime.equal(*loop.last_changed, value)) return Value::boolean(false);
+          loop.last_changed = std::move(value);
+          return Value::boolean(true);
+        },
+        nesting + 1);
   return Value::undefined("'jinja2.runtime.LoopContext object' has no attribute '" + name + "'");
 }
 

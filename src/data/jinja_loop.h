@@ -1,5 +1,5 @@
-// The `loop` variable of a for statement. Items are tested and taken one at a time, as in jinja2: a test may look at what
-// the body has written into a namespace.
+// The `loop` variable of a for statement. Items are tested and taken one at a time, as in jinja2: a test may look at
+// what the body has written into a namespace.
 #pragma once
 
 #include <functional>
@@ -11,8 +11,8 @@ namespace trireme::jinja {
 
 struct LoopObject : Object {
   std::vector<Value> source;
-  size_t at = 0;                             // of the next item of `source`
-  std::function<bool(const Value&)> test;    // of `for ... if`; empty: every item
+  size_t at = 0;                               // of the next item of `source`
+  std::function<bool(const Value&)> test;      // of `for ... if`; empty: every item
   std::function<Value(const Value&)> recurse;  // of `recursive` loops
   int64_t index0 = -1, depth0 = 0;
   std::optional<int64_t> known_length;

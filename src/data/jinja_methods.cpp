@@ -83,7 +83,8 @@ Value affix_method(Runtime& runtime, const Value& self, const Args& args) {
   for (const Value& affix : affixes) {
     runtime.step();
     if (!affix.is_string())
-      fail(std::string(at_end ? "endswith" : "startswith") + " first arg must be str or a tuple of str, not " + affix.type_name());
+      fail(std::string(at_end ? "endswith" : "startswith") + " first arg must be str or a tuple of str, not " +
+           affix.type_name());
     if (at_end ? text.ends_with(affix.text()) : text.starts_with(affix.text())) return Value::boolean(true);
   }
   return Value::boolean(false);
@@ -97,7 +98,8 @@ Value find_method(Runtime& runtime, const Value& self, const Args& args) {
   runtime.step(text.size() / 64);
   int64_t offset = 0;
   size_t at = std::string_view::npos;
-  if ((!bound[1] && !bound[2]) || cut(text, bound[1], bound[2], &offset)) at = from_right ? text.rfind(needle) : text.find(needle);
+  if ((!bound[1] && !bound[2]) || cut(text, bound[1], bound[2], &offset))
+    at = from_right ? text.rfind(needle) : text.find(needle);
   if (at == std::string_view::npos && must) fail("substring not found");
   if (at == std::string_view::npos) return Value::integer(-1);
   return Value::integer(offset + static_cast<int64_t>(count_codes(text.substr(0, at))));
@@ -161,7 +163,8 @@ Value justify_method(Runtime& runtime, const Value& self, const Args& args) {
   std::string fill = bound[1] ? text_argument(*bound[1]) : " ";
   if (count_codes(fill) != 1) fail("The fill character must be exactly one character long");
   if (room <= 0) return self;
-  runtime.check_string(static_cast<uint64_t>(room) > (1u << 30) ? UINT64_MAX / 2 : static_cast<uint64_t>(room) * fill.size());
+  runtime.check_string(static_cast<uint64_t>(room) > (1u << 30) ? UINT64_MAX / 2
+                                                                : static_cast<uint64_t>(room) * fill.size());
   int64_t left = where < 0 ? 0 : where > 0 ? room : room / 2 + (room & width & 1);
   std::string result;
   for (int64_t i = 0; i < left; ++i) result += fill;
@@ -188,8 +191,10 @@ Value partition_method(Runtime& runtime, const Value& self, const Args& args) {
   const std::string& text = self.text();
   size_t at = from_right ? text.rfind(separator) : text.find(separator);
   Value empty = Value::string("");
-  if (at == std::string::npos) return from_right ? Value::tuple({empty, empty, self}) : Value::tuple({self, empty, empty});
-  return Value::tuple({runtime.text(text.substr(0, at)), Value::string(separator), runtime.text(text.substr(at + separator.size()))});
+  if (at == std::string::npos)
+    return from_right ? Value::tuple({empty, empty, self}) : Value::tuple({self, empty, empty});
+  return Value::tuple(
+      {runtime.text(text.substr(0, at)), Value::string(separator), runtime.text(text.substr(at + separator.size()))});
 }
 
 template <std::string (*change)(std::string_view)>
@@ -240,23 +245,51 @@ Value splitlines_method(Runtime& runtime, const Value& self, const Args& args) {
   return text_list(runtime, split_lines(self.text(), keep && Runtime::truth(*keep)));
 }
 
-Value format_method(Runtime& runtime, const Value& self, const Args& args) { return runtime.brace_format(self.text(), args); }
+Value format_method(Runtime& runtime, const Value& self, const Args& args) {
+  return runtime.brace_format(self.text(), args);
+}
 
-const std::unordered_map<std::string, Method> kStringMethods = {
-    {"strip", strip_method<Side::kBoth>}, {"lstrip", strip_method<Side::kLeft>}, {"rstrip", strip_method<Side::kRight>},
-    {"split", split_method<false>}, {"rsplit", split_method<true>}, {"splitlines", splitlines_method},
-    {"startswith", affix_method<false>}, {"endswith", affix_method<true>}, {"replace", replace_method},
-    {"find", find_method<false, false>}, {"rfind", find_method<true, false>}, {"index", find_method<false, true>},
-    {"rindex", find_method<true, true>}, {"count", count_method}, {"join", join_method}, {"format", format_method},
-    {"ljust", justify_method<-1>}, {"center", justify_method<0>}, {"rjust", justify_method<1>}, {"zfill", zfill_method},
-    {"partition", partition_method<false>}, {"rpartition", partition_method<true>}, {"upper", case_method<to_upper>},
-    {"lower", case_method<to_lower>}, {"title", case_method<to_title>}, {"capitalize", case_method<to_capitalized>},
-    {"casefold", case_method<to_lower>}, {"swapcase", case_method<swap_case>}, {"isalpha", all_method<is_alpha>},
-    {"isdigit", all_method<is_digit>}, {"isnumeric", all_method<is_digit>}, {"isdecimal", all_method<is_digit>},
-    {"isalnum", all_method<is_alnum>}, {"isspace", all_method<is_space>}, {"isupper", is_case_method<true>},
-    {"islower", is_case_method<false>}, {"removeprefix", remove_method<false>}, {"removesuffix", remove_method<true>}};
+const std::unordered_map<std::string, Method> kStringMethods = {{"strip", strip_method<Side::kBoth>},
+                                                                {"lstrip", strip_method<Side::kLeft>},
+                                                                {"rstrip", strip_method<Side::kRight>},
+                                                                {"split", split_method<false>},
+                                                                {"rsplit", split_method<true>},
+                                                                {"splitlines", splitlines_method},
+                                                                {"startswith", affix_method<false>},
+                                                                {"endswith", affix_method<true>},
+                                                                {"replace", replace_method},
+                                                                {"find", find_method<false, false>},
+                                                                {"rfind", find_method<true, false>},
+                                                                {"index", find_method<false, true>},
+                                                                {"rindex", find_method<true, true>},
+                                                                {"count", count_method},
+                                                                {"join", join_method},
+                                                                {"format", format_method},
+                                                                {"ljust", justify_method<-1>},
+                                                                {"center", justify_method<0>},
+                                                                {"rjust", justify_method<1>},
+                                                                {"zfill", zfill_method},
+                                                                {"partition", partition_method<false>},
+                                                                {"rpartition", partition_method<true>},
+                                                                {"upper", case_method<to_upper>},
+                                                                {"lower", case_method<to_lower>},
+                                                                {"title", case_method<to_title>},
+                                                                {"capitalize", case_method<to_capitalized>},
+                                                                {"casefold", case_method<to_lower>},
+                                                                {"swapcase", case_method<swap_case>},
+                                                                {"isalpha", all_method<is_alpha>},
+                                                                {"isdigit", all_method<is_digit>},
+                                                                {"isnumeric", all_method<is_digit>},
+                                                                {"isdecimal", all_method<is_digit>},
+                                                                {"isalnum", all_method<is_alnum>},
+                                                                {"isspace", all_method<is_space>},
+                                                                {"isupper", is_case_method<true>},
+                                                                {"islower", is_case_method<false>},
+                                                                {"removeprefix", remove_method<false>},
+                                                                {"removesuffix", remove_method<true>}};
 
-// --- list, tuple, dict ------------------------------------------------------------------------------------------------
+// --- list, tuple, dict
+// ------------------------------------------------------------------------------------------------
 Value sequence_index(Runtime& runtime, const Value& self, const Args& args) {
   const Value& wanted = *args.bind("index", {"value"}, 1)[0];
   for (size_t i = 0; i < self.items().size(); ++i)
@@ -292,15 +325,19 @@ Value dict_view(Runtime& runtime, const Value& self, const Args& args) {
   return Value::view(what == 0 ? "dict_keys" : what == 1 ? "dict_values" : "dict_items", std::move(items));
 }
 
-const std::unordered_map<std::string, Method> kListMethods = {{"index", sequence_index}, {"count", sequence_count}, {"copy", copy_method}};
+const std::unordered_map<std::string, Method> kListMethods = {
+    {"index", sequence_index}, {"count", sequence_count}, {"copy", copy_method}};
 const std::unordered_map<std::string, Method> kTupleMethods = {{"index", sequence_index}, {"count", sequence_count}};
-const std::unordered_map<std::string, Method> kDictMethods = {
-    {"get", dict_get}, {"keys", dict_view<0>}, {"values", dict_view<1>}, {"items", dict_view<2>}, {"copy", copy_method}};
+const std::unordered_map<std::string, Method> kDictMethods = {{"get", dict_get},
+                                                              {"keys", dict_view<0>},
+                                                              {"values", dict_view<1>},
+                                                              {"items", dict_view<2>},
+                                                              {"copy", copy_method}};
 
 }  // namespace
 
 Value Runtime::method(const Value& object, const std::string& name) {
-  const std::unordered_map<std::string, Method>* methods = object.is_string()          ? &kStringMethods
+  const std::unordered_map<std::string, Method>* methods = object.is_string()        ? &kStringMethods
                                                            : object.is(Kind::kList)  ? &kListMethods
                                                            : object.is(Kind::kTuple) ? &kTupleMethods
                                                            : object.is(Kind::kDict)  ? &kDictMethods
@@ -308,7 +345,9 @@ Value Runtime::method(const Value& object, const std::string& name) {
   if (!methods) return Value();
   auto found = methods->find(name);
   if (found == methods->end()) return Value();
-  auto call = [method = found->second, object](Runtime& runtime, const Args& args) { return method(runtime, object, args); };
+  auto call = [method = found->second, object](Runtime& runtime, const Args& args) {
+    return method(runtime, object, args);
+  };
   return Value::function(name, call, object.nesting() + 1);
 }
 

@@ -10,7 +10,18 @@
 
 namespace trireme::jinja {
 
-enum class TokenKind : uint8_t { kData, kVariableBegin, kVariableEnd, kBlockBegin, kBlockEnd, kName, kString, kNumber, kOperator, kEnd };
+enum class TokenKind : uint8_t {
+  kData,
+  kVariableBegin,
+  kVariableEnd,
+  kBlockBegin,
+  kBlockEnd,
+  kName,
+  kString,
+  kNumber,
+  kOperator,
+  kEnd
+};
 
 struct Token {
   TokenKind kind;
@@ -24,10 +35,42 @@ std::vector<Token> tokenize(const std::string& source);
 
 enum class NodeKind : uint8_t {
   // expressions
-  kConst, kName, kNamespaceRef, kTuple, kList, kDict, kGetattr, kGetitem, kSlice, kCall, kFilter, kTest, kNot, kNegative,
-  kPositive, kBinary, kConcat, kCompare, kAnd, kOr, kConditional,
+  kConst,
+  kName,
+  kNamespaceRef,
+  kTuple,
+  kList,
+  kDict,
+  kGetattr,
+  kGetitem,
+  kSlice,
+  kCall,
+  kFilter,
+  kTest,
+  kNot,
+  kNegative,
+  kPositive,
+  kBinary,
+  kConcat,
+  kCompare,
+  kAnd,
+  kOr,
+  kConditional,
   // statements
-  kText, kPrint, kIf, kFor, kSet, kSetBlock, kMacro, kCallBlock, kFilterBlock, kWith, kGeneration, kBlock, kBreak, kContinue
+  kText,
+  kPrint,
+  kIf,
+  kFor,
+  kSet,
+  kSetBlock,
+  kMacro,
+  kCallBlock,
+  kFilterBlock,
+  kWith,
+  kGeneration,
+  kBlock,
+  kBreak,
+  kContinue
 };
 
 struct Node;
@@ -38,11 +81,10 @@ using Body = std::vector<NodePtr>;
 //   kName, kGetattr, kFilter, kTest, kMacro, kText, kBinary   text: the name, text or operator
 //   kNamespaceRef          text "." attribute
 //   kTuple, kList          items;  kDict: key, value, key, value, ...
-//   kCall, kFilter, kTest  a: what is called or filtered (null in filter blocks), items, named, more_items (*), more_named (**)
-//   kSlice                 a[b : c : d] as items (null where absent);  kGetitem: a, b
-//   kCompare               a, then operators with items;  kConditional: a if b else c (null)
-//   kIf                    items: tests, bodies: one each, and one more for else
-//   kFor                   a: target, b: iterable, c: test; bodies: {body, else}; flag: recursive
+//   kCall, kFilter, kTest  a: what is called or filtered (null in filter blocks), items, named, more_items (*),
+//   more_named (**) kSlice                 a[b : c : d] as items (null where absent);  kGetitem: a, b kCompare a, then
+//   operators with items;  kConditional: a if b else c (null) kIf                    items: tests, bodies: one each,
+//   and one more for else kFor                   a: target, b: iterable, c: test; bodies: {body, else}; flag: recursive
 //   kSet, kSetBlock        a: target, b: value or filters (may be null)
 //   kMacro, kCallBlock     operators: parameters, items: defaults of the last ones, b: the call
 //   kWith                  items: target, value, ...

@@ -63,7 +63,8 @@ Value float_binary(const std::string& op, double a, double b) {
     if (std::isinf(power) && std::isfinite(a) && std::isfinite(b)) fail("(34, 'Numerical result out of range')");
     return Value::real(power);
   }
-  if (b == 0) fail(op == "/" ? "float division by zero" : op == "%" ? "float modulo by zero" : "float floor division by zero");
+  if (b == 0)
+    fail(op == "/" ? "float division by zero" : op == "%" ? "float modulo by zero" : "float floor division by zero");
   if (op == "/") return Value::real(a / b);
   double rest = std::fmod(a, b);
   if (rest != 0 && (rest < 0) != (b < 0)) rest += b;
@@ -115,8 +116,9 @@ Value python_item(Runtime& runtime, const Value& object, const Value& key, bool&
   found = true;
   if (object.is(Kind::kDict) || object.is(Kind::kNamespace)) {
     bool hashable = !key.is(Kind::kList) && !key.is(Kind::kDict);
-    const Value* value = !hashable ? nullptr : object.is(Kind::kDict) ? object.as_dict().find(key)
-                                                                       : object.as_namespace().find(key);
+    const Value* value = !hashable                ? nullptr
+                         : object.is(Kind::kDict) ? object.as_dict().find(key)
+                                                  : object.as_namespace().find(key);
     if (value) return *value;
   } else if (key.is_integral()) {
     int64_t i = key.as_int();
@@ -174,14 +176,16 @@ Value Runtime::slice(const Value& object, const Value& start, const Value& stop,
   bool sliceable = object.is_string() || object.is(Kind::kList) || object.is(Kind::kTuple) || object.is(Kind::kRange);
   if (!sliceable) fail("'" + object.type_name() + "' object cannot be sliced");
   for (const Value* part : {&start, &stop, &step_value})
-    if (!part->is_none() && !part->is_integral()) fail("slice indices must be integers or None or have an __index__ method");
+    if (!part->is_none() && !part->is_integral())
+      fail("slice indices must be integers or None or have an __index__ method");
   int64_t by = step_value.is_none() ? 1 : step_value.as_int();
   if (by == 0) fail("slice step cannot be zero");
   by = std::clamp<int64_t>(by, -INT32_MAX, INT32_MAX);
   std::u32string codes;
   bool ascii = object.is_string() && is_ascii(object.text());
   if (object.is_string() && !ascii) codes = decode(object.text());
-  int64_t size = object.is_string() ? static_cast<int64_t>(ascii ? object.text().size() : codes.size()) : length(object);
+  int64_t size =
+      object.is_string() ? static_cast<int64_t>(ascii ? object.text().size() : codes.size()) : length(object);
   auto bound = [&](const Value& value, int64_t absent) {
     if (value.is_none()) return absent;
     int64_t i = value.as_int();
@@ -200,9 +204,12 @@ Value Runtime::slice(const Value& object, const Value& start, const Value& stop,
   std::vector<Value> items;
   for (int64_t i = first; by > 0 ? i < last : i > last; i += by) {
     auto at = static_cast<size_t>(i);
-    if (ascii) text += object.text()[at];
-    else if (object.is_string()) append_utf8(text, codes[at]);
-    else items.push_back(object.items()[at]);
+    if (ascii)
+      text += object.text()[at];
+    else if (object.is_string())
+      append_utf8(text, codes[at]);
+    else
+      items.push_back(object.items()[at]);
   }
   if (object.is_string()) return this->text(std::move(text), object.safe());
   step(items.size());
@@ -214,7 +221,8 @@ Value Runtime::repeat(const Value& sequence, int64_t count) {
   if (sequence.is_string()) {
     const std::string& unit = sequence.text();
     if (unit.empty()) return sequence;
-    check_string(static_cast<uint64_t>(count) > limits_.max_string_bytes ? UINT64_MAX / 2 : unit.size() * static_cast<uint64_t>(count));
+    check_string(static_cast<uint64_t>(count) > limits_.max_string_bytes ? UINT64_MAX / 2
+                                                                         : unit.size() * static_cast<uint64_t>(count));
     std::string result;
     result.reserve(unit.size() * static_cast<size_t>(count));
     for (int64_t i = 0; i < count; ++i) result += unit;
@@ -222,7 +230,9 @@ Value Runtime::repeat(const Value& sequence, int64_t count) {
   }
   std::vector<Value> items;
   const std::vector<Value>& unit = sequence.items();
-  if (!unit.empty()) step(static_cast<uint64_t>(count) > limits_.max_steps ? limits_.max_steps : static_cast<uint64_t>(count) * unit.size());
+  if (!unit.empty())
+    step(static_cast<uint64_t>(count) > limits_.max_steps ? limits_.max_steps
+                                                          : static_cast<uint64_t>(count) * unit.size());
   for (int64_t i = 0; i < count && !unit.empty(); ++i) items.insert(items.end(), unit.begin(), unit.end());
   return sequence.is(Kind::kList) ? Value::list(std::move(items)) : Value::tuple(std::move(items));
 }
@@ -252,7 +262,9 @@ Value Runtime::binary(const std::string& op, const Value& a, const Value& b) {
     if (a.is(Kind::kTuple)) fail("can only concatenate tuple (not \"" + b.type_name() + "\") to tuple");
   }
   if (op == "*") {
-    auto repeats = [](const Value& value) { return value.is_string() || value.is(Kind::kList) || value.is(Kind::kTuple); };
+    auto repeats = [](const Value& value) {
+      return value.is_string() || value.is(Kind::kList) || value.is(Kind::kTuple);
+    };
     if (repeats(a) && b.is_integral()) return repeat(a, b.as_int());
     if (repeats(b) && a.is_integral()) return repeat(b, a.as_int());
     if (repeats(a)) fail("can't multiply sequence by non-int of type '" + b.type_name() + "'");
@@ -264,7 +276,8 @@ Value Runtime::binary(const std::string& op, const Value& a, const Value& b) {
 Value Runtime::negative(const Value& value, bool minus) {
   if (value.is_undefined()) fail(value.text());
   if (value.is(Kind::kFloat)) return Value::real(minus ? -value.as_double() : value.as_double());
-  if (!value.is_integral()) fail(std::string("bad operand type for unary ") + (minus ? "-" : "+") + ": '" + value.type_name() + "'");
+  if (!value.is_integral())
+    fail(std::string("bad operand type for unary ") + (minus ? "-" : "+") + ": '" + value.type_name() + "'");
   if (!minus) return Value::integer(value.as_int());
   return integer_binary("-", 0, value.as_int());
 }

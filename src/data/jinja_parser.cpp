@@ -14,15 +14,24 @@ const Token& Parser::advance() {
 
 std::string Parser::describe(const Token& token) {
   switch (token.kind) {
-    case TokenKind::kData: return "template data / text";
-    case TokenKind::kVariableBegin: return "begin of print statement";
-    case TokenKind::kVariableEnd: return "end of print statement";
-    case TokenKind::kBlockBegin: return "begin of statement block";
-    case TokenKind::kBlockEnd: return "end of statement block";
-    case TokenKind::kString: return "string";
-    case TokenKind::kNumber: return token.number.is(Kind::kFloat) ? "float" : "integer";
-    case TokenKind::kEnd: return "end of template";
-    default: return token.text;
+    case TokenKind::kData:
+      return "template data / text";
+    case TokenKind::kVariableBegin:
+      return "begin of print statement";
+    case TokenKind::kVariableEnd:
+      return "end of print statement";
+    case TokenKind::kBlockBegin:
+      return "begin of statement block";
+    case TokenKind::kBlockEnd:
+      return "end of statement block";
+    case TokenKind::kString:
+      return "string";
+    case TokenKind::kNumber:
+      return token.number.is(Kind::kFloat) ? "float" : "integer";
+    case TokenKind::kEnd:
+      return "end of template";
+    default:
+      return token.text;
   }
 }
 
@@ -57,7 +66,8 @@ NodePtr Parser::finish(NodePtr node) {
   for (const auto& [name, child] : node->named) deepen(child);
   for (const Body& body : node->bodies)
     for (const NodePtr& child : body) deepen(child);
-  if (node->depth > kMaxTreeDepth) error("the template is nested deeper than " + std::to_string(kMaxTreeDepth) + " levels");
+  if (node->depth > kMaxTreeDepth)
+    error("the template is nested deeper than " + std::to_string(kMaxTreeDepth) + " levels");
   return node;
 }
 
@@ -66,7 +76,8 @@ Parser::Nesting::Nesting(Parser& parser) : parser(parser) {
     parser.error("the template is nested deeper than " + std::to_string(kMaxParserNesting) + " levels");
 }
 
-// --- statements -------------------------------------------------------------------------------------------------------
+// --- statements
+// -------------------------------------------------------------------------------------------------------
 void Parser::fail_unknown(const std::string* name) {
   std::string message = name ? "Encountered unknown tag " + string_repr(*name) + "." : "Unexpected end of template.";
   if (!end_tags_.empty()) {
@@ -75,10 +86,13 @@ void Parser::fail_unknown(const std::string* name) {
     for (const auto& tags : end_tags_)
       for (const std::string& tag : tags) elsewhere = elsewhere || (name && tag == *name);
     for (const std::string& tag : end_tags_.back()) wanted += (wanted.empty() ? "'" : " or '") + tag + "'";
-    message += elsewhere ? " You probably made a nesting mistake. Jinja is expecting this tag, but currently looking for " + wanted + "."
-                         : " Jinja was looking for the following tags: " + wanted + ".";
+    message += elsewhere
+                   ? " You probably made a nesting mistake. Jinja is expecting this tag, but currently looking for " +
+                         wanted + "."
+                   : " Jinja was looking for the following tags: " + wanted + ".";
   }
-  if (!open_tags_.empty()) message += " The innermost block that needs to be closed is " + string_repr(open_tags_.back()) + ".";
+  if (!open_tags_.empty())
+    message += " The innermost block that needs to be closed is " + string_repr(open_tags_.back()) + ".";
   error(message);
 }
 
@@ -127,12 +141,18 @@ void Parser::parse_statement(Body& body) {
   open_tags_.push_back(tag);
   int line = current().line;
   NodePtr node;
-  if (tag == "if") node = parse_if();
-  else if (tag == "for") node = parse_for();
-  else if (tag == "set") node = parse_set();
-  else if (tag == "macro") node = parse_macro();
-  else if (tag == "call") node = parse_call_block();
-  else if (tag == "with") node = parse_with();
+  if (tag == "if")
+    node = parse_if();
+  else if (tag == "for")
+    node = parse_for();
+  else if (tag == "set")
+    node = parse_set();
+  else if (tag == "macro")
+    node = parse_macro();
+  else if (tag == "call")
+    node = parse_call_block();
+  else if (tag == "with")
+    node = parse_with();
   else if (tag == "print") {
     advance();
     for (bool first = true; current().kind != TokenKind::kBlockEnd; first = false) {
@@ -208,8 +228,10 @@ NodePtr Parser::parse_for() {
   ++num_loops_;
   node->bodies.push_back(parse_body({"endfor", "else"}));
   --num_loops_;
-  if (skip_name("else")) node->bodies.push_back(parse_body({"endfor"}));
-  else node->bodies.emplace_back();
+  if (skip_name("else"))
+    node->bodies.push_back(parse_body({"endfor"}));
+  else
+    node->bodies.emplace_back();
   advance();
   return node;
 }
@@ -235,8 +257,10 @@ void Parser::parse_signature(Node& node) {
   for (bool first = true; !is_operator(")"); first = false) {
     if (!first) expect_operator(",");
     node.operators.push_back(expect_name());
-    if (skip_operator("=")) node.items.push_back(parse_expression());
-    else if (!node.items.empty()) error("non-default argument follows default argument");
+    if (skip_operator("="))
+      node.items.push_back(parse_expression());
+    else if (!node.items.empty())
+      error("non-default argument follows default argument");
   }
   expect_operator(")");
 }

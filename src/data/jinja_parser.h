@@ -8,8 +8,9 @@
 
 namespace trireme::jinja {
 
-constexpr int kMaxTreeDepth = 300;      // of nodes below each other
-constexpr int kMaxParserNesting = 100;  // of brackets and blocks; Python refuses 100 nested blocks and 200 brackets, too
+constexpr int kMaxTreeDepth = 300;  // of nodes below each other
+constexpr int kMaxParserNesting =
+    100;  // of brackets and blocks; Python refuses 100 nested blocks and 200 brackets, too
 
 class Parser {
  public:

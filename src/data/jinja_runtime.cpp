@@ -41,18 +41,27 @@ Runtime::Depth::Depth(Runtime& runtime) : runtime(runtime) {
 bool Runtime::truth(const Value& value) {
   switch (value.kind()) {
     case Kind::kUndefined:
-    case Kind::kNone: return false;
+    case Kind::kNone:
+      return false;
     case Kind::kBool:
-    case Kind::kInt: return value.as_int() != 0;
-    case Kind::kFloat: return value.as_double() != 0;
-    case Kind::kString: return !value.text().empty();
+    case Kind::kInt:
+      return value.as_int() != 0;
+    case Kind::kFloat:
+      return value.as_double() != 0;
+    case Kind::kString:
+      return !value.text().empty();
     case Kind::kList:
     case Kind::kTuple:
-    case Kind::kView: return !value.items().empty();
-    case Kind::kDict: return !value.as_dict().entries.empty();
-    case Kind::kRange: return value.as_range().size() > 0;
-    case Kind::kLoop: return value.as_loop().length() > 0;
-    default: return true;
+    case Kind::kView:
+      return !value.items().empty();
+    case Kind::kDict:
+      return !value.as_dict().entries.empty();
+    case Kind::kRange:
+      return value.as_range().size() > 0;
+    case Kind::kLoop:
+      return value.as_loop().length() > 0;
+    default:
+      return true;
   }
 }
 
@@ -74,8 +83,10 @@ bool Runtime::equal(const Value& a, const Value& b) {
   if (a.kind() != b.kind()) return false;
   switch (a.kind()) {
     case Kind::kUndefined:
-    case Kind::kNone: return true;
-    case Kind::kString: return a.text() == b.text();
+    case Kind::kNone:
+      return true;
+    case Kind::kString:
+      return a.text() == b.text();
     case Kind::kList:
     case Kind::kTuple: {
       if (a.object() == b.object()) return true;
@@ -98,7 +109,8 @@ bool Runtime::equal(const Value& a, const Value& b) {
       int64_t size = x.size();
       return size == y.size() && (size == 0 || (x.start == y.start && (size == 1 || x.step == y.step)));
     }
-    default: return a.object() == b.object();
+    default:
+      return a.object() == b.object();
   }
 }
 
@@ -114,7 +126,8 @@ bool Runtime::less(const Value& a, const Value& b, const char* op) {
       if (!equal(a.items()[i], b.items()[i])) return less(a.items()[i], b.items()[i], op);
     return a.items().size() < b.items().size();
   }
-  fail(std::string("'") + op + "' not supported between instances of '" + a.type_name() + "' and '" + b.type_name() + "'");
+  fail(std::string("'") + op + "' not supported between instances of '" + a.type_name() + "' and '" + b.type_name() +
+       "'");
 }
 
 bool Runtime::contains(const Value& container, const Value& item) {
@@ -124,7 +137,8 @@ bool Runtime::contains(const Value& container, const Value& item) {
       if (!item.is_string()) fail("'in <string>' requires string as left operand, not " + item.type_name());
       step(1 + container.text().size() / 64);
       return container.text().find(item.text()) != std::string::npos;
-    case Kind::kDict: return container.as_dict().find(item) != nullptr;
+    case Kind::kDict:
+      return container.as_dict().find(item) != nullptr;
     case Kind::kRange:
     case Kind::kUndefined:
     case Kind::kList:
@@ -139,14 +153,16 @@ bool Runtime::contains(const Value& container, const Value& item) {
       for (const Value& other : iterate(container))
         if (equal(other, item)) return true;
       return false;
-    default: fail("argument of type '" + container.type_name() + "' is not iterable");
+    default:
+      fail("argument of type '" + container.type_name() + "' is not iterable");
   }
 }
 
 std::vector<Value> Runtime::iterate(const Value& value) {
   std::vector<Value> items;
   switch (value.kind()) {
-    case Kind::kUndefined: break;
+    case Kind::kUndefined:
+      break;
     case Kind::kString: {
       step(value.text().size());
       for (char32_t code : decode(value.text())) items.push_back(Value::string(encode(std::u32string_view(&code, 1))));
@@ -154,7 +170,9 @@ std::vector<Value> Runtime::iterate(const Value& value) {
     }
     case Kind::kList:
     case Kind::kTuple:
-    case Kind::kView: items = value.items(); break;
+    case Kind::kView:
+      items = value.items();
+      break;
     case Kind::kDict:
       for (const auto& [key, unused] : value.as_dict().entries) items.push_back(key);
       break;
@@ -179,7 +197,8 @@ std::vector<Value> Runtime::iterate(const Value& value) {
       }
       break;
     }
-    default: fail("'" + value.type_name() + "' object is not iterable");
+    default:
+      fail("'" + value.type_name() + "' object is not iterable");
   }
   step(items.size());
   return items;
@@ -187,15 +206,22 @@ std::vector<Value> Runtime::iterate(const Value& value) {
 
 int64_t Runtime::length(const Value& value) {
   switch (value.kind()) {
-    case Kind::kUndefined: return 0;
-    case Kind::kString: return static_cast<int64_t>(count_codes(value.text()));
+    case Kind::kUndefined:
+      return 0;
+    case Kind::kString:
+      return static_cast<int64_t>(count_codes(value.text()));
     case Kind::kList:
     case Kind::kTuple:
-    case Kind::kView: return static_cast<int64_t>(value.items().size());
-    case Kind::kDict: return static_cast<int64_t>(value.as_dict().entries.size());
-    case Kind::kRange: return value.as_range().size();
-    case Kind::kLoop: return value.as_loop().length();
-    default: fail("object of type '" + value.type_name() + "' has no len()");
+    case Kind::kView:
+      return static_cast<int64_t>(value.items().size());
+    case Kind::kDict:
+      return static_cast<int64_t>(value.as_dict().entries.size());
+    case Kind::kRange:
+      return value.as_range().size();
+    case Kind::kLoop:
+      return value.as_loop().length();
+    default:
+      fail("object of type '" + value.type_name() + "' has no len()");
   }
 }
 
@@ -224,15 +250,33 @@ void Runtime::append_repr(std::string& out, const Value& value, int depth) {
     out += close;
   };
   switch (value.kind()) {
-    case Kind::kUndefined: out += "Undefined"; break;
-    case Kind::kNone: out += "None"; break;
-    case Kind::kBool: out += value.as_bool() ? "True" : "False"; break;
-    case Kind::kInt: out += std::to_string(value.as_int()); break;
-    case Kind::kFloat: out += float_repr(value.as_double()); break;
-    case Kind::kString: out += value.safe() ? "Markup(" + string_repr(value.text()) + ")" : string_repr(value.text()); break;
-    case Kind::kList: join(value.items(), "[", "]"); break;
-    case Kind::kTuple: join(value.items(), "(", value.items().size() == 1 ? ",)" : ")"); break;
-    case Kind::kView: join(value.items(), (value.type_name() + "([").c_str(), "])"); break;
+    case Kind::kUndefined:
+      out += "Undefined";
+      break;
+    case Kind::kNone:
+      out += "None";
+      break;
+    case Kind::kBool:
+      out += value.as_bool() ? "True" : "False";
+      break;
+    case Kind::kInt:
+      out += std::to_string(value.as_int());
+      break;
+    case Kind::kFloat:
+      out += float_repr(value.as_double());
+      break;
+    case Kind::kString:
+      out += value.safe() ? "Markup(" + string_repr(value.text()) + ")" : string_repr(value.text());
+      break;
+    case Kind::kList:
+      join(value.items(), "[", "]");
+      break;
+    case Kind::kTuple:
+      join(value.items(), "(", value.items().size() == 1 ? ",)" : ")");
+      break;
+    case Kind::kView:
+      join(value.items(), (value.type_name() + "([").c_str(), "])");
+      break;
     case Kind::kNamespace:
     case Kind::kDict: {
       bool space = value.is(Kind::kNamespace);
@@ -260,15 +304,16 @@ void Runtime::append_repr(std::string& out, const Value& value, int depth) {
       break;
     }
     case Kind::kFunction:
-    case Kind::kIterator: out += "<" + value.type_name() + " object>"; break;  // Python prints an address here
+    case Kind::kIterator:
+      out += "<" + value.type_name() + " object>";
+      break;  // Python prints an address here
   }
 }
 
 Value Runtime::call(const Value& function, const Args& args) {
   if (function.is_undefined()) fail(function.text());
   if (function.is(Kind::kLoop)) {
-    if (!function.as_loop().recurse)
-      fail("The loop must have the 'recursive' marker to be called recursively.");
+    if (!function.as_loop().recurse) fail("The loop must have the 'recursive' marker to be called recursively.");
     const Value* items = args.bind("loop", {"iterable"}, 1)[0];
     return function.as_loop().recurse(*items);
   }
@@ -283,16 +328,20 @@ Value Runtime::call(const Value& function, const Args& args) {
 Value Runtime::from_json(const Json& value, int depth) {
   if (depth > kMaxNesting) fail("the messages are nested deeper than " + std::to_string(kMaxNesting) + " levels");
   switch (value.type()) {
-    case Json::value_t::boolean: return Value::boolean(value.get<bool>());
-    case Json::value_t::number_integer: return Value::integer(value.get<int64_t>());
+    case Json::value_t::boolean:
+      return Value::boolean(value.get<bool>());
+    case Json::value_t::number_integer:
+      return Value::integer(value.get<int64_t>());
     case Json::value_t::number_unsigned: {
       uint64_t number = value.get<uint64_t>();
       if (number > static_cast<uint64_t>(INT64_MAX))
         fail("the messages hold the integer " + std::to_string(number) + "; integers beyond 64 bits are not supported");
       return Value::integer(static_cast<int64_t>(number));
     }
-    case Json::value_t::number_float: return Value::real(value.get<double>());
-    case Json::value_t::string: return Value::string(value.get_ref<const std::string&>());
+    case Json::value_t::number_float:
+      return Value::real(value.get<double>());
+    case Json::value_t::string:
+      return Value::string(value.get_ref<const std::string&>());
     case Json::value_t::array: {
       std::vector<Value> items;
       for (const Json& item : value) items.push_back(from_json(item, depth + 1));
@@ -303,7 +352,8 @@ Value Runtime::from_json(const Json& value, int depth) {
       for (const auto& [key, item] : value.items()) dict->set(Value::string(key), from_json(item, depth + 1));
       return Value::dict(std::move(dict));
     }
-    default: return Value();
+    default:
+      return Value();
   }
 }
 

@@ -47,9 +47,9 @@ class Runtime {
   Value call(const Value& function, const Args& args);
   Value method(const Value& object, const std::string& name);  // a method of a str, list, dict, ...; None where absent
 
-  Value percent_format(const std::string& format, const Value& arguments);              // format % arguments
-  Value brace_format(const std::string& format, const Args& args);                      // format.format(...)
-  std::string format_value(const Value& value, const std::string& spec);                // format(value, spec)
+  Value percent_format(const std::string& format, const Value& arguments);  // format % arguments
+  Value brace_format(const std::string& format, const Args& args);          // format.format(...)
+  std::string format_value(const Value& value, const std::string& spec);    // format(value, spec)
   std::string to_json(const Value& value, const std::string& indent, bool pretty, const std::string& item_separator,
                       const std::string& key_separator, bool ensure_ascii, bool sort_keys);
 
@@ -66,8 +66,8 @@ class Runtime {
  private:
   void append_repr(std::string& out, const Value& value, int depth);
   void append_json(std::string& out, const Value& value, const std::string& indent, bool pretty,
-                   const std::string& item_separator, const std::string& key_separator, bool ensure_ascii, bool sort_keys,
-                   int level);
+                   const std::string& item_separator, const std::string& key_separator, bool ensure_ascii,
+                   bool sort_keys, int level);
   Value repeat(const Value& sequence, int64_t count);
   std::string format_float(double value, char type, int precision, bool alternate);
   Value brace_field(const std::string& field, const Args& args, size_t& next_index);

@@ -22,7 +22,8 @@ Value get_path(Runtime& runtime, Value value, const Value* path, const Value* ab
       size_t end = std::min(text.find('.', at), text.size());
       std::string part = text.substr(at, end - at);
       int64_t index = 0;
-      bool digits = !part.empty() && part.find_first_not_of("0123456789") == std::string::npos && parse_int(part, 10, index);
+      bool digits =
+          !part.empty() && part.find_first_not_of("0123456789") == std::string::npos && parse_int(part, 10, index);
       parts.push_back(digits ? Value::integer(index) : Value::string(part));
       at = end + 1;
     }
@@ -41,7 +42,8 @@ Value fold_case(const Value& value, bool case_sensitive) {
 }
 
 // Stable, by `key` of each item.
-std::vector<Value> sorted_by(Runtime& runtime, const std::vector<Value>& items, const std::vector<Value>& keys, bool reverse) {
+std::vector<Value> sorted_by(Runtime& runtime, const std::vector<Value>& items, const std::vector<Value>& keys,
+                             bool reverse) {
   std::vector<size_t> order(items.size());
   for (size_t i = 0; i < order.size(); ++i) order[i] = i;
   if (reverse) std::reverse(order.begin(), order.end());
@@ -93,7 +95,8 @@ Value filter_unique(Runtime& runtime, const Value& value, const Args& args) {
   std::unordered_set<std::string> seen;
   std::vector<Value> items;
   for (const Value& item : runtime.iterate(value))
-    if (seen.insert(hash_key(fold_case(get_path(runtime, item, bound[1]), flag(bound[0])))).second) items.push_back(item);
+    if (seen.insert(hash_key(fold_case(get_path(runtime, item, bound[1]), flag(bound[0])))).second)
+      items.push_back(item);
   return Value::iterator("generator", std::move(items));
 }
 
@@ -114,7 +117,8 @@ Value filter_sum(Runtime& runtime, const Value& value, const Args& args) {
   Bound bound = args.bind("sum", {"attribute", "start"});
   Value total = bound[1] ? *bound[1] : Value::integer(0);
   if (total.is_string()) fail("sum() can't sum strings [use ''.join(seq) instead]");
-  for (const Value& item : runtime.iterate(value)) total = runtime.binary("+", total, get_path(runtime, item, bound[0]));
+  for (const Value& item : runtime.iterate(value))
+    total = runtime.binary("+", total, get_path(runtime, item, bound[0]));
   return total;
 }
 
@@ -145,7 +149,8 @@ Value filter_first(Runtime& runtime, const Value& value, const Args& args) {
 
 void check_reversible(const Value& value) {
   if (value.is_undefined()) return;
-  if (value.is(Kind::kIterator) || value.is_number() || value.is_none() || value.is(Kind::kNamespace) || value.is(Kind::kFunction))
+  if (value.is(Kind::kIterator) || value.is_number() || value.is_none() || value.is(Kind::kNamespace) ||
+      value.is(Kind::kFunction))
     fail("'" + value.type_name() + "' object is not reversible");
 }
 
@@ -191,7 +196,8 @@ Value filter_items(Runtime&, const Value& value, const Args& args) {
 
 Value filter_default(Runtime&, const Value& value, const Args& args) {
   Bound bound = args.bind("default", {"default_value", "boolean"});
-  if (value.is_undefined() || (flag(bound[1]) && !Runtime::truth(value))) return bound[0] ? *bound[0] : Value::string("");
+  if (value.is_undefined() || (flag(bound[1]) && !Runtime::truth(value)))
+    return bound[0] ? *bound[0] : Value::string("");
   return value;
 }
 
@@ -219,7 +225,8 @@ Value filter_select(Runtime& runtime, const Value& value, const Args& args) {
   bool has_test = args.positional.size() > offset;
   std::string name = has_test ? runtime.str(args.positional[offset]) : "";
   Args rest;
-  if (has_test) rest = {{args.positional.begin() + static_cast<std::ptrdiff_t>(offset) + 1, args.positional.end()}, args.named};
+  if (has_test)
+    rest = {{args.positional.begin() + static_cast<std::ptrdiff_t>(offset) + 1, args.positional.end()}, args.named};
   for (const Value& item : runtime.iterate(value)) {
     Value tested = by_attribute ? get_path(runtime, item, &args.positional[0]) : item;
     if ((has_test ? runtime.test(name, tested, rest) : Runtime::truth(tested)) == keep) items.push_back(item);
@@ -250,7 +257,8 @@ Value filter_batch(Runtime& runtime, const Value& value, const Args& args) {
 Value filter_groupby(Runtime& runtime, const Value& value, const Args& args) {
   Bound bound = args.bind("groupby", {"attribute", "default", "case_sensitive"}, 1);
   std::vector<Value> items = runtime.iterate(value), keys;
-  for (const Value& item : items) keys.push_back(fold_case(get_path(runtime, item, bound[0], bound[1]), flag(bound[2])));
+  for (const Value& item : items)
+    keys.push_back(fold_case(get_path(runtime, item, bound[0], bound[1]), flag(bound[2])));
   std::vector<Value> pairs;
   for (size_t i = 0; i < items.size(); ++i) pairs.push_back(Value::tuple({keys[i], items[i]}));
   std::vector<Value> groups, group;
@@ -281,14 +289,30 @@ Value filter_attr(Runtime& runtime, const Value& value, const Args& args) {
 }  // namespace
 
 const FilterTable& sequence_filters() {
-  static const FilterTable kFilters = {
-      {"sort", filter_sort}, {"dictsort", filter_dictsort}, {"unique", filter_unique}, {"min", filter_extreme<false>},
-      {"max", filter_extreme<true>}, {"sum", filter_sum}, {"join", filter_join}, {"first", filter_first},
-      {"last", filter_last}, {"reverse", filter_reverse}, {"length", filter_length}, {"count", filter_length},
-      {"list", filter_list}, {"items", filter_items}, {"default", filter_default}, {"d", filter_default},
-      {"map", filter_map}, {"select", filter_select<true, false>}, {"reject", filter_select<false, false>},
-      {"selectattr", filter_select<true, true>}, {"rejectattr", filter_select<false, true>}, {"batch", filter_batch},
-      {"groupby", filter_groupby}, {"attr", filter_attr}};
+  static const FilterTable kFilters = {{"sort", filter_sort},
+                                       {"dictsort", filter_dictsort},
+                                       {"unique", filter_unique},
+                                       {"min", filter_extreme<false>},
+                                       {"max", filter_extreme<true>},
+                                       {"sum", filter_sum},
+                                       {"join", filter_join},
+                                       {"first", filter_first},
+                                       {"last", filter_last},
+                                       {"reverse", filter_reverse},
+                                       {"length", filter_length},
+                                       {"count", filter_length},
+                                       {"list", filter_list},
+                                       {"items", filter_items},
+                                       {"default", filter_default},
+                                       {"d", filter_default},
+                                       {"map", filter_map},
+                                       {"select", filter_select<true, false>},
+                                       {"reject", filter_select<false, false>},
+                                       {"selectattr", filter_select<true, true>},
+                                       {"rejectattr", filter_select<false, true>},
+                                       {"batch", filter_batch},
+                                       {"groupby", filter_groupby},
+                                       {"attr", filter_attr}};
   return kFilters;
 }
 

@@ -29,8 +29,10 @@ bool is_sized(const Value& value) {  // has len() and []
     case Kind::kTuple:
     case Kind::kDict:
     case Kind::kRange:
-    case Kind::kUndefined: return true;
-    default: return false;
+    case Kind::kUndefined:
+      return true;
+    default:
+      return false;
   }
 }
 
@@ -51,7 +53,8 @@ const std::unordered_map<std::string, Test> kTests = {
      [](Runtime&, const Value& v, const Args&) {
        return is_sized(v) || v.is(Kind::kView) || v.is(Kind::kIterator) || v.is(Kind::kLoop);
      }},
-    {"callable", [](Runtime&, const Value& v, const Args&) { return v.is(Kind::kFunction) || v.is(Kind::kLoop) || v.is_undefined(); }},
+    {"callable", [](Runtime&, const Value& v,
+                    const Args&) { return v.is(Kind::kFunction) || v.is(Kind::kLoop) || v.is_undefined(); }},
     {"escaped", [](Runtime&, const Value& v, const Args&) { return v.safe(); }},
     {"odd", is_parity<1>},
     {"even", is_parity<0>},
@@ -59,8 +62,10 @@ const std::unordered_map<std::string, Test> kTests = {
      [](Runtime& r, const Value& v, const Args& args) {
        return r.equal(r.binary("%", v, *args.bind("divisibleby", {"num"}, 1)[0]), Value::integer(0));
      }},
-    {"lower", [](Runtime& r, const Value& v, const Args&) { return Runtime::truth(r.call(r.method(Value::string(r.str(v)), "islower"), {})); }},
-    {"upper", [](Runtime& r, const Value& v, const Args&) { return Runtime::truth(r.call(r.method(Value::string(r.str(v)), "isupper"), {})); }},
+    {"lower", [](Runtime& r, const Value& v,
+                 const Args&) { return Runtime::truth(r.call(r.method(Value::string(r.str(v)), "islower"), {})); }},
+    {"upper", [](Runtime& r, const Value& v,
+                 const Args&) { return Runtime::truth(r.call(r.method(Value::string(r.str(v)), "isupper"), {})); }},
     {"filter", [](Runtime&, const Value& v, const Args&) { return v.is_string() && Runtime::has_filter(v.text()); }},
     {"test", [](Runtime&, const Value& v, const Args&) { return v.is_string() && Runtime::has_test(v.text()); }},
     {"in", [](Runtime& r, const Value& v, const Args& args) { return r.contains(*args.bind("in", {"seq"}, 1)[0], v); }},
@@ -76,14 +81,16 @@ const std::unordered_map<std::string, Test> kTests = {
     {"ne", [](Runtime& r, const Value& v, const Args& args) { return !r.equal(v, other(args)); }},
     {"lt", [](Runtime& r, const Value& v, const Args& args) { return r.less(v, other(args)); }},
     {"gt", [](Runtime& r, const Value& v, const Args& args) { return r.less(other(args), v, ">"); }},
-    {"le", [](Runtime& r, const Value& v, const Args& args) { return r.less(v, other(args), "<=") || r.equal(v, other(args)); }},
-    {"ge", [](Runtime& r, const Value& v, const Args& args) { return r.less(other(args), v, ">=") || r.equal(v, other(args)); }},
+    {"le", [](Runtime& r, const Value& v,
+              const Args& args) { return r.less(v, other(args), "<=") || r.equal(v, other(args)); }},
+    {"ge", [](Runtime& r, const Value& v,
+              const Args& args) { return r.less(other(args), v, ">=") || r.equal(v, other(args)); }},
 };
 
 const std::string& canonical(const std::string& name) {
   static const std::unordered_map<std::string, std::string> kSame = {
-      {"==", "eq"}, {"equalto", "eq"}, {"!=", "ne"}, {"<", "lt"}, {"lessthan", "lt"},
-      {">", "gt"}, {"greaterthan", "gt"}, {"<=", "le"}, {">=", "ge"}};
+      {"==", "eq"}, {"equalto", "eq"},     {"!=", "ne"}, {"<", "lt"}, {"lessthan", "lt"},
+      {">", "gt"},  {"greaterthan", "gt"}, {"<=", "le"}, {">=", "ge"}};
   auto found = kSame.find(name);
   return found == kSame.end() ? name : found->second;
 }

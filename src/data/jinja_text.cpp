@@ -138,9 +138,7 @@ bool is_space(char32_t c) {
   return (c >= 9 && c <= 13) || (c >= 0x1c && c <= 0x20) || c == 0x85 || c == 0xa0 || c == 0x1680 ||
          (c >= 0x2000 && c <= 0x200a) || c == 0x2028 || c == 0x2029 || c == 0x202f || c == 0x205f || c == 0x3000;
 }
-bool is_alpha(char32_t c) {
-  return c < 128 ? (c >= 'a' && c <= 'z') || (c >= 'A' && c <= 'Z') : in_ranges(kAlpha, c);
-}
+bool is_alpha(char32_t c) { return c < 128 ? (c >= 'a' && c <= 'z') || (c >= 'A' && c <= 'Z') : in_ranges(kAlpha, c); }
 bool is_digit(char32_t c) { return c < 128 ? c >= '0' && c <= '9' : in_ranges(kDigit, c); }
 bool is_printable(char32_t c) { return c < 128 ? c >= 32 && c < 127 : !in_ranges(kUnprintable, c); }
 bool is_cased_upper(char32_t c) {
@@ -240,10 +238,14 @@ std::vector<std::string_view> split_lines(std::string_view text, bool keep_ends)
   for (size_t i = 0; i < text.size();) {
     auto byte = static_cast<unsigned char>(text[i]);
     size_t end_size = 0;
-    if (byte == '\r' && i + 1 < text.size() && text[i + 1] == '\n') end_size = 2;
-    else if ((byte >= 10 && byte <= 13) || (byte >= 0x1c && byte <= 0x1e)) end_size = 1;
-    else if (text.substr(i, 2) == "\xc2\x85") end_size = 2;
-    else if (text.substr(i, 3) == "\xe2\x80\xa8" || text.substr(i, 3) == "\xe2\x80\xa9") end_size = 3;
+    if (byte == '\r' && i + 1 < text.size() && text[i + 1] == '\n')
+      end_size = 2;
+    else if ((byte >= 10 && byte <= 13) || (byte >= 0x1c && byte <= 0x1e))
+      end_size = 1;
+    else if (text.substr(i, 2) == "\xc2\x85")
+      end_size = 2;
+    else if (text.substr(i, 3) == "\xe2\x80\xa8" || text.substr(i, 3) == "\xe2\x80\xa9")
+      end_size = 3;
     if (end_size == 0) {
       ++i;
       continue;
@@ -267,13 +269,20 @@ std::string string_repr(std::string_view text) {
     if (code == static_cast<char32_t>(quote) || code == '\\') {
       out += '\\';
       out += static_cast<char>(code);
-    } else if (code == '\n') out += "\\n";
-    else if (code == '\r') out += "\\r";
-    else if (code == '\t') out += "\\t";
-    else if (is_printable(code)) append_utf8(out, code);
-    else if (code < 0x100) hex("\\x", code, 2);
-    else if (code < 0x10000) hex("\\u", code, 4);
-    else hex("\\U", code, 8);
+    } else if (code == '\n')
+      out += "\\n";
+    else if (code == '\r')
+      out += "\\r";
+    else if (code == '\t')
+      out += "\\t";
+    else if (is_printable(code))
+      append_utf8(out, code);
+    else if (code < 0x100)
+      hex("\\x", code, 2);
+    else if (code < 0x10000)
+      hex("\\u", code, 4);
+    else
+      hex("\\U", code, 8);
   }
   return out + quote;
 }
@@ -326,7 +335,8 @@ bool parse_float(std::string_view text, double& value) {
   if (negative || (!rest.empty() && rest[0] == '+')) rest.remove_prefix(1);
   if (rest.empty() || rest[0] == '-' || rest[0] == '+') return false;
   std::string lower = to_lower(rest);
-  if (std::isalpha(static_cast<unsigned char>(rest[0])) && lower != "inf" && lower != "infinity" && lower != "nan") return false;
+  if (std::isalpha(static_cast<unsigned char>(rest[0])) && lower != "inf" && lower != "infinity" && lower != "nan")
+    return false;
   auto [end, error] = std::from_chars(rest.data(), rest.data() + rest.size(), value);
   if (end != rest.data() + rest.size() || error == std::errc::invalid_argument) return false;
   if (error == std::errc::result_out_of_range) value = std::strtod(digits.c_str() + (digits[0] == '-'), nullptr);

@@ -133,21 +133,33 @@ LoopObject& Value::as_loop() const { return static_cast<LoopObject&>(*object_); 
 
 std::string Value::type_name() const {
   switch (kind_) {
-    case Kind::kUndefined: return "Undefined";
-    case Kind::kNone: return "NoneType";
-    case Kind::kBool: return "bool";
-    case Kind::kInt: return "int";
-    case Kind::kFloat: return "float";
-    case Kind::kString: return safe() ? "Markup" : "str";
-    case Kind::kDict: return "dict";
-    case Kind::kRange: return "range";
-    case Kind::kNamespace: return "Namespace";
-    case Kind::kFunction: return "function";
-    case Kind::kLoop: return "LoopContext";
+    case Kind::kUndefined:
+      return "Undefined";
+    case Kind::kNone:
+      return "NoneType";
+    case Kind::kBool:
+      return "bool";
+    case Kind::kInt:
+      return "int";
+    case Kind::kFloat:
+      return "float";
+    case Kind::kString:
+      return safe() ? "Markup" : "str";
+    case Kind::kDict:
+      return "dict";
+    case Kind::kRange:
+      return "range";
+    case Kind::kNamespace:
+      return "Namespace";
+    case Kind::kFunction:
+      return "function";
+    case Kind::kLoop:
+      return "LoopContext";
     case Kind::kList:
     case Kind::kTuple:
     case Kind::kView:
-    case Kind::kIterator: return static_cast<const ListObject&>(*object_).type;
+    case Kind::kIterator:
+      return static_cast<const ListObject&>(*object_).type;
   }
   return "object";
 }
@@ -155,10 +167,13 @@ std::string Value::type_name() const {
 int64_t RangeObject::size() const {
   // In unsigned arithmetic: stop - start may not fit into 64 bits with sign.
   if (step > 0) return start >= stop ? 0 : static_cast<int64_t>((static_cast<uint64_t>(stop) - start - 1) / step) + 1;
-  return start <= stop ? 0 : static_cast<int64_t>((static_cast<uint64_t>(start) - stop - 1) / (0 - static_cast<uint64_t>(step))) + 1;
+  return start <= stop
+             ? 0
+             : static_cast<int64_t>((static_cast<uint64_t>(start) - stop - 1) / (0 - static_cast<uint64_t>(step))) + 1;
 }
 
-// --- dict -------------------------------------------------------------------------------------------------------------
+// --- dict
+// -------------------------------------------------------------------------------------------------------------
 size_t DictObject::index_of(const std::string& key) const {
   auto found = index_.find(key);
   return found == index_.end() ? entries.size() : found->second;
@@ -187,13 +202,17 @@ void DictObject::set(const Value& key, Value value) {
 
 std::string hash_key(const Value& value) {
   switch (value.kind()) {
-    case Kind::kString: return "s" + value.text();
-    case Kind::kNone: return "z";
+    case Kind::kString:
+      return "s" + value.text();
+    case Kind::kNone:
+      return "z";
     case Kind::kBool:
-    case Kind::kInt: return "n" + std::to_string(value.as_int());
+    case Kind::kInt:
+      return "n" + std::to_string(value.as_int());
     case Kind::kFloat: {
       double number = value.as_double();
-      if (number == std::floor(number) && std::abs(number) < 9e18) return "n" + std::to_string(static_cast<int64_t>(number));
+      if (number == std::floor(number) && std::abs(number) < 9e18)
+        return "n" + std::to_string(static_cast<int64_t>(number));
       return "f" + float_repr(number);
     }
     case Kind::kTuple: {
@@ -205,10 +224,13 @@ std::string hash_key(const Value& value) {
       }
       return key;
     }
-    case Kind::kUndefined: return "u";
+    case Kind::kUndefined:
+      return "u";
     case Kind::kList:
-    case Kind::kDict: fail("unhashable type: '" + value.type_name() + "'");
-    default: return "o" + std::to_string(reinterpret_cast<uintptr_t>(value.object()));
+    case Kind::kDict:
+      fail("unhashable type: '" + value.type_name() + "'");
+    default:
+      return "o" + std::to_string(reinterpret_cast<uintptr_t>(value.object()));
   }
 }
 

@@ -24,7 +24,21 @@ struct TemplateError {
 constexpr int kMaxNesting = 200;  // of lists and dicts in each other; keeps every recursion over values short
 
 enum class Kind : uint8_t {
-  kUndefined, kNone, kBool, kInt, kFloat, kString, kList, kTuple, kDict, kRange, kView, kIterator, kNamespace, kFunction, kLoop
+  kUndefined,
+  kNone,
+  kBool,
+  kInt,
+  kFloat,
+  kString,
+  kList,
+  kTuple,
+  kDict,
+  kRange,
+  kView,
+  kIterator,
+  kNamespace,
+  kFunction,
+  kLoop
 };
 
 struct Object {
@@ -36,8 +50,10 @@ struct Args {
   std::vector<Value> positional;
   std::vector<std::pair<std::string, Value>> named;
 
-  // The values of the parameters `names`, null where absent. The first num_required must be there. Messages name `callee`.
-  std::vector<const Value*> bind(const char* callee, std::initializer_list<const char*> names, size_t num_required = 0) const;
+  // The values of the parameters `names`, null where absent. The first num_required must be there. Messages name
+  // `callee`.
+  std::vector<const Value*> bind(const char* callee, std::initializer_list<const char*> names,
+                                 size_t num_required = 0) const;
 };
 
 struct ListObject;
@@ -75,8 +91,8 @@ class Value {
   bool as_bool() const { return integer_ != 0; }
   int64_t as_int() const { return integer_; }  // kBool and kInt
   double as_double() const { return is(Kind::kFloat) ? real_ : static_cast<double>(integer_); }
-  const std::string& text() const;  // kString; kUndefined: its message
-  bool safe() const;                // kString marked as safe
+  const std::string& text() const;          // kString; kUndefined: its message
+  bool safe() const;                        // kString marked as safe
   const std::vector<Value>& items() const;  // kList, kTuple, kView
   const DictObject& as_dict() const;
   const RangeObject& as_range() const;
