@@ -1,0 +1,81 @@
+#include "base/tensor.h"
+
+#include "serve/generate.h"
+
+#include <algorithm>
+
+#include "base/check.h"
+
+namespace trireme {
+namespace {
+
+// One segment that goes on at `start`.
+ModelInput continuation(const std::vector<int64_t>& ids, int64_t start, at::Device device) {
+  ModelInput input;
+  auto n = static_cast<int64_t>(ids.size());
+  input.tokens_T = at::tensor(ids, at::kLong).to(device);
+  input.positions_T = at::arange(start, start + n, at::kLong).to(device);
+  input.cu_seqlens = {0, n};
+  return input;
+}
+
+// Bytes at the end of `text` that may be the beginning of a stop text.
+size_t held_back(const std::string& text, const std::vector<std::string>& stop) {
+  size_t longest = 0;
+  for (const auto& s : stop)
+    for (size_t n = std::min(s.size() - 1, text.size()); n > longest; --n)
+      if (text.compare(text.size() - n, n, s, 0, n) == 0) longest = n;
+  return longest;
+}
+
+}  // namespace
+
+Answer generate(Transformer& model, const Tokenizer& tokenizer, const std::vector<int64_t>& prompt, uint64_t prompt_index,
+                const GenerateOptions& options, const std::function<void(const std::string&)>& on_text) {
+  if (prompt.empty()) throw DataError("the prompt is empty");
+  for (const auto& s : options.stop)
+    if (s.empty()) throw ConfigError("generate.stop has an empty text");
+  at::NoGradGuard no_grad;
+  model.set_training(false);
+  KvCache cache(model.config().num_layers, 1);
+  StreamDecoder decoder(tokenizer, true);
+  Answer answer;
+  answer.finish_reason = "length";
+  std::vector<int64_t> seen = prompt, next = prompt;
+  size_t emitted = 0;
+  auto emit = [&](size_t up_to) {
+    if (on_text && up_to > emitted) on_text(answer.text.substr(emitted, up_to - emitted));
+    emitted = std::max(emitted, up_to);
+  };
+  auto find_stop = [&] {
+    size_t first = std::string::npos;
+    for (const auto& s : options.stop) first = std::min(first, answer.text.find(s));
+    return first;
+  };
+  while (static_cast<int64_t>(answer.ids.size()) < options.max_tokens) {
+    at::Tensor hidden = model.forward(continuation(next, cache.length(0), model.device()), &cache);
+    at::Tensor logits = model.logits(hidden.narrow(0, hidden.size(0) - 1, 1)).view({-1}).cpu();
+    int64_t id = sample(logits, seen, options.sampling, prompt_index, answer.ids.size());
+    if (std::find(options.end_ids.begin(), options.end_ids.end(), id) != options.end_ids.end()) {
+      answer.finish_reason = "stop";
+      break;
+    }
+    answer.ids.push_back(id);
+    seen.push_back(id);
+    next = {id};
+    answer.text += decoder.push(id);
+    if (size_t at = find_stop(); at != std::string::npos) {
+      answer.text.resize(at);
+      answer.finish_reason = "stop";
+      emit(at);
+      return answer;
+    }
+    emit(answer.text.size() - held_back(answer.text, options.stop));
+  }
+  answer.text += decoder.finish();
+  if (size_t at = find_stop(); at != std::string::npos) answer.text.resize(at), answer.finish_reason = "stop";
+  emit(answer.text.size());
+  return answer;
+}
+
+}  // namespace trireme

@@ -1,0 +1,28 @@
+// Answers, token by token, with a KV cache.
+#pragma once
+
+#include "data/tokenizer.h"
+#include "model/transformer.h"
+#include "serve/sampler.h"
+
+namespace trireme {
+
+struct GenerateOptions {
+  SamplingOptions sampling;
+  int64_t max_tokens = 128;
+  std::vector<int64_t> end_ids;    // a token that ends the answer and is not part of its text
+  std::vector<std::string> stop;   // texts that end it, cut off with all that follows
+};
+
+struct Answer {
+  std::string text;
+  std::vector<int64_t> ids;
+  std::string finish_reason;  // stop (an end token or a stop text) or length
+};
+
+// `prompt` must hold at least one id (DataError). `prompt_index` keys the random numbers. `on_text` is told text as soon as no
+// later token can change it. The model is left in evaluation mode.
+Answer generate(Transformer& model, const Tokenizer& tokenizer, const std::vector<int64_t>& prompt, uint64_t prompt_index,
+                const GenerateOptions& options, const std::function<void(const std::string&)>& on_text = {});
+
+}  // namespace trireme
