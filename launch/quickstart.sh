@@ -24,7 +24,7 @@ stage "evaluating on questions in words that it has not seen"
 $trireme eval --model.path="$run/model" --data.eval=configs/quickstart/eval.jsonl --data.max_length=256
 
 stage "asking the exported model, $run/model"
-for question in "What is Trireme?" "Which command trains a model?" "What is data parallelism?"; do
+for question in "Could you say what Trireme is?" "Explain data parallelism." "How can I resume a run that stopped?"; do
   printf 'Q: %s\nA: ' "$question"
   $trireme generate --model.path="$run/model" --generate.chat=true "$question" 2>/dev/null
 done
