@@ -97,13 +97,9 @@ def test_unknown_tokenizer_component(tmp_path, model):
     refused(tmp_path, 3, 'the normalizer "Rot13" is not supported', *with_model(tmp_path, model))
 
 
-@pytest.mark.parametrize("template, words", [
-    ("{% for i in range(90000) %}{% for j in range(90000) %}{% endfor %}{% endfor %}", "step"),
-    ("{{ raise_exception('no such role') }}", "no such role"),
-], ids=["endless", "raises"])
-def test_templates(tmp_path, template, words):
-    (tmp_path / "t.jinja").write_text(template)
-    refused(tmp_path, 3, words, *keys(tmp_path, f"--data.chat_template={tmp_path / 't.jinja'}"))
+def test_template_that_raises(tmp_path):
+    (tmp_path / "t.jinja").write_text("{{ raise_exception('no such role') }}")
+    refused(tmp_path, 3, "no such role", *keys(tmp_path, f"--data.chat_template={tmp_path / 't.jinja'}"))
 
 
 @pytest.mark.parametrize("key, words", [
