@@ -4,10 +4,8 @@ set -euo pipefail
 cd "$(dirname "$0")/.."
 stage() { printf '\n== %s\n' "$*"; }
 
-if [ ! -e build/release/.configured ]; then
-  stage "setting up (packages, libtorch; the first time takes some minutes)"
-  launch/setup.sh
-fi
+stage "setting up (packages, libtorch; the first time takes some minutes)"
+launch/setup.sh
 stage "building"
 cmake --build build/release -j "$(cat build/release/.jobs)" --target trireme
 

@@ -5,11 +5,12 @@
 #   launch/setup.sh --remove   removes what it put into the folder of dependencies
 # TRIREME_DEPS   folder of dependencies, shared by all clones (default ~/.cache/trireme)
 # TRIREME_TORCH  a torch package folder that is there already: nothing is downloaded
+# nvcc 13 comes from the PATH or /usr/local/cuda where it is there, else from PyPI.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 
 deps=${TRIREME_DEPS:-$HOME/.cache/trireme}
-packages=(g++ cmake ninja-build python3-venv openmpi-bin libopenmpi-dev libhdf5-dev libboost-program-options-dev libgtest-dev
+packages=(g++ cmake ninja-build python3-venv openmpi-bin libopenmpi-dev libhdf5-dev libgtest-dev
   nlohmann-json3-dev libpcre2-dev libxxhash-dev libutf8proc-dev pkg-config ccache git)
 tests=OFF
 
@@ -20,11 +21,17 @@ case "${1:-}" in
   "") ;;
   --tests) tests=ON ;;
   --remove)
-    rm -rf --one-file-system "$deps"/env-* build
+    for lock in "$deps"/env-*.lock; do
+      [ -e "$lock" ] || continue
+      exec 9>"$lock"
+      flock -n 9 || die "another setup is installing into ${lock%.lock}; wait for it, then run this again"
+      rm -rf --one-file-system "${lock%.lock}" "$lock"
+    done
+    rm -rf --one-file-system build "$deps/tokens"
     rmdir "$deps" 2>/dev/null || true
-    say "removed $deps/env-* and build/; the system's packages stay"
+    say "removed libtorch, the Python packages and the token cache from $deps, and build/; the system's packages stay"
     exit 0 ;;
-  *) sed -n 2,8p "$0"; exit 2 ;;
+  *) sed -n 2,9p "$0"; exit 2 ;;
 esac
 
 build_jobs() { # one compiler process takes up to 2 GB
@@ -81,10 +88,12 @@ install_wheels() {
   local version pins
   version=$(python3 -c 'import sys; print("%d.%d" % sys.version_info[:2])') ||
     die "python3 is missing; it fetches the pinned wheels (or set TRIREME_TORCH to the folder of a torch 2.11 package)"
-  pins=$(cat launch/requirements.txt launch/requirements-test.txt <(echo "$version") | sha256sum | cut -c1-16)
+  pins=$(cat launch/requirements*.txt <(echo "$version") | sha256sum | cut -c1-16)
   env_folder=$deps/env-$pins
   python=$env_folder/bin/python
-  if [ -e "$env_folder/.torch" ] && { [ $tests = OFF ] || [ -e "$env_folder/.tests" ]; }; then return; fi
+  if [ -e "$env_folder/.torch" ] && [ -n "$(cuda_compiler)" ] && { [ $tests = OFF ] || [ -e "$env_folder/.tests" ]; }; then
+    return
+  fi
   mkdir -p "$deps" || die "cannot write $deps; set TRIREME_DEPS to a folder that can be written"
   exec 9>"$env_folder.lock"
   flock -n 9 || { say "waiting for another setup of $env_folder"; flock 9; }
@@ -98,8 +107,12 @@ install_wheels() {
     python3 -m venv "$env_folder" || die "python3 -m venv failed (see above)"
     wheels "libtorch and the CUDA libraries (2 GB, 4.2 GB unpacked)" launch/requirements.txt .torch
   fi
+  if [ -z "$(cuda_compiler)" ]; then
+    wheels "the CUDA compiler (100 MB)" launch/requirements-cuda.txt .nvcc
+    ln -sfn lib "$(echo "$env_folder"/lib/python3*/site-packages/nvidia/cu13)/lib64" # where nvcc looks for libraries
+  fi
   if [ $tests = ON ] && [ ! -e "$env_folder/.tests" ]; then
-    check_python "$version" 3.11
+    check_python "$version" 3.11 3.12 3.13
     check_disk "$deps" 3
     wheels "the Python packages of the tests" launch/requirements-test.txt .tests
   fi
@@ -131,13 +144,25 @@ check_torch() { # a torch that was there before us
   esac
 }
 
+# The nvcc of the system if it is of libtorch's CUDA major version, else the one from PyPI, else nothing.
+cuda_compiler() {
+  local found
+  for found in "$(command -v nvcc || true)" /usr/local/cuda/bin/nvcc "${env_folder:-}"/lib/python3*/site-packages/nvidia/cu13/bin/nvcc; do
+    [ -x "$found" ] && "$found" --version 2>/dev/null | grep -q 'release 13\.' && { echo "$found"; return; }
+  done
+  true
+}
+
 configure() {
-  local wanted="$torch $python $tests"
+  # A build that has its tests keeps them: going to and fro would compile everything anew.
+  [ $tests = ON ] || ! grep -qxF "$torch $python ON $nvcc" build/release/.configured 2>/dev/null || tests=ON
+  local wanted="$torch $python $tests $nvcc"
   [ -e build/release/build.ninja ] && [ "$(cat build/release/.configured 2>/dev/null)" = "$wanted" ] && return
   check_memory
   say "configuring build/release"
   mkdir -p build
-  cmake --preset release -DTRIREME_TORCH="$torch" -DTRIREME_PYTHON="$python" -DTRIREME_TESTS=$tests >build/configure.log 2>&1 ||
+  cmake --preset release -DTRIREME_TORCH="$torch" -DTRIREME_PYTHON="$python" -DTRIREME_TESTS=$tests \
+    -DTRIREME_CUDA=$([ -n "$nvcc" ] && echo ON || echo OFF) -DCMAKE_CUDA_COMPILER="$nvcc" >build/configure.log 2>&1 ||
     { cat build/configure.log >&2; die "CMake could not configure; what is missing is named above"; }
   echo "$wanted" >build/release/.configured
 }
@@ -152,5 +177,7 @@ else
   install_wheels
   torch=$(echo "$env_folder"/lib/python3*/site-packages/torch)
 fi
+nvcc=$(cuda_compiler)
+[ -n "$nvcc" ] || say "setup: no nvcc of CUDA 13 on the PATH; building for CPUs alone"
 configure
 build_jobs >build/release/.jobs

@@ -9,6 +9,7 @@
 #include <filesystem>
 #include <iostream>
 
+#include "kernels/kernels.h"
 #include "launch/verbs.h"
 #include "train/progress.h"
 
@@ -20,17 +21,21 @@ void say(const std::string& what, const std::string& found, const std::string& c
   if (!change.empty()) std::cout << "  change: " << change << "\n";
 }
 
-// Devices through the driver itself: no CUDA library is loaded, and none needs to be there.
 void say_cuda() {
-  void* driver = ::dlopen("libcuda.so.1", RTLD_NOW);
-  if (!driver) return say("CUDA", "no driver; training runs on the CPU");
-  auto init = reinterpret_cast<int (*)(unsigned)>(::dlsym(driver, "cuInit"));
-  auto version = reinterpret_cast<int (*)(int*)>(::dlsym(driver, "cuDriverGetVersion"));
-  auto count = reinterpret_cast<int (*)(int*)>(::dlsym(driver, "cuDeviceGetCount"));
-  int v = 0, n = 0;
-  if (!init || !version || !count || init(0) != 0 || version(&v) != 0 || count(&n) != 0)
-    return say("CUDA", "a driver that does not start; training runs on the CPU", "look at nvidia-smi");
-  say("CUDA", str("driver for CUDA ", v / 1000, ".", v % 1000 / 10, ", ", n, " devices (this version trains on the CPU)"));
+#ifdef TRIREME_CUDA
+  int n = kernels::num_devices();
+  if (n == 0) return say("CUDA", "no device or no driver; training runs on the CPU");
+  for (int i = 0; i < n; ++i) {
+    kernels::DeviceReport d = kernels::probe_device(i);
+    say(str("CUDA ", i), str(d.name, ", compute ", d.compute_major, ".", d.compute_minor, ", ", d.num_multiprocessors,
+                             " multiprocessors, ", bytes_text(static_cast<double>(d.free_bytes)), " of ",
+                             bytes_text(static_cast<double>(d.total_bytes)), " free; ",
+                             d.failure.empty() ? "kernels of this build run" : "cannot be used: " + d.failure),
+        d.failure.empty() ? "" : "compare the driver's CUDA version (nvidia-smi) with this build's");
+  }
+#else
+  say("CUDA", "not in this build (TRIREME_CUDA=OFF)");
+#endif
 }
 
 void say_nccl() {

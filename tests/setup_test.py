@@ -1,6 +1,8 @@
 """launch/run_local.sh turns signals into a saved run, launch/setup.sh refuses what it cannot use, the counter counts."""
+import fcntl
 import os
 import pathlib
+import shutil
 import signal
 import subprocess
 import sys
@@ -107,6 +109,112 @@ def test_setup_refuses_another_version_of_torch(tmp_path):
     result = setup(tmp_path, TRIREME_TORCH=str(tmp_path))
     assert result.returncode == 1
     assert f"TRIREME_TORCH={tmp_path} is torch '2.4.1'" in result.stderr
+
+
+class Machine:
+    """A copy of launch/ with stand-ins for the programs of the system before it on the PATH."""
+
+    def __init__(self, folder):
+        self.folder, self.log = folder, folder / "calls"
+        shutil.copytree(SOURCE / "launch", folder / "clone/launch")
+        (folder / "bin").mkdir()
+        self.program("dpkg-query", "echo 'install ok installed'")
+        self.program("df", "printf 'head\\nx 1 1 99999999 1 x\\n'")
+        self.program("nvcc", "echo release 13.0")
+        self.program("cmake", "mkdir -p build/release; touch build/release/build.ninja")
+        self.program("python3", 'case "$1" in -c) echo 3.11; exit ;; esac; mkdir -p "$3/bin"; cp "$0.pip" "$3/bin/python"')
+        self.program("python3.pip", 'd=$(dirname "$0")/..; echo "${@: -1}" >>' + str(self.log) +
+                     '; [ -z "$PIP_FAILS" ] || exit 1; mkdir -p "$d/lib/python3.11/site-packages/torch"')
+
+    def program(self, name, body):
+        (self.folder / "bin" / name).write_text("#!/bin/bash\n" + body + "\n")
+        (self.folder / "bin" / name).chmod(0o755)
+
+    def setup(self, *args, **env):
+        base = {key: value for key, value in os.environ.items() if not key.startswith("TRIREME_")}
+        path = f"{self.folder / 'bin'}:{os.environ['PATH']}"
+        return subprocess.run([self.folder / "clone/launch/setup.sh", *args], text=True, capture_output=True, timeout=60,
+                              env=base | {"TRIREME_DEPS": str(self.folder / "deps"), "PATH": path, "PIP_FAILS": ""} | env)
+
+    def installed(self):
+        return self.log.read_text().split() if self.log.exists() else []
+
+
+@pytest.fixture
+def machine(tmp_path):
+    return Machine(tmp_path)
+
+
+def test_an_interrupted_install_repairs_itself(machine):
+    failed = machine.setup(PIP_FAILS="1")
+    assert failed.returncode == 1
+    assert "pip could not install launch/requirements.txt" in failed.stderr
+    again = machine.setup()
+    assert again.returncode == 0, again.stderr
+    assert "was interrupted; starting it again" in again.stderr
+    assert machine.installed() == ["launch/requirements.txt"] * 2
+    third = machine.setup()
+    assert (third.returncode, third.stderr) == (0, "")
+    assert machine.installed() == ["launch/requirements.txt"] * 2
+
+
+def test_the_compiler_and_the_test_packages_come_when_they_are_wanted(machine):
+    machine.program("nvcc", "echo release 11.8")
+    if os.path.exists("/usr/local/cuda/bin/nvcc"):
+        pytest.skip("this machine has a CUDA compiler of its own")
+    machine.setup("--tests")
+    assert machine.installed() == [f"launch/requirements{kind}.txt" for kind in ("", "-cuda", "-test")]
+
+
+def test_a_build_with_tests_keeps_them(machine):
+    assert machine.setup("--tests").returncode == 0
+    assert machine.setup().stderr == ""
+    assert machine.installed() == ["launch/requirements.txt", "launch/requirements-test.txt"]
+
+
+def test_a_full_disk_is_found_first(machine):
+    machine.program("df", "printf 'head\\nx 1 1 1048576 1 x\\n'")
+    result = machine.setup()
+    assert result.returncode == 1
+    assert f"{machine.folder / 'deps'} has 1 GB free, 9 GB are needed; set TRIREME_DEPS" in result.stderr
+    assert machine.installed() == []
+
+
+def test_an_unknown_python_is_refused(machine):
+    machine.program("python3", "echo 3.9")
+    result = machine.setup()
+    assert result.returncode == 1
+    assert "the pinned wheels are for Python 3.10 3.11 3.12 3.13 3.14, this is 3.9" in result.stderr
+
+
+def test_without_root_the_command_for_the_administrator_is_printed(machine):
+    machine.program("dpkg-query", '[ "${@: -1}" = ninja-build ] || echo "install ok installed"')
+    machine.program("id", "echo 1000")
+    machine.program("sudo", "exit 1")
+    result = machine.setup()
+    assert result.returncode == 1
+    assert "apt-get update && apt-get install -y --no-install-recommends ninja-build" in result.stderr
+
+
+def test_another_processor_is_said_and_left_to_cmake(machine):
+    machine.program("uname", "echo aarch64")
+    result = machine.setup(TRIREME_TORCH=str(machine.folder))
+    assert "this is not Debian or Ubuntu on x86-64; packages are left to you" in result.stderr
+    assert "is not a torch package folder" in result.stderr
+
+
+def test_remove_undoes_it_and_waits_for_nobody(machine):
+    assert machine.setup().returncode == 0
+    lock = next((machine.folder / "deps").glob("env-*.lock"))
+    with open(lock) as held:
+        fcntl.flock(held, fcntl.LOCK_EX)
+        refused = machine.setup("--remove")
+        assert refused.returncode == 1
+        assert "another setup is installing into" in refused.stderr
+    assert (machine.folder / "clone/build").exists()
+    assert machine.setup("--remove").returncode == 0
+    assert not (machine.folder / "deps").exists()
+    assert not (machine.folder / "clone/build").exists()
 
 
 def count(tmp_path, xml, failed_entries=""):

@@ -1,5 +1,5 @@
 // libFuzzer target: any bytes as a chat template are rendered or refused with a DataError, in bounded time and memory.
-// clang++ -std=c++20 -fsanitize=fuzzer,address,undefined ... ; corpus: tests/fuzz/corpus/jinja
+// Corpus: tests/fuzz/corpus/jinja, replayed by the ordinary tests; how to build: tests/fuzz/CMakeLists.txt.
 #include <cstddef>
 #include <cstdint>
 #include <string>

@@ -1,6 +1,5 @@
 // libFuzzer target: any bytes as a data file. Only DataError may come out of it. Its corpus, corpus/jsonl/, is replayed by
 // data_records_test.
-//   clang++ -std=c++20 -fsanitize=fuzzer,address,undefined -Isrc tests/fuzz/jsonl_fuzz.cpp src/data/record*.cpp ...base
 #include <sys/mman.h>
 #include <unistd.h>
 

@@ -1,5 +1,5 @@
 // libFuzzer target: any bytes as a safetensors file are either read whole or refused with a DataError.
-// clang++ -std=c++20 -fsanitize=fuzzer,address,undefined ... ; corpus: tests/fuzz/corpus/safetensors
+// Corpus: tests/fuzz/corpus/safetensors, replayed by the ordinary tests; how to build: tests/fuzz/CMakeLists.txt.
 #include <sys/mman.h>
 #include <unistd.h>
 
