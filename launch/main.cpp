@@ -19,8 +19,9 @@ namespace {
 ExitStatus run_verb(const Config& config, const CommandLine& line, const Process& process) {
   if (line.verb == "train" || line.verb == "plan") {
     check_config(config, line);
-    return run_training(config, line, process, line.verb == "plan");
+    return run_training(config, line, process, line.verb == "plan" || line.dry_run);
   }
+  if (line.dry_run) throw ConfigError(str("--dry-run belongs to train; trireme ", line.verb, " has no plan to show"));
   if (line.verb == "eval") return verb_eval(config, line, process);
   if (line.verb == "prepare") return verb_prepare(config, line, process);
   if (line.verb == "tokenize") return verb_tokenize(config, line, process);

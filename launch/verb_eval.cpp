@@ -5,10 +5,10 @@
 
 #include "base/file.h"
 #include "base/log.h"
+#include "checkpoint/safetensors.h"
 #include "comm/mesh.h"
 #include "eval/evaluate.h"
 #include "launch/verbs.h"
-#include "checkpoint/safetensors.h"
 #include "tasks/task.h"
 #include "train/agreement.h"
 #include "train/build.h"
@@ -42,17 +42,14 @@ std::vector<SequenceBatch> read_token_ids(const std::string& path, int64_t vocab
 std::map<std::string, double> eval_token_ids(const Config& config, const ModelSource& source, Transformer& model, const Task& task) {
   at::NoGradGuard no_grad;
   std::map<std::string, double> sums;
-  std::vector<TensorSource> logits;
-  int64_t index = 0;
-  for (const auto& batch : read_token_ids(config.eval.token_ids, source.config.vocab_size)) {
-    ModelInput input = to_device(batch, model.device());
-    for (const auto& [name, value] : task.run(model, input).sums) sums[name] += value;
-    if (config.eval.logits.empty()) continue;
-    TensorSource tensor = TensorSource::of(str("logits.", index++), model.logits(model.forward(input)));
-    tensor.dtype = at::kFloat;
-    logits.push_back(std::move(tensor));
+  std::vector<TensorSource> logits;  // computed when they are written: one row's are in memory at a time
+  const auto batches = read_token_ids(config.eval.token_ids, source.config.vocab_size);
+  for (const auto& batch : batches) {
+    for (const auto& [name, value] : task.run(model, to_device(batch, model.device())).sums) sums[name] += value;
+    logits.push_back({str("logits.", logits.size()), at::kFloat, {batch.num_tokens(), source.config.vocab_size},
+                      [&] { return model.logits(model.forward(to_device(batch, model.device()))); }});
   }
-  if (!logits.empty()) write_safetensors(config.eval.logits, logits);
+  if (!config.eval.logits.empty()) write_safetensors(config.eval.logits, logits);
   return task.metrics(sums);
 }
 

@@ -1,4 +1,5 @@
-// trireme export: a model (with lora.path and lora.merge=true: merged), or a run's checkpoint, as a Hugging Face folder.
+// trireme export: a model (with lora.path and lora.merge=true: merged), or a run's checkpoint (run.resume=FOLDER, with the run's
+// model and lora keys), as a Hugging Face folder, or as a PEFT folder where the checkpoint holds adapters.
 #include "base/tensor.h"
 
 #include <filesystem>
@@ -15,19 +16,25 @@ ExitStatus verb_export(const Config& config, const CommandLine& line, const Proc
   if (config.run.dir.empty()) throw ConfigError("run.dir is not set: the folder to write");
   if (!config.lora.path.empty() && !config.lora.merge)
     throw ConfigError("lora.path is set: say lora.merge=true to write the merged model (the adapter itself is exported already)");
-  if (config.lora.merge && config.lora.path.empty()) throw ConfigError("lora.merge needs lora.path, the adapter to merge");
+  const bool from_checkpoint = config.run.resume != "auto" && config.run.resume != "never";
+  if (config.lora.rank > 0 && !from_checkpoint)
+    throw ConfigError("lora.rank is set, but no checkpoint with adapters: set run.resume to its folder, or lora.path to an adapter");
+  if (config.lora.merge && config.lora.path.empty() && config.lora.rank == 0)
+    throw ConfigError("lora.merge needs lora.path, the adapter to merge");
   if (process.rank() != 0) return kExitDone;
   std::string folder = config.run.dir;
   if (std::filesystem::exists(folder) && !std::filesystem::is_empty(folder))
     throw ConfigError(str("run.dir=", folder, " is not empty; name a new folder"));
   ModelSource source = find_model(config);
-  auto model = build_model(config, source, weight_dtype(config, source), false);
-  if (config.run.resume != "auto" && config.run.resume != "never") {
+  auto model = build_model(config, source, weight_dtype(config, source), from_checkpoint);
+  if (from_checkpoint) {  // it holds what was trained: all weights, or the adapters
     std::vector<NamedTensor> targets;
-    for (auto& p : model->parameters()) targets.push_back({"model/" + p.name, p.value.detach(), p.shard});
+    for (auto& p : model->parameters())
+      if (p.value.requires_grad()) targets.push_back({"model/" + p.name, p.value.detach(), p.shard});
     open_checkpoint(config.run.resume).load(targets, true);
   }
-  export_model(folder, *model, source);
+  if (has_lora(*model) && !config.lora.merge) export_adapter(folder, *model, lora_config(config), source);
+  else export_model(folder, *model, source);
   log_info(str("wrote ", folder));
   return kExitDone;
 }

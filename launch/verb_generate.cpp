@@ -1,11 +1,13 @@
 // trireme generate: answers to prompts from the command line, a file, or standard input. Rank 0 alone.
 #include "base/tensor.h"
 
-#include <fstream>
+#include <filesystem>
 #include <iostream>
+#include <sstream>
 
 #include <unistd.h>
 
+#include "base/file.h"
 #include "launch/verbs.h"
 #include "serve/generate.h"
 #include "train/build.h"
@@ -46,8 +48,16 @@ std::vector<int64_t> encode(const Prompt& prompt, const Config& config, const Te
   return tools.tokenizer.encode_ids(tools.chat->render(messages, nullptr, true, arguments), false);
 }
 
+// Whatever ends an answer by config.json, generation_config.json, the tokenizer, or as the usual end of a turn.
 std::vector<int64_t> end_ids(const ModelSource& source, const TextTools& tools) {
   std::vector<int64_t> ids = source.config.eos_ids;
+  std::string file = source.folder + "/generation_config.json";
+  if (!source.folder.empty() && std::filesystem::exists(file)) {
+    Json json = read_json_file(file);
+    Json eos = json.is_object() ? json.value("eos_token_id", Json()) : Json();
+    for (const Json& id : eos.is_array() ? eos : Json::array({eos}))
+      if (id.is_number_integer()) ids.push_back(id.get<int64_t>());
+  }
   if (tools.eos_id >= 0) ids.push_back(tools.eos_id);
   for (const char* turn : {"<|im_end|>", "<|eot_id|>", "<end_of_turn>", "<|end|>"})  // ends of an assistant's turn
     if (auto id = tools.tokenizer.token_to_id(turn); id && tools.tokenizer.is_special(*id)) ids.push_back(*id);
@@ -80,6 +90,7 @@ ExitStatus verb_generate(const Config& config, const CommandLine& line, const Pr
       Json out;
       out["prompt"] = prompt.messages.is_null() ? Json(prompt.text) : prompt.messages;
       out["text"] = a.text;
+      out["ids"] = a.ids;
       out["tokens"] = a.ids.size();
       out["finish_reason"] = a.finish_reason;
       std::cout << dump_json(out) << std::endl;
@@ -92,16 +103,14 @@ ExitStatus verb_generate(const Config& config, const CommandLine& line, const Pr
     for (const auto& text : line.arguments) answer({text, nullptr});
     return kExitDone;
   }
-  std::ifstream file;
-  if (!g.file.empty()) {
-    file.open(g.file);
-    if (!file) throw DataError(str("cannot read generate.file=", g.file, ": ", errno_text()));
-  }
+  std::istringstream file(g.file.empty() ? "" : read_file(g.file));
   std::istream& in = g.file.empty() ? std::cin : file;
   bool asks = g.file.empty() && ::isatty(0) == 1;
   std::string text;
-  for (int64_t number = 1; (asks ? (std::cerr << "> " << std::flush, true) : true) && std::getline(in, text); ++number)
+  for (int64_t number = 1; (asks ? (std::cerr << "> " << std::flush, true) : true) && std::getline(in, text); ++number) {
+    if (!text.empty() && text.back() == '\r') text.pop_back();
     if (!text.empty()) answer(read_prompt(text, str(g.file.empty() ? "standard input" : g.file, ":", number)));
+  }
   return kExitDone;
 }
 

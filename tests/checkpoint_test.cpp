@@ -134,14 +134,14 @@ TEST_F(CheckpointFiles, ExportCopiesTheTokenizerAndRefusesItsSource) {
   write_text(source + "/generation_config.json", "{}");
   write_text(source + "/model.safetensors", "old");
   write_text(source + "/secret.txt", "no");
-  export_model_folder(target, source, {{"model_type", "llama"}}, {TensorSource::of("a", at::ones({3}))});
+  export_model_folder(target, source, source, {{"model_type", "llama"}}, {TensorSource::of("a", at::ones({3}))});
   std::vector<std::string> names;
   for (const auto& entry : fs::directory_iterator(target)) names.push_back(entry.path().filename().string());
   std::sort(names.begin(), names.end());
   EXPECT_EQ(names, (std::vector<std::string>{"chat_template.jinja", "config.json", "generation_config.json",
                                              "model.safetensors", "tokenizer.json"}));
   EXPECT_EQ(read_file(target + "/tokenizer.json"), "{\"x\": 1}");
-  EXPECT_EQ(error_of<ConfigError>([&] { export_model_folder(source, source, {}, {}); }),
+  EXPECT_EQ(error_of<ConfigError>([&] { export_model_folder(source, source, source, {}, {}); }),
             "the export folder " + source + " is the folder of the model itself. Name another one.");
   EXPECT_EQ(read_file(source + "/model.safetensors"), "old");
 }

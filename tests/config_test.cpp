@@ -62,16 +62,46 @@ TEST(Config, RefusesAKeyTwiceAndAKeyWithoutValue) {
   EXPECT_EQ(refusal({"train", "--run.seed"}), "--run.seed needs a value: --run.seed=VALUE");
 }
 
+TEST(Config, RefusesWordsThatNoVerbTakes) {
+  EXPECT_EQ(refusal({"train", "run.cfg"}), "unexpected word run.cfg; trireme train takes one CONFIG.ini and --section.key=value");
+  Config config;
+  EXPECT_EQ(parse({"generate", "What is it?", "And --that?"}, config).arguments, (std::vector<std::string>{"What is it?", "And --that?"}));
+}
+
+TEST(Config, RefusesFilesThatCannotBeRead) {
+  EXPECT_NE(refusal({"train", "/not/there.ini"}).find("/not/there.ini: cannot open"), std::string::npos);
+  EXPECT_NE(refusal({"train", ini(std::string(2 << 20, 'x')).c_str()}).find("at most 1048576"), std::string::npos);
+  std::string path = ini("[train]\nsteps\n");
+  EXPECT_EQ(refusal({"train", path.c_str()}), path + ":2: not 'key = value' nor '[section]': steps");
+  EXPECT_LT(refusal({"train", ("--task.kind=" + std::string(1 << 20, 'x')).c_str()}).size(), 300u);
+}
+
+TEST(Config, CommentsAndQuotesInAFile) {
+  std::string path = ini("# a = b\n[data]\nprompt_field = a#b # why\ncompletion_field = \" c # d \" # why\ntext_field=\"a\" b\n"
+                         "template_args = {\"x\": \"#\"}\n[generate]\nstop = \"\\n,end\"\n");
+  Config config;
+  parse({"train", path.c_str()}, config);
+  EXPECT_EQ(config.data.prompt_field, "a#b");
+  EXPECT_EQ(config.data.completion_field, " c # d ");
+  EXPECT_EQ(config.data.text_field, "\"a\" b");
+  EXPECT_EQ(config.data.template_args, "{\"x\": \"#\"}");
+  EXPECT_EQ(config.generate.stop, (std::vector<std::string>{"\n", "end"}));
+}
+
 TEST(Config, PrintedConfigurationReadsBack) {
   Config config;
   config.optim.lr = 0.1;
   config.data.train = {"a.jsonl:5", "b.jsonl"};
   config.data.packing = true;
+  config.data.text_field = " # \"\n ";
+  config.data.template_args = "{\"x\": \"# \"}";
+  config.generate.stop = {"\n"};
   std::string path = ini(config_to_ini(config, true));
   Config back;
   parse({"train", path.c_str()}, back);
   EXPECT_EQ(config_to_ini(back, false), config_to_ini(config, false));
   EXPECT_EQ(back.optim.lr, 0.1);
+  EXPECT_EQ(back.data.text_field, config.data.text_field);
 }
 
 TEST(Config, HelpOfEveryVerbNamesEveryKeyOfItsSections) {

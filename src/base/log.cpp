@@ -16,7 +16,22 @@ struct LogState {
   LogLevel level = LogLevel::kInfo;
   bool only_rank0 = true;
   FILE* file = nullptr;
+  bool live = false;  // the terminal's last line is a live one
 };
+
+constexpr char kEraseLine[] = "\r\x1b[K";
+
+void write_file(LogState& s, const std::string& line) {
+  if (!s.file) return;
+  char when[32];
+  std::time_t now = std::time(nullptr);
+  std::tm parts{};
+  ::localtime_r(&now, &parts);
+  std::strftime(when, sizeof when, "%F %T ", &parts);
+  std::fputs(when, s.file);
+  std::fwrite(line.data(), 1, line.size(), s.file);
+  std::fflush(s.file);
+}
 
 LogState& state() {
   static LogState* instance = new LogState;  // never destroyed: threads may log while the program ends
@@ -48,17 +63,23 @@ void log_message(LogLevel level, const std::string& text) {
   if (s.rank != 0) line = str("[rank ", s.rank, "] ", line);
   line += text + "\n";
   std::lock_guard lock(s.mutex);
+  if (s.live) line.insert(0, kEraseLine);
   std::fwrite(line.data(), 1, line.size(), stderr);
-  if (s.file) {
-    char when[32];
-    std::time_t now = std::time(nullptr);
-    std::tm parts{};
-    ::localtime_r(&now, &parts);
-    std::strftime(when, sizeof when, "%F %T ", &parts);
-    std::fputs(when, s.file);
-    std::fwrite(line.data(), 1, line.size(), s.file);
-    std::fflush(s.file);
-  }
+  write_file(s, s.live ? line.substr(std::size(kEraseLine) - 1) : line);
+  s.live = false;
+}
+
+void log_live(const std::string& text) {
+  std::lock_guard lock(state().mutex);
+  // Without line wrap for the moment: a line that is longer than the terminal is wide could not be erased.
+  std::fprintf(stderr, "%s\x1b[?7l%s\x1b[?7h", kEraseLine, text.c_str());
+  std::fflush(stderr);
+  state().live = true;
+}
+
+void log_quietly(const std::string& text) {
+  std::lock_guard lock(state().mutex);
+  write_file(state(), text + "\n");
 }
 
 }  // namespace trireme

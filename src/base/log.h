@@ -14,6 +14,11 @@ void set_log_level(LogLevel level);
 void set_log_silent_ranks(bool only_rank0);   // default: info of rank 0 only; warnings and errors of every rank
 
 void log_message(LogLevel level, const std::string& text);
+// A line on a terminal that the next one, live or not, takes the place of. To the terminal alone.
+void log_live(const std::string& text);
+// To the file alone.
+void log_quietly(const std::string& text);
+
 inline void log_info(const std::string& text) { log_message(LogLevel::kInfo, text); }
 inline void log_warn(const std::string& text) { log_message(LogLevel::kWarn, text); }
 

@@ -6,10 +6,11 @@
 
 namespace trireme {
 
-// Writes config.json (as given), the weights (safetensors.h), and copies from `source` what is there of tokenizer, chat
-// template, generation_config.json and licence, bytes as they are. `source` "" copies nothing. Into `source` itself is
-// refused (ConfigError). Collective where the tensors gather; with `writes` false only the gathers are done.
-void export_model_folder(const std::string& folder, const std::string& source, const Json& config,
+// Writes the weights (safetensors.h), then config.json (as given), and copies what is there of generation_config.json and
+// licence from `model` and of tokenizer and chat template from `tokenizer`, bytes as they are ("": nothing). Into one of
+// these folders is refused (ConfigError). Collective where the tensors gather; with `writes` false only the gathers are
+// done.
+void export_model_folder(const std::string& folder, const std::string& model, const std::string& tokenizer, const Json& config,
                          const std::vector<TensorSource>& tensors, bool writes = true,
                          uint64_t max_shard_bytes = 5'000'000'000);
 

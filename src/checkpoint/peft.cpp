@@ -61,12 +61,14 @@ double number(const Json& json, const char* key, double fallback, const std::str
 Json peft_config_to_json(const PeftConfig& config) {
   Json targets = config.targets_are_text ? Json(config.target_modules.at(0)) : Json(config.target_modules);
   Json base = config.base_model.empty() ? Json(nullptr) : Json(config.base_model);
+  // PEFT's lora_alpha is a whole number wherever it is one.
+  Json alpha = config.alpha == std::floor(config.alpha) ? Json(static_cast<int64_t>(config.alpha)) : Json(config.alpha);
   // The classic keys only: older versions of PEFT stop at a key that they do not know.
   return {{"alpha_pattern", Json::object()}, {"auto_mapping", nullptr},
           {"base_model_name_or_path", base}, {"bias", "none"},
           {"fan_in_fan_out", false},         {"inference_mode", true},
           {"init_lora_weights", true},       {"layers_pattern", nullptr},
-          {"layers_to_transform", nullptr},  {"lora_alpha", config.alpha},
+          {"layers_to_transform", nullptr},  {"lora_alpha", alpha},
           {"lora_dropout", config.dropout},  {"modules_to_save", nullptr},
           {"peft_type", "LORA"},             {"r", config.rank},
           {"rank_pattern", Json::object()},  {"revision", nullptr},
@@ -119,6 +121,15 @@ PeftConfig peft_config_from_json(const Json& json, const std::string& source) {
 PeftConfig read_peft_config(const std::string& folder) {
   std::string path = folder + "/adapter_config.json";
   return peft_config_from_json(read_json_file(path, 16 << 20), path);
+}
+
+std::vector<std::string> adapter_modules(const std::vector<std::string>& tensor_names) {
+  const std::string prefix = "base_model.model.", suffix = ".lora_A.weight";
+  std::vector<std::string> modules;
+  for (const std::string& name : tensor_names)
+    if (name.size() > prefix.size() + suffix.size() && name.starts_with(prefix) && name.ends_with(suffix))
+      modules.push_back(name.substr(prefix.size(), name.size() - prefix.size() - suffix.size()));
+  return modules;
 }
 
 bool is_adapter_folder(const std::string& folder) {

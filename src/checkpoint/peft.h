@@ -28,6 +28,9 @@ PeftConfig read_peft_config(const std::string& folder);
 
 bool is_adapter_folder(const std::string& folder);  // holds an adapter_config.json
 
+// The modules that have an adapter, from the names of its tensors.
+std::vector<std::string> adapter_modules(const std::vector<std::string>& tensor_names);
+
 // Writes the folder. Collective where the sources gather (safetensors.h). Names are PEFT's.
 void write_adapter(const std::string& folder, const Json& config, const std::vector<TensorSource>& tensors,
                    bool writes = true);

@@ -1,4 +1,4 @@
-// Every knob of Trireme, declared once: a struct member here and one line in fields() (config.cpp) with key, unit, allowed
+// Every knob of Trireme, declared once: a struct member here and one line in fields() (keys.cpp) with key, unit, allowed
 // values and meaning. Command line over file over default.
 #pragma once
 
@@ -63,7 +63,7 @@ struct Config {
     int64_t data = 0, tensor = 1, pipeline = 1, zero = 0;
   } parallel;
   struct {
-    double bucket_mb = 8;
+    double bucket_mb = 8, timeout_s = 1800;
     bool overlap = true;
   } comm;
   struct {
@@ -79,12 +79,11 @@ struct Config {
     std::string token_ids, logits;
   } eval;
   struct {
-    std::string prompt, file, format = "text", out;
+    std::string prompt, file, format = "text", system;
     bool chat = false, stream = true;
     int64_t max_tokens = 128, top_k = 0;
     double temperature = 0, top_p = 1, min_p = 0, repetition_penalty = 1;
     std::vector<std::string> stop;
-    std::string system;
   } generate;
   struct {
     bool offsets = false, special = true, generation_prompt = false, decode = false;
@@ -121,9 +120,11 @@ struct CommandLine {
   bool is_given(const std::string& key) const;
 };
 
-// Reads `trireme VERB [CONFIG.ini] [--section.key=value ...]` into config. The first word after the verb that ends in
-// .ini is the file. ConfigError lists everything that is wrong: unknown keys and abbreviations (with the nearest known
-// key), values of a wrong type or out of range, keys given twice, a file that is not there (with file and line).
+// Reads `trireme VERB [CONFIG.ini] [--section.key=value ...]` into config. The word after the verb that ends in .ini is
+// the file: lines `[section]` and `key = value`; '#' at the beginning of a line or after a space begins a comment; a value in
+// double quotes is a JSON string. ConfigError lists everything that is wrong, with file and line: unknown keys and
+// abbreviations (with the nearest known key), values of a wrong type or out of range, keys given twice, keys without a
+// value, words that no verb takes, a file that cannot be read.
 CommandLine parse_command_line(int argc, const char* const* argv, Config& config);
 
 // The configuration as a commented INI file that reads back to the same values.
@@ -134,5 +135,8 @@ std::string help_text(const std::string& verb);
 
 // The known word that is nearest to `word` by edit distance; "" where none is near.
 std::string nearest(const std::string& word, const std::vector<std::string>& known);
+
+std::string trim(const std::string& text);  // without spaces, tabs and carriage returns at both ends
+std::string joined(const std::vector<std::string>& words, const char* between = ",");
 
 }  // namespace trireme

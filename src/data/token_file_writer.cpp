@@ -93,14 +93,15 @@ struct Encoded {
   DataForm form = DataForm::kText;
 };
 
-// Encodes a block on several threads. Of several bad records the first in the file is reported, whoever finds it.
+// Encodes a block on several threads. Of several bad records the first in the file is reported, whoever finds it; those
+// after a bad one are left alone: a template that loops would be met once a record.
 std::vector<Encoded> encode_block(const std::vector<RawRecord>& block, const RecordReader& reader,
                                   const TokenFileRequest& request, const RecordEncoder& encoder) {
   std::vector<Encoded> results(block.size());
   std::vector<std::exception_ptr> errors(block.size());
-  std::atomic<size_t> next{0};
+  std::atomic<size_t> next{0}, end{block.size()};
   auto work = [&] {
-    for (size_t i; (i = next.fetch_add(1)) < block.size();) {
+    for (size_t i; (i = next.fetch_add(1)) < end;) {
       try {
         std::string source = str(reader.path(), ":", block[i].line);
         Record record;
@@ -115,6 +116,8 @@ std::vector<Encoded> encode_block(const std::vector<RawRecord>& block, const Rec
         results[i].record.text = {};
       } catch (...) {
         errors[i] = std::current_exception();
+        for (size_t now = end; i < now && !end.compare_exchange_weak(now, i);) {
+        }
       }
     }
   };

@@ -2,7 +2,6 @@
 
 #include <algorithm>
 #include <filesystem>
-#include <map>
 
 #include "base/check.h"
 
@@ -28,6 +27,10 @@ class Reader {
     if (!(v > 0) || v > 1e30) throw DataError(str(source_, ": \"", key, "\" is ", v, "; it must be positive"));
     return v;
   }
+  double positive(const char* key) const {
+    json_get<double>(json_, key, source_);  // it must be there
+    return positive_or(key, 1.0);
+  }
   const Json& operator[](const char* key) const { return json_[key]; }
 
  private:
@@ -35,37 +38,105 @@ class Reader {
   std::string source_;
 };
 
-RopeConfig read_rope(const Reader& reader, const Json& json, const std::string& source, int64_t max_positions) {
-  RopeConfig rope;
-  // transformers 5: all in rope_parameters; 4: rope_theta beside rope_scaling (which may be null).
-  const char* key = reader.has("rope_parameters") ? "rope_parameters" : "rope_scaling";
-  rope.theta = reader.positive_or("rope_theta", 10000.0);
-  if (!reader.has(key)) return rope;
-  const Json& options = json[key];
-  if (!options.is_object()) throw DataError(str(source, ": \"", key, "\" must be an object"));
-  std::string place = str(source, ": ", key);
+// A family, and what transformers takes where its config.json is silent.
+struct Family {
+  const char* name;
+  const char* architecture;
+  int64_t num_kv_heads;  // 0: as many as query heads
+  int64_t max_positions;
+  double rope_theta;
+  bool tie_embeddings;
+};
+constexpr Family kFamilies[] = {{"llama", "LlamaForCausalLM", 0, 2048, 1e4, false},
+                                {"mistral", "MistralForCausalLM", 8, 131072, 1e4, false},
+                                {"qwen2", "Qwen2ForCausalLM", 32, 32768, 1e4, false},
+                                {"qwen3", "Qwen3ForCausalLM", 32, 32768, 1e4, false},
+                                {"smollm3", "SmolLM3ForCausalLM", 4, 32768, 2e6, true}};
+
+const Family* find_family(const std::string& name) {
+  for (const Family& family : kFamilies)
+    if (name == family.name) return &family;
+  return nullptr;
+}
+
+// rope_parameters (transformers 5) or rope_scaling (4). `outer` reads what may stand beside it.
+RopeConfig read_rope_options(const Json& options, const std::string& place, const Reader& outer, double theta,
+                             int64_t max_positions) {
+  if (!options.is_object()) throw DataError(str(place, ": an object is expected"));
   Reader r(options, place);
   if (options.contains("full_attention") || options.contains("sliding_attention"))
     throw DataError(str(place, " has parameters by kind of layer, which is not supported"));
-  rope.theta = r.positive_or("rope_theta", rope.theta);
+  RopeConfig rope;
+  rope.theta = r.positive_or("rope_theta", theta);
+  if (outer.has("rope_theta") && rope.theta != theta)
+    throw DataError(str(place, ": rope_theta ", rope.theta, " contradicts the rope_theta ", theta, " beside it; remove one"));
+  if (r.get_or<double>("partial_rotary_factor", 1.0) != 1.0)
+    throw DataError(str(place, ": a partial_rotary_factor other than 1 is not supported"));
   rope.type = r.get_or<std::string>("rope_type", r.get_or<std::string>("type", "default"));
   if (rope.type == "default") return rope;
   if (rope.type != "linear" && rope.type != "llama3" && rope.type != "yarn")
     throw DataError(str(place, ": rope type \"", rope.type, "\" is not supported; supported are default, linear, llama3, yarn"));
-  rope.factor = r.positive_or("factor", 1.0);
+  rope.factor = r.positive("factor");
   if (rope.type == "linear") return rope;
-  rope.original_max_positions = r.size_or("original_max_position_embeddings", max_positions);
-  rope.low_freq_factor = r.positive_or("low_freq_factor", 1.0);
-  rope.high_freq_factor = r.positive_or("high_freq_factor", 4.0);
-  if (rope.type == "llama3" && rope.high_freq_factor <= rope.low_freq_factor)
-    throw DataError(str(place, ": high_freq_factor must be above low_freq_factor"));
+  const char* original = "original_max_position_embeddings";  // beside the object it counts before that within, as in transformers
+  rope.original_max_positions = outer.has(original) ? outer.size(original) : r.size_or(original, max_positions);
+  if (rope.type == "llama3") {
+    rope.low_freq_factor = r.positive("low_freq_factor");
+    rope.high_freq_factor = r.positive("high_freq_factor");
+    if (rope.high_freq_factor <= rope.low_freq_factor)
+      throw DataError(str(place, ": high_freq_factor must be above low_freq_factor"));
+    return rope;
+  }
   rope.beta_fast = r.positive_or("beta_fast", 32.0);
   rope.beta_slow = r.positive_or("beta_slow", 1.0);
-  if (r.has("attention_factor")) rope.attention_factor = r.positive_or("attention_factor", 1.0);
+  if (r.has("attention_factor")) rope.attention_factor = r.positive("attention_factor");
   rope.mscale = r.get_or<double>("mscale", 0.0);
   rope.mscale_all_dim = r.get_or<double>("mscale_all_dim", 0.0);
   rope.truncate = r.get_or<bool>("truncate", true);
   return rope;
+}
+
+RopeConfig read_rope(const Reader& r, const std::string& source, double default_theta, int64_t max_positions) {
+  RopeConfig rope;
+  rope.theta = r.positive_or("rope_theta", default_theta);
+  if (r.get_or<double>("partial_rotary_factor", 1.0) != 1.0)
+    throw DataError(str(source, ": a partial_rotary_factor other than 1 is not supported"));
+  std::optional<RopeConfig> found;
+  for (const char* key : {"rope_scaling", "rope_parameters"}) {
+    if (!r.has(key) || r[key] == Json::object()) continue;
+    RopeConfig options = read_rope_options(r[key], str(source, ": ", key), r, rope.theta, max_positions);
+    if (found && !(*found == options))
+      throw DataError(str(source, ": rope_scaling and rope_parameters contradict each other; remove one"));
+    found = options;
+  }
+  return found.value_or(rope);
+}
+
+// Which layers see a window only, and how long it is.
+void read_windows(const Reader& r, const Json& json, const std::string& source, ModelConfig& c) {
+  const bool mistral = c.model_type == "mistral";
+  c.window.assign(static_cast<size_t>(c.num_layers), -1);
+  if (c.model_type == "llama" || (!mistral && !r.get_or<bool>("use_sliding_window", false))) return;
+  // transformers' default, 4096, holds where a file is silent; null means no window.
+  int64_t window = 4096;
+  if (c.model_type == "smollm3" || json.contains("sliding_window")) {
+    if (!r.has("sliding_window")) return;
+    window = r.size("sliding_window", int64_t{1} << 31);
+  }
+  const bool listed = !mistral && r.has("layer_types");
+  if (listed && (!r["layer_types"].is_array() || r["layer_types"].size() != c.window.size()))
+    throw DataError(str(source, ": \"layer_types\" must list ", c.num_layers, " layers"));
+  const int64_t first = mistral ? 0 : r.get_or<int64_t>("max_window_layers", 28);
+  for (size_t l = 0; l < c.window.size(); ++l) {
+    bool slides = c.model_type == "smollm3" ? !c.uses_rope[l] : static_cast<int64_t>(l) >= first;
+    if (listed) {
+      const Json& type = r["layer_types"][l];
+      slides = type == "sliding_attention";
+      if (!slides && type != "full_attention")
+        throw DataError(str(source, ": \"layer_types\" has ", dump_json(type), "; supported are full_attention, sliding_attention"));
+    }
+    if (slides) c.window[l] = window;
+  }
 }
 
 std::vector<int64_t> ids(const Reader& reader, const char* key, const std::string& source) {
@@ -83,72 +154,65 @@ std::vector<int64_t> ids(const Reader& reader, const char* key, const std::strin
 
 ModelConfig model_config_from_json(const Json& json, const std::string& source) {
   if (!json.is_object()) throw DataError(str(source, ": an object is expected"));
-  static const std::vector<std::string> supported = {"llama", "mistral", "qwen2", "qwen3", "smollm3"};
   Reader r(json, source);
   ModelConfig c;
   c.raw = json;
   c.source = source;
   c.model_type = json_get<std::string>(json, "model_type", source);
-  if (std::find(supported.begin(), supported.end(), c.model_type) == supported.end())
+  const Family* family = find_family(c.model_type);
+  if (!family)
     throw DataError(str(source, ": model_type \"", c.model_type,
                         "\" is not supported; supported are llama, mistral, qwen2, qwen3, smollm3 (SmolLM and SmolLM2 are llama)"));
+  // The limits together keep num_parameters() within 63 bits.
   c.vocab_size = r.size("vocab_size");
-  c.hidden_size = r.size("hidden_size");
+  c.hidden_size = r.size("hidden_size", 1 << 20);
   c.intermediate_size = r.size("intermediate_size");
   c.num_layers = r.size("num_hidden_layers", 4096);
-  c.num_heads = r.size("num_attention_heads", 65536);
-  c.num_kv_heads = r.size_or("num_key_value_heads", c.num_heads);
+  c.num_heads = r.size("num_attention_heads", 1 << 14);
+  // null is as many as there are query heads; absent is the family's own number.
+  bool silent = !json.contains("num_key_value_heads") && family->num_kv_heads > 0;
+  c.num_kv_heads = r.size_or("num_key_value_heads", silent ? family->num_kv_heads : c.num_heads);
   bool qwen3 = c.model_type == "qwen3";
-  c.head_dim = r.size_or("head_dim", qwen3 ? 128 : c.hidden_size / c.num_heads);
   if (!r.has("head_dim") && !qwen3 && c.hidden_size % c.num_heads != 0)
     throw DataError(str(source, ": hidden_size ", c.hidden_size, " is no multiple of num_attention_heads ", c.num_heads,
                         ", and there is no head_dim"));
+  c.head_dim = r.has("head_dim") ? r.size("head_dim", 4096) : qwen3 ? 128 : c.hidden_size / c.num_heads;
   if (c.num_heads % c.num_kv_heads != 0)
     throw DataError(str(source, ": num_attention_heads ", c.num_heads, " is no multiple of num_key_value_heads ", c.num_kv_heads));
   if (c.head_dim % 2 != 0) throw DataError(str(source, ": head_dim ", c.head_dim, " is odd; rotary embedding needs an even one"));
   if (r.has("hidden_act") && r.get_or<std::string>("hidden_act", "silu") != "silu")
     throw DataError(str(source, ": hidden_act \"", r.get_or<std::string>("hidden_act", ""), "\" is not supported; supported is silu"));
-  c.max_positions = r.size_or("max_position_embeddings", 2048);
+  if (r.has("quantization_config"))
+    throw DataError(str(source, ": has a quantization_config; weights that are stored quantized are not supported: take the model's original weights"));
+  if (r.get_or<double>("attention_dropout", 0.0) != 0.0)
+    throw DataError(str(source, ": an attention_dropout other than 0 is not supported"));
+  c.max_positions = r.size_or("max_position_embeddings", family->max_positions);
   c.rms_norm_eps = r.positive_or("rms_norm_eps", 1e-6);
   c.initializer_range = r.positive_or("initializer_range", 0.02);
-  c.tie_embeddings = r.get_or<bool>("tie_word_embeddings", false);
+  c.tie_embeddings = r.get_or<bool>("tie_word_embeddings", family->tie_embeddings);
   bool attention_bias = r.get_or<bool>("attention_bias", false);
-  c.qkv_bias = c.model_type == "qwen2" || attention_bias;
-  c.output_bias = c.model_type != "qwen2" && c.model_type != "mistral" && attention_bias;
-  if (c.model_type == "mistral") c.qkv_bias = false;
+  if (c.model_type == "qwen2") c.qkv_bias = true;
+  else if (c.model_type != "mistral") c.qkv_bias = c.output_bias = attention_bias;
   c.mlp_bias = (c.model_type == "llama" || c.model_type == "smollm3") && r.get_or<bool>("mlp_bias", false);
   c.qk_norm = qwen3;
-  c.rope = read_rope(r, json, source, c.max_positions);
-
-  auto n = static_cast<size_t>(c.num_layers);
-  c.window.assign(n, -1);
-  bool windows = c.model_type == "mistral" || ((c.model_type == "qwen2" || qwen3) && r.get_or<bool>("use_sliding_window", false));
-  if (windows && r.has("sliding_window")) {
-    int64_t window = r.size("sliding_window", int64_t{1} << 31);
-    int64_t from = c.model_type == "mistral" ? 0 : r.get_or<int64_t>("max_window_layers", 28);
-    for (size_t l = 0; l < n; ++l) {
-      bool slides = static_cast<int64_t>(l) >= from;
-      if (r.has("layer_types") && c.model_type != "mistral") {
-        const Json& types = r["layer_types"];
-        if (!types.is_array() || types.size() != n) throw DataError(str(source, ": \"layer_types\" must list ", n, " layers"));
-        slides = types[l] == "sliding_attention";
-      }
-      if (slides) c.window[l] = window;
-    }
-  }
-  c.uses_rope.assign(n, true);
+  c.rope = read_rope(r, source, family->rope_theta, c.max_positions);
+  c.uses_rope.assign(static_cast<size_t>(c.num_layers), true);
   if (c.model_type == "smollm3") {
     int64_t interval = r.size_or("no_rope_layer_interval", 4);
-    for (size_t l = 0; l < n; ++l) c.uses_rope[l] = (static_cast<int64_t>(l) + 1) % interval != 0;
+    for (size_t l = 0; l < c.uses_rope.size(); ++l) c.uses_rope[l] = (static_cast<int64_t>(l) + 1) % interval != 0;
     if (r.has("no_rope_layers")) {
       const Json& layers = r["no_rope_layers"];
-      if (!layers.is_array() || layers.size() != n) throw DataError(str(source, ": \"no_rope_layers\" must list ", n, " layers"));
-      for (size_t l = 0; l < n; ++l) c.uses_rope[l] = layers[l] == 1;
+      if (!layers.is_array() || layers.size() < c.uses_rope.size())
+        throw DataError(str(source, ": \"no_rope_layers\" must list ", c.num_layers, " layers"));
+      for (size_t l = 0; l < c.uses_rope.size(); ++l) c.uses_rope[l] = layers[l] == 1;
     }
-    c.rope.theta = r.has("rope_theta") || r.has("rope_parameters") ? c.rope.theta : 2000000.0;
   }
+  read_windows(r, json, source, c);
   c.dtype = r.get_or<std::string>("dtype", r.get_or<std::string>("torch_dtype", ""));
   if (c.dtype == "auto") c.dtype.clear();
+  const std::vector<std::string> dtypes = {"", "float32", "bfloat16", "float16", "float64"};
+  if (std::find(dtypes.begin(), dtypes.end(), c.dtype) == dtypes.end())
+    throw DataError(str(source, ": dtype \"", c.dtype, "\" is not supported; supported are float32, bfloat16, float16, float64"));
   c.eos_ids = ids(r, "eos_token_id", source);
   auto one = [&](const char* key) -> std::optional<int64_t> {
     auto list = ids(r, key, source);
@@ -182,10 +246,8 @@ Json model_config_to_json(const ModelConfig& config, const std::string& dtype) {
 }
 
 Json model_config_from_fields(const ModelConfig& c, const std::string& dtype) {
-  static const std::map<std::string, std::string> classes = {{"llama", "LlamaForCausalLM"}, {"mistral", "MistralForCausalLM"},
-      {"qwen2", "Qwen2ForCausalLM"}, {"qwen3", "Qwen3ForCausalLM"}, {"smollm3", "SmolLM3ForCausalLM"}};
   Json j;
-  j["architectures"] = Json::array({classes.at(c.model_type)});
+  j["architectures"] = Json::array({find_family(c.model_type)->architecture});
   j["model_type"] = c.model_type;
   j["vocab_size"] = c.vocab_size;
   j["hidden_size"] = c.hidden_size;

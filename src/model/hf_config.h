@@ -23,6 +23,8 @@ struct RopeConfig {
   std::optional<double> attention_factor;                 // yarn: given, or computed from factor and the mscales
   double mscale = 0.0, mscale_all_dim = 0.0;              // yarn; 0 = absent
   bool truncate = true;                                   // yarn: round the ramp's ends to whole dims
+
+  bool operator==(const RopeConfig&) const = default;
 };
 
 struct ModelConfig {
@@ -48,7 +50,9 @@ struct ModelConfig {
 };
 
 // `source` names the file in messages. DataError: unknown model_type (the supported are listed), activation other than
-// silu, unsupported rope type or option, sizes that are missing, not positive, absurd or contradict each other.
+// silu, unsupported rope type or option, weights stored quantized, sizes that are missing, not positive, absurd or
+// contradict each other, two spellings of one thing that differ. Where the file is silent, transformers' defaults of the
+// family hold.
 ModelConfig model_config_from_json(const Json& json, const std::string& source);
 
 // Reads `path`: a config.json, or a folder that holds one.

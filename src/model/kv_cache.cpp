@@ -10,20 +10,6 @@ KvCache::KvCache(int64_t num_layers, int64_t num_sequences)
     : stores_(static_cast<size_t>(num_layers), std::vector<Store>(static_cast<size_t>(num_sequences))),
       lengths_(static_cast<size_t>(num_sequences), 0) {}
 
-void KvCache::truncate(int64_t sequence, int64_t length) {
-  auto& now = lengths_[static_cast<size_t>(sequence)];
-  TRIREME_CHECK(length >= 0 && length <= now, "length ", length, " of ", now);
-  now = length;
-}
-
-uint64_t KvCache::bytes() const {
-  uint64_t sum = 0;
-  for (const auto& layer : stores_)
-    for (const auto& store : layer)
-      if (store.k.defined()) sum += store.k.nbytes() + store.v.nbytes();
-  return sum;
-}
-
 std::pair<at::Tensor, at::Tensor> KvCache::append(int64_t layer, const at::Tensor& k_TKD, const at::Tensor& v_TKD,
                                                   const std::vector<int64_t>& cu_seqlens) {
   TRIREME_CHECK(static_cast<int64_t>(cu_seqlens.size()) == num_sequences() + 1, cu_seqlens.size());

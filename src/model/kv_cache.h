@@ -14,9 +14,6 @@ class KvCache {
 
   int64_t num_sequences() const { return static_cast<int64_t>(lengths_.size()); }
   int64_t length(int64_t sequence) const { return lengths_[static_cast<size_t>(sequence)]; }
-  // Forgets the tokens of a sequence from `length` on.
-  void truncate(int64_t sequence, int64_t length);
-  uint64_t bytes() const;
 
   // For the model: appends k, v [T, K, D] of one layer, cut by cu_seqlens, and returns all keys and values of all
   // sequences, flat [S, K, D]. Lengths grow only at advance(), once all layers have appended.

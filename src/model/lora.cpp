@@ -45,11 +45,10 @@ void attach_lora(Transformer& model, const LoraConfig& config, uint64_t seed, We
   auto linears = model.linears();
   std::set<Linear*> chosen;
   for (const auto& target : config.targets) {
-    size_t before = chosen.size();
     bool any = false;
     for (Linear* l : linears)
       if (matches(l->path, target)) chosen.insert(l), any = true;
-    if (any || chosen.size() > before) continue;
+    if (any) continue;
     std::set<std::string> names;
     for (Linear* l : linears) names.insert(last_name(l->path));
     std::string list;
@@ -90,45 +89,13 @@ void merge_lora(Transformer& model) {
   }
 }
 
-Json lora_config_to_json(Transformer& model, const LoraConfig& config, const std::string& base) {
-  // Short names where every layer of that name has an adapter, else whole paths.
-  std::set<std::string> with, without;
-  for (Linear* l : model.linears()) (l->lora ? with : without).insert(last_name(l->path));
-  std::set<std::string> targets;
+std::vector<std::string> lora_targets(Transformer& model) {
+  std::set<std::string> without, targets;
+  for (Linear* l : model.linears())
+    if (!l->lora) without.insert(last_name(l->path));
   for (Linear* l : model.linears())
     if (l->lora) targets.insert(without.count(last_name(l->path)) ? l->path : last_name(l->path));
-  Json j;
-  j["peft_type"] = "LORA";
-  j["task_type"] = "CAUSAL_LM";
-  j["base_model_name_or_path"] = base.empty() ? Json() : Json(base);
-  j["r"] = config.rank;
-  j["lora_alpha"] = config.alpha == std::floor(config.alpha) ? Json(static_cast<int64_t>(config.alpha)) : Json(config.alpha);
-  j["lora_dropout"] = config.dropout;
-  j["use_rslora"] = config.rank_stabilized;
-  j["target_modules"] = targets;
-  j["bias"] = "none";
-  j["fan_in_fan_out"] = false;
-  j["inference_mode"] = true;
-  j["init_lora_weights"] = true;
-  j["modules_to_save"] = Json();
-  return j;
-}
-
-LoraConfig lora_config_from_json(const Json& json, const std::string& source, const std::vector<std::string>& tensor_names) {
-  LoraConfig config;
-  if (json_get<std::string>(json, "peft_type", source) != "LORA")
-    throw DataError(str(source, ": peft_type ", dump_json(json["peft_type"]), " is not supported; supported is LORA"));
-  config.rank = json_get_or<int64_t>(json, "r", 8, source);
-  config.alpha = json_get_or<double>(json, "lora_alpha", 8.0, source);
-  config.dropout = json_get_or<double>(json, "lora_dropout", 0.0, source);
-  config.rank_stabilized = json_get_or<bool>(json, "use_rslora", false, source);
-  config.targets.clear();
-  const std::string suffix = ".lora_A.weight", prefix = kPrefix;
-  for (const auto& name : tensor_names)
-    if (name.starts_with(prefix) && name.ends_with(suffix))
-      config.targets.push_back(name.substr(prefix.size(), name.size() - prefix.size() - suffix.size()));
-  if (config.targets.empty()) throw DataError(str(source, ": the adapter beside it has no lora_A tensors"));
-  return config;
+  return {targets.begin(), targets.end()};
 }
 
 }  // namespace trireme

@@ -28,12 +28,7 @@ bool has_lora(Transformer& model);
 // W += scale * B A, computed in fp32 (fp64 for fp64) and rounded once; then removes the adapters.
 void merge_lora(Transformer& model);
 
-// adapter_config.json that PEFT loads. `base` is the base model's name or folder.
-Json lora_config_to_json(Transformer& model, const LoraConfig& config, const std::string& base);
-
-// From PEFT's adapter_config.json and the names of the tensors in adapter_model.safetensors, which tell the targets
-// exactly. DataError: another PEFT method, or an option Trireme does not compute (DoRA, rank patterns, biases, ...).
-LoraConfig lora_config_from_json(const Json& json, const std::string& source,
-                                 const std::vector<std::string>& tensor_names);
+// The adapters' target_modules: a short name where every layer of that name has an adapter, else whole paths.
+std::vector<std::string> lora_targets(Transformer& model);
 
 }  // namespace trireme

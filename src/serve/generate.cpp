@@ -32,7 +32,11 @@ size_t held_back(const std::string& text, const std::vector<std::string>& stop) 
 
 Answer generate(Transformer& model, const Tokenizer& tokenizer, const std::vector<int64_t>& prompt, uint64_t prompt_index,
                 const GenerateOptions& options, const std::function<void(const std::string&)>& on_text) {
-  if (prompt.empty()) throw DataError("the prompt is empty");
+  if (prompt.empty()) throw DataError(str("prompt ", prompt_index + 1, " is empty"));
+  const int64_t context = model.config().max_positions, room = context - static_cast<int64_t>(prompt.size());
+  if (room < 1)
+    throw DataError(str("prompt ", prompt_index + 1, " has ", prompt.size(), " tokens; the model's context (max_position_embeddings) is ",
+                        context, ", one of which the answer needs"));
   for (const auto& s : options.stop)
     if (s.empty()) throw ConfigError("generate.stop has an empty text");
   at::NoGradGuard no_grad;
@@ -47,12 +51,17 @@ Answer generate(Transformer& model, const Tokenizer& tokenizer, const std::vecto
     if (on_text && up_to > emitted) on_text(answer.text.substr(emitted, up_to - emitted));
     emitted = std::max(emitted, up_to);
   };
-  auto find_stop = [&] {
+  // Cuts the answer at the first stop text. What is emitted cannot hold the beginning of one.
+  auto stopped = [&] {
     size_t first = std::string::npos;
-    for (const auto& s : options.stop) first = std::min(first, answer.text.find(s));
-    return first;
+    for (const auto& s : options.stop) first = std::min(first, answer.text.find(s, emitted));
+    if (first == std::string::npos) return false;
+    answer.text.resize(first);
+    answer.finish_reason = "stop";
+    return true;
   };
-  while (static_cast<int64_t>(answer.ids.size()) < options.max_tokens) {
+  bool stop = false;
+  while (!stop && static_cast<int64_t>(answer.ids.size()) < std::min(options.max_tokens, room)) {
     at::Tensor hidden = model.forward(continuation(next, cache.length(0), model.device()), &cache);
     at::Tensor logits = model.logits(hidden.narrow(0, hidden.size(0) - 1, 1)).view({-1}).cpu();
     int64_t id = sample(logits, seen, options.sampling, prompt_index, answer.ids.size());
@@ -64,16 +73,13 @@ Answer generate(Transformer& model, const Tokenizer& tokenizer, const std::vecto
     seen.push_back(id);
     next = {id};
     answer.text += decoder.push(id);
-    if (size_t at = find_stop(); at != std::string::npos) {
-      answer.text.resize(at);
-      answer.finish_reason = "stop";
-      emit(at);
-      return answer;
-    }
-    emit(answer.text.size() - held_back(answer.text, options.stop));
+    stop = stopped();
+    emit(answer.text.size() - (stop ? 0 : held_back(answer.text, options.stop)));
   }
-  answer.text += decoder.finish();
-  if (size_t at = find_stop(); at != std::string::npos) answer.text.resize(at), answer.finish_reason = "stop";
+  if (!stop) {
+    answer.text += decoder.finish();
+    stopped();
+  }
   emit(answer.text.size());
   return answer;
 }

@@ -17,11 +17,12 @@ struct GenerateOptions {
 struct Answer {
   std::string text;
   std::vector<int64_t> ids;
-  std::string finish_reason;  // stop (an end token or a stop text) or length
+  std::string finish_reason;  // stop (an end token or a stop text) or length (max_tokens, or the model's context is full)
 };
 
-// `prompt` must hold at least one id (DataError). `prompt_index` keys the random numbers. `on_text` is told text as soon as no
-// later token can change it. The model is left in evaluation mode.
+// `prompt_index` (from 0) keys the random numbers and names the prompt in messages. `on_text` is told text as soon as no later
+// token can change it; all that it was told is the answer's text. The model is left in evaluation mode. DataError: a prompt
+// without ids, or one that fills the context (max_position_embeddings).
 Answer generate(Transformer& model, const Tokenizer& tokenizer, const std::vector<int64_t>& prompt, uint64_t prompt_index,
                 const GenerateOptions& options, const std::function<void(const std::string&)>& on_text = {});
 

@@ -3,6 +3,7 @@
 #include <algorithm>
 #include <filesystem>
 #include <fstream>
+#include <set>
 
 #include "base/check.h"
 #include "base/file.h"
@@ -19,21 +20,25 @@ namespace {
 
 namespace fs = std::filesystem;
 
-// Size and both ends of each weight file: reading all of a large model only to know that it is the same would double the
-// time of a start.
-std::string fingerprint_of(const ModelSource& source) {
-  std::string text = dump_json(source.config.raw);
-  if (source.folder.empty()) return hash_bytes(text);
-  std::vector<fs::path> files;
-  for (const auto& entry : fs::directory_iterator(source.folder))
-    if (entry.path().extension() == ".safetensors") files.push_back(entry.path());
-  std::sort(files.begin(), files.end());
-  for (const auto& path : files) {
-    constexpr uint64_t kEnd = 1 << 20;
-    MappedFile file(path.string());
-    uint64_t n = std::min(kEnd, file.size());
-    text += str(path.filename().string(), file.size(), hash_bytes(file.data(), n),
-                hash_bytes(file.data() + file.size() - n, n));
+// Of config.json, and of the weight files: the size and 64 pieces of each. Reading all of a large model only to know
+// that it is the same would double the time of a start.
+std::string fingerprint_of(const Json& config, std::initializer_list<std::string> folders) {
+  std::string text = dump_json(config);
+  for (const std::string& folder : folders) {
+    std::vector<fs::path> files;
+    if (fs::is_directory(folder))
+      for (const auto& entry : fs::directory_iterator(folder))
+        if (entry.path().extension() == ".safetensors") files.push_back(entry.path());
+    std::sort(files.begin(), files.end());
+    for (const auto& path : files) {
+      constexpr uint64_t kPieces = 64, kPiece = 16 << 10;
+      MappedFile file(path.string());
+      text += str("|", path.filename().string(), file.size());
+      for (uint64_t i = 0; i < kPieces; ++i) {
+        uint64_t at = file.size() / kPieces * i;
+        text += hash_bytes(file.data() + at, std::min(kPiece, file.size() - at));
+      }
+    }
   }
   return hash_bytes(text);
 }
@@ -67,12 +72,18 @@ void check_config(const Config& c, const CommandLine& line) {
     if ((c.train.steps > 0) == (c.train.epochs > 0))
       wrong(c.train.steps > 0 ? "train.steps and train.epochs are both set; set one"
                               : "the length of the run is not set: set train.steps or train.epochs");
-    if (c.lora.rank == 0 && c.lora.path.empty())
-      for (const char* key : {"lora.alpha", "lora.dropout", "lora.targets", "lora.rslora"})
-        if (line.is_given(key)) wrong(key, " is set, but lora.rank is 0: set lora.rank, or leave ", key, " out");
+    const Config d;  // values count, not what was written: the resolved configuration of a run names every key
+    const std::pair<const char*, bool> lora_keys[] = {{"lora.alpha", c.lora.alpha != d.lora.alpha},
+                                                      {"lora.dropout", c.lora.dropout != d.lora.dropout},
+                                                      {"lora.targets", c.lora.targets != d.lora.targets},
+                                                      {"lora.rslora", c.lora.rslora != d.lora.rslora}};
+    for (const auto& [key, is_set] : lora_keys)
+      if (is_set && c.lora.rank == 0 && c.lora.path.empty())
+        wrong(key, " is set, but lora.rank is 0: set lora.rank, or leave ", key, " out");
+    if (c.lora.rank > 0 && !c.lora.path.empty()) wrong("lora.rank and lora.path are both set: the adapter of lora.path has a rank; set one");
     if (c.eval.patience > 0 && c.eval.every == 0) wrong("eval.patience needs eval.every");
-    if (c.eval.patience > 0 && c.data.eval.empty() && c.data.eval_fraction == 0)
-      wrong("eval.patience needs data.eval or data.eval_fraction");
+    if (c.eval.every > 0 && c.data.eval.empty() && c.data.eval_fraction == 0)
+      wrong("eval.every is set, but there is nothing to evaluate: set data.eval or data.eval_fraction");
     try {
       Schedule(parse_schedule_kind(c.schedule.kind), c.optim.lr, std::max<int64_t>(c.train.steps, 1), c.schedule.warmup_steps,
                c.schedule.min_lr);
@@ -99,7 +110,7 @@ ModelSource find_model(const Config& config) {
     source.tokenizer_folder = fs::is_directory(path) ? path.string() : path.has_parent_path() ? path.parent_path().string() : ".";
   }
   if (!config.model.tokenizer.empty()) source.tokenizer_folder = config.model.tokenizer;
-  source.fingerprint = fingerprint_of(source);
+  source.fingerprint = fingerprint_of(source.config.raw, {source.folder, config.lora.path});
   return source;
 }
 
@@ -110,11 +121,22 @@ at::ScalarType weight_dtype(const Config& config, const ModelSource& source) {
 }
 
 at::ScalarType train_dtype(const Config& config, const ModelSource& source) {
-  return config.train.dtype == "auto" ? weight_dtype(config, source) : parse_dtype(config.train.dtype, "train.dtype");
+  at::ScalarType dtype = config.train.dtype == "auto" ? weight_dtype(config, source) : parse_dtype(config.train.dtype, "train.dtype");
+  if (dtype == at::kHalf)
+    throw ConfigError("training in float16 is not supported: small gradients vanish in it without loss scaling. The weights may be "
+                      "float16; set train.dtype=bfloat16 (as much memory) or float32");
+  return dtype;
 }
 
 LoraConfig lora_config(const Config& config) {
   LoraConfig lora;
+  if (!config.lora.path.empty()) {
+    PeftConfig peft = read_peft_config(config.lora.path);
+    lora = {peft.rank, peft.alpha, peft.dropout, peft.use_rslora,
+            adapter_modules(SafetensorsFolder(config.lora.path, "adapter_model").names())};
+    if (lora.targets.empty()) throw DataError(str(config.lora.path, ": the adapter has no lora_A tensors"));
+    return lora;
+  }
   lora.rank = config.lora.rank;
   lora.alpha = config.lora.alpha > 0 ? config.lora.alpha : static_cast<double>(config.lora.rank);
   lora.dropout = config.lora.dropout;
@@ -130,10 +152,13 @@ std::unique_ptr<Transformer> build_model(const Config& config, const ModelSource
   at::NoGradGuard no_grad;
   if (!random) load_weights(source.folder, model->parameters());
   if (!config.lora.path.empty()) {
-    SafetensorsFolder adapter(config.lora.path, "adapter_model");
-    read_peft_config(config.lora.path);  // its refusals name what Trireme does not compute
-    auto lora = lora_config_from_json(read_json_file(config.lora.path + "/adapter_config.json"),
-                                      config.lora.path + "/adapter_config.json", adapter.names());
+    LoraConfig lora = lora_config(config);
+    std::set<std::string> paths;
+    for (Linear* l : model->linears()) paths.insert(l->path);
+    for (const auto& target : lora.targets)
+      if (!paths.count(target))
+        throw DataError(str(config.lora.path, ": the adapter changes ", target, ", which is no linear layer of a block of ",
+                            source.config.source, "; Trireme has adapters on those only"));
     attach_lora(*model, lora, seed, Weights::kUninitialized);
     load_adapter(config.lora.path, only(*model, true));
   } else if (attach && config.lora.rank > 0) {
@@ -151,12 +176,14 @@ void export_model(const std::string& folder, Transformer& model, const ModelSour
   if (source.folder.empty())
     for (const auto& [key, value] : source.config.raw.items())
       if (!config.contains(key)) config[key] = value;
-  export_model_folder(folder, source.tokenizer_folder, config, sources(only(model, false)));
+  std::string files = source.folder.empty() ? fs::path(source.config.source).parent_path().string() : source.folder;
+  export_model_folder(folder, files, source.tokenizer_folder, config, sources(only(model, false)));
 }
 
 void export_adapter(const std::string& folder, Transformer& model, const LoraConfig& lora, const ModelSource& source) {
   at::NoGradGuard no_grad;
-  write_adapter(folder, lora_config_to_json(model, lora, source.folder), sources(only(model, true)));
+  PeftConfig peft{lora.rank, lora.alpha, lora.dropout, lora.rank_stabilized, lora_targets(model), false, source.folder};
+  write_adapter(folder, peft_config_to_json(peft), sources(only(model, true)));
   if (!source.tokenizer_folder.empty()) copy_tokenizer_files(source.tokenizer_folder, folder);
 }
 

@@ -16,7 +16,7 @@ struct ModelSource {
   std::string folder;            // Hugging Face folder of the weights; "" for random weights
   std::string tokenizer_folder;  // "" where there is none
   ModelConfig config;
-  std::string fingerprint;       // of config and weights: sizes, and the ends of each file
+  std::string fingerprint;       // of config and weights, an adapter's included
 };
 
 // Values that contradict each other, all in one ConfigError. Touches no file.
@@ -34,6 +34,7 @@ at::ScalarType train_dtype(const Config& config, const ModelSource& source);
 std::unique_ptr<Transformer> build_model(const Config& config, const ModelSource& source, at::ScalarType dtype,
                                          bool attach);
 
+// Of the adapter in lora.path, else of the lora.* keys. DataError: what the adapter's files have wrong.
 LoraConfig lora_config(const Config& config);
 
 // Writes the model's weights (adapters merged) as a Hugging Face folder, or the adapter as a PEFT folder. Rank 0 only.

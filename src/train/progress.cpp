@@ -18,26 +18,15 @@ Progress::Progress(bool prints, bool alone) : prints_(prints) {
   live_ = told ? std::string(told) == "live" : alone && ::isatty(2) == 1;
 }
 
-Progress::~Progress() { clear(); }
-
 void Progress::show(const std::string& line, int64_t step, int64_t every, bool last) {
   if (!prints_) return;
-  if (!live_) {
-    if (step % every == 0 || last) log_info(line);
-    return;
-  }
-  auto now = std::chrono::steady_clock::now();
-  if (!last && now - shown_ < std::chrono::milliseconds(100)) return;
+  const bool logs = step % every == 0 || last;
+  if (logs && (!live_ || last)) return log_info(line);
+  if (logs) log_quietly(line);
+  const auto now = std::chrono::steady_clock::now();
+  if (!live_ || now - shown_ < std::chrono::milliseconds(100)) return;
   shown_ = now;
-  std::fprintf(stderr, "\r\x1b[K%s", line.c_str());
-  std::fflush(stderr);
-  open_ = true;
-  if (last) clear();
-}
-
-void Progress::clear() {
-  if (open_) std::fputc('\n', stderr);
-  open_ = false;
+  log_live(line);
 }
 
 uint64_t resident_bytes() {

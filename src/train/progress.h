@@ -10,13 +10,12 @@ namespace trireme {
 class Progress {
  public:
   Progress(bool prints, bool alone);
-  ~Progress();
-  // `step_line` of step `step`. Live: overwrites the line, at most ten times a second. Plain: every `every` steps.
+  // The line of step `step`. Every `every` steps, and for `last`, it goes to the log; live: also to the terminal's live
+  // line, at most ten times a second.
   void show(const std::string& line, int64_t step, int64_t every, bool last);
-  void clear();  // ends the live line, before other output
 
  private:
-  bool prints_, live_, open_ = false;
+  bool prints_, live_;
   std::chrono::steady_clock::time_point shown_{};
 };
 

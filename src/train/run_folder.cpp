@@ -31,6 +31,14 @@ std::optional<Json> RunFolder::finished() const {
   return read_json_file(file);
 }
 
+bool RunFolder::was_used() const {
+  if (fs::exists(path_ + "/finished.json")) return true;
+  std::error_code none_yet;
+  for (const auto& entry : fs::directory_iterator(path_ + "/checkpoints", none_yet))
+    if (entry.path().filename().string().starts_with("step-") && !entry.path().has_extension()) return true;
+  return false;
+}
+
 void RunFolder::set_finished(const Json& state) const { write_file_atomic(path_ + "/finished.json", dump_json_pretty(state)); }
 void RunFolder::clear_finished() const { fs::remove(path_ + "/finished.json"); }
 void RunFolder::write_config(const std::string& ini) const { write_file_atomic(path_ + "/config.ini", ini); }

@@ -1,7 +1,6 @@
 // The run folder: config.ini, metrics.jsonl, log.txt, checkpoints/, model/ or adapter/, and finished.json once done.
 #pragma once
 
-#include <memory>
 #include <optional>
 #include <string>
 
@@ -17,7 +16,7 @@ class RunFolder {
   explicit RunFolder(const std::string& path);
 
   const std::string& path() const { return path_; }
-  std::string checkpoints() const { return path_ + "/checkpoints"; }
+  bool was_used() const;  // holds a finished run or a checkpoint
   std::optional<Json> finished() const;
   void set_finished(const Json& state) const;
   void clear_finished() const;

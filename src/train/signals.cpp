@@ -1,7 +1,6 @@
 #include "train/signals.h"
 
 #include <csignal>
-#include <cstring>
 
 namespace trireme {
 namespace {
@@ -9,9 +8,9 @@ namespace {
 volatile std::sig_atomic_t stop = 0;
 
 extern "C" void on_stop(int signal) {
-  if (stop && signal == SIGTERM) {
-    std::signal(SIGTERM, SIG_DFL);
-    std::raise(SIGTERM);
+  if (stop && signal != SIGUSR1) {
+    std::signal(signal, SIG_DFL);
+    std::raise(signal);
   }
   stop = 1;
 }
@@ -22,8 +21,7 @@ void install_stop_signals() {
   struct sigaction action {};
   action.sa_handler = on_stop;
   action.sa_flags = SA_RESTART;
-  sigaction(SIGUSR1, &action, nullptr);
-  sigaction(SIGTERM, &action, nullptr);
+  for (int signal : {SIGUSR1, SIGTERM, SIGINT}) sigaction(signal, &action, nullptr);
 }
 
 bool stop_requested() { return stop != 0; }

@@ -1,4 +1,5 @@
-// SIGUSR1 and SIGTERM ask a run to finish its step, save and exit with status 75. A second SIGTERM ends at once.
+// SIGUSR1, SIGTERM and SIGINT ask a run to finish its step, save and exit with status 75. A second SIGTERM or SIGINT ends
+// it at once.
 #pragma once
 
 namespace trireme {

@@ -11,6 +11,8 @@ Json TrainState::to_json() const {
   Json json;
   json["step"] = step;
   json["position"] = {{"seed", position.seed}, {"epoch", position.epoch}, {"index", position.index}};
+  json["micro_batch_size"] = micro_batch_size;
+  json["accumulation"] = accumulation;
   json["rows_per_step"] = rows_per_step;
   json["total_steps"] = total_steps;
   json["best"] = std::isnan(best) ? Json() : Json(best);
@@ -22,22 +24,23 @@ Json TrainState::to_json() const {
   return json;
 }
 
-TrainState TrainState::from_json(const Json& json, const std::string& source) {
+TrainState TrainState::from_json(const Json& json, const std::string& source) try {
   TrainState s;
-  s.step = json_get<int64_t>(json, "step", source);
-  const Json& position = json.at("position");
-  s.position.seed = position.at("seed").get<uint64_t>();
-  s.position.epoch = json_get<int64_t>(position, "epoch", source);
-  s.position.index = json_get<int64_t>(position, "index", source);
-  s.rows_per_step = json_get<int64_t>(json, "rows_per_step", source);
-  s.total_steps = json_get<int64_t>(json, "total_steps", source);
-  s.best = json_get_or<double>(json, "best", s.best, source);
-  s.best_step = json_get<int64_t>(json, "best_step", source);
-  s.evaluations_without_better = json_get<int64_t>(json, "evaluations_without_better", source);
-  s.seconds = json_get<double>(json, "seconds", source);
-  s.stopped_early = json_get<bool>(json, "stopped_early", source);
+  s.step = json.at("step");
+  s.position = {json.at("position").at("seed"), json.at("position").at("epoch"), json.at("position").at("index")};
+  s.micro_batch_size = json.at("micro_batch_size");
+  s.accumulation = json.at("accumulation");
+  s.rows_per_step = json.at("rows_per_step");
+  s.total_steps = json.at("total_steps");
+  if (!json.at("best").is_null()) s.best = json.at("best");
+  s.best_step = json.at("best_step");
+  s.evaluations_without_better = json.at("evaluations_without_better");
+  s.seconds = json.at("seconds");
+  s.stopped_early = json.at("stopped_early");
   s.identity = json.at("identity");
   return s;
+} catch (const Json::exception& error) {
+  throw DataError(str(source, ": the state in its manifest.json is not that of a run: ", error.what()));
 }
 
 Json run_identity(Config config, const std::string& model_fingerprint, const std::string& data_fingerprint) {
@@ -60,17 +63,20 @@ Json run_identity(Config config, const std::string& model_fingerprint, const std
 
 void check_identity(const Json& saved, const Json& now, const std::string& checkpoint) {
   std::string differences;
-  for (const auto& item : now.items()) {
-    std::string before = saved.contains(item.key()) ? saved[item.key()].get<std::string>() : "";
-    std::string after = item.value().get<std::string>();
-    if (before == after) continue;
-    bool is_file = item.key() == "model" || item.key() == "data";
-    differences += str("\n  ", item.key(), is_file ? str(": the ", item.key(), " is another one (its content differs)")
-                                                   : str(": ", before, " then, ", after, " now"));
+  Config defaults;
+  for (const auto& f : fields(defaults))  // a key that is younger than the checkpoint had its default then
+    if (now.contains(f.key) && !saved.contains(f.key) && now[f.key] != f.text())
+      differences += str("\n  ", f.key, ": ", f.text(), " then, ", now[f.key].get<std::string>(), " now");
+  for (const auto& [key, value] : now.items()) {
+    if (!saved.contains(key) || saved[key] == value) continue;
+    differences += str("\n  ", key);
+    differences += key == "model" || key == "data" ? str(": the ", key, " is another one (its content differs)")
+                                                   : str(": ", saved[key].get<std::string>(), " then, ", value.get<std::string>(), " now");
   }
   if (!differences.empty())
     throw ConfigError(str("cannot go on from ", checkpoint, ", it belongs to another run:", differences,
-                          "\nSet these back, or start a new run with another run.dir"));
+                          "\nSet these back, or start a new run with another run.dir. On a run that goes on, train.steps and "
+                          "train.epochs may grow, and the keys of parallel, checkpoint, eval, comm and log may change."));
 }
 
 }  // namespace trireme

@@ -12,6 +12,7 @@ namespace trireme {
 struct TrainState {
   int64_t step = 0;  // done
   DataPosition position;
+  int64_t micro_batch_size = 0, accumulation = 0;  // as configured
   int64_t rows_per_step = 0;
   int64_t total_steps = 0;
   double best = std::numeric_limits<double>::quiet_NaN();
@@ -21,10 +22,11 @@ struct TrainState {
   Json identity;             // see run_identity()
 
   Json to_json() const;
-  static TrainState from_json(const Json& json, const std::string& source);
+  static TrainState from_json(const Json& json, const std::string& source);  // DataError
 };
 
-// The configuration keys that a resumed run must share, and fingerprints of model and data.
+// The configuration keys that a resumed run must share, and fingerprints of model and data. Rows of a step and the length
+// of the run are compared elsewhere: the one may come about in several ways, the other may grow.
 Json run_identity(Config config, const std::string& model_fingerprint, const std::string& data_fingerprint);
 
 // ConfigError that lists every difference between the run that was saved and this one.

@@ -8,7 +8,7 @@
 #include <cmath>
 
 #include "base/log.h"
-#include "checkpoint/load_weights.h"
+#include "comm/watchdog.h"
 #include "eval/evaluate.h"
 #include "train/agreement.h"
 #include "train/plan.h"
@@ -34,36 +34,41 @@ int64_t steps_of(double value, int64_t total) {
 class Run {
  public:
   Run(const Config& config, const CommandLine& line, const Process& process)
-      : config_(config), line_(line), process_(process), world_(Communicator::world()),
+      : config_(config), process_(process), world_(Communicator::world()),
         mesh_(process.size(), static_cast<int>(config.parallel.data), static_cast<int>(config.parallel.tensor),
               static_cast<int>(config.parallel.pipeline)),
-        comms_(mesh_, world_) {}
+        comms_(mesh_, world_) {
+    if (config_.run.dir.empty()) config_.run.dir = default_run_dir(line.config_file);
+  }
 
   ExitStatus run(bool plan_only) {
-    const auto start = Clock::now();
-    if (config_.run.dir.empty()) config_.run.dir = default_run_dir(line_.config_file);
     agree_on(world_, [&] { read_files(); });
-    if (!plan_only && !line_.dry_run) {
-      agree_on(world_, [&] {
-        if (rank0()) open_folder();
-      });
-      if (already_finished()) return kExitDone;
-    }
+    if (!plan_only) open_folder();
     open_data();
-    make_shape();
+    if (!plan_only) find_checkpoint();
+    agree_on(world_, [&] { make_shape(); });
+    if (!plan_only && already_finished()) return kExitDone;
     agree_on(world_, [&] { say_plan(); });
-    if (plan_only || line_.dry_run) return kExitDone;
+    if (plan_only) return kExitDone;
     agree_on(world_, [&] { build(); });
     check_parameters_equal(worker_->model().parameters(), comms_.data);
-    resume();
-    log_info(str("ready after ", duration_text(seconds_since(start)), "; ", process_.size(), " ranks of ",
+    log_info(str("ready after ", duration_text(seconds_since(started_)), "; ", process_.size(), " ranks of ",
                  at::get_num_threads(), " threads"));
-    return loop();
+    set_comm_timeout(config_.comm.timeout_s);
+    try {
+      loop();
+      set_comm_timeout(0);
+      if (stopped_) return kExitStopped;
+      finish();
+    } catch (const AgreedError&) {  // every rank is here: what is being saved in the background is kept
+      agree_on(world_, [&] { store_->wait(); });
+      throw;
+    }
+    return kExitDone;
   }
 
  private:
   bool rank0() const { return process_.rank() == 0; }
-  std::string checkpoints() const { return config_.run.dir + "/checkpoints"; }
 
   void read_files() {
     source_ = find_model(config_);
@@ -76,29 +81,15 @@ class Run {
   }
 
   void open_folder() {
-    folder_ = std::make_unique<RunFolder>(config_.run.dir);
-    set_log_file(config_.run.dir + "/log.txt");
-  }
-
-  bool already_finished() {
-    std::string text;
     agree_on(world_, [&] {
       if (!rank0()) return;
-      auto finished = folder_->finished();
-      if (!finished) return;
-      auto step = json_get<int64_t>(*finished, "step", config_.run.dir + "/finished.json");
-      bool early = json_get<bool>(*finished, "stopped_early", config_.run.dir + "/finished.json");
-      if (config_.run.resume == "never")
-        throw ConfigError(str("the run folder ", config_.run.dir, " holds a finished run and run.resume is never; set another run.dir"));
-      if (early || (config_.train.steps > 0 && config_.train.steps <= step) || config_.train.epochs > 0)
-        text = str(config_.run.dir, " is finished (step ", step, early ? ", stopped early" : "",
-                   "); raise train.steps to go on, or set another run.dir");
-      else
-        folder_->clear_finished();
+      folder_ = std::make_unique<RunFolder>(config_.run.dir);
+      if (config_.run.resume == "never" && folder_->was_used())
+        throw ConfigError(str("the run folder ", config_.run.dir, " holds a run and run.resume is never; set another run.dir"));
+      set_log_file(config_.run.dir + "/log.txt");
     });
-    text = world_.broadcast_bytes(text);
-    if (!text.empty()) log_info(text);
-    return !text.empty();
+    store_.emplace(config_.run.dir + "/checkpoints", world_, config_.checkpoint.keep);
+    agree_on(world_, [&] { store_->prepare(); });
   }
 
   // Rank 0 tokenises (or finds it cached) while the others wait in the agreement; then all read the same file.
@@ -110,6 +101,7 @@ class Run {
       for (Split split : {Split::kTrain, Split::kEval})
         files[split == Split::kEval] = Dataset::prepare(
             options_, split, tools_->tokenizer, tools_->chat ? &*tools_->chat : nullptr, [&](uint64_t done, uint64_t total) {
+              if (stop_requested()) throw Error(kExitStopped, "stopped while tokenising; run the same command again");
               if (total > (64 << 20)) progress.show(str("tokenising: ", done >> 20, " of ", total >> 20, " MB"), 1, 1, done == total);
             });
     });
@@ -117,52 +109,80 @@ class Run {
     agree_on(world_, [&] {
       train_data_ = Dataset::open(options_, Split::kTrain, files[0]);
       if (!files[1].empty()) eval_data_ = Dataset::open(options_, Split::kEval, files[1]);
-      if (config_.eval.patience > 0 && !eval_data_) throw ConfigError("eval.patience needs evaluation data");
     });
     log_info(str("training data: ", train_data_->counts().text()));
     if (eval_data_) log_info(str("evaluation data: ", eval_data_->counts().text()));
   }
 
-  void make_shape() {
-    shape_ = {config_.train.micro_batch_size, config_.train.accumulation, comms_.coords.data, mesh_.num_data()};
-    // A run that goes on keeps the rows of its steps: on another number of ranks the accumulation makes up for it.
-    std::optional<Checkpoint> found;
-    if (config_.run.resume != "never" && !line_.dry_run && line_.verb == "train") found = find_checkpoint();
-    if (found) {
-      state_ = TrainState::from_json(found->state(), found->folder());
-      int64_t per_pass = shape_.micro_batch_size * shape_.data_size;
-      if (shape_.rows_per_step() != state_.rows_per_step) {
-        agree_on(world_, [&] {
-          bool ranks_changed = state_.rows_per_step % per_pass == 0;
-          if (!ranks_changed)
-            throw ConfigError(str("cannot go on from ", found->folder(), ": its steps have ", state_.rows_per_step,
-                                  " rows, which ", shape_.data_size, " ranks with train.micro_batch_size=",
-                                  shape_.micro_batch_size, " cannot share out evenly"));
-        });
-        shape_.accumulation = state_.rows_per_step / per_pass;
-        log_info(str("going on with train.accumulation=", shape_.accumulation, ", so that a step keeps its ", state_.rows_per_step, " rows"));
-      }
-      resumed_.emplace(std::move(*found));
-    }
-    int64_t rows = train_data_->num_rows();
-    total_steps_ = config_.train.steps;
-    if (total_steps_ == 0)
-      total_steps_ = std::max<int64_t>(1, std::llround(std::ceil(config_.train.epochs * static_cast<double>(rows) /
-                                                                 static_cast<double>(shape_.rows_per_step()) - 1e-9)));
-    eval_every_ = eval_data_ ? steps_of(config_.eval.every, total_steps_) : 0;
-    save_every_ = steps_of(config_.checkpoint.every, total_steps_);
-    state_.identity = run_identity(config_, source_.fingerprint, train_data_->fingerprint());
+  void find_checkpoint() {
+    agree_on(world_, [&] {
+      if (config_.run.resume == "auto") resumed_ = store_->newest();
+      else if (config_.run.resume != "never") resumed_ = store_->open(config_.run.resume);
+    });
   }
 
-  std::optional<Checkpoint> find_checkpoint() {
-    std::optional<Checkpoint> found;
-    if (config_.run.resume != "auto") {
-      agree_on(world_, [&] { found.emplace(open_checkpoint(config_.run.resume)); });
-      return found;
+  // The rows of a step, the length of the run, and whether the checkpoint belongs to it.
+  void make_shape() {
+    shape_ = {config_.train.micro_batch_size, config_.train.accumulation, comms_.coords.data, mesh_.num_data()};
+    Json identity = run_identity(config_, source_.fingerprint, train_data_->fingerprint());
+    if (resumed_) {
+      state_ = TrainState::from_json(resumed_->state(), resumed_->folder());
+      check_identity(state_.identity, identity, resumed_->folder());
+      keep_rows();
     }
-    store_.emplace(checkpoints(), world_, config_.checkpoint.keep);
-    store_->prepare();
-    return store_->newest();
+    total_steps_ = config_.train.steps;
+    if (total_steps_ == 0)
+      total_steps_ = std::max<int64_t>(1, std::llround(std::ceil(config_.train.epochs * static_cast<double>(train_data_->num_rows()) /
+                                                                 static_cast<double>(shape_.rows_per_step()) - 1e-9)));
+    if (total_steps_ < state_.total_steps)
+      throw ConfigError(str("cannot go on from ", resumed_->folder(), ": its run has ", state_.total_steps, " steps, this one ",
+                            total_steps_, "; train.steps and train.epochs may only grow"));
+    if (!config_.train.gradients.empty() && state_.step > 0)
+      throw ConfigError(str("train.gradients is set, but the run goes on from step ", state_.step,
+                            "; the first step's gradients need another run.dir"));
+    eval_every_ = eval_data_ ? steps_of(config_.eval.every, total_steps_) : 0;
+    save_every_ = steps_of(config_.checkpoint.every, total_steps_);
+    state_.identity = std::move(identity);
+    state_.micro_batch_size = config_.train.micro_batch_size;
+    state_.accumulation = config_.train.accumulation;
+    state_.rows_per_step = shape_.rows_per_step();
+    state_.total_steps = total_steps_;
+  }
+
+  // A run that goes on keeps the rows of its steps: on another number of ranks the accumulation makes up for it.
+  void keep_rows() {
+    const int64_t rows = state_.rows_per_step, pass = shape_.micro_batch_size * shape_.data_size;
+    if (shape_.rows_per_step() == rows) return;
+    std::string from = str("cannot go on from ", resumed_->folder(), ": its steps have ", rows, " rows");
+    if (state_.micro_batch_size != config_.train.micro_batch_size || state_.accumulation != config_.train.accumulation)
+      throw ConfigError(str(from, " (train.micro_batch_size ", state_.micro_batch_size, ", train.accumulation ", state_.accumulation,
+                            " then; ", config_.train.micro_batch_size, ", ", config_.train.accumulation, " now: ",
+                            shape_.rows_per_step(), " rows); set these back, or start a new run with another run.dir"));
+    if (rows % pass != 0)
+      throw ConfigError(str(from, ", which ", shape_.data_size, " ranks with train.micro_batch_size=", shape_.micro_batch_size,
+                            " cannot share out evenly; start a number of ranks that divides ", rows / shape_.micro_batch_size));
+    shape_.accumulation = rows / pass;
+    log_info(str("going on with train.accumulation=", shape_.accumulation, ", so that a step keeps its ", rows, " rows"));
+  }
+
+  bool already_finished() {
+    std::string text;
+    agree_on(world_, [&] {
+      auto finished = rank0() ? folder_->finished() : std::nullopt;
+      if (!finished) return;
+      std::string file = config_.run.dir + "/finished.json";
+      auto step = json_get<int64_t>(*finished, "step", file);
+      bool early = json_get<bool>(*finished, "stopped_early", file);
+      if (early || total_steps_ <= step)
+        text = str(config_.run.dir, " is finished (step ", step, early ? ", stopped early" : "",
+                   early ? "); set another run.dir to train again" : "); raise train.steps to go on, or set another run.dir");
+      else if (!resumed_)
+        throw ConfigError(str("the run folder ", config_.run.dir, " holds a finished run of ", step,
+                              " steps without its checkpoints: it cannot go on; set another run.dir"));
+    });
+    text = world_.broadcast_bytes(text);
+    if (!text.empty()) log_info(text);
+    return !text.empty();
   }
 
   void say_plan() {
@@ -171,26 +191,18 @@ class Run {
       longest = std::max(longest, train_data_->row_tokens(r));
       total += train_data_->row_tokens(r);
     }
-    int64_t trained = source_.config.num_parameters();
-    if (config_.lora.rank > 0 || !config_.lora.path.empty()) trained = adapter_parameters();
-    Plan plan = make_plan(config_, source_.config, dtype_, trained, longest, static_cast<double>(total) / static_cast<double>(rows),
-                          rows, shape_.rows_per_step(), total_steps_);
+    Plan plan = make_plan(config_, source_.config, dtype_, num_trained(), longest,
+                          static_cast<double>(total) / static_cast<double>(rows), rows, shape_.rows_per_step(), total_steps_);
     log_info(plan.text());
     check_memory(plan, process_.local_size());
   }
 
   // From shapes alone: nothing is allocated before the plan is said.
-  int64_t adapter_parameters() const {
-    const auto& m = source_.config;
-    int64_t q = m.num_heads * m.head_dim, kv = m.num_kv_heads * m.head_dim, c = m.hidden_size, f = m.intermediate_size;
-    const std::pair<const char*, int64_t> ends[] = {{"q_proj", c + q}, {"k_proj", c + kv}, {"v_proj", c + kv}, {"o_proj", q + c},
-                                                    {"gate_proj", c + f}, {"up_proj", c + f}, {"down_proj", f + c}};
+  int64_t num_trained() const {
+    Transformer shapes(source_.config, dtype_, 0, Weights::kUninitialized, at::kMeta);
+    if (config_.lora.rank > 0 || !config_.lora.path.empty()) attach_lora(shapes, lora_config(config_), 0, Weights::kUninitialized);
     int64_t sum = 0;
-    for (const auto& [name, in_and_out] : ends) {
-      bool chosen = false;
-      for (const auto& target : config_.lora.targets) chosen |= target == "all-linear" || target.find(name) != std::string::npos;
-      if (chosen) sum += in_and_out * m.num_layers * config_.lora.rank;
-    }
+    for (const auto& p : shapes.parameters()) sum += p.value.requires_grad() ? p.value.numel() : 0;
     return sum;
   }
 
@@ -200,70 +212,42 @@ class Run {
     Loader loader(train_data_, shape_, config_.data.shuffle, options_.seed);
     worker_ = std::make_unique<Worker>(config_, build_model(config_, source_, dtype_, true), std::move(task_),
                                        std::move(loader), schedule, shape_.accumulation, comms_);
-    if (rank0()) {
-      Config resolved = config_;
-      folder_->write_config(config_to_ini(resolved, true));
+    if (resumed_) {
+      resumed_->load(worker_->tensors());
+      worker_->set_num_steps(state_.step);
+      worker_->loader().set_state(state_.position);
+      log_info(str("going on from ", resumed_->folder(), ", step ", state_.step, " of ", total_steps_));
     }
-    if (!store_) {
-      store_.emplace(checkpoints(), world_, config_.checkpoint.keep);
-      prepare_store_ = true;
-    }
-  }
-
-  void resume() {
-    if (prepare_store_) {
-      store_->prepare();
-      if (config_.run.resume == "never" && store_->newest())
-        throw AgreedError(kExitConfig, str("the run folder ", config_.run.dir, " holds checkpoints and run.resume is never; set another run.dir"));
-    }
-    agree_on(world_, [&] {
-      if (resumed_) {
-        check_identity(TrainState::from_json(resumed_->state(), resumed_->folder()).identity, state_.identity, resumed_->folder());
-        resumed_->load(worker_->tensors());
-        worker_->set_num_steps(state_.step);
-        worker_->loader().set_state(state_.position);
-        log_info(str("going on from ", resumed_->folder(), ", step ", state_.step, " of ", total_steps_));
-      }
-      if (rank0()) metrics_ = std::make_unique<MetricsLog>(config_.run.dir + "/metrics.jsonl", state_.step);
-    });
     resumed_.reset();
+    if (!rank0()) return;
+    folder_->clear_finished();
+    folder_->write_config(config_to_ini(config_, true));
+    metrics_ = std::make_unique<MetricsLog>(config_.run.dir + "/metrics.jsonl", state_.step);
   }
 
-  ExitStatus loop() {
-    install_stop_signals();
+  void loop() {
     Progress progress(rank0(), process_.size() == 1);
     const auto started = Clock::now();
     const double seconds_before = state_.seconds;
     const int64_t first = state_.step;
-    while (state_.step < total_steps_ && !state_.stopped_early) {
+    while (state_.step < total_steps_ && !state_.stopped_early && !stopped_) {
       const auto step_start = Clock::now();
       const double epoch = worker_->loader().epoch();
       StepResult result = worker_->run(state_.step + 1, stop_requested(), !store_->pending() || store_->finished());
       ++state_.step;
-      const double seconds = seconds_since(step_start);
       state_.seconds = seconds_before + seconds_since(started);
-      if (rank0()) report(result, epoch, seconds, progress, first, seconds_since(started));
-      if (store_->pending() && result.save_ready) store_->wait();
+      if (rank0()) report(result, epoch, seconds_since(step_start), progress, first, seconds_since(started));
+      if (store_->pending() && result.save_ready) agree_on(world_, [&] { store_->wait(); });
 
-      bool last = state_.step == total_steps_;
-      bool stop = result.stop || (config_.train.stop_after > 0 && state_.step - first >= config_.train.stop_after);
-      bool best = false;
-      bool evaluated = eval_data_ && ((eval_every_ > 0 && state_.step % eval_every_ == 0) || last);
-      if (evaluated) {
-        progress.clear();
-        best = evaluate_now();
-      }
-      if (last || stop || best || state_.stopped_early || (save_every_ > 0 ? state_.step % save_every_ == 0 : evaluated)) {
-        progress.clear();
-        save(best, last || stop || state_.stopped_early);
-      }
-      if (stop && !last && !state_.stopped_early) {
-        log_info(str("stopped after step ", state_.step, " of ", total_steps_, "; saved. Run the same command again to go on"));
-        return kExitStopped;
-      }
+      const bool last = state_.step == total_steps_;
+      const bool evaluates = eval_data_ && (last || (eval_every_ > 0 && state_.step % eval_every_ == 0));
+      const bool best = evaluates && evaluate_now();
+      const bool ends = last || state_.stopped_early;
+      stopped_ = !ends && (result.stop || (config_.train.stop_after > 0 && state_.step - first >= config_.train.stop_after));
+      if (ends || stopped_ || best || (save_every_ > 0 ? state_.step % save_every_ == 0 : evaluates)) save(best, ends || stopped_);
     }
-    finish();
-    return kExitDone;
+    if (stopped_)
+      log_info(str("stopped after step ", state_.step, " of ", total_steps_, "; saved. Run the same command again to go on"));
   }
 
   void report(const StepResult& r, double epoch, double seconds, Progress& progress, int64_t first, double elapsed) {
@@ -323,20 +307,16 @@ class Run {
       if (metrics_) metrics_->sync();
     });
     state_.position = worker_->loader().state();
-    state_.rows_per_step = shape_.rows_per_step();
-    state_.total_steps = total_steps_;
-    if (now || !config_.checkpoint.async) {
-      store_->wait();
-      store_->save(state_.step, worker_->tensors(), state_.to_json(), best);
-    } else {
-      store_->start_save(state_.step, worker_->tensors(), state_.to_json(), best);
-    }
+    agree_on(world_, [&] {
+      if (now || !config_.checkpoint.async) store_->save(state_.step, worker_->tensors(), state_.to_json(), best);
+      else store_->start_save(state_.step, worker_->tensors(), state_.to_json(), best);
+    });
   }
 
   void finish() {
-    store_->wait();
     if (config_.eval.restore_best && eval_data_ && state_.best_step > 0 && state_.best_step != state_.step) {
-      auto best = store_->best();
+      std::optional<Checkpoint> best;
+      agree_on(world_, [&] { best = store_->best(); });
       agree_on(world_, [&] {
         if (best) best->load(worker_->weights(), true);
       });
@@ -346,7 +326,7 @@ class Run {
       if (!rank0()) return;
       bool adapter = has_lora(worker_->model());
       std::string folder = config_.run.dir + (adapter ? "/adapter" : "/model");
-      if (adapter) export_adapter(folder, worker_->model(), trained_lora(), source_);
+      if (adapter) export_adapter(folder, worker_->model(), lora_config(config_), source_);
       else export_model(folder, worker_->model(), source_);
       Json done;
       done["step"] = state_.step;
@@ -358,14 +338,8 @@ class Run {
     });
   }
 
-  LoraConfig trained_lora() const {
-    if (config_.lora.path.empty()) return lora_config(config_);
-    std::string file = config_.lora.path + "/adapter_config.json";
-    return lora_config_from_json(read_json_file(file), file, SafetensorsFolder(config_.lora.path, "adapter_model").names());
-  }
-
+  const Clock::time_point started_ = Clock::now();
   Config config_;
-  const CommandLine& line_;
   const Process& process_;
   Communicator world_;
   Mesh mesh_;
@@ -373,10 +347,10 @@ class Run {
   ModelSource source_;
   std::optional<TextTools> tools_;
   std::unique_ptr<Task> task_;
-  bool larger_is_better_ = false, prepare_store_ = false;
+  bool larger_is_better_ = false, stopped_ = false;
   at::ScalarType dtype_ = at::kFloat;
   DataOptions options_;
-  std::unique_ptr<RunFolder> folder_;
+  std::unique_ptr<RunFolder> folder_;  // rank 0's
   std::shared_ptr<const Dataset> train_data_, eval_data_;
   BatchShape shape_;
   int64_t total_steps_ = 0, eval_every_ = 0, save_every_ = 0;
@@ -384,12 +358,13 @@ class Run {
   std::optional<CheckpointStore> store_;
   std::optional<Checkpoint> resumed_;
   std::unique_ptr<Worker> worker_;
-  std::unique_ptr<MetricsLog> metrics_;
+  std::unique_ptr<MetricsLog> metrics_;  // rank 0's
 };
 
 }  // namespace
 
 ExitStatus run_training(const Config& config, const CommandLine& line, const Process& process, bool plan_only) {
+  if (!plan_only) install_stop_signals();
   return Run(config, line, process).run(plan_only);
 }
 

@@ -1,0 +1,194 @@
+// The table of keys, and how a key's value is read and printed.
+#include <algorithm>
+#include <cmath>
+#include <sstream>
+
+#include "base/check.h"
+#include "config/config.h"
+
+namespace trireme {
+namespace {
+
+std::string number_text(double v) {
+  for (int digits = 6; digits < 17; ++digits) {
+    std::ostringstream out;
+    out.precision(digits);
+    out << v;
+    if (std::stod(out.str()) == v) return out.str();
+  }
+  std::ostringstream out;
+  out.precision(17);
+  out << v;
+  return out.str();
+}
+
+}  // namespace
+
+std::string trim(const std::string& text) {
+  size_t begin = text.find_first_not_of(" \t\r"), end = text.find_last_not_of(" \t\r");
+  return begin == std::string::npos ? "" : text.substr(begin, end - begin + 1);
+}
+
+std::string joined(const std::vector<std::string>& words, const char* between) {
+  std::string out;
+  for (const auto& word : words) out += (out.empty() ? "" : between) + word;
+  return out;
+}
+
+const char* Field::type() const {
+  static const char* names[] = {"text", "integer", "number", "true|false", "list"};
+  return names[value.index()];
+}
+
+std::string Field::text() const {
+  if (auto* s = std::get_if<std::string*>(&value)) return **s;
+  if (auto* i = std::get_if<int64_t*>(&value)) return std::to_string(**i);
+  if (auto* d = std::get_if<double*>(&value)) return number_text(**d);
+  if (auto* b = std::get_if<bool*>(&value)) return **b ? "true" : "false";
+  return joined(*std::get<std::vector<std::string>*>(value));
+}
+
+std::string Field::set(const std::string& given) const {
+  constexpr size_t kShown = 80;
+  const std::string word = std::holds_alternative<std::string*>(value) ? given : trim(given);
+  auto wrong = [&](const std::string& expected) {
+    return str(key, "=", word.substr(0, kShown), word.size() > kShown ? "..." : "", ": ", expected);
+  };
+  auto in_range = [&](double v) {
+    return v >= min && v <= max ? std::string()
+           : max >= 1e300       ? wrong(str("must be at least ", number_text(min)))
+                                : wrong(str("must be from ", number_text(min), " to ", number_text(max)));
+  };
+  if (!allowed.empty() && std::find(allowed.begin(), allowed.end(), word) == allowed.end()) {
+    std::string near = nearest(word, allowed);
+    return wrong(str("allowed are ", joined(allowed, ", "), near.empty() ? "" : str("; did you mean ", near, "?")));
+  }
+  size_t used = 0;
+  try {
+    if (auto* i = std::get_if<int64_t*>(&value)) {
+      int64_t v = std::stoll(word, &used);
+      if (used != word.size()) return wrong("an integer is expected");
+      if (auto problem = in_range(static_cast<double>(v)); !problem.empty()) return problem;
+      **i = v;
+      return "";
+    }
+    if (auto* d = std::get_if<double*>(&value)) {
+      double v = std::stod(word, &used);
+      if (used != word.size() || !std::isfinite(v)) return wrong("a number is expected");
+      if (auto problem = in_range(v); !problem.empty()) return problem;
+      **d = v;
+      return "";
+    }
+  } catch (const std::logic_error&) {
+    return wrong(str(std::holds_alternative<int64_t*>(value) ? "an integer" : "a number", " is expected"));
+  }
+  if (auto* b = std::get_if<bool*>(&value)) {
+    if (word != "true" && word != "false") return wrong("true or false is expected");
+    **b = word == "true";
+  } else if (auto* list = std::get_if<std::vector<std::string>*>(&value)) {
+    (*list)->clear();
+    std::istringstream in(word);
+    for (std::string item; std::getline(in, item, ',');)
+      if (!trim(item).empty()) (*list)->push_back(trim(item));
+  } else {
+    *std::get<std::string*>(value) = word;
+  }
+  return "";
+}
+
+std::vector<Field> fields(Config& c) {
+  using Words = std::vector<std::string>;
+  const double inf = 1e300;
+  return {
+      {"run.dir", &c.run.dir, "folder", "where the run lives; empty: runs/<name of the configuration file>", {}},
+      {"run.resume", &c.run.resume, "", "auto: go on from the newest checkpoint of run.dir; never: refuse a run folder that has one; or a checkpoint folder", {}},
+      {"run.seed", &c.run.seed, "", "of initial weights, shuffling, dropout and sampling", {}, 0, 9e18},
+      {"model.path", &c.model.path, "folder", "Hugging Face model folder, or a hub name that is in the local cache", {}},
+      {"model.config", &c.model.config, "file", "config.json of a model with random weights, instead of model.path", {}},
+      {"model.tokenizer", &c.model.tokenizer, "folder", "folder of tokenizer.json; empty: that of the model", {}},
+      {"model.dtype", &c.model.dtype, "", "of the weights; auto: as stored (random weights: float32)", Words{"auto", "float32", "bfloat16", "float16", "float64"}},
+      {"model.revision", &c.model.revision, "", "of a hub name", {}},
+      {"data.train", &c.data.train, "files", "training records (.jsonl, .json, .txt), comma between; FILE:100 reads the first 100", {}},
+      {"data.eval", &c.data.eval, "files", "evaluation records", {}},
+      {"data.eval_fraction", &c.data.eval_fraction, "fraction", "of the training records set apart for evaluation, instead of data.eval", {}, 0, 0.9},
+      {"data.format", &c.data.format, "", "form of the records; auto: seen from their fields", Words{"auto", "messages", "sharegpt", "alpaca", "prompt_completion", "text"}},
+      {"data.prompt_field", &c.data.prompt_field, "", "field that holds the prompt", {}},
+      {"data.completion_field", &c.data.completion_field, "", "field that holds the completion", {}},
+      {"data.text_field", &c.data.text_field, "", "field that holds the text", {}},
+      {"data.learn", &c.data.learn, "", "completion: the assistant's text and its end token; all: every token", Words{"completion", "all"}},
+      {"data.max_length", &c.data.max_length, "tokens", "longest sample, and length of a packed row", {}, 2, 1e9},
+      {"data.truncation", &c.data.truncation, "", "what becomes of a longer sample; auto: chunk for text, right for others", Words{"auto", "right", "left", "drop", "error", "chunk"}},
+      {"data.packing", &c.data.packing, "", "several samples in a row; none sees another", {}},
+      {"data.shuffle", &c.data.shuffle, "", "a new order each epoch", {}},
+      {"data.chat_template", &c.data.chat_template, "", "a file with Jinja text or a built-in name (alpaca, chatml, gemma, llama3, mistral, phi3); empty: that of the model", {}},
+      {"data.template_args", &c.data.template_args, "JSON", "object of further variables for the template", {}},
+      {"data.cache", &c.data.cache, "folder", "of tokenised data; empty: ~/.cache/trireme/tokens", {}},
+      {"data.show", &c.data.show, "samples", "that prepare prints with their masks", {}, 0, 10000},
+      {"task.kind", &c.task.kind, "", "what is learnt", Words{"sft", "pretrain"}},
+      {"train.steps", &c.train.steps, "steps", "length of the run (or train.epochs)", {}, 0, 1e12},
+      {"train.epochs", &c.train.epochs, "epochs", "length of the run (or train.steps)", {}, 0, 1e9},
+      {"train.stop_after", &c.train.stop_after, "steps", "save and exit 75 after so many steps of this start; 0: never", {}, 0, 1e12},
+      {"train.dtype", &c.train.dtype, "", "of weights and activations in training; 16-bit keeps fp32 master weights; auto: model.dtype", Words{"auto", "float32", "bfloat16", "float16", "float64"}},
+      {"train.micro_batch_size", &c.train.micro_batch_size, "rows", "in one forward and backward of a rank", {}, 1, 1e6},
+      {"train.accumulation", &c.train.accumulation, "micro-batches", "a step", {}, 1, 1e6},
+      {"train.recompute", &c.train.recompute, "", "activations computed again in backward instead of kept", Words{"none", "selective", "full"}},
+      {"train.max_grad_norm", &c.train.max_grad_norm, "", "clip the gradient to this norm; 0: never", {}, 0, inf},
+      {"train.gradients", &c.train.gradients, "file", "safetensors file for the first step's gradients", {}},
+      {"train.threads", &c.train.threads, "threads", "a rank; 0: cores / ranks on the host", {}, 0, 4096},
+      {"optim.kind", &c.optim.kind, "", "", Words{"adamw"}},
+      {"optim.lr", &c.optim.lr, "", "highest learning rate", {}, 0, 1e6},
+      {"optim.weight_decay", &c.optim.weight_decay, "", "decoupled; matrices only", {}, 0, 1e6},
+      {"optim.beta1", &c.optim.beta1, "", "decay of the mean gradient", {}, 0, 0.9999999},
+      {"optim.beta2", &c.optim.beta2, "", "decay of the mean squared gradient", {}, 0, 0.9999999},
+      {"optim.epsilon", &c.optim.epsilon, "", "", {}, 0, 1},
+      {"schedule.kind", &c.schedule.kind, "", "of the learning rate", Words{"constant", "linear", "cosine", "exponential"}},
+      {"schedule.warmup_steps", &c.schedule.warmup_steps, "steps", "of linear warm-up; below 1: a fraction of the run", {}, 0, 1e12},
+      {"schedule.min_lr", &c.schedule.min_lr, "", "learning rate at the end", {}, 0, 1e6},
+      {"lora.rank", &c.lora.rank, "", "of the adapters; 0: all weights are trained", {}, 0, 65536},
+      {"lora.alpha", &c.lora.alpha, "", "scale = alpha / rank; 0: alpha = rank", {}, 0, 1e6},
+      {"lora.dropout", &c.lora.dropout, "", "of the adapters' input", {}, 0, 0.99},
+      {"lora.targets", &c.lora.targets, "", "all-linear, names (q_proj, ...) or one regular expression", {}},
+      {"lora.rslora", &c.lora.rslora, "", "scale = alpha / sqrt(rank)", {}},
+      {"lora.merge", &c.lora.merge, "", "export: add the adapter to the weights", {}},
+      {"lora.path", &c.lora.path, "folder", "PEFT adapter to start from", {}},
+      {"quant.base", &c.quant.base, "", "storage of frozen weights", Words{"none"}},
+      {"parallel.data", &c.parallel.data, "ranks", "copies of the model; 0: all ranks that are left", {}, 0, 1e6},
+      {"parallel.tensor", &c.parallel.tensor, "ranks", "a layer is cut over", {}, 1, 1},
+      {"parallel.pipeline", &c.parallel.pipeline, "ranks", "the layers are cut over", {}, 1, 1},
+      {"parallel.zero", &c.parallel.zero, "", "stage of sharded state", {}, 0, 0},
+      {"comm.bucket_mb", &c.comm.bucket_mb, "MB", "of gradients reduced together", {}, 0.001, 1e6},
+      {"comm.timeout_s", &c.comm.timeout_s, "seconds", "that ranks wait for one another in a step before the job is ended; 0: for ever", {}, 0, 1e9},
+      {"comm.overlap", &c.comm.overlap, "", "reduce gradients while backward goes on", {}},
+      {"checkpoint.every", &c.checkpoint.every, "steps", "below 1: a fraction of the run; 0: at evaluations and at the end", {}, 0, 1e12},
+      {"checkpoint.keep", &c.checkpoint.keep, "checkpoints", "newest that stay, beside the best; 0: all", {}, 0, 1e6},
+      {"checkpoint.async", &c.checkpoint.async, "", "write in the background", {}},
+      {"eval.every", &c.eval.every, "steps", "below 1: a fraction of the run; 0: at the end only", {}, 0, 1e12},
+      {"eval.metric", &c.eval.metric, "", "that decides which model is best", {}},
+      {"eval.patience", &c.eval.patience, "evaluations", "without a better metric before training stops; 0: never", {}, 0, 1e9},
+      {"eval.restore_best", &c.eval.restore_best, "", "export the best model, not the last", {}},
+      {"eval.micro_batch_size", &c.eval.micro_batch_size, "rows", "0: train.micro_batch_size", {}, 0, 1e6},
+      {"eval.token_ids", &c.eval.token_ids, "file", "JSON array of arrays of ids to evaluate, instead of data.eval", {}},
+      {"eval.logits", &c.eval.logits, "file", "safetensors file for the logits of eval.token_ids", {}},
+      {"generate.prompt", &c.generate.prompt, "text", "the prompt (also a plain argument)", {}},
+      {"generate.file", &c.generate.file, "file", "of prompts: one a line, text or a JSON string or record", {}},
+      {"generate.chat", &c.generate.chat, "", "put the prompt through the chat template", {}},
+      {"generate.system", &c.generate.system, "text", "system message of the chat", {}},
+      {"generate.max_tokens", &c.generate.max_tokens, "tokens", "at most, for each prompt", {}, 1, 1e9},
+      {"generate.temperature", &c.generate.temperature, "", "0: the likeliest token", {}, 0, 1000},
+      {"generate.top_k", &c.generate.top_k, "tokens", "to choose from; 0: all", {}, 0, 1e9},
+      {"generate.top_p", &c.generate.top_p, "probability", "choose from the likeliest tokens that sum to it", {}, 1e-9, 1},
+      {"generate.min_p", &c.generate.min_p, "probability", "relative to the likeliest, below which tokens are not chosen", {}, 0, 1},
+      {"generate.repetition_penalty", &c.generate.repetition_penalty, "", "1: none", {}, 0.01, 100},
+      {"generate.stop", &c.generate.stop, "list", "strings that end an answer", {}},
+      {"generate.format", &c.generate.format, "", "json: one object a prompt", Words{"text", "json"}},
+      {"generate.stream", &c.generate.stream, "", "print text as it comes", {}},
+      {"tokenize.offsets", &c.tokenize.offsets, "", "print offsets", {}},
+      {"tokenize.special", &c.tokenize.special, "", "add special tokens to plain text", {}},
+      {"tokenize.generation_prompt", &c.tokenize.generation_prompt, "", "end a chat with the assistant's header", {}},
+      {"tokenize.decode", &c.tokenize.decode, "", "lines are arrays of ids", {}},
+      {"log.every", &c.log.every, "steps", "between progress lines in a log", {}, 1, 1e9},
+      {"log.level", &c.log.level, "", "", Words{"debug", "info", "warn", "error"}},
+  };
+}
+
+}  // namespace trireme

@@ -1,0 +1,439 @@
+// The model room on one device: config.json, initial weights, LoRA, the KV cache. Logits are compared with transformers in
+// parity_model_test.py.
+#include "support.h"
+
+#include <ATen/Parallel.h>
+
+#include "base/check.h"
+#include "model/initialize.h"
+#include "model/lora.h"
+#include "model/transformer.h"
+
+namespace trireme {
+namespace {
+
+using test::near;
+using test::same_bits;
+
+Json small_config(const std::string& type, const Json& more = Json::object()) {
+  Json json = {{"model_type", type},       {"vocab_size", 61},         {"hidden_size", 32},
+               {"intermediate_size", 40},  {"num_hidden_layers", 2},   {"num_attention_heads", 4},
+               {"num_key_value_heads", 2}, {"rms_norm_eps", 1e-5},     {"max_position_embeddings", 64},
+               {"head_dim", 8},            {"initializer_range", 0.3}};
+  json.update(more);
+  return json;
+}
+
+ModelConfig config_of(const Json& json) { return model_config_from_json(json, "config.json"); }
+
+std::string refusal(const Json& json) {
+  try {
+    config_of(json);
+  } catch (const DataError& error) {
+    return error.what();
+  }
+  return "accepted";
+}
+
+ModelInput input_of(const std::vector<std::vector<int64_t>>& rows, const std::vector<int64_t>& starts = {}) {
+  std::vector<int64_t> tokens, positions;
+  ModelInput input;
+  input.cu_seqlens = {0};
+  for (size_t s = 0; s < rows.size(); ++s) {
+    for (size_t i = 0; i < rows[s].size(); ++i) {
+      tokens.push_back(rows[s][i]);
+      positions.push_back((starts.empty() ? 0 : starts[s]) + static_cast<int64_t>(i));
+    }
+    input.cu_seqlens.push_back(static_cast<int64_t>(tokens.size()));
+    input.sample_ids.push_back(static_cast<int64_t>(s));
+  }
+  input.tokens_T = at::tensor(tokens, at::kLong);
+  input.positions_T = at::tensor(positions, at::kLong);
+  return input;
+}
+
+std::vector<int64_t> random_row(int64_t length, int64_t seed, int64_t vocabulary = 61) {
+  std::vector<int64_t> row;
+  for (int64_t i = 0; i < length; ++i) row.push_back((i * 7919 + seed * 104729 + i * i * 31) % vocabulary);
+  return row;
+}
+
+at::Tensor logits_of(Transformer& model, const ModelInput& input, KvCache* cache = nullptr) {
+  at::NoGradGuard no_grad;
+  return model.logits(model.forward(input, cache));
+}
+
+// --- config.json ---------------------------------------------------------------------------------------------------
+
+TEST(HfConfig, RefusesWithExactWords) {
+  const std::pair<Json, std::string> cases[] = {
+      {{{"model_type", "gpt2"}},
+       "config.json: model_type \"gpt2\" is not supported; supported are llama, mistral, qwen2, qwen3, smollm3 (SmolLM and "
+       "SmolLM2 are llama)"},
+      {{{"hidden_size", 30}, {"head_dim", nullptr}},
+       "config.json: hidden_size 30 is no multiple of num_attention_heads 4, and there is no head_dim"},
+      {{{"num_key_value_heads", 3}}, "config.json: num_attention_heads 4 is no multiple of num_key_value_heads 3"},
+      {{{"head_dim", 7}}, "config.json: head_dim 7 is odd; rotary embedding needs an even one"},
+      {{{"num_hidden_layers", 0}}, "config.json: \"num_hidden_layers\" is 0; allowed are 1 to 4096"},
+      {{{"vocab_size", 1LL << 40}}, "config.json: \"vocab_size\" is 1099511627776; allowed are 1 to 16777216"},
+      {{{"hidden_size", "32"}}, "config.json: \"hidden_size\" must be an integer, found \"32\""},
+      {{{"hidden_act", "gelu"}}, "config.json: hidden_act \"gelu\" is not supported; supported is silu"},
+      {{{"rms_norm_eps", -1}}, "config.json: \"rms_norm_eps\" is -1; it must be positive"},
+      {{{"dtype", "int8"}},
+       "config.json: dtype \"int8\" is not supported; supported are float32, bfloat16, float16, float64"},
+      {{{"eos_token_id", "x"}}, "config.json: \"eos_token_id\" must be an id or a list of ids"},
+      {{{"attention_dropout", 0.1}}, "config.json: an attention_dropout other than 0 is not supported"},
+      {{{"quantization_config", {{"bits", 4}}}},
+       "config.json: has a quantization_config; weights that are stored quantized are not supported: take the model's original "
+       "weights"},
+      {{{"rope_scaling", {{"type", "dynamic"}, {"factor", 2.0}}}},
+       "config.json: rope_scaling: rope type \"dynamic\" is not supported; supported are default, linear, llama3, yarn"},
+      {{{"rope_parameters", {{"rope_type", "linear"}}}}, "config.json: rope_parameters: the key \"factor\" is missing"},
+      {{{"rope_scaling", {{"type", "linear"}, {"factor", 0}}}},
+       "config.json: rope_scaling: \"factor\" is 0; it must be positive"},
+      {{{"rope_scaling", {{"rope_type", "linear"}, {"factor", 2.0}}}, {"rope_parameters", {{"rope_type", "linear"}, {"factor", 4.0}}}},
+       "config.json: rope_scaling and rope_parameters contradict each other; remove one"},
+      {{{"rope_theta", 1e4}, {"rope_parameters", {{"rope_theta", 5e5}}}},
+       "config.json: rope_parameters: rope_theta 500000 contradicts the rope_theta 10000 beside it; remove one"},
+      {{{"rope_parameters", {{"rope_type", "llama3"}, {"factor", 8.0}, {"low_freq_factor", 4.0}, {"high_freq_factor", 4.0}}}},
+       "config.json: rope_parameters: high_freq_factor must be above low_freq_factor"},
+      {{{"rope_parameters", {{"full_attention", {{"rope_type", "default"}}}}}},
+       "config.json: rope_parameters has parameters by kind of layer, which is not supported"},
+      {{{"rope_scaling", 3}}, "config.json: rope_scaling: an object is expected"},
+      {{{"partial_rotary_factor", 0.5}}, "config.json: a partial_rotary_factor other than 1 is not supported"},
+  };
+  for (const auto& [change, words] : cases) EXPECT_EQ(refusal(small_config("llama", change)), words) << change;
+  EXPECT_EQ(refusal(Json::array()), "config.json: an object is expected");
+  Json lacks = small_config("llama");
+  lacks.erase("hidden_size");
+  EXPECT_EQ(refusal(lacks), "config.json: the key \"hidden_size\" is missing");
+  const Json windows = {{"use_sliding_window", true}, {"sliding_window", 4}};
+  Json layers = windows;
+  layers["layer_types"] = {"full_attention"};
+  EXPECT_EQ(refusal(small_config("qwen2", layers)), "config.json: \"layer_types\" must list 2 layers");
+  layers["layer_types"] = {"full_attention", "linear_attention"};
+  EXPECT_EQ(refusal(small_config("qwen2", layers)),
+            "config.json: \"layer_types\" has \"linear_attention\"; supported are full_attention, sliding_attention");
+  EXPECT_EQ(refusal(small_config("smollm3", {{"no_rope_layers", {1}}})),
+            "config.json: \"no_rope_layers\" must list 2 layers");
+  EXPECT_EQ(refusal(small_config("llama")), "accepted");
+}
+
+TEST(HfConfig, OldAndNewSpellingsAreOneModel) {
+  const Json options = {{"factor", 8.0}, {"low_freq_factor", 1.0}, {"high_freq_factor", 4.0}, {"original_max_position_embeddings", 16}};
+  Json old_options = options, new_options = options;
+  old_options["type"] = "llama3";
+  new_options["rope_type"] = "llama3";
+  new_options["rope_theta"] = 5e5;
+  ModelConfig older = config_of(small_config("llama", {{"rope_theta", 5e5}, {"rope_scaling", old_options}, {"torch_dtype", "bfloat16"}}));
+  ModelConfig newer = config_of(small_config("llama", {{"rope_parameters", new_options}, {"dtype", "bfloat16"}}));
+  ModelConfig both = config_of(small_config("llama", {{"rope_theta", 5e5}, {"rope_scaling", old_options}, {"rope_parameters", new_options}}));
+  EXPECT_EQ(older.rope, newer.rope);
+  EXPECT_EQ(older.rope, both.rope);
+  EXPECT_EQ(older.rope.theta, 5e5);
+  EXPECT_EQ(older.rope.original_max_positions, 16);
+  EXPECT_EQ(older.dtype, "bfloat16");
+  EXPECT_EQ(newer.dtype, "bfloat16");
+  EXPECT_EQ(config_of(small_config("llama", {{"rope_theta", 5e5}, {"rope_scaling", nullptr}})).rope.theta, 5e5);
+  // Beside the object it counts before that within.
+  EXPECT_EQ(config_of(small_config("llama", {{"rope_parameters", new_options}, {"original_max_position_embeddings", 32}})).rope.original_max_positions, 32);
+}
+
+TEST(HfConfig, SilentFilesHaveTheDefaultsOfTheirFamily) {
+  auto without = [](const std::string& type, const std::string& key) {
+    Json json = small_config(type, {{"num_attention_heads", 32}});
+    json.erase(key);
+    return config_of(json);
+  };
+  EXPECT_EQ(without("llama", "num_key_value_heads").num_kv_heads, 32);
+  EXPECT_EQ(without("mistral", "num_key_value_heads").num_kv_heads, 8);
+  EXPECT_EQ(without("smollm3", "num_key_value_heads").num_kv_heads, 4);
+  EXPECT_EQ(config_of(small_config("mistral", {{"num_key_value_heads", nullptr}})).num_kv_heads, 4);
+  EXPECT_EQ(without("llama", "max_position_embeddings").max_positions, 2048);
+  EXPECT_EQ(without("qwen3", "head_dim").head_dim, 128);
+  EXPECT_EQ(config_of(small_config("llama")).rope.theta, 1e4);
+  EXPECT_EQ(config_of(small_config("smollm3")).rope.theta, 2e6);
+  EXPECT_EQ(config_of(small_config("smollm3", {{"rope_parameters", {{"rope_type", "default"}}}})).rope.theta, 2e6);
+  EXPECT_TRUE(config_of(small_config("smollm3")).tie_embeddings);
+  EXPECT_FALSE(config_of(small_config("qwen2")).tie_embeddings);
+}
+
+TEST(HfConfig, WindowsAndLayersWithoutRope) {
+  using Windows = std::vector<int64_t>;
+  EXPECT_EQ(config_of(small_config("mistral")).window, Windows({4096, 4096}));
+  EXPECT_EQ(config_of(small_config("mistral", {{"sliding_window", nullptr}})).window, Windows({-1, -1}));
+  EXPECT_EQ(config_of(small_config("mistral", {{"sliding_window", 5}})).window, Windows({5, 5}));
+  EXPECT_EQ(config_of(small_config("llama", {{"sliding_window", 5}})).window, Windows({-1, -1}));
+  EXPECT_EQ(config_of(small_config("qwen2", {{"sliding_window", 5}, {"max_window_layers", 0}})).window, Windows({-1, -1}));
+  const Json slides = {{"use_sliding_window", true}, {"sliding_window", 5}, {"max_window_layers", 1}};
+  EXPECT_EQ(config_of(small_config("qwen3", slides)).window, Windows({-1, 5}));
+  Json listed = slides;
+  listed["layer_types"] = {"sliding_attention", "full_attention"};
+  EXPECT_EQ(config_of(small_config("qwen2", listed)).window, Windows({5, -1}));
+  ModelConfig smol = config_of(small_config("smollm3", {{"no_rope_layers", {1, 0}}, {"use_sliding_window", true}, {"sliding_window", 5}}));
+  EXPECT_EQ(smol.uses_rope, std::vector<bool>({true, false}));
+  EXPECT_EQ(smol.window, Windows({-1, 5}));
+  EXPECT_EQ(config_of(small_config("smollm3", {{"no_rope_layer_interval", 2}})).uses_rope, std::vector<bool>({true, false}));
+}
+
+TEST(HfConfig, WhatIsWrittenFromFieldsReadsBackTheSame) {
+  const Json cases[] = {
+      small_config("llama", {{"attention_bias", true}, {"mlp_bias", true}, {"eos_token_id", {1, 2}}, {"bos_token_id", 0}}),
+      small_config("llama", {{"rope_parameters", {{"rope_type", "yarn"}, {"factor", 4.0}, {"original_max_position_embeddings", 16}, {"mscale", 1.5}, {"mscale_all_dim", 1.2}, {"truncate", false}}}}),
+      small_config("mistral", {{"sliding_window", 5}}),
+      small_config("mistral", {{"sliding_window", nullptr}}),
+      small_config("qwen2", {{"tie_word_embeddings", true}}),
+      small_config("qwen3", {{"use_sliding_window", true}, {"sliding_window", 5}, {"max_window_layers", 1}}),
+      small_config("smollm3", {{"no_rope_layers", {1, 0}}, {"use_sliding_window", true}, {"sliding_window", 5}}),
+  };
+  for (const Json& json : cases) {
+    Json first = model_config_from_fields(config_of(json), "float32");
+    ModelConfig again = config_of(first), given = config_of(json);
+    EXPECT_EQ(model_config_from_fields(again, "float32"), first) << json;
+    EXPECT_EQ(again.rope, given.rope);
+    EXPECT_EQ(again.window, given.window) << json;
+    EXPECT_EQ(again.uses_rope, given.uses_rope);
+    EXPECT_EQ(again.eos_ids, given.eos_ids);
+    EXPECT_EQ(again.num_parameters(), given.num_parameters());
+  }
+  Json raw = small_config("llama", {{"dtype", "float32"}, {"of_another_program", 7}});
+  Json out = model_config_to_json(config_of(raw), "bfloat16");
+  EXPECT_EQ(out["dtype"], "bfloat16");
+  EXPECT_EQ(out["of_another_program"], 7);
+  EXPECT_FALSE(out.contains("torch_dtype"));
+}
+
+// --- weights ---------------------------------------------------------------------------------------------------------
+
+TEST(InitialWeights, AreAFunctionOfSeedNameAndPlace) {
+  ModelConfig config = config_of(small_config("qwen2", {{"hidden_size", 320}, {"vocab_size", 200}}));
+  const int before = at::get_num_threads();
+  at::set_num_threads(1);
+  Transformer one(config, at::kFloat, 7);
+  at::set_num_threads(2);
+  Transformer two(config, at::kFloat, 7), other(config, at::kFloat, 8), half(config, at::kBFloat16, 7);
+  at::set_num_threads(before);
+  auto a = one.parameters(), b = two.parameters(), c = other.parameters(), d = half.parameters();
+  ASSERT_EQ(a.size(), b.size());
+  int64_t count = 0;
+  for (size_t i = 0; i < a.size(); ++i) {
+    count += a[i].value.numel();
+    EXPECT_TRUE(same_bits(a[i].value, b[i].value)) << a[i].name;
+    EXPECT_TRUE(same_bits(a[i].value.to(at::kBFloat16), d[i].value)) << a[i].name;
+    if (a[i].value.dim() < 2) {
+      const double expected = a[i].name.ends_with(".bias") ? 0.0 : 1.0;
+      EXPECT_TRUE(same_bits(a[i].value, at::full_like(a[i].value, expected))) << a[i].name;
+      continue;
+    }
+    EXPECT_FALSE(at::equal(a[i].value, c[i].value)) << a[i].name;
+    for (size_t j = 0; j < i; ++j)
+      EXPECT_FALSE(a[j].value.sizes() == a[i].value.sizes() && at::equal(a[j].value, a[i].value)) << a[i].name << a[j].name;
+    // Standard error of the mean of n values is std / sqrt(n), of their std std / sqrt(2 n): six of them.
+    const double n = static_cast<double>(a[i].value.numel()), std = config.initializer_range;
+    EXPECT_NEAR(a[i].value.mean().item<double>(), 0.0, 6 * std / std::sqrt(n)) << a[i].name;
+    EXPECT_NEAR(a[i].value.std().item<double>(), std, 6 * std / std::sqrt(2 * n)) << a[i].name;
+  }
+  EXPECT_EQ(count, config.num_parameters());
+}
+
+TEST(InitialWeights, UniformStaysWithinItsBound) {
+  at::Tensor w = at::empty({200, 50});
+  fill_uniform(w, 3, "w", 0.25);
+  EXPECT_LT(w.max().item<double>(), 0.25);
+  EXPECT_GE(w.min().item<double>(), -0.25);
+  EXPECT_NEAR(w.mean().item<double>(), 0.0, 6 * 0.25 / std::sqrt(3.0 * 10000));
+  EXPECT_NEAR(w.std().item<double>(), 0.25 / std::sqrt(3.0), 0.01);
+}
+
+// --- LoRA ------------------------------------------------------------------------------------------------------------
+
+std::vector<std::string> adapted(Transformer& model) {
+  std::vector<std::string> out;
+  for (Linear* l : model.linears())
+    if (l->lora) out.push_back(l->path);
+  return out;
+}
+
+TEST(Lora, StartsAsTheBaseWithTheBaseFrozen) {
+  Transformer model(config_of(small_config("llama")), at::kFloat, 1);
+  ModelInput input = input_of({random_row(9, 1), random_row(5, 2)});
+  at::Tensor base = logits_of(model, input);
+  attach_lora(model, {4, 8.0, 0.0, false, {"all-linear"}}, 5);
+  EXPECT_TRUE(same_bits(logits_of(model, input), base));
+  int64_t trained = 0;
+  for (const auto& p : model.parameters()) {
+    EXPECT_EQ(p.value.requires_grad(), p.name.find(".lora_") != std::string::npos) << p.name;
+    trained += p.value.requires_grad();
+    if (p.name.ends_with(".lora_B.weight")) {
+      EXPECT_EQ(p.value.abs().max().item<double>(), 0.0);
+    }
+    if (!p.name.ends_with(".lora_A.weight")) continue;
+    const double bound = 1 / std::sqrt(static_cast<double>(p.value.size(1)));  // PEFT: kaiming_uniform with a = sqrt(5)
+    EXPECT_LE(p.value.abs().max().item<double>(), bound) << p.name;
+    EXPECT_GT(p.value.abs().max().item<double>(), 0.8 * bound) << p.name;
+  }
+  EXPECT_EQ(trained, 2 * 7 * 2);
+}
+
+TEST(Lora, TargetsByNamePathPatternAndAll) {
+  const ModelConfig config = config_of(small_config("llama"));
+  auto attach = [&](const std::vector<std::string>& targets) {
+    Transformer model(config, at::kFloat, 1);
+    attach_lora(model, {2, 2.0, 0.0, false, targets}, 1);
+    return std::pair(adapted(model), lora_targets(model));
+  };
+  using Names = std::vector<std::string>;
+  EXPECT_EQ(attach({"all-linear"}).first.size(), 14u);
+  EXPECT_EQ(attach({"q_proj", "down_proj"}).first,
+            Names({"model.layers.0.self_attn.q_proj", "model.layers.0.mlp.down_proj", "model.layers.1.self_attn.q_proj", "model.layers.1.mlp.down_proj"}));
+  EXPECT_EQ(attach({"q_proj", "down_proj"}).second, Names({"down_proj", "q_proj"}));
+  EXPECT_EQ(attach({"layers.1.mlp.up_proj"}).first, Names({"model.layers.1.mlp.up_proj"}));
+  EXPECT_EQ(attach({"layers.1.mlp.up_proj"}).second, Names({"model.layers.1.mlp.up_proj"}));
+  EXPECT_EQ(attach({".*\\.0\\..*_attn\\.(q|v)_proj"}).first, Names({"model.layers.0.self_attn.q_proj", "model.layers.0.self_attn.v_proj"}));
+}
+
+TEST(Lora, WhatCannotBeIsRefused) {
+  auto words = [](const LoraConfig& lora) -> std::string {
+    Transformer model(config_of(small_config("llama")), at::kFloat, 1);
+    try {
+      attach_lora(model, lora, 1);
+    } catch (const ConfigError& error) {
+      return error.what();
+    }
+    return "accepted";
+  };
+  EXPECT_EQ(words({2, 2.0, 0.0, false, {"q_proj", "qq_proj"}}),
+            "lora.targets=qq_proj: no linear layer has this name; there are down_proj, gate_proj, k_proj, o_proj, q_proj, up_proj, "
+            "v_proj, or all-linear");
+  EXPECT_EQ(words({2, 2.0, 0.0, false, {"proj"}}).substr(0, 55), "lora.targets=proj: no linear layer has this name; there");
+  EXPECT_EQ(words({2, 2.0, 0.0, false, {"(q_proj"}}).substr(0, 48), "lora.targets=(q_proj: not a regular expression: ");
+  EXPECT_EQ(words({0, 2.0, 0.0, false, {"q_proj"}}), "lora.rank=0: must be at least 1");
+  EXPECT_EQ(words({2, 2.0, 1.0, false, {"q_proj"}}), "lora.dropout=1: must be from 0 to below 1");
+}
+
+void randomise_adapters(Transformer& model) {
+  at::NoGradGuard no_grad;
+  for (auto& p : model.parameters())
+    if (p.name.find(".lora_") != std::string::npos) fill_normal(p.value, 11, p.name, 0.2);
+}
+
+TEST(Lora, MergedIsUnmergedAndTheScaleCounts) {
+  for (bool stabilized : {false, true}) {
+    LoraConfig lora{4, 6.0, 0.3, stabilized, {"q_proj", "v_proj", "down_proj"}};
+    EXPECT_DOUBLE_EQ(lora.scale(), stabilized ? 3.0 : 1.5);
+    Transformer model(config_of(small_config("qwen3")), at::kDouble, 1), plain(config_of(small_config("qwen3")), at::kDouble, 1);
+    ModelInput input = input_of({random_row(12, 1)});
+    attach_lora(model, lora, 1);
+    randomise_adapters(model);
+    at::Tensor unmerged = logits_of(model, input);  // evaluation: no dropout
+    // By hand: W + scale B A.
+    auto theirs = plain.linears();
+    at::NoGradGuard no_grad;
+    for (size_t i = 0; i < theirs.size(); ++i) {
+      Linear* ours = model.linears()[i];
+      if (ours->lora) theirs[i]->weight_OI.add_(at::mm(ours->lora->b_OR, ours->lora->a_RI) * lora.scale());
+    }
+    EXPECT_TRUE(near(unmerged, logits_of(plain, input)));
+    merge_lora(model);
+    EXPECT_FALSE(has_lora(model));
+    EXPECT_TRUE(near(logits_of(model, input), unmerged));
+    EXPECT_FALSE(at::allclose(unmerged, logits_of(*std::make_unique<Transformer>(config_of(small_config("qwen3")), at::kDouble, 1), input)));
+  }
+}
+
+TEST(Lora, MergingIn16BitRoundsOnce) {
+  Transformer model(config_of(small_config("llama")), at::kBFloat16, 1);
+  attach_lora(model, {4, 8.0, 0.0, false, {"all-linear"}}, 1);
+  randomise_adapters(model);
+  std::vector<at::Tensor> expected;
+  for (Linear* l : model.linears())
+    expected.push_back(l->weight_OI.detach().to(at::kDouble) + at::mm(l->lora->b_OR.detach().to(at::kDouble), l->lora->a_RI.detach().to(at::kDouble)) * 2.0);
+  merge_lora(model);
+  for (size_t i = 0; i < expected.size(); ++i) {
+    at::Tensor merged = model.linears()[i]->weight_OI.detach().to(at::kDouble);
+    // Half a unit of the last of 8 bits, and a little for the fp32 sum.
+    at::Tensor allowed = expected[i].abs() * std::ldexp(1.001, -8) + 1e-6;
+    EXPECT_TRUE(((merged - expected[i]).abs() <= allowed).all().item<bool>()) << model.linears()[i]->path;
+  }
+}
+
+// --- forward ---------------------------------------------------------------------------------------------------------
+
+TEST(Transformer, PackedRowsDoNotSeeEachOther) {
+  for (const char* type : {"llama", "mistral", "qwen3", "smollm3"}) {
+    Transformer model(config_of(small_config(type, {{"sliding_window", 5}, {"no_rope_layers", {1, 0}}})), at::kDouble, 1);
+    const std::vector<std::vector<int64_t>> rows = {random_row(9, 1), random_row(1, 2), random_row(20, 3)};
+    at::Tensor packed = logits_of(model, input_of(rows));
+    for (int64_t s = 0, begin = 0; s < 3; ++s) {
+      const auto& row = rows[static_cast<size_t>(s)];
+      at::Tensor alone = logits_of(model, input_of({row}));
+      EXPECT_TRUE(near(packed.narrow(0, begin, alone.size(0)), alone)) << type << " row " << s;
+      begin += alone.size(0);
+    }
+  }
+}
+
+struct CacheCase {
+  const char* name;
+  const char* type;
+  Json more;
+};
+
+class CacheTest : public testing::TestWithParam<CacheCase> {};
+
+// Two sequences through a cache, in pieces of every kind: long, single tokens, none at all, past the cache's first capacity.
+TEST_P(CacheTest, GivesTheLogitsOfTheWholeForward) {
+  for (at::ScalarType dtype : {at::kDouble, at::kFloat, at::kBFloat16, at::kHalf}) {
+    Json json = small_config(GetParam().type, {{"max_position_embeddings", 256}});
+    json.update(GetParam().more);
+    Transformer model(config_of(json), dtype, 1);
+    const std::vector<std::vector<int64_t>> rows = {random_row(150, 1), random_row(40, 2)};
+    KvCache cache(model.config().num_layers, 2);
+    std::vector<std::vector<at::Tensor>> parts(2);
+    const std::vector<std::pair<int64_t, int64_t>> pieces = {{30, 17}, {1, 1}, {0, 1}, {1, 0}, {69, 3}, {1, 1}, {48, 17}};
+    for (auto [a, b] : pieces) {
+      std::vector<std::vector<int64_t>> next;
+      for (auto [s, n] : {std::pair<int64_t, int64_t>{0, a}, {1, b}}) {
+        auto from = rows[static_cast<size_t>(s)].begin() + cache.length(s);
+        next.emplace_back(from, from + n);
+      }
+      at::Tensor out = logits_of(model, input_of(next, {cache.length(0), cache.length(1)}), &cache);
+      parts[0].push_back(out.narrow(0, 0, a));
+      parts[1].push_back(out.narrow(0, a, b));
+    }
+    // Logits are of size 1 to 10 here; 16-bit roundings of two layers add up.
+    const double factor = dtype == at::kBFloat16 || dtype == at::kHalf ? 8.0 : 4.0;
+    for (size_t s = 0; s < 2; ++s) {
+      ASSERT_EQ(cache.length(static_cast<int64_t>(s)), static_cast<int64_t>(rows[s].size()));
+      EXPECT_TRUE(near(at::cat(parts[s]), logits_of(model, input_of({rows[s]})), factor, dtype)) << dtype << " sequence " << s;
+    }
+  }
+}
+
+INSTANTIATE_TEST_SUITE_P(Families, CacheTest,
+                         testing::Values(CacheCase{"llama", "llama", Json::object()},
+                                         CacheCase{"single_kv", "llama", {{"num_key_value_heads", 1}}},
+                                         CacheCase{"llama3_rope", "llama", {{"rope_parameters", {{"rope_type", "llama3"}, {"factor", 8.0}, {"low_freq_factor", 1.0}, {"high_freq_factor", 4.0}, {"original_max_position_embeddings", 16}}}}},
+                                         CacheCase{"mistral_window", "mistral", {{"sliding_window", 7}}},
+                                         CacheCase{"qwen2_window", "qwen2", {{"use_sliding_window", true}, {"sliding_window", 20}, {"max_window_layers", 1}}},
+                                         CacheCase{"qwen3", "qwen3", {{"num_key_value_heads", 4}}},
+                                         CacheCase{"smollm3", "smollm3", {{"no_rope_layers", {1, 0}}}}),
+                         [](const auto& info) { return std::string(info.param.name); });
+
+TEST(Transformer, FirstNonfiniteNamesTheFirstPlace) {
+  ModelInput input = input_of({random_row(6, 1)});
+  Transformer model(config_of(small_config("qwen3")), at::kFloat, 1);
+  EXPECT_EQ(model.first_nonfinite(input), "");
+  at::NoGradGuard no_grad;
+  // Each is finite, their product is not. Layer 0 stays whole.
+  model.blocks()[1].up.weight_OI.mul_(1e20);
+  model.blocks()[1].gate.weight_OI.mul_(1e20);
+  EXPECT_EQ(model.first_nonfinite(input).substr(0, 33), "model.layers.1.mlp.down_proj: 192");
+  model.blocks()[1].q.weight_OI.mul_(3e38);
+  EXPECT_EQ(model.first_nonfinite(input).substr(0, 32), "model.layers.1.self_attn.q_proj:");
+  model.blocks()[1].k.weight_OI[0][0] = std::nan("");
+  EXPECT_EQ(model.first_nonfinite(input), "model.layers.1.self_attn.k_proj.weight: 1 of 512 values are not finite");
+}
+
+}  // namespace
+}  // namespace trireme
