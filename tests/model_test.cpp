@@ -8,6 +8,7 @@
 #include "model/initialize.h"
 #include "model/lora.h"
 #include "model/transformer.h"
+#include "ops/ops.h"
 
 namespace trireme {
 namespace {
@@ -359,36 +360,94 @@ TEST(Lora, MergingIn16BitRoundsOnce) {
 
 // --- forward ---------------------------------------------------------------------------------------------------------
 
-TEST(Transformer, PackedRowsDoNotSeeEachOther) {
-  for (const char* type : {"llama", "mistral", "qwen3", "smollm3"}) {
-    Transformer model(config_of(small_config(type, {{"sliding_window", 5}, {"no_rope_layers", {1, 0}}})), at::kDouble, 1);
-    const std::vector<std::vector<int64_t>> rows = {random_row(9, 1), random_row(1, 2), random_row(20, 3)};
-    at::Tensor packed = logits_of(model, input_of(rows));
-    for (int64_t s = 0, begin = 0; s < 3; ++s) {
-      const auto& row = rows[static_cast<size_t>(s)];
-      at::Tensor alone = logits_of(model, input_of({row}));
-      EXPECT_TRUE(near(packed.narrow(0, begin, alone.size(0)), alone)) << type << " row " << s;
-      begin += alone.size(0);
-    }
-  }
-}
-
-struct CacheCase {
+struct Family {
   const char* name;
   const char* type;
   Json more;
 };
 
-class CacheTest : public testing::TestWithParam<CacheCase> {};
-
-// Two sequences through a cache, in pieces of every kind: long, single tokens, none at all, past the cache's first capacity.
-TEST_P(CacheTest, GivesTheLogitsOfTheWholeForward) {
-  for (at::ScalarType dtype : {at::kDouble, at::kFloat, at::kBFloat16, at::kHalf}) {
+class FamilyTest : public testing::TestWithParam<Family> {
+ protected:
+  static Transformer model(at::ScalarType dtype) {
     Json json = small_config(GetParam().type, {{"max_position_embeddings", 256}});
     json.update(GetParam().more);
-    Transformer model(config_of(json), dtype, 1);
+    return Transformer(config_of(json), dtype, 1);
+  }
+};
+
+// Every next token is learnt.
+ModelInput learnt(ModelInput input) {
+  std::vector<at::Tensor> targets;
+  for (size_t s = 0; s + 1 < input.cu_seqlens.size(); ++s) {
+    at::Tensor row = input.tokens_T.slice(0, input.cu_seqlens[s], input.cu_seqlens[s + 1]);
+    targets.insert(targets.end(), {row.slice(0, 1), at::full({1}, -100, at::kLong)});
+  }
+  input.targets_T = at::cat(targets);
+  return input;
+}
+
+struct Gradients {
+  double loss = 0;
+  std::vector<at::Tensor> of;  // parameters(), where they are trained
+};
+
+Gradients gradients(Transformer& model, const std::vector<ModelInput>& inputs) {
+  model.set_training(true);
+  for (auto& p : model.parameters()) p.value.mutable_grad().reset();
+  Gradients out;
+  for (const auto& input : inputs) {
+    LossSum loss = linear_cross_entropy(model.forward(input), model.head_weight(), input.targets_T);
+    loss.sum.backward();
+    out.loss += loss.sum.item<double>();
+  }
+  for (auto& p : model.parameters())
+    if (p.value.requires_grad()) out.of.push_back(p.value.grad());
+  return out;
+}
+
+TEST_P(FamilyTest, PackedRowsDoNotSeeEachOther) {
+  Transformer one = model(at::kDouble);
+  const std::vector<std::vector<int64_t>> rows = {random_row(9, 1), random_row(2, 2), random_row(40, 3)};
+  std::vector<ModelInput> alone;
+  at::Tensor packed = logits_of(one, input_of(rows));
+  for (size_t s = 0, begin = 0; s < rows.size(); begin += rows[s++].size()) {
+    alone.push_back(learnt(input_of({rows[s]})));
+    EXPECT_TRUE(near(packed.narrow(0, static_cast<int64_t>(begin), alone[s].tokens_T.size(0)), logits_of(one, alone[s]))) << s;
+  }
+  Gradients together = gradients(one, {learnt(input_of(rows))}), apart = gradients(one, alone);
+  EXPECT_NEAR(together.loss, apart.loss, 1e-12 * apart.loss);
+  for (size_t i = 0; i < together.of.size(); ++i)
+    EXPECT_TRUE(near(together.of[i], apart.of[i], 10)) << one.parameters()[i].name;  // of size 1 to 100
+}
+
+TEST_P(FamilyTest, RecomputationChangesNoBit) {
+  for (at::ScalarType dtype : {at::kFloat, at::kBFloat16})
+    for (bool lora : {false, true}) {
+      Transformer one = model(dtype);
+      if (lora) {
+        attach_lora(one, {4, 8.0, 0.2, false, {"all-linear"}}, 1);
+        at::NoGradGuard no_grad;
+        for (auto& p : one.parameters())
+          if (p.name.ends_with(".lora_B.weight")) fill_normal(p.value, 11, p.name, 0.2);
+      }
+      const std::vector<ModelInput> input = {learnt(input_of({random_row(9, 1), random_row(130, 2)}))};
+      one.set_recompute(Recompute::kNone);
+      Gradients kept = gradients(one, input);
+      for (Recompute mode : {Recompute::kSelective, Recompute::kFull}) {
+        one.set_recompute(mode);
+        Gradients again = gradients(one, input);
+        EXPECT_EQ(again.loss, kept.loss);
+        for (size_t i = 0; i < kept.of.size(); ++i) EXPECT_TRUE(same_bits(again.of[i], kept.of[i])) << i << " " << dtype << " " << lora;
+      }
+    }
+}
+
+// Two sequences through a cache, in pieces of every kind: long, single tokens, none at all, past the cache's first capacity.
+TEST_P(FamilyTest, ThroughACacheComeTheLogitsOfTheWholeForward) {
+  for (at::ScalarType dtype : {at::kDouble, at::kFloat, at::kBFloat16, at::kHalf}) {
+    Transformer one = model(dtype);
     const std::vector<std::vector<int64_t>> rows = {random_row(150, 1), random_row(40, 2)};
-    KvCache cache(model.config().num_layers, 2);
+    KvCache cache(one.config().num_layers, 2);
     std::vector<std::vector<at::Tensor>> parts(2);
     const std::vector<std::pair<int64_t, int64_t>> pieces = {{30, 17}, {1, 1}, {0, 1}, {1, 0}, {69, 3}, {1, 1}, {48, 17}};
     for (auto [a, b] : pieces) {
@@ -397,7 +456,7 @@ TEST_P(CacheTest, GivesTheLogitsOfTheWholeForward) {
         auto from = rows[static_cast<size_t>(s)].begin() + cache.length(s);
         next.emplace_back(from, from + n);
       }
-      at::Tensor out = logits_of(model, input_of(next, {cache.length(0), cache.length(1)}), &cache);
+      at::Tensor out = logits_of(one, input_of(next, {cache.length(0), cache.length(1)}), &cache);
       parts[0].push_back(out.narrow(0, 0, a));
       parts[1].push_back(out.narrow(0, a, b));
     }
@@ -405,19 +464,31 @@ TEST_P(CacheTest, GivesTheLogitsOfTheWholeForward) {
     const double factor = dtype == at::kBFloat16 || dtype == at::kHalf ? 8.0 : 4.0;
     for (size_t s = 0; s < 2; ++s) {
       ASSERT_EQ(cache.length(static_cast<int64_t>(s)), static_cast<int64_t>(rows[s].size()));
-      EXPECT_TRUE(near(at::cat(parts[s]), logits_of(model, input_of({rows[s]})), factor, dtype)) << dtype << " sequence " << s;
+      EXPECT_TRUE(near(at::cat(parts[s]), logits_of(one, input_of({rows[s]})), factor, dtype)) << dtype << " sequence " << s;
     }
   }
 }
 
-INSTANTIATE_TEST_SUITE_P(Families, CacheTest,
-                         testing::Values(CacheCase{"llama", "llama", Json::object()},
-                                         CacheCase{"single_kv", "llama", {{"num_key_value_heads", 1}}},
-                                         CacheCase{"llama3_rope", "llama", {{"rope_parameters", {{"rope_type", "llama3"}, {"factor", 8.0}, {"low_freq_factor", 1.0}, {"high_freq_factor", 4.0}, {"original_max_position_embeddings", 16}}}}},
-                                         CacheCase{"mistral_window", "mistral", {{"sliding_window", 7}}},
-                                         CacheCase{"qwen2_window", "qwen2", {{"use_sliding_window", true}, {"sliding_window", 20}, {"max_window_layers", 1}}},
-                                         CacheCase{"qwen3", "qwen3", {{"num_key_value_heads", 4}}},
-                                         CacheCase{"smollm3", "smollm3", {{"no_rope_layers", {1, 0}}}}),
+const Json kWindow = {{"use_sliding_window", true}, {"sliding_window", 20}, {"max_window_layers", 1}};
+const Json kLlama3 = {{"rope_type", "llama3"}, {"factor", 8.0}, {"low_freq_factor", 1.0}, {"high_freq_factor", 4.0}, {"original_max_position_embeddings", 16}};
+
+Json with_window(Json more) {
+  more.update(kWindow);
+  return more;
+}
+
+INSTANTIATE_TEST_SUITE_P(Families, FamilyTest,
+                         testing::Values(Family{"llama", "llama", {{"attention_bias", true}, {"mlp_bias", true}}},
+                                         Family{"single_kv", "llama", {{"num_key_value_heads", 1}, {"tie_word_embeddings", true}}},
+                                         Family{"llama3_rope", "llama", {{"rope_parameters", kLlama3}}},
+                                         Family{"mistral", "mistral", Json::object()},
+                                         Family{"mistral_short_window", "mistral", {{"sliding_window", 7}}},
+                                         Family{"mistral_long_window", "mistral", {{"sliding_window", 60}}},
+                                         Family{"qwen2_window", "qwen2", kWindow},
+                                         Family{"qwen3", "qwen3", {{"num_key_value_heads", 4}}},
+                                         Family{"qwen3_window", "qwen3", with_window({{"attention_bias", true}})},
+                                         Family{"smollm3", "smollm3", {{"no_rope_layers", {1, 0}}}},
+                                         Family{"smollm3_window", "smollm3", with_window({{"no_rope_layers", {0, 1}}})}),
                          [](const auto& info) { return std::string(info.param.name); });
 
 TEST(Transformer, FirstNonfiniteNamesTheFirstPlace) {

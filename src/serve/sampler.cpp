@@ -28,36 +28,52 @@ Candidates candidates(const at::Tensor& logits_V, const std::vector<int64_t>& se
     throw DataError("the model's output is not finite: its weights are damaged, or model.dtype is too narrow for them");
   if (options.temperature <= 0) return {{std::max_element(logit, logit + v) - logit}, {1.0}};
 
-  std::vector<int64_t> order(static_cast<size_t>(v));
-  std::iota(order.begin(), order.end(), 0);
-  std::sort(order.begin(), order.end(), [&](int64_t a, int64_t b) { return logit[a] != logit[b] ? logit[a] > logit[b] : a < b; });
-  auto n = order.size();
-  if (options.top_k > 0 && options.top_k < v) {
-    n = static_cast<size_t>(options.top_k);
-    while (n < order.size() && logit[order[n]] == logit[order[n - 1]]) ++n;
+  std::vector<int64_t> ids(static_cast<size_t>(v));
+  std::iota(ids.begin(), ids.end(), 0);
+  auto likelier = [&](int64_t a, int64_t b) { return logit[a] != logit[b] ? logit[a] > logit[b] : a < b; };
+  auto weight = [&](int64_t id) {  // relative to the likeliest
+    return std::exp((static_cast<double>(logit[id]) - static_cast<double>(largest)) / options.temperature);
+  };
+  const bool counts = options.top_k > 0 && options.top_k < v;
+  if (counts) {
+    std::nth_element(ids.begin(), ids.begin() + (options.top_k - 1), ids.end(), likelier);
+    const float last = logit[ids[static_cast<size_t>(options.top_k - 1)]];
+    std::erase_if(ids, [&](int64_t id) { return logit[id] < last; });
   }
-  std::vector<double> p;  // relative to the likeliest
-  for (size_t i = 0; i < n; ++i)
-    p.push_back(std::exp((static_cast<double>(logit[order[i]]) - static_cast<double>(largest)) / options.temperature));
-  if (options.top_p < 1) {
-    double enough = options.top_p * std::accumulate(p.begin(), p.end(), 0.0), sum = 0;
-    for (n = 0; n < p.size() && sum < enough;) sum += p[n++];
-    p.resize(std::max<size_t>(n, 1));
+  Candidates out;
+  double sum = 0;
+  if (!counts && options.top_p >= 1 && options.min_p <= 0) {
+    out.ids = std::move(ids);
+    for (int64_t id : out.ids) out.probabilities.push_back(weight(id));
+  } else {  // a heap gives the likeliest one by one: what is left out is never sorted
+    double total = 0;
+    for (int64_t id : ids) total += weight(id);
+    auto after = [&](int64_t a, int64_t b) { return likelier(b, a); };
+    for (std::make_heap(ids.begin(), ids.end(), after); !ids.empty(); ids.pop_back()) {
+      std::pop_heap(ids.begin(), ids.end(), after);
+      const double w = weight(ids.back());
+      const bool enough = w < options.min_p || (options.top_p < 1 && sum >= options.top_p * total);
+      if (enough && !out.ids.empty()) break;
+      out.ids.push_back(ids.back());
+      out.probabilities.push_back(w);
+      sum += w;
+    }
   }
-  while (p.back() < options.min_p) p.pop_back();  // p[0] is 1: the likeliest stays
-  order.resize(p.size());
-  double total = std::accumulate(p.begin(), p.end(), 0.0);
-  for (double& x : p) x /= total;
-  return {order, p};
+  sum = std::accumulate(out.probabilities.begin(), out.probabilities.end(), 0.0);
+  for (double& p : out.probabilities) p /= sum;
+  return out;
 }
 
 int64_t sample(const at::Tensor& logits_V, const std::vector<int64_t>& seen, const SamplingOptions& options, uint64_t prompt,
                uint64_t position) {
   auto [ids, probabilities] = candidates(logits_V, seen, options);
   double target = random_uniform(options.seed, RandomStream::kSampling, prompt, position);
-  for (size_t i = 0; i < ids.size(); ++i)
+  size_t last = 0;  // that can be drawn: the probabilities' sum may be a rounding below 1
+  for (size_t i = 0; i < ids.size(); ++i) {
     if ((target -= probabilities[i]) < 0) return ids[i];
-  return ids.back();
+    if (probabilities[i] > 0) last = i;
+  }
+  return ids[last];
 }
 
 }  // namespace trireme

@@ -14,7 +14,8 @@ struct SamplingOptions {
   uint64_t seed = 0;
 };
 
-// What may come next, the likeliest first (of equals, the smaller id), with probabilities that sum to 1.
+// What may come next, with probabilities that sum to 1: the likeliest first (of equals, the smaller id), or all by id where
+// nothing is left out.
 struct Candidates {
   std::vector<int64_t> ids;
   std::vector<double> probabilities;

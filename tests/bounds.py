@@ -1,0 +1,20 @@
+"""The one table of how far two computations of the same thing may lie apart, and why. That of the C++ tests is in support.h.
+Each was seen to hold with at least half of it to spare, where no exact reason is given."""
+
+# fp32 has 2^-24 = 6e-8 a rounding, of values near 1. Sums of some hundred terms are taken in another order.
+LOGITS_FP32 = 1e-5            # absolute; logits are of size 1 to 5, after two layers
+GRADIENT_FP32 = 1e-5          # of the parameter's largest gradient; backward is twice as deep as forward
+LOSS_FP32 = 1e-6              # relative, of one step: a mean over some hundred tokens
+CURVE_FP32 = 1e-5             # relative, over 50 steps: rounding grows in any program (two transformers builds: 4e-6)
+
+# The same tokens in the same step, otherwise cut into micro-batches, rows or ranks: only sums are taken in another order.
+LAYOUT_LOSS = 5e-7            # relative, over ten steps
+LAYOUT_GRAD_NORM = 5e-6       # relative; a norm adds the roundings of all gradients
+
+# fp64 has 2^-53 = 1e-16 a rounding.
+LOSS_FP64 = 5e-13             # relative, of one step
+CURVE_FP64 = 5e-12            # relative, over 50 steps
+GRADIENT_FP64 = 2.0**-24      # of the parameter's largest gradient: the file has them rounded to fp32, once
+
+# bf16 has 2^-9 = 2e-3 a rounding, at every layer's output; masters and sums are fp32.
+CURVE_BF16 = 5e-3             # relative, over 50 steps, against our own fp32
