@@ -26,7 +26,7 @@ ExitStatus verb_export(const Config& config, const CommandLine& line, const Proc
   if (std::filesystem::exists(folder) && !std::filesystem::is_empty(folder))
     throw ConfigError(str("run.dir=", folder, " is not empty; name a new folder"));
   ModelSource source = find_model(config);
-  auto model = build_model(config, source, weight_dtype(config, source), from_checkpoint);
+  auto model = build_model(config, source, from_checkpoint ? train_dtype(config, source) : weight_dtype(config, source), from_checkpoint);
   if (from_checkpoint) {  // it holds what was trained: all weights, or the adapters
     std::vector<NamedTensor> targets;
     for (auto& p : model->parameters())

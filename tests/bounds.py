@@ -16,5 +16,7 @@ LOSS_FP64 = 5e-13             # relative, of one step
 CURVE_FP64 = 5e-12            # relative, over 50 steps
 GRADIENT_FP64 = 2.0**-24      # of the parameter's largest gradient: the file has them rounded to fp32, once
 
-# bf16 has 2^-9 = 2e-3 a rounding, at every layer's output; masters and sums are fp32.
+# bf16 has 2^-9 = 2e-3 a rounding, fp16 2^-12 = 2e-4, at every layer's output; masters and sums are fp32.
 CURVE_BF16 = 5e-3             # relative, over 50 steps, against our own fp32
+CURVE_FP16 = 1e-3
+GRADIENT_FP16 = 1e-2          # norm of the difference / norm, of a parameter

@@ -7,6 +7,7 @@
 #include "base/check.h"
 #include "optim/adamw.h"
 #include "optim/clip.h"
+#include "optim/loss_scale.h"
 #include "optim/schedule.h"
 #include "optim/update_loops.h"
 #include "support.h"
@@ -222,6 +223,28 @@ TEST(Schedule, RefusesByName) {
   EXPECT_EQ(refusal([] { Schedule(ScheduleKind::kExponential, 1.0, 10); }),
             "schedule.kind = exponential falls from optim.lr to schedule.min_lr: set schedule.min_lr above 0.");
   EXPECT_EQ(refusal([] { Schedule(ScheduleKind::kLinear, -1.0, 10); }), "optim.lr = -1: it must be 0 or more.");
+}
+
+TEST(LossScale, HalvesAtAnOverflowAndDoublesAfterCleanSteps) {
+  LossScale scale = LossScale::of(true);
+  for (int64_t i = 0; i < LossScale::kPatience - 1; ++i) scale.count_clean_step();
+  EXPECT_EQ(scale.value, 1024);
+  EXPECT_TRUE(scale.lower());
+  EXPECT_EQ(scale.value, 512);
+  for (int64_t i = 0; i < LossScale::kPatience - 1; ++i) scale.count_clean_step();
+  EXPECT_EQ(scale.value, 512);  // counted anew from the overflow on
+  scale.count_clean_step();
+  EXPECT_EQ(scale.value, 1024);
+  for (int64_t i = 0; i < 20 * LossScale::kPatience; ++i) scale.count_clean_step();
+  EXPECT_EQ(scale.value, LossScale::kLargest);
+  int halvings = 0;
+  while (scale.lower()) ++halvings;
+  EXPECT_EQ(halvings, 25);
+  EXPECT_EQ(scale.value, LossScale::kSmallest);
+  LossScale none = LossScale::of(false);
+  for (int64_t i = 0; i < 2 * LossScale::kPatience; ++i) none.count_clean_step();
+  EXPECT_FALSE(none.lower());
+  EXPECT_EQ(none.value, 1);
 }
 
 }  // namespace

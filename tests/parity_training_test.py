@@ -1,13 +1,14 @@
 """50 steps of training against transformers and PEFT, and the same steps cut up otherwise. The bounds are in bounds.py."""
 import copy
 import json
+import shutil
 import types
 
 import peft
 import pytest
 import torch
 import transformers
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 
 import bounds
 import hf_models
@@ -124,10 +125,16 @@ def test_gradients_and_loss_curve(work, kind, dtype):
     assert losses == pytest.approx(expected_losses, rel=in_curve)
 
 
-def test_the_bf16_curve_stays_near(work):
-    exact, rounded = curve(work, "fp32"), curve(work, "bf16", "--train.dtype=bfloat16")
-    assert rounded != exact
-    assert rounded == pytest.approx(exact, rel=bounds.CURVE_BF16)
+@pytest.fixture(scope="module")
+def in_fp32(work):
+    return curve(work, "fp32")
+
+
+@pytest.mark.parametrize("dtype, bound", [("bfloat16", bounds.CURVE_BF16), ("float16", bounds.CURVE_FP16)])
+def test_16_bit_curves_stay_near(work, in_fp32, dtype, bound):
+    losses = curve(work, dtype, f"--train.dtype={dtype}")
+    assert losses != in_fp32
+    assert losses == pytest.approx(in_fp32, rel=bound)
 
 
 # Twelve records, all of them in every step.
@@ -158,3 +165,44 @@ def test_packing_changes_only_the_order_of_sums(work, alone, ranks):
     found = train(work, f"packed-{ranks}", "--data.packing=true", "--data.max_length=96", f"--train.micro_batch_size={4 // ranks}",
                   ranks=ranks, steps=10, data="twelve.jsonl")
     same(found, alone)
+
+
+def rescaled(work, name, changes):
+    """The base with some weights multiplied, as float16 numbers."""
+    weights = load_file(work / "base/model.safetensors")
+    for key, factor in changes.items():
+        weights[key] = weights[key] * factor
+    shutil.copytree(work / "base", work / name)
+    save_file({key: value.half().float() for key, value in weights.items()}, work / name / "model.safetensors", {"format": "pt"})
+    return f"--model.path={work / name}"
+
+
+FLOAT16 = {"small": {"lm_head.weight": 1e-4},  # gradients of 1e-9 to 1e-6: float16 alone has nothing between 0 and 6e-8
+           "large": {"model.embed_tokens.weight": 1e-3, "lm_head.weight": 30.0}}  # of 1e4: the first scale overflows
+
+
+@pytest.mark.parametrize("size", list(FLOAT16))
+def test_float16_neither_loses_nor_overflows_gradients(work, size):
+    model = rescaled(work, f"{size}-gradients", FLOAT16[size])
+    keys = ("--train.micro_batch_size=12", "--train.max_grad_norm=0", model)
+    _, exact = train(work, f"{size}-fp32", *keys, steps=1, data="twelve.jsonl")
+    lines, gradients = train(work, f"{size}-fp16", *keys, "--train.dtype=float16", steps=1, data="twelve.jsonl")
+    assert (lines[0]["loss_scale"] < 1024) == (size == "large")
+    assert ("step 1: a gradient overflowed float16; computing it again with loss scale 512" in
+            (work / f"{size}-fp16/log.txt").read_text()) == (size == "large")
+    for name, expected in exact.items():
+        assert (gradients[name] - expected).norm() <= bounds.GRADIENT_FP16 * expected.norm(), name
+
+
+def test_float16_resumes_with_its_loss_scale(work):
+    keys = (rescaled(work, "resumed-base", FLOAT16["large"]), "--train.micro_batch_size=4", "--train.dtype=float16", "--optim.lr=1e-5")
+    whole, _ = train(work, "whole", *keys, steps=6)
+    assert whole[-1]["loss_scale"] < 1024
+    cut = ("train", f"--run.dir={work / 'cut'}", f"--data.train={work / 'train.jsonl'}", "--data.shuffle=false", "--train.steps=6",
+           "--optim.weight_decay=0.01", "--schedule.kind=constant", *keys)
+    assert hf_models.run(*cut, "--train.stop_after=3", cache=work / "cache").returncode == 75
+    hf_models.succeed(*cut, cache=work / "cache")
+    lines = [json.loads(line) for line in (work / "cut/metrics.jsonl").read_text().splitlines()]
+    for key in ("loss", "grad_norm", "loss_scale"):
+        assert [line[key] for line in lines] == [line[key] for line in whole]
+    assert (work / "cut/model/model.safetensors").read_bytes() == (work / "whole/model/model.safetensors").read_bytes()

@@ -128,7 +128,7 @@ std::vector<Field> fields(Config& c) {
       {"train.steps", &c.train.steps, "steps", "length of the run (or train.epochs)", {}, 0, 1e12},
       {"train.epochs", &c.train.epochs, "epochs", "length of the run (or train.steps)", {}, 0, 1e9},
       {"train.stop_after", &c.train.stop_after, "steps", "save and exit 75 after so many steps of this start; 0: never", {}, 0, 1e12},
-      {"train.dtype", &c.train.dtype, "", "of weights and activations in training; 16-bit keeps fp32 master weights; auto: model.dtype", Words{"auto", "float32", "bfloat16", "float16", "float64"}},
+      {"train.dtype", &c.train.dtype, "", "of weights and activations in training; 16-bit keeps fp32 master weights; auto: model.dtype, but bfloat16 for weights stored in float16", Words{"auto", "float32", "bfloat16", "float16", "float64"}},
       {"train.micro_batch_size", &c.train.micro_batch_size, "rows", "in one forward and backward of a rank", {}, 1, 1e6},
       {"train.accumulation", &c.train.accumulation, "micro-batches", "a step", {}, 1, 1e6},
       {"train.recompute", &c.train.recompute, "", "activations computed again in backward instead of kept", Words{"none", "selective", "full"}},

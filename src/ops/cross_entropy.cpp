@@ -36,11 +36,11 @@ Rows learnt_rows(const at::Tensor& targets_T, int64_t vocabulary) {
 struct Computed {
   double loss = 0.0;
   int64_t correct = 0;
-  at::Tensor grad_hidden_TC, grad_head_VC;  // for an incoming gradient of 1; undefined where not wanted
+  at::Tensor grad_hidden_TC, grad_head_VC;  // for an incoming gradient of gradient_scale; undefined where not wanted
 };
 
 Computed run(const at::Tensor& hidden_TC, const at::Tensor& head_VC, const Rows& rows, int64_t chunk_rows,
-             bool want_hidden, bool want_head) {
+             bool want_hidden, bool want_head, double gradient_scale) {
   at::NoGradGuard no_grad;
   const int64_t count = static_cast<int64_t>(rows.index.size()), size = hidden_TC.size(1), vocabulary = head_VC.size(0);
   const auto dtype = hidden_TC.scalar_type();
@@ -77,6 +77,7 @@ Computed run(const at::Tensor& hidden_TC, const at::Tensor& head_VC, const Rows&
                                  correct.data() + begin + from, want_hidden || want_head);
       });
     });
+    if (gradient_scale != 1 && (want_hidden || want_head)) logits.slice(0, 0, n).mul_(gradient_scale);
     if (want_hidden && dense) {
       at::Tensor part = out.grad_hidden_TC.slice(0, first, first + n);
       at::mm_out(part, logits, head_VC);
@@ -139,7 +140,7 @@ struct LinearCrossEntropy : Function<LinearCrossEntropy> {
 }  // namespace
 
 LossSum linear_cross_entropy(const at::Tensor& hidden_TC, const at::Tensor& head_VC, const at::Tensor& targets_T,
-                             int64_t chunk_rows) {
+                             int64_t chunk_rows, double gradient_scale) {
   TRIREME_CHECK(hidden_TC.dim() == 2 && head_VC.dim() == 2 && hidden_TC.size(1) == head_VC.size(1) &&
                     hidden_TC.scalar_type() == head_VC.scalar_type() && targets_T.dim() == 1 &&
                     targets_T.size(0) == hidden_TC.size(0) && targets_T.scalar_type() == at::kLong,
@@ -153,7 +154,8 @@ LossSum linear_cross_entropy(const at::Tensor& hidden_TC, const at::Tensor& head
     const int64_t fitting = (want_head ? 128ll << 20 : 32ll << 20) / std::max<int64_t>(1, bytes);
     chunk_rows = std::clamp<int64_t>(fitting / 64, 1, 32) * 64;
   }
-  Computed computed = run(hidden_TC.detach().contiguous(), head_VC.detach(), rows, chunk_rows, want_hidden, want_head);
+  Computed computed = run(hidden_TC.detach().contiguous(), head_VC.detach(), rows, chunk_rows, want_hidden, want_head,
+                          gradient_scale);
   LossSum result;
   result.count = static_cast<int64_t>(rows.index.size());
   result.correct = at::scalar_tensor(computed.correct, at::kLong);

@@ -76,9 +76,10 @@ struct LossSum {
 // computed. Logits exist chunk_rows rows at a time (0: chosen by size), rounded to the dtype as Hugging Face's, never
 // all at once: gradients of hidden and head (where it is trained) are computed in forward and scaled in backward by the
 // incoming scalar. Without gradients (nothing requires them, or under NoGradGuard) only the sums are computed.
-// count == 0 gives a zero sum with zero gradients. A target outside 0 .. V-1 is an InternalError.
+// Gradients come out times gradient_scale, multiplied before they are first rounded to the products' dtype (float16: small
+// ones would vanish there). count == 0 gives a zero sum with zero gradients. A target outside 0 .. V-1 is an InternalError.
 LossSum linear_cross_entropy(const at::Tensor& hidden_TC, const at::Tensor& head_VC, const at::Tensor& targets_T,
-                             int64_t chunk_rows = 0);
+                             int64_t chunk_rows = 0, double gradient_scale = 1);
 
 // Runs fn(inputs) without keeping anything but the inputs, and runs it again with gradients when backward comes (Chen
 // et al. 2016). Gradients are the same bits as without it (of a tensor captured by several fns: up to the order of the

@@ -15,8 +15,8 @@ int64_t LanguageModelTask::count(const SequenceBatch& batch) const {
   return n;
 }
 
-TaskResult LanguageModelTask::run(Transformer& model, const ModelInput& input) const {
-  LossSum loss = linear_cross_entropy(model.forward(input), model.head_weight(), input.targets_T);
+TaskResult LanguageModelTask::run(Transformer& model, const ModelInput& input, double gradient_scale) const {
+  LossSum loss = linear_cross_entropy(model.forward(input), model.head_weight(), input.targets_T, 0, gradient_scale);
   TaskResult result;
   result.loss_sum = loss.sum;
   result.count = loss.count;

@@ -121,11 +121,9 @@ at::ScalarType weight_dtype(const Config& config, const ModelSource& source) {
 }
 
 at::ScalarType train_dtype(const Config& config, const ModelSource& source) {
-  at::ScalarType dtype = config.train.dtype == "auto" ? weight_dtype(config, source) : parse_dtype(config.train.dtype, "train.dtype");
-  if (dtype == at::kHalf)
-    throw ConfigError("training in float16 is not supported: small gradients vanish in it without loss scaling. The weights may be "
-                      "float16; set train.dtype=bfloat16 (as much memory) or float32");
-  return dtype;
+  if (config.train.dtype != "auto") return parse_dtype(config.train.dtype, "train.dtype");
+  at::ScalarType dtype = weight_dtype(config, source);
+  return dtype == at::kHalf && config.model.dtype == "auto" ? at::kBFloat16 : dtype;
 }
 
 LoraConfig lora_config(const Config& config) {

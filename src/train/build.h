@@ -27,7 +27,7 @@ ModelSource find_model(const Config& config);
 
 // The dtype that weights have in this run.
 at::ScalarType weight_dtype(const Config& config, const ModelSource& source);
-// Of training: train.dtype, else weight_dtype().
+// Of training: train.dtype, else weight_dtype(), but bfloat16 for weights that happen to be stored in float16.
 at::ScalarType train_dtype(const Config& config, const ModelSource& source);
 
 // The model on the CPU, with weights read or random, then the adapter of lora.path, or (`attach`) new adapters by lora.*.

@@ -20,6 +20,8 @@ Json TrainState::to_json() const {
   json["evaluations_without_better"] = evaluations_without_better;
   json["seconds"] = seconds;
   json["stopped_early"] = stopped_early;
+  json["loss_scale"] = loss_scale;
+  json["clean_steps"] = clean_steps;
   json["identity"] = identity;
   return json;
 }
@@ -37,6 +39,8 @@ TrainState TrainState::from_json(const Json& json, const std::string& source) tr
   s.evaluations_without_better = json.at("evaluations_without_better");
   s.seconds = json.at("seconds");
   s.stopped_early = json.at("stopped_early");
+  s.loss_scale = json.value("loss_scale", s.loss_scale);  // younger than the first checkpoints
+  s.clean_steps = json.value("clean_steps", s.clean_steps);
   s.identity = json.at("identity");
   return s;
 } catch (const Json::exception& error) {

@@ -19,6 +19,8 @@ struct TrainState {
   int64_t best_step = 0, evaluations_without_better = 0;
   double seconds = 0;        // of training, all starts together
   bool stopped_early = false;
+  double loss_scale = 1;     // optim/loss_scale.h
+  int64_t clean_steps = 0;
   Json identity;             // see run_identity()
 
   Json to_json() const;

@@ -215,6 +215,8 @@ class Run {
     if (resumed_) {
       resumed_->load(worker_->tensors());
       worker_->set_num_steps(state_.step);
+      worker_->loss_scale().value = state_.loss_scale;
+      worker_->loss_scale().clean_steps = state_.clean_steps;
       worker_->loader().set_state(state_.position);
       log_info(str("going on from ", resumed_->folder(), ", step ", state_.step, " of ", total_steps_));
     }
@@ -261,6 +263,7 @@ class Run {
     line["tokens_per_second"] = static_cast<double>(r.tokens) / seconds;
     line["learning_rate"] = r.learning_rate;
     line["grad_norm"] = r.grad_norm;
+    if (dtype_ == at::kHalf) line["loss_scale"] = r.loss_scale;
     line["seconds"] = seconds;
     line["memory_bytes"] = memory;
     metrics_->write(line);
@@ -307,6 +310,8 @@ class Run {
       if (metrics_) metrics_->sync();
     });
     state_.position = worker_->loader().state();
+    state_.loss_scale = worker_->loss_scale().value;
+    state_.clean_steps = worker_->loss_scale().clean_steps;
     agree_on(world_, [&] {
       if (now || !config_.checkpoint.async) store_->save(state_.step, worker_->tensors(), state_.to_json(), best);
       else store_->start_save(state_.step, worker_->tensors(), state_.to_json(), best);

@@ -7,6 +7,7 @@
 #include <cmath>
 
 #include "base/check.h"
+#include "base/log.h"
 #include "checkpoint/safetensors.h"
 #include "optim/clip.h"
 #include "train/agreement.h"
@@ -26,7 +27,7 @@ std::vector<Parameter> trainable(const Transformer& model) {
 Worker::Worker(const Config& config, std::unique_ptr<Transformer> model, std::unique_ptr<Task> task, Loader loader,
                const Schedule& schedule, int64_t accumulation, const MeshComms& comms)
     : config_(config), model_(std::move(model)), task_(std::move(task)), loader_(std::move(loader)), schedule_(schedule),
-      accumulation_(accumulation), comms_(comms) {
+      accumulation_(accumulation), comms_(comms), loss_scale_(LossScale::of(model_->dtype() == at::kHalf)) {
   model_->set_training(true);
   model_->set_recompute(parse_recompute(config.train.recompute));
   GradientReducerOptions options;
@@ -41,39 +42,50 @@ Worker::Worker(const Config& config, std::unique_ptr<Transformer> model, std::un
   optimizer_ = std::make_unique<AdamW>(std::move(tensors), adam);
 }
 
-StepResult Worker::run(int64_t step, bool stop, bool save_ready) {
-  // Small sums of the step: loss, learnt tokens, tokens, ranks that were asked to stop, ranks whose save is not ready.
-  at::Tensor small = at::zeros({5}, at::kDouble);
-  double* sums = small.data_ptr<double>();
-  std::vector<ModelInput> inputs;
+// This rank's part of the step: its gradients are in the reducer, summed over all ranks.
+Worker::Sums Worker::accumulate(std::vector<ModelInput>& inputs) {
+  Sums sums;
   reducer_->begin_step();
   for (int64_t micro = 0; micro < accumulation_; ++micro) {
     SequenceBatch batch = loader_.batch(micro);
     ModelInput input = to_device(batch, model_->device());
     input.dropout_seed = static_cast<uint64_t>(config_.run.seed);
-    TaskResult result = task_->run(*model_, input);
+    TaskResult result = task_->run(*model_, input, loss_scale_.value);
     reducer_->before_backward(micro + 1 == accumulation_);
     if (result.loss_sum.requires_grad()) torch::autograd::backward({result.loss_sum}, {});
-    sums[0] += result.sums.at("loss");
-    sums[1] += static_cast<double>(result.count);
-    sums[2] += static_cast<double>(batch.num_tokens());
+    sums.loss += result.sums.at("loss");
+    sums.learnt += result.count;
+    sums.tokens += batch.num_tokens();
     inputs.push_back(std::move(input));
   }
   reducer_->finish();
-  sums[3] = stop;
-  sums[4] = !save_ready;
-  comms_.world.all_reduce(small);
+  return sums;
+}
 
+StepResult Worker::run(int64_t step, bool stop, bool save_ready) {
   StepResult out;
-  out.learnt = static_cast<int64_t>(sums[1]);
-  out.tokens = static_cast<int64_t>(sums[2]);
-  out.stop = sums[3] > 0;
-  out.save_ready = sums[4] == 0;
-  if (out.learnt == 0) throw InternalError("a step without a learnt token");
-  out.loss = sums[0] / sums[1];
-  reducer_->scale(1.0 / sums[1]);
-  out.grad_norm = std::sqrt(reducer_->squared_norm());
-  if (!std::isfinite(out.loss) || !std::isfinite(out.grad_norm)) report_nonfinite(step, inputs);
+  for (bool again = true; again;) {
+    std::vector<ModelInput> inputs;
+    const Sums mine = accumulate(inputs);
+    // Small sums of the step: loss, learnt tokens, tokens, ranks that were asked to stop, ranks whose save is not ready.
+    at::Tensor small = at::tensor({mine.loss, static_cast<double>(mine.learnt), static_cast<double>(mine.tokens),
+                                   stop ? 1.0 : 0.0, save_ready ? 0.0 : 1.0}, at::kDouble);
+    comms_.world.all_reduce(small);
+    const double* sums = small.const_data_ptr<double>();
+    out.learnt = static_cast<int64_t>(sums[1]);
+    out.tokens = static_cast<int64_t>(sums[2]);
+    out.stop = sums[3] > 0;
+    out.save_ready = sums[4] == 0;
+    if (out.learnt == 0) throw InternalError("a step without a learnt token");
+    out.loss = sums[0] / sums[1];
+    out.loss_scale = loss_scale_.value;
+    reducer_->scale(1.0 / (sums[1] * loss_scale_.value));
+    out.grad_norm = std::sqrt(reducer_->squared_norm());
+    again = !std::isfinite(out.grad_norm) && std::isfinite(out.loss) && loss_scale_.lower();  // alike on every rank
+    if (again) log_info(str("step ", step, ": a gradient overflowed float16; computing it again with loss scale ", loss_scale_.value));
+    else if (!std::isfinite(out.loss) || !std::isfinite(out.grad_norm)) report_nonfinite(step, inputs);
+  }
+  loss_scale_.count_clean_step();
   if (step == 1 && !config_.train.gradients.empty()) write_gradients(config_.train.gradients);
   out.learning_rate = schedule_(step);
   optimizer_->step(out.learning_rate, clip_scale(out.grad_norm, config_.train.max_grad_norm));

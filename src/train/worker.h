@@ -5,6 +5,7 @@
 #include "comm/mesh.h"
 #include "data/loader.h"
 #include "optim/adamw.h"
+#include "optim/loss_scale.h"
 #include "optim/schedule.h"
 #include "parallel/data_parallel.h"
 #include "tasks/task.h"
@@ -18,6 +19,7 @@ struct StepResult {
   int64_t tokens = 0;     // of all ranks
   double grad_norm = 0;   // before clipping
   double learning_rate = 0;
+  double loss_scale = 1;
   bool stop = false;      // a rank was asked to stop
   bool save_ready = false;  // every rank's background save has written its part
 };
@@ -28,7 +30,7 @@ class Worker {
          const Schedule& schedule, int64_t accumulation, const MeshComms& comms);
 
   // Step `step` (from 1). `stop` and `save_ready` travel with the step's one small all-reduce. SystemError (on every
-  // rank) where the loss is not finite: it names the first layer where that appeared; nothing was updated.
+  // rank) where the loss or its gradient is not finite (float16: at the smallest loss scale): it names the first layer where that appeared; nothing was updated.
   StepResult run(int64_t step, bool stop, bool save_ready);
 
   // Everything a checkpoint holds: trained weights and optimizer state, under global names.
@@ -36,12 +38,18 @@ class Worker {
   // The trained weights alone, under the same names.
   std::vector<NamedTensor> weights() const;
   void set_num_steps(int64_t steps) { optimizer_->set_num_steps(steps); }
+  LossScale& loss_scale() { return loss_scale_; }  // part of the state
 
   Transformer& model() { return *model_; }
   const Task& task() const { return *task_; }
   Loader& loader() { return loader_; }
 
  private:
+  struct Sums {
+    double loss = 0;
+    int64_t learnt = 0, tokens = 0;
+  };
+  Sums accumulate(std::vector<ModelInput>& inputs);
   [[noreturn]] void report_nonfinite(int64_t step, const std::vector<ModelInput>& inputs);
   void write_gradients(const std::string& path) const;
 
@@ -52,6 +60,7 @@ class Worker {
   Schedule schedule_;
   int64_t accumulation_;
   const MeshComms& comms_;
+  LossScale loss_scale_;
   std::unique_ptr<GradientReducer> reducer_;
   std::unique_ptr<AdamW> optimizer_;
 };
