@@ -50,6 +50,8 @@ std::map<std::string, double> eval_token_ids(const Config& config, const ModelSo
                       [&] { return model.logits(model.forward(to_device(batch, model.device()))); }});
   }
   if (!config.eval.logits.empty()) write_safetensors(config.eval.logits, logits);
+  // One-token rows have logits, but nothing to predict.
+  if (sums["count"] == 0 && !config.eval.logits.empty()) return {{"tokens", 0.0}};
   return task.metrics(sums);
 }
 

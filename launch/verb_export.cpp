@@ -33,8 +33,8 @@ ExitStatus verb_export(const Config& config, const CommandLine& line, const Proc
       if (p.value.requires_grad()) targets.push_back({"model/" + p.name, p.value.detach(), p.shard});
     open_checkpoint(config.run.resume).load(targets, true);
   }
-  if (has_lora(*model) && !config.lora.merge) export_adapter(folder, *model, lora_config(config), source);
-  else export_model(folder, *model, source);
+  if (has_lora(*model) && !config.lora.merge) export_adapter(folder, *model, config, source);
+  else export_model(folder, *model, config, source);
   log_info(str("wrote ", folder));
   return kExitDone;
 }

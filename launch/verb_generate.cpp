@@ -48,8 +48,8 @@ std::vector<int64_t> encode(const Prompt& prompt, const Config& config, const Te
   return tools.tokenizer.encode_ids(tools.chat->render(messages, nullptr, true, arguments), false);
 }
 
-// Whatever ends an answer by config.json, generation_config.json, the tokenizer, or as the usual end of a turn.
-std::vector<int64_t> end_ids(const ModelSource& source, const TextTools& tools) {
+// Whatever ends an answer by config.json, generation_config.json, the tokenizer or the chat template.
+std::vector<int64_t> end_ids(const Config& config, const ModelSource& source, const TextTools& tools) {
   std::vector<int64_t> ids = source.config.eos_ids;
   std::string file = source.folder + "/generation_config.json";
   if (!source.folder.empty() && std::filesystem::exists(file)) {
@@ -59,8 +59,7 @@ std::vector<int64_t> end_ids(const ModelSource& source, const TextTools& tools) 
       if (id.is_number_integer()) ids.push_back(id.get<int64_t>());
   }
   if (tools.eos_id >= 0) ids.push_back(tools.eos_id);
-  for (const char* turn : {"<|im_end|>", "<|eot_id|>", "<end_of_turn>", "<|end|>"})  // ends of an assistant's turn
-    if (auto id = tools.tokenizer.token_to_id(turn); id && tools.tokenizer.is_special(*id)) ids.push_back(*id);
+  if (auto id = end_of_turn(config, tools)) ids.push_back(*id);
   return ids;
 }
 
@@ -79,7 +78,7 @@ ExitStatus verb_generate(const Config& config, const CommandLine& line, const Pr
   GenerateOptions options;
   options.sampling = {g.temperature, g.top_k, g.top_p, g.min_p, g.repetition_penalty, static_cast<uint64_t>(config.run.seed)};
   options.max_tokens = g.max_tokens;
-  options.end_ids = end_ids(source, tools);
+  options.end_ids = end_ids(config, source, tools);
   options.stop = g.stop;
   uint64_t index = 0;
   auto answer = [&](const Prompt& prompt) {

@@ -4,6 +4,8 @@
 
 #include <ATen/Parallel.h>
 
+#include <map>
+
 #include "base/check.h"
 #include "model/initialize.h"
 #include "model/lora.h"
@@ -204,6 +206,64 @@ TEST(HfConfig, WhatIsWrittenFromFieldsReadsBackTheSame) {
   EXPECT_FALSE(out.contains("torch_dtype"));
 }
 
+TEST(HfConfig, BiasesOfTheFamilies) {
+  struct {
+    const char* type;
+    bool asked, qkv, output, mlp;
+  } cases[] = {{"llama", false, false, false, false}, {"llama", true, true, true, true},     {"mistral", true, false, false, false},
+               {"qwen2", false, true, false, false},  {"qwen2", true, true, false, false},   {"qwen3", false, false, false, false},
+               {"qwen3", true, true, true, false},    {"smollm3", true, true, true, true}};
+  for (const auto& c : cases) {
+    ModelConfig config = config_of(small_config(c.type, {{"attention_bias", c.asked}, {"mlp_bias", c.asked}}));
+    EXPECT_EQ(config.qkv_bias, c.qkv) << c.type << c.asked;
+    EXPECT_EQ(config.output_bias, c.output) << c.type << c.asked;
+    EXPECT_EQ(config.mlp_bias, c.mlp) << c.type << c.asked;
+    EXPECT_EQ(config.qk_norm, std::string(c.type) == "qwen3");
+  }
+}
+
+TEST(HfConfig, ParametersAreCountedAsTheModelHasThem) {
+  for (const char* type : {"llama", "mistral", "qwen2", "qwen3", "smollm3"})
+    for (bool more : {false, true}) {
+      ModelConfig config = config_of(small_config(type, {{"attention_bias", more}, {"mlp_bias", more}, {"tie_word_embeddings", more}}));
+      Transformer model(config, at::kFloat, 0, Weights::kUninitialized, at::kMeta);
+      int64_t count = 0;
+      for (const auto& p : model.parameters()) count += p.value.numel();
+      EXPECT_EQ(config.num_parameters(), count) << type << more;
+    }
+}
+
+TEST(HfConfig, YarnsOptions) {
+  const Json least = {{"rope_type", "yarn"}, {"factor", 4.0}};
+  RopeConfig rope = config_of(small_config("llama", {{"rope_parameters", least}})).rope;
+  EXPECT_EQ(rope.original_max_positions, 64);  // max_position_embeddings
+  EXPECT_EQ(rope.beta_fast, 32);
+  EXPECT_EQ(rope.beta_slow, 1);
+  EXPECT_FALSE(rope.attention_factor);
+  EXPECT_TRUE(rope.truncate);
+  Json all = least;
+  all.update({{"original_max_position_embeddings", 16}, {"beta_fast", 24}, {"beta_slow", 2}, {"attention_factor", 1.5}, {"mscale", 0.7}, {"mscale_all_dim", 1.2}, {"truncate", false}});
+  rope = config_of(small_config("llama", {{"rope_parameters", all}})).rope;
+  EXPECT_EQ(rope, (RopeConfig{"yarn", 1e4, 4, 1, 4, 16, 24, 2, 1.5, 0.7, 1.2, false}));
+}
+
+TEST(HfConfig, IdsAndDtypes) {
+  ModelConfig config = config_of(small_config("llama", {{"eos_token_id", {2, 7}}, {"bos_token_id", 1}, {"pad_token_id", nullptr}, {"torch_dtype", "auto"}}));
+  EXPECT_EQ(config.eos_ids, std::vector<int64_t>({2, 7}));
+  EXPECT_EQ(config.bos_id, 1);
+  EXPECT_FALSE(config.pad_id);
+  EXPECT_EQ(config.dtype, "");
+  EXPECT_EQ(config_of(small_config("llama", {{"eos_token_id", 3}})).eos_ids, std::vector<int64_t>({3}));
+  EXPECT_EQ(parse_dtype("bf16", "train.dtype"), at::kBFloat16);
+  EXPECT_EQ(parse_dtype(dtype_name(at::kHalf), "train.dtype"), at::kHalf);
+  try {
+    parse_dtype("int8", "train.dtype");
+    FAIL();
+  } catch (const ConfigError& error) {
+    EXPECT_STREQ(error.what(), "train.dtype=int8: allowed are float32, bfloat16, float16, float64");
+  }
+}
+
 // --- weights ---------------------------------------------------------------------------------------------------------
 
 TEST(InitialWeights, AreAFunctionOfSeedNameAndPlace) {
@@ -310,6 +370,27 @@ TEST(Lora, WhatCannotBeIsRefused) {
   EXPECT_EQ(words({2, 2.0, 0.0, false, {"(q_proj"}}).substr(0, 48), "lora.targets=(q_proj: not a regular expression: ");
   EXPECT_EQ(words({0, 2.0, 0.0, false, {"q_proj"}}), "lora.rank=0: must be at least 1");
   EXPECT_EQ(words({2, 2.0, 1.0, false, {"q_proj"}}), "lora.dropout=1: must be from 0 to below 1");
+}
+
+TEST(Lora, AdaptersAreAFunctionOfSeedAndLayerInTheModelsDtype) {
+  auto adapters = [](uint64_t seed, const std::vector<std::string>& targets, at::ScalarType dtype = at::kFloat) {
+    Transformer model(config_of(small_config("llama")), dtype, 1);
+    attach_lora(model, {4, 8.0, 0.0, false, targets}, seed);
+    std::map<std::string, at::Tensor> out;
+    for (auto& p : model.parameters())
+      if (p.name.find(".lora_") != std::string::npos) out[p.name] = p.value.detach();
+    return out;
+  };
+  auto all = adapters(5, {"all-linear"}), some = adapters(5, {"q_proj"}), other = adapters(6, {"q_proj"});
+  const std::string name = "base_model.model.model.layers.1.self_attn.q_proj.lora_A.weight";
+  EXPECT_EQ(some.size(), 4u);
+  EXPECT_TRUE(same_bits(all.at(name), some.at(name)));
+  EXPECT_FALSE(at::equal(some.at(name), other.at(name)));
+  EXPECT_FALSE(at::equal(all.at(name), all.at("base_model.model.model.layers.0.self_attn.q_proj.lora_A.weight")));
+  EXPECT_EQ(all.at(name).sizes(), at::IntArrayRef({4, 32}));
+  EXPECT_EQ(all.at("base_model.model.model.layers.1.mlp.up_proj.lora_B.weight").sizes(), at::IntArrayRef({40, 4}));
+  for (const auto& [key, value] : adapters(5, {"all-linear"}, at::kBFloat16))
+    EXPECT_TRUE(same_bits(value, all.at(key).to(at::kBFloat16))) << key;
 }
 
 void randomise_adapters(Transformer& model) {
@@ -490,6 +571,31 @@ INSTANTIATE_TEST_SUITE_P(Families, FamilyTest,
                                          Family{"smollm3", "smollm3", {{"no_rope_layers", {1, 0}}}},
                                          Family{"smollm3_window", "smollm3", with_window({{"no_rope_layers", {0, 1}}})}),
                          [](const auto& info) { return std::string(info.param.name); });
+
+// A mask belongs to a sample's token: rows may be packed and ordered in any way, on any rank.
+TEST(Lora, DropoutIsKeyedBySampleAndPosition) {
+  Transformer model(config_of(small_config("llama")), at::kDouble, 1);
+  attach_lora(model, {4, 8.0, 0.5, false, {"all-linear"}}, 1);
+  randomise_adapters(model);
+  auto hidden = [&](const std::vector<std::vector<int64_t>>& rows, const std::vector<int64_t>& ids, uint64_t seed) {
+    at::NoGradGuard no_grad;
+    model.set_training(true);
+    ModelInput input = input_of(rows);
+    input.sample_ids = ids;
+    input.dropout_seed = seed;
+    return model.forward(input);
+  };
+  const auto a = random_row(9, 1), b = random_row(12, 2);
+  at::Tensor together = hidden({a, b}, {4, 9}, 3);
+  EXPECT_TRUE(near(together, at::cat({hidden({a}, {4}, 3), hidden({b}, {9}, 3)})));
+  at::Tensor turned = hidden({b, a}, {9, 4}, 3);
+  EXPECT_TRUE(near(together, at::cat({turned.slice(0, 12), turned.slice(0, 0, 12)})));
+  EXPECT_FALSE(at::allclose(hidden({a}, {4}, 3), hidden({a}, {5}, 3)));
+  EXPECT_FALSE(at::allclose(hidden({a}, {4}, 3), hidden({a}, {4}, 7)));
+  model.set_training(false);
+  at::NoGradGuard no_grad;
+  EXPECT_TRUE(near(model.forward(input_of({a})), model.forward(input_of({a, b})).slice(0, 0, 9)));
+}
 
 TEST(Transformer, FirstNonfiniteNamesTheFirstPlace) {
   ModelInput input = input_of({random_row(6, 1)});

@@ -2,7 +2,6 @@
 
 #include <algorithm>
 #include <cmath>
-#include <filesystem>
 
 #include "base/check.h"
 
@@ -60,18 +59,18 @@ double number(const Json& json, const char* key, double fallback, const std::str
 
 Json peft_config_to_json(const PeftConfig& config) {
   Json targets = config.targets_are_text ? Json(config.target_modules.at(0)) : Json(config.target_modules);
-  Json base = config.base_model.empty() ? Json(nullptr) : Json(config.base_model);
+  auto or_null = [](const std::string& text) { return text.empty() ? Json(nullptr) : Json(text); };
   // PEFT's lora_alpha is a whole number wherever it is one.
   Json alpha = config.alpha == std::floor(config.alpha) ? Json(static_cast<int64_t>(config.alpha)) : Json(config.alpha);
   // The classic keys only: older versions of PEFT stop at a key that they do not know.
   return {{"alpha_pattern", Json::object()}, {"auto_mapping", nullptr},
-          {"base_model_name_or_path", base}, {"bias", "none"},
+          {"base_model_name_or_path", or_null(config.base_model)}, {"bias", "none"},
           {"fan_in_fan_out", false},         {"inference_mode", true},
           {"init_lora_weights", true},       {"layers_pattern", nullptr},
           {"layers_to_transform", nullptr},  {"lora_alpha", alpha},
           {"lora_dropout", config.dropout},  {"modules_to_save", nullptr},
           {"peft_type", "LORA"},             {"r", config.rank},
-          {"rank_pattern", Json::object()},  {"revision", nullptr},
+          {"rank_pattern", Json::object()},  {"revision", or_null(config.revision)},
           {"target_modules", targets},       {"task_type", "CAUSAL_LM"},
           {"use_dora", false},               {"use_rslora", config.use_rslora}};
 }
@@ -115,6 +114,7 @@ PeftConfig peft_config_from_json(const Json& json, const std::string& source) {
         str(source, ": 'target_modules' is ", dump_json(targets), "; a text or a list of names is needed."));
   }
   if (base.is_string()) config.base_model = base.get<std::string>();
+  if (get("revision").is_string()) config.revision = json["revision"].get<std::string>();
   return config;
 }
 
@@ -132,17 +132,11 @@ std::vector<std::string> adapter_modules(const std::vector<std::string>& tensor_
   return modules;
 }
 
-bool is_adapter_folder(const std::string& folder) {
-  std::error_code error;
-  return std::filesystem::exists(folder + "/adapter_config.json", error);
-}
-
-void write_adapter(const std::string& folder, const Json& config, const std::vector<TensorSource>& tensors,
-                   bool writes) {
+void write_adapter(const std::string& folder, const Json& config, const std::vector<TensorSource>& tensors) {
   for (const TensorSource& tensor : tensors)
     TRIREME_CHECK(tensor.name.rfind("base_model.model.", 0) == 0, tensor.name, " is not a name of PEFT");
-  write_safetensors_folder(folder, tensors, ~0ull, writes, "adapter_model");
-  if (writes) write_file_atomic(folder + "/adapter_config.json", dump_json_pretty(config));
+  write_safetensors_folder(folder, tensors, ~0ull, true, "adapter_model");
+  write_file_atomic(folder + "/adapter_config.json", dump_json_pretty(config));
 }
 
 void load_adapter(const std::string& folder, const std::vector<Parameter>& targets) {

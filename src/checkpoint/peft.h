@@ -16,6 +16,7 @@ struct PeftConfig {
   std::vector<std::string> target_modules;  // names, or one text: "all-linear" or a regular expression
   bool targets_are_text = false;            // target_modules holds that one text
   std::string base_model;                   // name or folder; "" where the file has null
+  std::string revision;                     // of a name; "" where the file has null
 };
 
 Json peft_config_to_json(const PeftConfig& config);
@@ -26,14 +27,11 @@ Json peft_config_to_json(const PeftConfig& config);
 PeftConfig peft_config_from_json(const Json& json, const std::string& source);
 PeftConfig read_peft_config(const std::string& folder);
 
-bool is_adapter_folder(const std::string& folder);  // holds an adapter_config.json
-
 // The modules that have an adapter, from the names of its tensors.
 std::vector<std::string> adapter_modules(const std::vector<std::string>& tensor_names);
 
-// Writes the folder. Collective where the sources gather (safetensors.h). Names are PEFT's.
-void write_adapter(const std::string& folder, const Json& config, const std::vector<TensorSource>& tensors,
-                   bool writes = true);
+// Writes the folder. The tensors carry PEFT's names.
+void write_adapter(const std::string& folder, const Json& config, const std::vector<TensorSource>& tensors);
 
 // Fills the targets, which carry PEFT's names. DataError as load_weights(); also where only adapter_model.bin is there.
 void load_adapter(const std::string& folder, const std::vector<Parameter>& targets);

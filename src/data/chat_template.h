@@ -60,6 +60,7 @@ class ChatTemplate {
   RenderedChat render_learnt(const Json& messages, const Json& tools = nullptr, const Json& variables = nullptr,
                              size_t first_message = 0) const;
 
+  const std::string& text() const { return text_; }      // the Jinja, as one may write it into chat_template.jinja
   const std::string& source() const { return source_; }  // "built-in llama3", or the file
   std::string hash() const;                              // of everything that render() depends on but its arguments
 

@@ -13,6 +13,7 @@
 #include "checkpoint/hf_hub.h"
 #include "checkpoint/load_weights.h"
 #include "checkpoint/peft.h"
+#include "data/masking.h"
 #include "optim/schedule.h"
 
 namespace trireme {
@@ -104,12 +105,15 @@ ModelSource find_model(const Config& config) {
     source.folder = resolve_model_folder(config.model.path, config.model.revision);
     source.config = read_model_config(source.folder);
     source.tokenizer_folder = source.folder;
+    const bool is_folder = fs::is_directory(config.model.path);
+    source.name = is_folder ? fs::absolute(config.model.path).lexically_normal().string() : config.model.path;
+    if (!is_folder && config.model.revision != "main") source.revision = config.model.revision;
   } else {
     source.config = read_model_config(config.model.config);
     fs::path path = config.model.config;
     source.tokenizer_folder = fs::is_directory(path) ? path.string() : path.has_parent_path() ? path.parent_path().string() : ".";
   }
-  if (!config.model.tokenizer.empty()) source.tokenizer_folder = config.model.tokenizer;
+  if (!config.model.tokenizer.empty()) source.tokenizer_folder = resolve_model_folder(config.model.tokenizer);
   source.fingerprint = fingerprint_of(source.config.raw, {source.folder, config.lora.path});
   return source;
 }
@@ -165,24 +169,36 @@ std::unique_ptr<Transformer> build_model(const Config& config, const ModelSource
   return model;
 }
 
-void export_model(const std::string& folder, Transformer& model, const ModelSource& source) {
+ExportedChat exported_chat(const Config& config, const ModelSource& source) {
+  ExportedChat chat;
+  if (config.data.chat_template.empty()) return chat;
+  TextTools tools = load_text_tools(config, source.tokenizer_folder, &source.config);
+  chat.chat_template = tools.chat->text();
+  for (auto [name, id] : {std::pair("bos_token", tools.bos_id), std::pair("eos_token", tools.eos_id)})
+    if (id >= 0) chat.special_tokens[name] = tools.tokenizer.id_to_token(id);
+  if (auto id = end_of_turn(config, tools)) chat.end_ids.push_back(*id);
+  return chat;
+}
+
+void export_model(const std::string& folder, Transformer& model, const Config& config, const ModelSource& source) {
   at::NoGradGuard no_grad;
   if (has_lora(model)) merge_lora(model);
   std::string dtype = dtype_name(model.dtype());
-  Json config = source.folder.empty() ? model_config_from_fields(source.config, dtype) : model_config_to_json(source.config, dtype);
+  Json json = source.folder.empty() ? model_config_from_fields(source.config, dtype) : model_config_to_json(source.config, dtype);
   // A run from random weights writes the Hub's fields it was given too: tokenizer ids, architectures and the like.
   if (source.folder.empty())
     for (const auto& [key, value] : source.config.raw.items())
-      if (!config.contains(key)) config[key] = value;
+      if (!json.contains(key)) json[key] = value;
   std::string files = source.folder.empty() ? fs::path(source.config.source).parent_path().string() : source.folder;
-  export_model_folder(folder, files, source.tokenizer_folder, config, sources(only(model, false)));
+  export_model_folder(folder, files, source.tokenizer_folder, json, sources(only(model, false)), exported_chat(config, source));
 }
 
-void export_adapter(const std::string& folder, Transformer& model, const LoraConfig& lora, const ModelSource& source) {
+void export_adapter(const std::string& folder, Transformer& model, const Config& config, const ModelSource& source) {
   at::NoGradGuard no_grad;
-  PeftConfig peft{lora.rank, lora.alpha, lora.dropout, lora.rank_stabilized, lora_targets(model), false, source.folder};
+  LoraConfig lora = lora_config(config);
+  PeftConfig peft{lora.rank, lora.alpha, lora.dropout, lora.rank_stabilized, lora_targets(model), false, source.name, source.revision};
   write_adapter(folder, peft_config_to_json(peft), sources(only(model, true)));
-  if (!source.tokenizer_folder.empty()) copy_tokenizer_files(source.tokenizer_folder, folder);
+  if (!source.tokenizer_folder.empty()) copy_tokenizer_files(source.tokenizer_folder, folder, exported_chat(config, source));
 }
 
 TextTools load_text_tools(const Config& config, const std::string& folder, const ModelConfig* model) {
@@ -210,6 +226,22 @@ TextTools load_text_tools(const Config& config, const std::string& folder, const
     for (const char* usual : {"<|endoftext|>", "</s>", "<|end_of_text|>", "<|im_end|>"})
       if (tools.eos_id < 0) tools.eos_id = tools.tokenizer.token_to_id(usual).value_or(-1);
   return tools;
+}
+
+std::optional<int64_t> end_of_turn(const Config& config, const TextTools& tools) {
+  if (!tools.chat) return std::nullopt;
+  EncodeOptions options;
+  options.bos_id = tools.bos_id, options.eos_id = tools.eos_id, options.template_args = config.data.template_args;
+  Record record;
+  record.form = DataForm::kPromptCompletion;
+  record.prompt = record.completion = "a";
+  try {
+    EncodedRecord turn = RecordEncoder(tools.tokenizer, &*tools.chat, options).encode(record, "the chat template");
+    auto last = std::find(turn.learnt.rbegin(), turn.learnt.rend(), uint8_t{1});
+    return turn.ids[static_cast<size_t>(turn.learnt.rend() - last) - 1];
+  } catch (const DataError&) {  // a template of another purpose
+    return std::nullopt;
+  }
 }
 
 DataOptions data_options(const Config& config, const TextTools& tools, int64_t embedding_rows) {

@@ -14,6 +14,7 @@ namespace trireme {
 
 struct ModelSource {
   std::string folder;            // Hugging Face folder of the weights; "" for random weights
+  std::string name, revision;    // of the base in an adapter: the hub name as given, or the folder's absolute path
   std::string tokenizer_folder;  // "" where there is none
   ModelConfig config;
   std::string fingerprint;       // of config and weights, an adapter's included
@@ -37,9 +38,10 @@ std::unique_ptr<Transformer> build_model(const Config& config, const ModelSource
 // Of the adapter in lora.path, else of the lora.* keys. DataError: what the adapter's files have wrong.
 LoraConfig lora_config(const Config& config);
 
-// Writes the model's weights (adapters merged) as a Hugging Face folder, or the adapter as a PEFT folder. Rank 0 only.
-void export_model(const std::string& folder, Transformer& model, const ModelSource& source);
-void export_adapter(const std::string& folder, Transformer& model, const LoraConfig& lora, const ModelSource& source);
+// Writes the model's weights (adapters merged) as a Hugging Face folder, or the adapter as a PEFT folder. With
+// data.chat_template, the product has that template, and its end of turn among its end tokens. Rank 0 only.
+void export_model(const std::string& folder, Transformer& model, const Config& config, const ModelSource& source);
+void export_adapter(const std::string& folder, Transformer& model, const Config& config, const ModelSource& source);
 
 struct TextTools {
   Tokenizer tokenizer;
@@ -49,6 +51,9 @@ struct TextTools {
 
 // Tokenizer and chat template. ConfigError where there is no tokenizer; DataError where its ids exceed the embedding.
 TextTools load_text_tools(const Config& config, const std::string& tokenizer_folder, const ModelConfig* model);
+
+// The token that ends a turn by the chat template; none where there is no template, or it shows none.
+std::optional<int64_t> end_of_turn(const Config& config, const TextTools& tools);
 
 DataOptions data_options(const Config& config, const TextTools& tools, int64_t embedding_rows);
 

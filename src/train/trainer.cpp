@@ -31,6 +31,15 @@ int64_t steps_of(double value, int64_t total) {
   return value < 1 ? std::max<int64_t>(1, std::llround(value * static_cast<double>(total))) : std::llround(value);
 }
 
+// A model is not trained beyond the positions that its config.json promises: nothing would say so afterwards.
+void check_positions(const Dataset& data, const ModelConfig& model) {
+  int64_t longest = 0;
+  for (const Sample& sample : data.samples()) longest = std::max(longest, sample.end - sample.begin);
+  if (longest > model.max_positions)
+    throw ConfigError(str("the longest sample has ", longest, " tokens, but ", model.source, " has max_position_embeddings ", model.max_positions,
+                          ": set data.max_length to at most that, or raise it in config.json if the model shall learn longer texts"));
+}
+
 class Run {
  public:
   Run(const Config& config, const CommandLine& line, const Process& process)
@@ -109,6 +118,8 @@ class Run {
     agree_on(world_, [&] {
       train_data_ = Dataset::open(options_, Split::kTrain, files[0]);
       if (!files[1].empty()) eval_data_ = Dataset::open(options_, Split::kEval, files[1]);
+      check_positions(*train_data_, source_.config);
+      if (eval_data_) check_positions(*eval_data_, source_.config);
     });
     log_info(str("training data: ", train_data_->counts().text()));
     if (eval_data_) log_info(str("evaluation data: ", eval_data_->counts().text()));
@@ -331,8 +342,8 @@ class Run {
       if (!rank0()) return;
       bool adapter = has_lora(worker_->model());
       std::string folder = config_.run.dir + (adapter ? "/adapter" : "/model");
-      if (adapter) export_adapter(folder, worker_->model(), lora_config(config_), source_);
-      else export_model(folder, worker_->model(), source_);
+      if (adapter) export_adapter(folder, worker_->model(), config_, source_);
+      else export_model(folder, worker_->model(), config_, source_);
       Json done;
       done["step"] = state_.step;
       done["stopped_early"] = state_.stopped_early;

@@ -101,12 +101,18 @@ void Worker::report_nonfinite(int64_t step, const std::vector<ModelInput>& input
   for (const auto& text : comms_.world.gather_bytes(where))
     if (first.empty()) first = text;
   first = comms_.world.broadcast_bytes(first);
+  // Every output is finite, so it was in backward, which goes from the last parameter to the first.
+  for (auto slice = reducer_->slices().rbegin(); first.empty() && slice != reducer_->slices().rend(); ++slice) {
+    const int64_t bad = slice->gradient.numel() - at::isfinite(slice->gradient).sum().item<int64_t>();
+    if (bad > 0) first = str("the gradient of ", slice->name, ": ", bad, " of ", slice->gradient.numel(), " values are not finite");
+  }
+  bool damaged = false;
+  for (const auto& p : model_->parameters()) damaged |= first.starts_with(p.name + ":");
   throw AgreedError(kExitFailure,
-                    str("step ", step, ": the loss or its gradient is not finite; ",
-                        first.empty() ? "every layer's output is finite, so it appeared in the loss or in backward"
-                                      : str("it appeared first in ", first),
-                        ". Nothing was updated, the last checkpoint is intact: lower optim.lr, set train.max_grad_norm, "
-                        "or use train.dtype=bfloat16 or float32"));
+                    str("step ", step, ": the loss or its gradient is not finite; it appeared first in ", first.empty() ? "the loss" : first,
+                        ". Nothing was updated, and checkpoints are as they were. ",
+                        damaged ? "These weights are damaged: take them from their source, or from an earlier checkpoint"
+                                : "Lower optim.lr, set train.max_grad_norm, or take a dtype of wider range (train.dtype=bfloat16 or float32)"));
 }
 
 void Worker::write_gradients(const std::string& path) const {
