@@ -21,7 +21,7 @@ def work(tmp_path_factory):
     """A base of odd shape: biases, tied embeddings, grouped heads."""
     torch.set_num_threads(1)
     folder = tmp_path_factory.mktemp("export")
-    hf_models.CASES["base"] = ("qwen2", {"tie_word_embeddings": True})
+    hf_models.CASES["base"] = ("qwen2", {"tie_word_embeddings": True, "max_position_embeddings": 256})
     hf_models.make("base", folder / "base")
     (folder / "ids.json").write_text(json.dumps(IDS))
     return folder
@@ -160,7 +160,7 @@ def test_the_template_of_training_goes_along(work, template, lora):
     source = work / f"untold-{template}-{lora}"
     shutil.copytree(work / "base", source)
     config = json.loads((source / "tokenizer_config.json").read_text())
-    del config["eos_token"]
+    config["eos_token"] = None if template == "chatml" else "<|endoftext|>"
     config["chat_template"] = "{% for m in messages %}[{{ m['content'] }}]{% endfor %}"
     (source / "tokenizer_config.json").write_text(json.dumps(config))
     for name in ("config.json", "generation_config.json"):

@@ -42,12 +42,12 @@ def work(tmp_path_factory):
     return folder
 
 
-def train(work, name, *keys, ranks=1, steps=STEPS, data="train.jsonl"):
+def train(work, name, *keys, ranks=1, steps=STEPS, data="train.jsonl", base="base", lr=LR):
     """Lines of metrics and the first step's gradients."""
     run = work / name
-    hf_models.succeed("train", f"--run.dir={run}", f"--model.path={work / 'base'}", f"--data.train={work / data}",
+    hf_models.succeed("train", f"--run.dir={run}", f"--model.path={work / base}", f"--data.train={work / data}",
                       "--data.shuffle=false", f"--train.steps={steps}", f"--train.gradients={run}.safetensors",
-                      "--optim.weight_decay=0.01", "--schedule.kind=constant", f"--optim.lr={LR}", *keys,
+                      "--optim.weight_decay=0.01", "--schedule.kind=constant", f"--optim.lr={lr}", *keys,
                       cache=work / "cache", ranks=ranks)
     lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
     return [line for line in lines if line["split"] == "train"], load_file(f"{run}.safetensors")
@@ -132,9 +132,10 @@ def in_fp32(work):
 
 @pytest.mark.parametrize("dtype, bound", [("bfloat16", bounds.CURVE_BF16), ("float16", bounds.CURVE_FP16)])
 def test_16_bit_curves_stay_near(work, in_fp32, dtype, bound):
-    losses = curve(work, dtype, f"--train.dtype={dtype}")
-    assert losses != in_fp32
-    assert losses == pytest.approx(in_fp32, rel=bound)
+    steps = 20 if dtype == "float16" else STEPS  # it is slow on CPUs
+    losses = curve(work, dtype, f"--train.dtype={dtype}", steps=steps)
+    assert losses != in_fp32[:steps]
+    assert losses == pytest.approx(in_fp32[:steps], rel=bound)
 
 
 # Twelve records, all of them in every step.
@@ -168,25 +169,24 @@ def test_packing_changes_only_the_order_of_sums(work, alone, ranks):
 
 
 def rescaled(work, name, changes):
-    """The base with some weights multiplied, as float16 numbers."""
+    """The name of the base with some weights multiplied, as float16 numbers."""
     weights = load_file(work / "base/model.safetensors")
     for key, factor in changes.items():
         weights[key] = weights[key] * factor
     shutil.copytree(work / "base", work / name)
     save_file({key: value.half().float() for key, value in weights.items()}, work / name / "model.safetensors", {"format": "pt"})
-    return f"--model.path={work / name}"
+    return name
 
 
 FLOAT16 = {"small": {"lm_head.weight": 1e-4},  # gradients of 1e-9 to 1e-6: float16 alone has nothing between 0 and 6e-8
-           "large": {"model.embed_tokens.weight": 1e-3, "lm_head.weight": 30.0}}  # of 1e4: the first scale overflows
+           "large": {"model.embed_tokens.weight": 3e-3, "lm_head.weight": 1.0}}   # of 1e3: the first scale overflows
 
 
 @pytest.mark.parametrize("size", list(FLOAT16))
 def test_float16_neither_loses_nor_overflows_gradients(work, size):
-    model = rescaled(work, f"{size}-gradients", FLOAT16[size])
-    keys = ("--train.micro_batch_size=12", "--train.max_grad_norm=0", model)
-    _, exact = train(work, f"{size}-fp32", *keys, steps=1, data="twelve.jsonl")
-    lines, gradients = train(work, f"{size}-fp16", *keys, "--train.dtype=float16", steps=1, data="twelve.jsonl")
+    options = {"base": rescaled(work, f"{size}-gradients", FLOAT16[size]), "steps": 1, "data": "twelve.jsonl"}
+    _, exact = train(work, f"{size}-fp32", "--train.micro_batch_size=12", **options)
+    lines, gradients = train(work, f"{size}-fp16", "--train.micro_batch_size=12", "--train.dtype=float16", **options)
     assert (lines[0]["loss_scale"] < 1024) == (size == "large")
     assert ("step 1: a gradient overflowed float16; computing it again with loss scale 512" in
             (work / f"{size}-fp16/log.txt").read_text()) == (size == "large")
@@ -195,11 +195,12 @@ def test_float16_neither_loses_nor_overflows_gradients(work, size):
 
 
 def test_float16_resumes_with_its_loss_scale(work):
-    keys = (rescaled(work, "resumed-base", FLOAT16["large"]), "--train.micro_batch_size=4", "--train.dtype=float16", "--optim.lr=1e-5")
-    whole, _ = train(work, "whole", *keys, steps=6)
+    base = rescaled(work, "resumed-base", FLOAT16["large"])
+    keys = ("--train.micro_batch_size=4", "--train.dtype=float16")
+    whole, _ = train(work, "whole", *keys, base=base, lr=1e-5, steps=6)
     assert whole[-1]["loss_scale"] < 1024
-    cut = ("train", f"--run.dir={work / 'cut'}", f"--data.train={work / 'train.jsonl'}", "--data.shuffle=false", "--train.steps=6",
-           "--optim.weight_decay=0.01", "--schedule.kind=constant", *keys)
+    cut = ("train", f"--run.dir={work / 'cut'}", f"--model.path={work / base}", f"--data.train={work / 'train.jsonl'}",
+           "--data.shuffle=false", "--train.steps=6", "--optim.lr=1e-5", "--optim.weight_decay=0.01", "--schedule.kind=constant", *keys)
     assert hf_models.run(*cut, "--train.stop_after=3", cache=work / "cache").returncode == 75
     hf_models.succeed(*cut, cache=work / "cache")
     lines = [json.loads(line) for line in (work / "cut/metrics.jsonl").read_text().splitlines()]
