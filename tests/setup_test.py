@@ -121,10 +121,12 @@ class Machine:
         self.program("dpkg-query", "echo 'install ok installed'")
         self.program("df", "printf 'head\\nx 1 1 99999999 1 x\\n'")
         self.program("nvcc", "echo release 13.0")
-        self.program("cmake", "mkdir -p build/release; touch build/release/build.ninja")
+        self.program("cmake", f'echo "$*" >>{folder}/configured; mkdir -p build/release; touch build/release/build.ninja')
         self.program("python3", 'case "$1" in -c) echo 3.11; exit ;; esac; mkdir -p "$3/bin"; cp "$0.pip" "$3/bin/python"')
         self.program("python3.pip", 'd=$(dirname "$0")/..; echo "${@: -1}" >>' + str(self.log) +
-                     '; [ -z "$PIP_FAILS" ] || exit 1; mkdir -p "$d/lib/python3.11/site-packages/torch"')
+                     '; [ -z "$PIP_FAILS" ] || exit 1; cd "$d"; mkdir -p lib/python3.11/site-packages/torch'
+                     '; case "$*" in *-cuda*) mkdir -p lib/python3.11/site-packages/nvidia/cu13/bin; cd "$_"; '
+                     'printf "#!/bin/sh\necho release 13.0\n" >nvcc; chmod +x nvcc ;; esac')
 
     def program(self, name, body):
         (self.folder / "bin" / name).write_text("#!/bin/bash\n" + body + "\n")
@@ -162,7 +164,8 @@ def test_the_compiler_and_the_test_packages_come_when_they_are_wanted(machine):
     machine.program("nvcc", "echo release 11.8")
     if os.path.exists("/usr/local/cuda/bin/nvcc"):
         pytest.skip("this machine has a CUDA compiler of its own")
-    machine.setup("--tests")
+    result = machine.setup("--tests")
+    assert result.returncode == 0, result.stderr
     assert machine.installed() == [f"launch/requirements{kind}.txt" for kind in ("", "-cuda", "-test")]
 
 
@@ -170,6 +173,13 @@ def test_a_build_with_tests_keeps_them(machine):
     assert machine.setup("--tests").returncode == 0
     assert machine.setup().stderr == ""
     assert machine.installed() == ["launch/requirements.txt", "launch/requirements-test.txt"]
+
+
+def test_another_users_compiler_is_forgotten(machine):
+    assert machine.setup().returncode == 0
+    assert machine.setup(TRIREME_DEPS=str(machine.folder / "elsewhere")).returncode == 0
+    first, second = (machine.folder / "configured").read_text().splitlines()
+    assert "elsewhere" in second and "--fresh" in second
 
 
 def test_a_full_disk_is_found_first(machine):
