@@ -161,8 +161,11 @@ configure() {
   check_memory
   say "configuring build/release"
   mkdir -p build
-  # --fresh: CMake keeps a compiler that it found once, also when it is gone.
-  cmake --fresh --preset release -DTRIREME_TORCH="$torch" -DTRIREME_PYTHON="$python" -DTRIREME_TESTS=$tests \
+  # CMake and ninja remember a compiler and headers that are gone, or another user's: a build for others is made anew.
+  local before
+  before=$(cat build/release/.configured 2>/dev/null) || true
+  [ "${before%% *}" = "$torch" ] && [ "${before##* }" = "$nvcc" ] || rm -rf build/release
+  cmake --preset release -DTRIREME_TORCH="$torch" -DTRIREME_PYTHON="$python" -DTRIREME_TESTS=$tests \
     -DTRIREME_CUDA=$([ -n "$nvcc" ] && echo ON || echo OFF) -DCMAKE_CUDA_COMPILER="$nvcc" >build/configure.log 2>&1 ||
     { cat build/configure.log >&2; die "CMake could not configure; what is missing is named above"; }
   echo "$wanted" >build/release/.configured
