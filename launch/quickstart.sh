@@ -24,5 +24,6 @@ $trireme eval --model.path="$run/model" --data.eval=configs/quickstart/eval.json
 stage "asking the exported model, $run/model"
 for question in "Could you say what Trireme is?" "Explain data parallelism." "How can I resume a run that stopped?"; do
   printf 'Q: %s\nA: ' "$question"
-  $trireme generate --model.path="$run/model" --generate.chat=true "$question" 2>/dev/null
+  $trireme generate --model.path="$run/model" --generate.chat=true "$question" 2>"$run/generate.log" ||
+    { cat "$run/generate.log" >&2; exit 1; }
 done

@@ -10,31 +10,36 @@ case "$ranks" in ''|*[!0-9]*|0) echo "run_local: -n wants a number of ranks, fou
 
 binary=${TRIREME_BINARY:-$top/build/release/trireme}
 [ -x "$binary" ] || { echo "run_local: $binary is not there; run launch/quickstart.sh, or launch/setup.sh and cmake --build build/release" >&2; exit 2; }
-cores=$(nproc)
-export OMP_NUM_THREADS=${OMP_NUM_THREADS:-$((cores / ranks > 0 ? cores / ranks : 1))}
 # Under mpirun isatty is wrong both ways: who starts it knows.
 if [ -t 2 ]; then live=live; else live=plain; fi
 export TRIREME_PROGRESS=${TRIREME_PROGRESS:-$live}
-options=(-q --bind-to none -n "$ranks")
-[ "$ranks" -le "$cores" ] || options+=(--oversubscribe)
+# More ranks than mpirun counts cores are not refused: the program sees to it that waiting ranks give their cores away.
+options=(-q --bind-to none --oversubscribe -n "$ranks")
 [ "$(id -u)" != 0 ] || export OMPI_ALLOW_RUN_AS_ROOT=1 OMPI_ALLOW_RUN_AS_ROOT_CONFIRM=1
 
-job="" stops=0
+job="" stops=0 started=$(mktemp)
+trap 'rm -f "$started"' EXIT
 on_signal() {
   stops=$((stops + 1))
   [ -n "$job" ] || exit 75 # nothing has begun
   case $stops in
-    1) echo "run_local: stopping after this step; once more ends at once" >&2; kill -USR1 "$job" 2>/dev/null || true ;;
+    1)
+      echo "run_local: stopping after this step; once more ends at once" >&2
+      # Until it has begun, mpirun passes no signal on: it is told until it ends.
+      while kill -USR1 "$job" 2>/dev/null; do sleep 1; done </dev/null >/dev/null 2>&1 & ;;
     2) kill -TERM "$job" 2>/dev/null || true ;;
     *) kill -KILL "$job" 2>/dev/null || true ;;
   esac
 }
-trap on_signal TERM INT HUP USR1
-# Job control gives mpirun a process group of its own: Ctrl-C then reaches this script alone.
+trap on_signal TERM INT HUP
+# Job control gives mpirun a process group of its own: Ctrl-C then reaches this script alone. SIGUSR1 is ignored until
+# mpirun and the ranks have handlers for it: it would end them.
+trap '' USR1
 set -m
-mpirun "${options[@]}" "$binary" "$@" <&0 &
+mpirun "${options[@]}" sh -c 'trap "" USR1; echo started >>"$0"; exec "$@"' "$started" "$binary" "$@" <&0 &
 job=$!
 set +m
+trap on_signal USR1
 # A signal ends `wait` before mpirun has ended; 127 says that its status was given already.
 status=0 seen=-1
 while [ $seen -ne $stops ]; do
@@ -42,4 +47,8 @@ while [ $seen -ne $stops ]; do
   answer=0; wait "$job" || answer=$?
   [ $answer -eq 127 ] || status=$answer
 done
+if [ "$status" -ne 0 ] && [ "$stops" -eq 0 ] && [ ! -s "$started" ]; then
+  echo "run_local: mpirun could not start a rank (status $status); this is what it says:" >&2
+  mpirun "${options[@]:1}" true >&2 || true
+fi
 exit "$status"

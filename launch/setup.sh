@@ -27,16 +27,17 @@ case "${1:-}" in
       flock -n 9 || die "another setup is installing into ${lock%.lock}; wait for it, then run this again"
       rm -rf --one-file-system "${lock%.lock}" "$lock"
     done
-    rm -rf --one-file-system build "$deps/tokens"
-    rmdir "$deps" 2>/dev/null || true
-    say "removed libtorch, the Python packages and the token cache from $deps, and build/; the system's packages stay"
+    tokens=${TRIREME_CACHE:-${XDG_CACHE_HOME:-$HOME/.cache}/trireme}/tokens # where the program keeps them
+    rm -rf --one-file-system build "$tokens"
+    rmdir "$(dirname "$tokens")" "$deps" 2>/dev/null || true
+    say "removed libtorch and the Python packages from $deps, the token cache $tokens, and build/; the system's packages stay"
     exit 0 ;;
   *) sed -n 2,9p "$0"; exit 2 ;;
 esac
 
 build_jobs() { # one compiler process takes up to 2 GB
   local cores memory_gb
-  cores=$(nproc)
+  cores=$(env -u OMP_NUM_THREADS -u OMP_THREAD_LIMIT nproc)
   memory_gb=$(awk '/MemAvailable/ {print int($2 / 1048576)}' /proc/meminfo)
   local jobs=$((memory_gb / 2 < cores ? memory_gb / 2 : cores))
   echo $((jobs > 0 ? jobs : 1))
@@ -62,18 +63,19 @@ install_packages() {
   if [ "$(id -u)" = 0 ]; then
     apt-get update -qq && DEBIAN_FRONTEND=noninteractive $command >/dev/null
   elif command -v sudo >/dev/null && sudo -n true 2>/dev/null; then
-    sudo apt-get update -qq && sudo DEBIAN_FRONTEND=noninteractive $command >/dev/null
+    local keep=--preserve-env=http_proxy,https_proxy,no_proxy
+    sudo $keep apt-get update -qq && sudo $keep DEBIAN_FRONTEND=noninteractive $command >/dev/null
   else
     die "packages are missing and this user may not install them. Ask an administrator to run:
   apt-get update && $command"
   fi
 }
 
-check_disk() { # FOLDER GB
-  mkdir -p "$1" || die "cannot write $1; set TRIREME_DEPS to a folder that can be written"
+check_disk() { # VARIABLE FOLDER GB
+  mkdir -p "$2" || die "cannot write $2; set $1 to a folder that can be written"
   local free
-  free=$(df -Pk "$1" | awk 'NR == 2 {print int($4 / 1048576)}')
-  [ "$free" -ge "$2" ] || die "$1 has $free GB free, $2 GB are needed; set TRIREME_DEPS to a folder on a larger disk"
+  free=$(df -Pk "$2" | awk 'NR == 2 {print int($4 / 1048576)}')
+  [ "$free" -ge "$3" ] || die "$2 has $free GB free, $3 GB are needed; set $1 to a folder on a larger disk"
 }
 
 check_memory() { # the largest compiler process needs 2 GB
@@ -103,7 +105,9 @@ install_wheels() {
   fi
   if [ ! -e "$env_folder/.torch" ]; then
     check_python "$version" 3.10 3.11 3.12 3.13 3.14
-    check_disk "$deps" 9 # wheels in TMPDIR and what they unpack to
+    check_disk TRIREME_DEPS "$deps" 6 # what the wheels unpack to
+    check_disk TMPDIR "${TMPDIR:-/tmp}" 3 # the wheels
+    [ "$(stat -c %d "$deps")" != "$(stat -c %d "${TMPDIR:-/tmp}")" ] || check_disk TRIREME_DEPS "$deps" 9 # one disk for both
     python3 -m venv "$env_folder" || die "python3 -m venv failed (see above)"
     wheels "libtorch and the CUDA libraries (2 GB, 4.2 GB unpacked)" launch/requirements.txt .torch
   fi
@@ -113,7 +117,7 @@ install_wheels() {
   fi
   if [ $tests = ON ] && [ ! -e "$env_folder/.tests" ]; then
     check_python "$version" 3.11 3.12 3.13
-    check_disk "$deps" 3
+    check_disk TRIREME_DEPS "$deps" 3
     wheels "the Python packages of the tests" launch/requirements-test.txt .tests
   fi
   exec 9>&-

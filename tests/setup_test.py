@@ -13,12 +13,23 @@ import pytest
 SOURCE = pathlib.Path(os.environ.get("TRIREME_SOURCE", pathlib.Path(__file__).parent.parent))
 
 # A rank that saves on SIGUSR1 as the program does: it takes a while, then leaves with status 75.
-RANK = """#!/usr/bin/env bash
-echo "threads=$OMP_NUM_THREADS progress=$TRIREME_PROGRESS args=$*"
-trap 'sleep 1.5; echo saved; exit 75' USR1
-echo ready
-case "$1" in status) exit "$2" ;; echo) cat; exit 0 ;; esac
-for i in $(seq 300); do sleep 0.1; done
+RANK = f"""#!{sys.executable}
+import os, signal, sys, time
+def on_stop(number, frame):
+    signal.signal(signal.SIGUSR1, signal.SIG_IGN)
+    time.sleep(1.5)
+    print("saved", flush=True)
+    os._exit(75)
+signal.signal(signal.SIGUSR1, on_stop)
+words = sys.argv[1:]
+print(f"threads={{os.environ.get('OMP_NUM_THREADS')}} progress={{os.environ['TRIREME_PROGRESS']}} args={{' '.join(words)}}")
+print("ready", flush=True)
+if words[0] == "status":
+    sys.exit(int(words[1]))
+if words[0] == "echo":
+    print(sys.stdin.read())
+    sys.exit(0)
+time.sleep(30)
 """
 
 
@@ -30,9 +41,9 @@ def binary(tmp_path):
     return path
 
 
-def start(binary, *args):
+def start(binary, *args, **more):
     env = {key: value for key, value in os.environ.items() if key not in ("OMP_NUM_THREADS", "TRIREME_PROGRESS")}
-    return subprocess.Popen([SOURCE / "launch/run_local.sh", *args], env=env | {"TRIREME_BINARY": str(binary)}, text=True,
+    return subprocess.Popen([SOURCE / "launch/run_local.sh", *args], env=env | {"TRIREME_BINARY": str(binary)} | more, text=True,
                             stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE, start_new_session=True)
 
 
@@ -57,7 +68,7 @@ def test_a_signal_saves_and_returns_75(binary, signal_sent):
 
 
 def test_a_second_signal_ends_at_once(binary):
-    binary.write_text(RANK.replace("sleep 1.5; echo saved; exit 75", "sleep 60; echo saved; exit 75"))
+    binary.write_text(RANK.replace("sleep(1.5)", "sleep(60)"))
     process = start(binary, "-n", "1", "train")
     wait_ready(process, 1)
     process.send_signal(signal.SIGTERM)
@@ -78,9 +89,43 @@ def test_status_of_the_ranks_is_returned(binary, status):
 def test_ranks_are_told_threads_progress_and_arguments(binary):
     process = start(binary, "-n", "2", "echo", "a b")
     out, _ = process.communicate("typed\n", timeout=30)
-    threads = max(1, len(os.sched_getaffinity(0)) // 2)
-    assert out.count(f"threads={threads} progress=plain args=echo a b") == 2
+    assert out.count("threads=None progress=plain args=echo a b") == 2  # the program itself divides the cores
     assert out.count("typed") == 1  # stdin goes to rank 0
+
+
+def test_more_ranks_than_cores_are_started(binary):
+    process = start(binary, "-n", str(len(os.sched_getaffinity(0)) + 1), "status", "0",
+                    OMP_NUM_THREADS="64")  # not the number of cores
+    out, _ = process.communicate(timeout=30)
+    assert process.returncode == 0
+    assert out.count("ready") == len(os.sched_getaffinity(0)) + 1
+
+
+def test_mpirun_that_cannot_start_a_rank_is_heard(binary, tmp_path):
+    """-q, which keeps it from commenting on the status of the ranks, silences its own errors as well."""
+    (tmp_path / "bin").mkdir()
+    (tmp_path / "bin/mpirun").write_text('#!/bin/sh\n[ "$1" = -q ] || echo "no slots: $*"\nexit 1\n')
+    (tmp_path / "bin/mpirun").chmod(0o755)
+    os.environ["PATH"], path = f"{tmp_path / 'bin'}:{os.environ['PATH']}", os.environ["PATH"]
+    try:
+        process = start(binary, "-n", "2", "train")
+    finally:
+        os.environ["PATH"] = path
+    _, err = process.communicate(timeout=30)
+    assert process.returncode == 1
+    assert err == ("run_local: mpirun could not start a rank (status 1); this is what it says:\n"
+                   "no slots: --bind-to none --oversubscribe -n 2 true\n")
+
+
+@pytest.mark.parametrize("delay", [0.1, 0.4])
+def test_a_signal_while_it_starts_is_not_lost(binary, delay):
+    """The program has its handlers only after its libraries are loaded."""
+    binary.write_text(RANK.replace("\nsignal.signal(", "\ntime.sleep(1)\nsignal.signal(").replace("sleep(1.5)", "sleep(0)"))
+    process = start(binary, "-n", "2", "train")
+    time.sleep(delay)
+    process.send_signal(signal.SIGTERM)
+    out, err = process.communicate(timeout=30)
+    assert (process.returncode, out.count("saved")) in ((75, 2), (75, 0), (-15, 0)), err  # 0: nothing had begun
 
 
 @pytest.mark.parametrize("args, words", [(["-n", "x", "train"], "-n wants a number of ranks, found 'x'"),
@@ -133,7 +178,8 @@ class Machine:
         (self.folder / "bin" / name).chmod(0o755)
 
     def setup(self, *args, **env):
-        base = {key: value for key, value in os.environ.items() if not key.startswith("TRIREME_")}
+        base = {key: value for key, value in os.environ.items() if not key.startswith(("TRIREME_", "XDG_"))}
+        base["HOME"] = str(self.folder / "home")
         path = f"{self.folder / 'bin'}:{os.environ['PATH']}"
         return subprocess.run([self.folder / "clone/launch/setup.sh", *args], text=True, capture_output=True, timeout=60,
                               env=base | {"TRIREME_DEPS": str(self.folder / "deps"), "PATH": path, "PIP_FAILS": ""} | env)
@@ -189,8 +235,26 @@ def test_a_full_disk_is_found_first(machine):
     machine.program("df", "printf 'head\\nx 1 1 1048576 1 x\\n'")
     result = machine.setup()
     assert result.returncode == 1
-    assert f"{machine.folder / 'deps'} has 1 GB free, 9 GB are needed; set TRIREME_DEPS" in result.stderr
+    assert f"{machine.folder / 'deps'} has 1 GB free, 6 GB are needed; set TRIREME_DEPS" in result.stderr
     assert machine.installed() == []
+
+
+def test_the_disk_of_temporary_files_is_looked_at_too(machine):
+    machine.program("df", f'[ "$2" = {machine.folder / "tmp"} ] && gb=2 || gb=20\n'
+                          'printf "head\\nx 1 1 $((gb * 1048576)) 1 x\\n"')
+    (machine.folder / "tmp").mkdir()
+    result = machine.setup(TMPDIR=str(machine.folder / "tmp"))
+    assert result.returncode == 1
+    assert f"{machine.folder / 'tmp'} has 2 GB free, 3 GB are needed; set TMPDIR to a folder on a larger disk" in result.stderr
+
+
+def test_all_cores_build_whatever_openmp_is_told(machine):
+    (machine.folder / "bin/nproc").symlink_to("/usr/bin/nproc")
+    machine.program("awk", '[ -n "$2" ] || cat >/dev/null; echo 9000')  # of memory and disk
+    assert machine.setup(OMP_NUM_THREADS="1").returncode == 0
+    assert (machine.folder / "clone/build/release/.jobs").read_text() == f"{len(os.sched_getaffinity(0))}\n"
+    assert machine.setup(OMP_NUM_THREADS="64").returncode == 0
+    assert (machine.folder / "clone/build/release/.jobs").read_text() == f"{len(os.sched_getaffinity(0))}\n"
 
 
 def test_an_unknown_python_is_refused(machine):
@@ -209,6 +273,18 @@ def test_without_root_the_command_for_the_administrator_is_printed(machine):
     assert "apt-get update && apt-get install -y --no-install-recommends ninja-build" in result.stderr
 
 
+def test_sudo_keeps_the_proxy(machine):
+    machine.program("dpkg-query", '[ "${@: -1}" = ninja-build ] || echo "install ok installed"')
+    machine.program("id", "echo 1000")
+    machine.program("sudo", f'printf "%s\\n" "$*" >>{machine.folder}/sudo')
+    machine.setup()
+    calls = (machine.folder / "sudo").read_text().splitlines()
+    assert [call for call in calls if "apt-get" in call] == [
+        "--preserve-env=http_proxy,https_proxy,no_proxy apt-get update -qq",
+        "--preserve-env=http_proxy,https_proxy,no_proxy DEBIAN_FRONTEND=noninteractive apt-get install -y "
+        "--no-install-recommends ninja-build"]
+
+
 def test_another_processor_is_said_and_left_to_cmake(machine):
     machine.program("uname", "echo aarch64")
     result = machine.setup(TRIREME_TORCH=str(machine.folder))
@@ -225,7 +301,10 @@ def test_remove_undoes_it_and_waits_for_nobody(machine):
         assert refused.returncode == 1
         assert "another setup is installing into" in refused.stderr
     assert (machine.folder / "clone/build").exists()
+    tokens = machine.folder / "home/.cache/trireme/tokens"
+    tokens.mkdir(parents=True)
     assert machine.setup("--remove").returncode == 0
+    assert not tokens.exists()
     assert not (machine.folder / "deps").exists()
     assert not (machine.folder / "clone/build").exists()
 
