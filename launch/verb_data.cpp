@@ -15,12 +15,15 @@
 namespace trireme {
 
 ExitStatus verb_prepare(const Config& config, const CommandLine& line, const Process& process) {
-  check_config(config, line);
+  bool has_model = !config.model.path.empty() || !config.model.config.empty();
+  if (has_model || config.model.tokenizer.empty()) check_config(config, line);
   if (config.data.train.empty()) throw ConfigError("data.train is not set: name one or more .jsonl, .json or .txt files");
   if (process.rank() != 0) return kExitDone;
-  ModelSource source = find_model(config);
-  TextTools tools = load_text_tools(config, source.tokenizer_folder, &source.config);
-  DataOptions options = data_options(config, tools, source.config.vocab_size);
+  ModelSource source;
+  if (has_model) source = find_model(config);
+  else source.tokenizer_folder = resolve_model_folder(config.model.tokenizer, config.model.revision, {false, true});
+  TextTools tools = load_text_tools(config, source.tokenizer_folder, has_model ? &source.config : nullptr);
+  DataOptions options = data_options(config, tools, has_model ? source.config.vocab_size : 0);
   options.check();
   auto show = static_cast<int>(config.data.show);
   for (Split split : {Split::kTrain, Split::kEval}) {
@@ -52,52 +55,38 @@ ExitStatus verb_tokenize(const Config& config, const CommandLine&, const Process
   std::string folder = !config.model.tokenizer.empty() ? config.model.tokenizer : config.model.path;
   if (folder.empty()) throw ConfigError("model.path is not set: name a folder with a tokenizer.json");
   if (process.rank() != 0) return kExitDone;
-  TextTools tools = load_text_tools(config, resolve_model_folder(folder), nullptr);
-  EncodeOptions options;
-  options.learn_all = config.data.learn == "all";
-  options.bos_id = tools.bos_id;
-  options.eos_id = tools.eos_id;
-  options.template_args = config.data.template_args;
-  const ChatTemplate* chat = tools.chat ? &*tools.chat : nullptr;
-  RecordEncoder encoder(tools.tokenizer, chat, options);
-  RecordOptions record_options;
-  record_options.prompt_field = config.data.prompt_field;
-  record_options.completion_field = config.data.completion_field;
-  record_options.text_field = config.data.text_field;
+  TextTools tools = load_text_tools(config, resolve_model_folder(folder, config.model.revision, {false, true}), nullptr);
+  DataOptions data = data_options(config, tools, 0);
+  RecordOptions records = record_options(data);
+  EncodeOptions options = encode_options(data);
+  options.offsets = config.tokenize.offsets;
+  options.special = config.tokenize.special;
+  RecordEncoder encoder(tools.tokenizer, tools.chat ? &*tools.chat : nullptr, options);
   int64_t number = 0;
   for (std::string text; std::getline(std::cin, text);) {
     std::string place = str("standard input:", ++number);
+    check_utf8(text, place);
     Json json = parse_json(text, place);
-    Json out;
     if (config.tokenize.decode) {
       if (!json.is_array()) throw DataError(str(place, ": an array of ids is expected"));
       std::cout << dump_json(ids_of(tools.tokenizer, json, place)) << "\n";
       continue;
     }
-    std::string whole;
-    Encoding encoding;
-    std::vector<int64_t> learnt;
-    if (json.is_string()) {
-      whole = json.get<std::string>();
-      encoding = tools.tokenizer.encode(whole, config.tokenize.special);
-      learnt.assign(encoding.ids.size(), 1);
-    } else if (json.is_object() && json.contains("messages") && config.tokenize.generation_prompt) {
-      if (!chat) throw ConfigError("tokenize.generation_prompt needs a chat template: set data.chat_template");
-      whole = chat->render(json["messages"], json.contains("tools") ? json["tools"] : Json(), true,
-                           options.template_args.empty() ? Json() : parse_json(options.template_args, "data.template_args"));
-      encoding = tools.tokenizer.encode(whole, false);
-      learnt.assign(encoding.ids.size(), 0);
+    EncodedRecord record;
+    if (json.is_string()) {  // tokens of a text as it stands: no end token is added
+      record.text = json.get<std::string>();
+      Encoding encoding = tools.tokenizer.encode(record.text, config.tokenize.special);
+      record.ids = encoding.ids;
+      record.offsets = encoding.offsets;
+      record.learnt.assign(record.ids.size(), 1);
+      if (!record.learnt.empty()) record.learnt[0] = 0;
+    } else if (config.tokenize.generation_prompt) {
+      record = encoder.encode_prompt(make_prompt(json, records, place), place);
     } else {
-      EncodedRecord record = encoder.encode(make_record(json, record_options, place), place);
-      whole = record.text;
-      encoding.ids = record.ids;
-      learnt.assign(record.learnt.begin(), record.learnt.end());
-      if (config.tokenize.offsets) encoding.offsets = tools.tokenizer.encode(whole, false).offsets;
+      record = encoder.encode(make_record(json, records, place), place);
     }
-    out["text"] = whole;
-    out["ids"] = encoding.ids;
-    out["loss"] = learnt;
-    if (config.tokenize.offsets) out["offsets"] = encoding.offsets;
+    Json out = {{"text", record.text}, {"ids", record.ids}, {"loss", record.learnt}};
+    if (config.tokenize.offsets) out["offsets"] = record.offsets;
     std::cout << dump_json(out) << "\n";
   }
   std::cout.flush();

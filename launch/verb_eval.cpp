@@ -87,6 +87,7 @@ ExitStatus verb_eval(const Config& config, const CommandLine& line, const Proces
     file = world.broadcast_bytes(file);
     agree_on(world, [&] {
       dataset = Dataset::open(options, Split::kEval, file);
+      if (process.rank() == 0) log_info(str("evaluation data: ", dataset->counts().text()));
       model = build_model(config, source, weight_dtype(config, source), false);
     });
     int64_t rows = config.eval.micro_batch_size > 0 ? config.eval.micro_batch_size : config.train.micro_batch_size;

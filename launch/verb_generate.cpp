@@ -8,6 +8,7 @@
 #include <unistd.h>
 
 #include "base/file.h"
+#include "data/masking.h"
 #include "launch/verbs.h"
 #include "serve/generate.h"
 #include "train/build.h"
@@ -15,37 +16,27 @@
 namespace trireme {
 namespace {
 
-struct Prompt {
-  std::string text;   // as given
-  Json messages;      // of a chat; null for plain text
-};
-
-// A line of a file or of standard input: JSON where it looks like it, else text.
-Prompt read_prompt(const std::string& line, const std::string& place) {
-  if (line.empty() || (line[0] != '"' && line[0] != '{')) return {line, nullptr};
-  Json json = parse_json(line, place);
-  if (json.is_string()) return {json.get<std::string>(), nullptr};
-  if (json.contains("messages") && json["messages"].is_array()) return {"", json["messages"]};
-  for (const char* key : {"prompt", "question", "instruction", "text"})
-    if (json.contains(key) && json[key].is_string()) return {json[key].get<std::string>(), nullptr};
-  throw DataError(str(place, ": the record has none of messages, prompt, question, instruction, text"));
+// A text as it stands, or with generate.chat as a user's message.
+Record text_prompt(const std::string& text, const Config& config) {
+  Record record;
+  record.text = text;
+  if (!config.generate.chat) return record;
+  record.form = DataForm::kMessages;
+  if (!config.generate.system.empty()) record.messages.push_back({{"role", "system"}, {"content", config.generate.system}});
+  record.messages.push_back({{"role", "user"}, {"content", text}});
+  return record;
 }
 
-std::vector<int64_t> encode(const Prompt& prompt, const Config& config, const TextTools& tools) {
-  if (!config.generate.chat && prompt.messages.is_null()) return tools.tokenizer.encode_ids(prompt.text, true);
-  if (!tools.chat)
-    throw ConfigError("generate.chat needs a chat template and the model has none: set data.chat_template to alpaca, chatml, "
-                      "gemma, llama3, mistral, phi3, or a file");
-  Json messages = prompt.messages;
-  if (messages.is_null()) {
-    messages = Json::array();
-    if (!config.generate.system.empty()) messages.push_back({{"role", "system"}, {"content", config.generate.system}});
-    messages.push_back({{"role", "user"}, {"content", prompt.text}});
-  } else if (!messages.empty() && messages.back().is_object() && messages.back().value("role", "") == "assistant") {
-    messages.erase(messages.size() - 1);  // the answer that is asked for
+// A line of a file or of standard input: a JSON string, a record of any data form, or else text.
+Record read_prompt(const std::string& line, const std::string& place, const Config& config, const RecordOptions& options) {
+  Json json;
+  check_utf8(line, place);
+  try {
+    if (line[0] == '"' || line[0] == '{') json = parse_json(line, place);
+  } catch (const DataError&) {  // no JSON: text that begins like it
   }
-  Json arguments = config.data.template_args.empty() ? Json() : parse_json(config.data.template_args, "data.template_args");
-  return tools.tokenizer.encode_ids(tools.chat->render(messages, nullptr, true, arguments), false);
+  if (json.is_object()) return make_prompt(std::move(json), options, place);
+  return text_prompt(json.is_string() ? json.get<std::string>() : line, config);
 }
 
 // Whatever ends an answer by config.json, generation_config.json, the tokenizer or the chat template.
@@ -73,6 +64,9 @@ ExitStatus verb_generate(const Config& config, const CommandLine& line, const Pr
   if (process.rank() != 0) return kExitDone;
   ModelSource source = find_model(config);
   TextTools tools = load_text_tools(config, source.tokenizer_folder, &source.config);
+  if (g.chat && !tools.chat)
+    throw ConfigError("generate.chat needs a chat template and the model has none: set data.chat_template to alpaca, chatml, "
+                      "gemma, llama3, mistral, phi3, or a file");
   auto model = build_model(config, source, weight_dtype(config, source), false);
 
   GenerateOptions options;
@@ -80,14 +74,17 @@ ExitStatus verb_generate(const Config& config, const CommandLine& line, const Pr
   options.max_tokens = g.max_tokens;
   options.end_ids = end_ids(config, source, tools);
   options.stop = g.stop;
+  DataOptions data = data_options(config, tools, 0);
+  RecordOptions records = record_options(data);
+  RecordEncoder encoder(tools.tokenizer, tools.chat ? &*tools.chat : nullptr, encode_options(data));
   uint64_t index = 0;
-  auto answer = [&](const Prompt& prompt) {
+  auto answer = [&](const Record& prompt, const std::string& place) {
     bool streams = g.format == "text" && g.stream;
-    Answer a = generate(*model, tools.tokenizer, encode(prompt, config, tools), index++, options,
+    Answer a = generate(*model, tools.tokenizer, encoder.encode_prompt(prompt, place).ids, index++, options,
                         streams ? [](const std::string& text) { std::cout << text << std::flush; } : std::function<void(const std::string&)>());
     if (g.format == "json") {
       Json out;
-      out["prompt"] = prompt.messages.is_null() ? Json(prompt.text) : prompt.messages;
+      out["prompt"] = prompt.is_chat() ? prompt.messages : Json(prompt.text.empty() ? prompt.prompt : prompt.text);
       out["text"] = a.text;
       out["ids"] = a.ids;
       out["tokens"] = a.ids.size();
@@ -98,8 +95,8 @@ ExitStatus verb_generate(const Config& config, const CommandLine& line, const Pr
     }
   };
   if (!line.arguments.empty() || !g.prompt.empty()) {
-    if (!g.prompt.empty()) answer({g.prompt, nullptr});
-    for (const auto& text : line.arguments) answer({text, nullptr});
+    if (!g.prompt.empty()) answer(text_prompt(g.prompt, config), "generate.prompt");
+    for (const auto& text : line.arguments) answer(text_prompt(text, config), "the prompt");
     return kExitDone;
   }
   std::istringstream file(g.file.empty() ? "" : read_file(g.file));
@@ -108,7 +105,8 @@ ExitStatus verb_generate(const Config& config, const CommandLine& line, const Pr
   std::string text;
   for (int64_t number = 1; (asks ? (std::cerr << "> " << std::flush, true) : true) && std::getline(in, text); ++number) {
     if (!text.empty() && text.back() == '\r') text.pop_back();
-    if (!text.empty()) answer(read_prompt(text, str(g.file.empty() ? "standard input" : g.file, ":", number)));
+    std::string place = str(g.file.empty() ? "standard input" : g.file, ":", number);
+    if (!text.empty()) answer(read_prompt(text, place, config, records), place);
   }
   return kExitDone;
 }

@@ -52,6 +52,19 @@ TEST_F(CheckpointFiles, HubNamesAreFoundInTheCache) {
   EXPECT_EQ(resolve_model_folder("org/name"), model + "/snapshots/abc123");
   EXPECT_EQ(resolve_model_folder("org/name", "abc123"), model + "/snapshots/abc123");
   EXPECT_EQ(resolve_model_folder(model), model);
+  const std::string snapshot = model + "/snapshots/abc123/";
+  auto incomplete = [&](const std::string& file, NeededFiles needed) {
+    EXPECT_EQ(error_of<ConfigError>([&] { resolve_model_folder("org/name", "main", needed); }),
+              "model org/name has no " + file + " in the Hugging Face cache (" + model + "/snapshots/abc123): not all of it was "
+              "downloaded. Complete it with: hf download org/name");
+  };
+  incomplete("tokenizer.json", {false, true});
+  incomplete("model.safetensors", {true, false});
+  write_text(snapshot + "model.safetensors.index.json", R"({"weight_map": {"a": "model-1.safetensors", "b": "model-2.safetensors"}})");
+  write_text(snapshot + "model-1.safetensors", "");
+  incomplete("model-2.safetensors", {true, false});
+  write_text(snapshot + "model-2.safetensors", "");
+  EXPECT_EQ(resolve_model_folder("org/name", "main", {true, false}), model + "/snapshots/abc123");
   write_text(model + "/refs/main", "../../../etc");
   EXPECT_EQ(error_of<DataError>([&] { resolve_model_folder("org/name"); }),
             model + "/refs/main does not hold the name of a commit.");

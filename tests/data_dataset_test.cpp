@@ -4,7 +4,9 @@
 #include <numeric>
 #include <set>
 
+#include "base/hash.h"
 #include "data/chat_template.h"
+#include "data/file_hash.h"
 #include "tests/data_fixture.h"
 
 namespace trireme {
@@ -143,6 +145,91 @@ TEST_F(Datasets, EvalFractionDivides) {
   EXPECT_EQ(build(Split::kEval), nullptr);
 }
 
+// A text file is tokenised in pieces, joined to the tokens of the whole, and divided by chunks.
+TEST_F(Datasets, TextFile) {
+  std::string text;
+  for (int64_t i = 0; text.size() < 2 * kTextPieceBytes + 1000; ++i) text += str("word", i, i % 7 ? " " : "\n");
+  write("train.txt", text);
+  options_.train = {"train.txt"};
+  options_.max_length = 1000;
+  auto whole = build();
+  std::vector<int64_t> expected = tokenizer_.encode_ids(text, false), got;
+  expected.push_back(kTestEos);
+  const TokenFile& file = whole->file();
+  got.assign(file.tokens(), file.tokens() + file.num_tokens());
+  EXPECT_EQ(file.num_records(), 1);
+  EXPECT_TRUE(got == expected);  // half a million: no use in printing them
+  EXPECT_EQ(whole->counts().learnt, static_cast<int64_t>(expected.size()) - 1);
+
+  options_.eval_fraction = 0.1;
+  auto train = build(), eval = build(Split::kEval);
+  EXPECT_EQ(train->num_samples() + eval->num_samples(), whole->num_samples());
+  EXPECT_GT(eval->num_samples(), 25);
+  EXPECT_LT(eval->num_samples(), 90);
+  EXPECT_EQ(train->counts().learnt + eval->counts().learnt, whole->counts().learnt);
+  std::set<int64_t> begins;
+  for (const auto& part : {train, eval})
+    for (const Sample& s : part->samples()) EXPECT_TRUE(begins.insert(s.begin).second);
+  options_.eval_fraction = 1e-9;
+  EXPECT_EQ(error_of([&] { build(Split::kEval); }), str("data.eval_fraction=1e-09 leaves no record for evaluation out of ",
+            whole->num_samples(), "; change it or name files with data.eval"));
+}
+
+TEST_F(Datasets, BadRecordsAreLeftOutOnDemand) {
+  const std::string good = "{\"prompt\": \"a\", \"completion\": \"b\"}\n", bad = "{broken\n{\"text\": 5}\n";
+  write("train.jsonl", good + bad + good);
+  EXPECT_EQ(error_of([&] { build(); }).rfind("train.jsonl:2: not valid JSON", 0), 0u);
+  options_.on_error = "skip";
+  for (int start = 0; start < 2; ++start)  // tokenised, then found in the cache
+    EXPECT_EQ(build()->counts().text(),
+              "2 records, 2 samples in 2 rows, 6 tokens, 4 learnt (66.7 %); 2 records left out: they cannot be used "
+              "(data.on_error=skip)");
+  write("train.jsonl", bad);
+  EXPECT_EQ(error_of([&] { build(); }).rfind("no record is left: data.on_error=skip left out all 2. The first: train.jsonl:1: not valid "
+            "JSON", 0), 0u);
+  write("train.txt", "caf\xE9");
+  options_.train = {"train.txt"};
+  EXPECT_EQ(error_of([&] { build(); }).rfind("train.txt:1: invalid UTF-8", 0), 0u);  // half a document is no document
+}
+
+// What a resumed run compares: the tokens, not where they came from or when they were made.
+TEST_F(Datasets, FingerprintIsOfTheContent) {
+  write_pairs("train.jsonl", 20, [](int64_t i) { return 1 + i; });
+  std::string fingerprint = build()->fingerprint();
+  std::filesystem::rename("train.jsonl", "other.jsonl");
+  std::filesystem::remove_all("cache");
+  options_.train = {"other.jsonl"};
+  EXPECT_EQ(build()->fingerprint(), fingerprint);
+  options_.format = "prompt_completion";  // another name in the cache, the same tokens
+  EXPECT_EQ(build()->fingerprint(), fingerprint);
+  options_.learn = "all";
+  EXPECT_NE(build()->fingerprint(), fingerprint);
+  options_.learn = "completion", options_.max_length = 9;
+  EXPECT_NE(build()->fingerprint(), fingerprint);
+}
+
+TEST_F(Datasets, HashesAreRemembered) {
+  auto set = [](const std::string& text, int seconds_ago) {
+    write("big", text);
+    std::filesystem::last_write_time("big", std::filesystem::file_time_type::clock::now() - std::chrono::seconds(seconds_ago));
+    return std::filesystem::last_write_time("big");
+  };
+  std::filesystem::create_directory("cache");
+  auto then = set("abc", 100);
+  EXPECT_EQ(remembered_hash("big", "cache"), hash_bytes("abc"));
+  set("xyz", 100);
+  std::filesystem::last_write_time("big", then);  // it looks as it did: not read again
+  EXPECT_EQ(remembered_hash("big", "cache"), hash_bytes("abc"));
+  set("xyz", 50);
+  EXPECT_EQ(remembered_hash("big", "cache"), hash_bytes("xyz"));
+  then = set("new", 0);  // too young to be remembered
+  EXPECT_EQ(remembered_hash("big", "cache"), hash_bytes("new"));
+  write("big", "old");
+  std::filesystem::last_write_time("big", then);
+  EXPECT_EQ(remembered_hash("big", "cache"), hash_bytes("old"));
+  EXPECT_EQ(remembered_hash("big", "nowhere"), hash_bytes("old"));
+}
+
 TEST_F(Datasets, KeysAreChecked) {
   auto words = [&](auto change) {
     DataOptions o = options_;
@@ -245,7 +332,7 @@ TEST_F(Datasets, ProcessesAtTheSameTimeShareOneFile) {
   }
   EXPECT_EQ(num_worked, 1);  // the others waited
   int files = 0;
-  for (const auto& entry : std::filesystem::directory_iterator("cache")) files += entry.path().extension() != ".lock";
+  for (const auto& entry : std::filesystem::directory_iterator("cache")) files += entry.path().extension() != ".lock" && entry.path().extension() != ".hash";
   EXPECT_EQ(files, 2);  // the token file and its manifest; nothing temporary is left
 }
 
@@ -256,7 +343,7 @@ TEST_F(Datasets, FirstBadRecordIsNamed) {
   options_.num_threads = 4;
   std::string words = error_of([&] { build(); });
   EXPECT_EQ(words.rfind("train.jsonl:70", 0), 0u) << words;
-  for (const auto& entry : std::filesystem::directory_iterator("cache")) EXPECT_EQ(entry.path().extension(), ".lock") << entry;
+  for (const auto& entry : std::filesystem::directory_iterator("cache")) EXPECT_TRUE(entry.path().extension() == ".lock" || entry.path().extension() == ".hash") << entry;
 }
 
 TEST_F(Datasets, IdsOutsideTheEmbedding) {
@@ -279,6 +366,12 @@ TEST_F(Datasets, Report) {
   EXPECT_NE(report.find("--- 1: train.jsonl:1, 4 tokens\n⟦p0⟧c<eos>\n"), std::string::npos) << report;
   EXPECT_NE(report.find("--- 2: train.jsonl:2, 5 tokens\n⟦p1⟧cc<eos>\n"), std::string::npos) << report;
   EXPECT_EQ(report.find("--- 3"), std::string::npos) << report;
+  // Of all records, also of those that are left out.
+  options_.truncation = "drop";
+  report = data_report(*build(), options_, tokenizer_, 0, false);
+  EXPECT_NE(report.find("99 % 103  max 103"), std::string::npos) << report;
+  EXPECT_NE(report.find("longer than data.max_length=54: 49.49 %"), std::string::npos) << report;
+  options_.truncation = "auto";
   EXPECT_NE(data_report(*build(), options_, tokenizer_, 1, true).find("\033[2mp0\033[0mc<eos>"), std::string::npos);
 }
 

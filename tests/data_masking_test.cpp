@@ -25,7 +25,7 @@ class Masking : public DataTest {
     }
     return text;
   }
-  EncodeOptions encode_{false, kTestBos, kTestEos, 0, ""};
+  EncodeOptions encode_{false, kTestBos, kTestEos, 0, "", ""};
 };
 
 const char* kChat = R"({"messages": [{"role": "system", "content": "s"}, {"role": "user", "content": "Hi"},
@@ -67,6 +67,89 @@ TEST_F(Masking, AssistantTextAndEndOfTurn) {
   encode_.learn_all = true;
   EXPECT_EQ(marked(encode(R"({"prompt": "Ask", "completion": "me"})", &chatml)),
             "<|im_start|>[user\nAsk<|im_end|>\n<|im_start|>assistant\nme<|im_end|>\n]");
+}
+
+// An end that is several tokens is no end: the model would have to spell it, and generation could not see it.
+TEST_F(Masking, EndOfTurnIsOneToken) {
+  auto ends_in = [&](const std::string& end, const std::string& answer) {
+    ChatTemplate t = ChatTemplate::from_text("{% for m in messages %}{{ m.role }}:{{ m.content }}" + end + "\n{% endfor %}", "test");
+    try {
+      return marked(encode(dump_json({{"prompt", "a"}, {"completion", answer}}), &t));
+    } catch (const DataError& error) {
+      return std::string(error.what());
+    }
+  };
+  EXPECT_EQ(ends_in("<|end|>", "b"),
+            "f:1: no end token to learn: '<|end|>', which the chat template (test) writes at the end of the assistant's turn, is "
+            "not a token of the tokenizer, so that an answer could never end; choose a data.chat_template that ends in one (alpaca "
+            "ends in the tokenizer's eos_token), or a tokenizer that has it");
+  EXPECT_EQ(ends_in("<|im_end|>", "b"), "user:a<|im_end|>\nassistant:[b<|im_end|>]\n");
+  EXPECT_EQ(ends_in("<|im_end|>", ">"), "user:a<|im_end|>\nassistant:[><|im_end|>]\n");  // an answer like its end
+  EXPECT_EQ(ends_in("", "b").rfind("f:1: no end token to learn: the chat template (test) writes nothing", 0), 0u);
+  EXPECT_EQ(ends_in("", "<eos>").rfind("f:1: no end token to learn: the chat template (test) writes nothing", 0), 0u);
+}
+
+TEST_F(Masking, MessagesThatAreNotLearnt) {
+  ChatTemplate chatml = ChatTemplate::load("chatml", "");
+  const std::string first = R"({"messages": [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b", "weight": 0})";
+  EXPECT_EQ(marked(encode(first + R"(, {"role": "user", "content": "c"}, {"role": "assistant", "content": "d", "weight": 1}]})", &chatml)),
+            "<|im_start|>user\na<|im_end|>\n<|im_start|>assistant\nb<|im_end|>\n<|im_start|>user\nc<|im_end|>\n"
+            "<|im_start|>assistant\n[d<|im_end|>]\n");
+  EXPECT_EQ(words(first + "]}", &chatml), "f:1: nothing to learn: every message of the assistant says that it is not learnt");
+}
+
+// Stanford's two preambles and its input section; the beginning token where the tokenizer itself puts one; the end token where
+// only the model's configuration knows it.
+TEST_F(Masking, Alpaca) {
+  auto alpaca = [&](int64_t eos_id) {
+    ChatTemplate t = ChatTemplate::load("alpaca", "");
+    t.complete(tokenizer_, kTestBos, eos_id);
+    return t;
+  };
+  const std::string task = "Below is an instruction that describes a task", write = "Write a response that appropriately completes the "
+                    "request.\n\n### Instruction:\nAdd.\n\n", record = R"({"instruction": "Add.", "input": "1 2", "output": "3"})";
+  ChatTemplate plain = alpaca(kTestEos);
+  EXPECT_EQ(marked(encode(record, &plain)),
+            task + ", paired with an input that provides further context. " + write + "### Input:\n1 2\n\n### Response:\n[3<eos>]");
+  EXPECT_EQ(marked(encode(R"({"instruction": "Add.", "input": "", "output": "3"})", &plain)),
+            task + ". " + write + "### Response:\n[3<eos>]");
+  ChatTemplate chatml = ChatTemplate::load("chatml", "");  // no input section: both in one text
+  EXPECT_EQ(marked(encode(record, &chatml)),
+            "<|im_start|>user\nAdd.\n1 2<|im_end|>\n<|im_start|>assistant\n[3<|im_end|>]\n");
+  ChatTemplate without_end = alpaca(-1);
+  EXPECT_EQ(words(record, &without_end).rfind("f:1: no end token to learn: the chat template (built-in alpaca) writes nothing", 0), 0u);
+
+  tokenizer_ = character_tokenizer(true);
+  ChatTemplate with_bos = alpaca(kTestEos), llama3 = ChatTemplate::load("llama3", "");
+  EXPECT_EQ(marked(encode(record, &with_bos)).rfind("<bos>Below", 0), 0u);
+  EXPECT_NE(with_bos.hash(), plain.hash());
+  llama3.complete(tokenizer_, kTestBos, kTestEos);  // writes its beginning token itself
+  EXPECT_EQ(llama3.render(Json::array()), "<bos>");
+}
+
+TEST_F(Masking, SeparatorOffsetsAndNoSpecialTokens) {
+  tokenizer_ = character_tokenizer(true);
+  encode_.separator = "\n";
+  encode_.offsets = true;
+  using Offsets = std::vector<std::pair<int64_t, int64_t>>;
+  EncodedRecord r = encode(R"({"prompt": "As", "completion": "me"})");
+  EXPECT_EQ(marked(r), "<bos>As\n[me<eos>]");
+  EXPECT_EQ(r.text, "As\nme");
+  EXPECT_EQ(r.offsets, (Offsets{{0, 0}, {0, 1}, {1, 2}, {2, 3}, {3, 4}, {4, 5}, {0, 0}}));
+  EXPECT_EQ(encode(R"({"text": "As"})").offsets, (Offsets{{0, 0}, {0, 1}, {1, 2}, {0, 0}}));
+  EXPECT_EQ(text_of(RecordEncoder(tokenizer_, nullptr, encode_).encode_prompt(
+                make_prompt({{"prompt", "As"}}, {}, "f:1"), "f:1").ids), "<bos>As\n");
+  encode_.special = false;
+  EXPECT_EQ(marked(encode(R"({"prompt": "As", "completion": "me"})")), "As\n[me]");
+  EXPECT_EQ(encode(R"({"text": "As"})").ids.size(), 2u);
+  tokenizer_ = character_tokenizer();
+  encode_.special = true;
+  EXPECT_EQ(encode(R"({"text": "As"})").offsets, (Offsets{{0, 1}, {1, 2}, {2, 2}}));  // the end token after the text
+  ChatTemplate chatml = ChatTemplate::load("chatml", "");
+  Record chat = make_prompt(Json::parse(kChat), {}, "f:1");
+  EXPECT_EQ(text_of(RecordEncoder(tokenizer_, &chatml, encode_).encode_prompt(chat, "f:1").ids),
+            "<|im_start|>system\ns<|im_end|>\n<|im_start|>user\nHi<|im_end|>\n<|im_start|>assistant\nYes.<|im_end|>\n"
+            "<|im_start|>user\nSo?<|im_end|>\n<|im_start|>assistant\n");
 }
 
 TEST_F(Masking, CountsCharactersNotBytes) {

@@ -79,12 +79,12 @@ TEST_F(Records, RecognisesEveryForm) {
   EXPECT_EQ(r[2].form, DataForm::kAlpaca);
   EXPECT_EQ(r[2].messages.dump(),
             R"([{"role":"system","content":"s"},{"role":"user","content":"q"},{"role":"assistant","content":"r"},)"
-            R"({"role":"user","content":"i\nx"},{"role":"assistant","content":"o"}])");
+            R"({"role":"user","content":"i\nx","instruction":"i","input":"x"},{"role":"assistant","content":"o"}])");
   EXPECT_EQ(r[3].form, DataForm::kPromptCompletion);
   EXPECT_FALSE(r[3].is_chat());
   EXPECT_EQ(r[3].prompt + "|" + r[3].completion, "p|c");
   EXPECT_TRUE(r[4].is_chat());
-  EXPECT_EQ(r[4].first_learnt_message, 1u);
+  EXPECT_EQ(r[4].learnt, (std::vector<uint8_t>{0, 1}));
   EXPECT_EQ(r[5].form, DataForm::kText);
   EXPECT_EQ(r[5].text, "t");
 }
@@ -154,12 +154,84 @@ TEST_F(Records, JsonArray) {
   EXPECT_EQ(words("[1]"), "b.json:1: a record must be an object, this is a number");
 }
 
-TEST_F(Records, PlainTextIsOneRecord) {
-  write("a.txt", "{\"not\": json}\n\nsecond paragraph\n");
-  RecordReader reader({"a.txt", -1});
+// A message says itself whether it is learnt, in the words of OpenAI and of Axolotl.
+TEST_F(Records, MessagesThatAreNotLearnt) {
+  Record r = parse_record(R"({"messages": [{"role": "user", "content": "a", "weight": 0}, {"role": "assistant", "content": "b", "weight": 0},
+      {"role": "assistant", "content": "c", "train": false}, {"role": "assistant", "content": "d", "training": true, "weight": 1.0},
+      {"role": "assistant", "content": "e", "weight": null}]})", {}, "f:1");
+  EXPECT_EQ(r.learnt, (std::vector<uint8_t>{0, 0, 0, 1, 1}));
+  EXPECT_EQ(r.messages[1].dump(), R"({"role":"assistant","content":"b"})");
+  EXPECT_EQ(parse_record(R"({"conversations": [{"from": "gpt", "value": "a", "weight": 0}]})", {}, "f:1").learnt,
+            std::vector<uint8_t>{0});
+  EXPECT_EQ(first_error(R"({"messages": [{"role": "assistant", "content": "b", "weight": 0.5}]})"),
+            "f.jsonl:1: messages[0]: field 'weight' is 0.5; allowed are 0, 1, true and false: a message is learnt or not");
+}
+
+TEST_F(Records, Prompts) {
+  auto prompt = [](const std::string& json, const RecordOptions& options = {}) {
+    Record r = make_prompt(Json::parse(json), options, "f:1");
+    return r.is_chat() ? r.messages.dump() : r.prompt + r.text + "|" + r.completion;
+  };
+  EXPECT_EQ(prompt(R"({"prompt": "p"})"), "p|");
+  EXPECT_EQ(prompt(R"({"prompt": "p", "completion": "c"})"), "p|");
+  EXPECT_EQ(prompt(R"({"question": "q", "answer": "a"})"), "q|");
+  EXPECT_EQ(prompt(R"({"text": "t"})"), "t|");
+  RecordOptions named;
+  named.prompt_field = "q", named.completion_field = "a";
+  EXPECT_EQ(prompt(R"({"q": "x"})", named), "x|");
+  const std::string user = R"([{"role":"user","content":"u"}])";
+  EXPECT_EQ(prompt(R"({"prompt": [{"role": "user", "content": "u"}]})"), user);
+  EXPECT_EQ(prompt(R"({"messages": [{"role": "user", "content": [{"type": "text", "text": "u"}]}]})"), user);
+  EXPECT_EQ(prompt(R"({"conversations": [{"from": "human", "value": "u"}, {"from": "gpt", "value": "a"}]})"), user);
+  EXPECT_EQ(prompt(R"({"instruction": "u"})"), user);
+  auto words = [](const std::string& json) { return error_of([&] { make_prompt(Json::parse(json), {}, "f:1"); }); };
+  EXPECT_EQ(words(R"({"messages": [{"role": "assistant", "content": "a"}]})"),
+            "f:1: nothing to answer: every message is of the assistant");
+  EXPECT_EQ(words(R"({"messages": []})"), "f:1: field 'messages' is an empty list");
+  EXPECT_EQ(words(R"({"messages": [{"role": 5}]})"), "f:1: messages[0]: field 'role' is a number; it must be a string");
+}
+
+// Cut between words, and nothing is lost.
+TEST_F(Records, TextFilesAreReadInPieces) {
+  write("short.txt", "{\"not\": json}\n\nsecond paragraph\n");
+  RecordReader reader({"short.txt", -1});
   EXPECT_TRUE(reader.plain_text());
-  EXPECT_EQ(reader.next()->text, "{\"not\": json}\n\nsecond paragraph\n");
+  RawRecord only = *reader.next();
+  EXPECT_EQ(only.text, "{\"not\": json}\n\nsecond paragraph\n");
+  EXPECT_TRUE(only.begins && only.ends);
   EXPECT_FALSE(reader.next());
+
+  const uint64_t whole = kTextPieceBytes * 5 / 2;
+  for (const std::string unit : {"words of  prose\n\n", "line\nby\n\nline\n", "\xE2\x82\xAC", "x"}) {
+    std::string text;
+    while (text.size() < whole) text += unit;
+    write("long.txt", text);
+    RecordReader pieces({"long.txt", -1});
+    std::string joined;
+    int64_t num_pieces = 0;
+    while (auto piece = pieces.next()) {
+      EXPECT_EQ(piece->begins, num_pieces++ == 0);
+      EXPECT_EQ(piece->line, 1 + std::count(joined.begin(), joined.end(), '\n'));
+      EXPECT_LE(piece->text.size(), kTextPieceBytes);
+      EXPECT_NO_THROW(make_text_piece(*piece, "long.txt"));
+      if (unit[0] == 'w' && !piece->begins) {
+        EXPECT_TRUE(piece->text.starts_with(" of") && joined.ends_with("words")) << piece->text.substr(0, 20);
+      }
+      if (unit[0] == 'l' && !piece->begins) {
+        EXPECT_TRUE(piece->text[0] == '\n' && joined.back() != '\n');
+      }
+      joined += piece->text;
+      EXPECT_EQ(piece->ends, joined.size() == text.size());
+    }
+    EXPECT_EQ(num_pieces, 3) << unit;
+    EXPECT_EQ(joined, text);
+  }
+  write("latin.txt", "one\ntwo\ncaf\xE9\n");
+  EXPECT_EQ(error_of([] { make_text_piece(*RecordReader({"latin.txt", -1}).next(), "latin.txt"); }),
+            "latin.txt:3: invalid UTF-8 (byte 0xe9 at position 4); convert the file, for example with iconv -f LATIN1 -t UTF-8");
+  EXPECT_EQ(error_of<ConfigError>([] { parse_data_file("a.txt:10", "data.train"); }),
+            "data.train=a.txt:10 limits the records of a text file, which is one document; leave the limit out, or make it "
+            "records: a .jsonl file of {\"text\": ...}");
 }
 
 TEST_F(Records, BrokenFiles) {
@@ -220,6 +292,15 @@ TEST_F(Records, WrongTypesAndFields) {
             "f.jsonl:1: field 'completion' is a list; it must be a string");
   EXPECT_EQ(first_error(R"({"instruction": "p", "output": "o", "history": [["a"]]})"),
             "f.jsonl:1: every entry of 'history' must be a list of two strings");
+}
+
+// Python's json.dumps writes them, and nothing else in the line need be wrong.
+TEST_F(Records, NumbersThatJsonDoesNotHave) {
+  const std::string way_out = ", a number that JSON does not have; write null in its place, or leave the field out (Python's "
+                              "json.dumps refuses it with allow_nan=False)";
+  EXPECT_EQ(first_error(R"({"text": "NaN: \"", "score": NaN})"), "f.jsonl:1: field 'score' is NaN" + way_out);
+  EXPECT_EQ(first_error(R"({"a": {"b": [1, -Infinity]}, "text": "x"})"), "f.jsonl:1: field 'b' is -Infinity" + way_out);
+  EXPECT_EQ(first_error(R"({"text": "NaN)").find("a number that JSON"), std::string::npos);
 }
 
 TEST_F(Records, FuzzCorpus) {

@@ -75,6 +75,24 @@ TEST(JinjaLimits, Steps) {
   EXPECT_EQ(render_error("{{ ('x' * 999999).replace('x', 'y') }}", limits), stopped);
 }
 
+// One that loops only on the beginnings of a chat, which are rendered to find what is learnt, is stopped at once as well, and
+// one that is slow each time before long. A long chat is no reason to stop.
+TEST(JinjaLimits, AllRenderingsOfAChat) {
+  const std::string turns = "{% for m in messages %}{{ m.content }}<e>{% endfor %}", loop = "{% for a in range(99999) %}{% for b in range(";
+  Json messages = Json::array();
+  for (int i = 0; i < 400; ++i) messages.push_back({{"role", i % 2 ? "assistant" : "user"}, {"content", "text " + std::to_string(i)}});
+  auto learnt_of = [&](const std::string& text) {
+    return error_of([&] { EXPECT_EQ(ChatTemplate::from_text(text, "t").render_learnt(messages).learnt.size(), 200u); });
+  };
+  const std::string stopped = "t line 1: the template ran for more than 100";
+  EXPECT_EQ(learnt_of(turns), "no error");
+  EXPECT_EQ(learnt_of(loop + "99) %}{% endfor %}{% endfor %}" + turns).rfind(stopped, 0), 0u);
+  EXPECT_EQ(learnt_of("{% if messages | length < 400 %}" + loop + "99) %}{% endfor %}{% endfor %}{% endif %}" + turns).rfind(stopped, 0), 0u);
+  EXPECT_EQ(learnt_of("{% for a in range(90000) %}{{ a * 2 }}{% endfor %}" + turns).rfind("t line 1: the template ran for more than ", 0), 0u);
+  EXPECT_EQ(ChatTemplate::from_text("{{ messages[0].content | upper | lower | trim }}", "t")  // a long text takes many
+                .render(Json::array({{{"role", "user"}, {"content", std::string(20'000'000, 'x')}}})).size(), 20'000'000u);
+}
+
 TEST(JinjaLimits, Text) {
   const char* too_long = "t line 1: the template makes a text of more than 67108864 bytes";
   EXPECT_EQ(render_error("{{ 'abc' * 999999999999 }}"), too_long);
@@ -194,8 +212,8 @@ TEST_F(Folder, RefusesBrokenFiles) {
       folder_ + "/tokenizer_config.json:chat_template: a text or a list of {\"name\", \"template\"} is expected.");
 }
 
-std::vector<std::string> learnt(const ChatTemplate& chat, const Json& messages, size_t first = 0) {
-  RenderedChat rendered = chat.render_learnt(messages, nullptr, nullptr, first);
+std::vector<std::string> learnt(const ChatTemplate& chat, const Json& messages, const std::vector<uint8_t>& wanted = {}) {
+  RenderedChat rendered = chat.render_learnt(messages, nullptr, nullptr, wanted);
   std::vector<std::string> texts;
   for (const LearntSpan& span : rendered.learnt)
     texts.push_back(rendered.text.substr(span.begin, span.end - span.begin));
@@ -216,7 +234,8 @@ TEST(LearntSpans, BuiltinTemplates) {
     std::vector<std::string> texts = learnt(chat, kLong);
     ASSERT_EQ(texts.size(), 2u) << name;
     EXPECT_EQ(texts[0], text) << name;
-    EXPECT_EQ(learnt(chat, kLong, 3), std::vector<std::string>{texts[1]});
+    EXPECT_EQ(learnt(chat, kLong, {0, 0, 0, 0, 1}), std::vector<std::string>{texts[1]});
+    EXPECT_EQ(learnt(chat, kLong, {1, 1, 1, 1, 0}), std::vector<std::string>{texts[0]});
     // A prompt for generation is the beginning of the same chat with its answer.
     Json prompt = Json::array({kLong[0], kLong[1]});
     EXPECT_TRUE(chat.render(kLong).starts_with(chat.render(prompt, nullptr, true))) << name;
@@ -290,7 +309,7 @@ TEST(LearntSpans, RefusesWhatItCannotFind) {
             "follow); put "
             "{% generation %} and {% endgeneration %} around the assistant's text in the template, or set "
             "data.chat_template to "
-            "one of: alpaca, chatml, gemma, llama3, mistral, phi3.");
+            "one of: alpaca, chatml, gemma, llama3, mistral, phi3; data.on_error=skip leaves such records out.");
 }
 
 }  // namespace

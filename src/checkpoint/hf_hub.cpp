@@ -6,6 +6,7 @@
 
 #include "base/check.h"
 #include "base/file.h"
+#include "base/json.h"
 
 namespace trireme {
 namespace {
@@ -37,9 +38,24 @@ std::string cache_folder() {
   return environment("HOME") + "/.cache/huggingface/hub";
 }
 
+// The first of the needed files that is not there; "" where all are.
+std::string missing_file(const fs::path& snapshot, NeededFiles needed) {
+  auto has = [&](const std::string& file) { return fs::exists(snapshot / file); };
+  if (needed.tokenizer && !has("tokenizer.json")) return "tokenizer.json";
+  if (!needed.model) return "";
+  if (!has("config.json")) return "config.json";
+  const std::string index = "model.safetensors.index.json";
+  if (!has(index)) return has("model.safetensors") ? "" : "model.safetensors";
+  const Json json = read_json_file((snapshot / index).string());
+  const Json files = json.is_object() ? json.value("weight_map", Json()) : Json();
+  for (const Json& file : files)
+    if (file.is_string() && !has(file.get<std::string>())) return file.get<std::string>();
+  return "";
+}
+
 }  // namespace
 
-std::string resolve_model_folder(const std::string& name, const std::string& revision) {
+std::string resolve_model_folder(const std::string& name, const std::string& revision, NeededFiles needed) {
   std::error_code error;
   if (fs::is_directory(name, error)) return name;
   if (fs::exists(name, error)) throw DataError(str("model folder ", name, " is a file, not a folder."));
@@ -54,10 +70,14 @@ std::string resolve_model_folder(const std::string& name, const std::string& rev
     if (!is_plain(commit)) throw DataError(str(ref, " does not hold the name of a commit."));
   }
   std::string snapshot = folder + "/snapshots/" + commit;
-  if (is_plain(commit) && fs::is_directory(snapshot, error)) return snapshot;
-  throw ConfigError(str("model ", name, " is neither a folder nor in the Hugging Face cache (", cache_folder(),
-                        "). Download it with: hf download ", name,
-                        revision == "main" ? "" : " --revision " + revision));
+  std::string command = "hf download " + name + (revision == "main" ? "" : " --revision " + revision);
+  if (!is_plain(commit) || !fs::is_directory(snapshot, error))
+    throw ConfigError(str("model ", name, " is neither a folder nor in the Hugging Face cache (", cache_folder(),
+                          "). Download it with: ", command));
+  if (std::string missing = missing_file(snapshot, needed); !missing.empty())
+    throw ConfigError(str("model ", name, " has no ", missing, " in the Hugging Face cache (", snapshot,
+                          "): not all of it was downloaded. Complete it with: ", command));
+  return snapshot;
 }
 
 }  // namespace trireme

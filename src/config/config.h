@@ -20,7 +20,7 @@ struct Config {
   struct {
     std::vector<std::string> train, eval;
     double eval_fraction = 0;
-    std::string format = "auto", prompt_field, completion_field, text_field, learn = "completion";
+    std::string format = "auto", prompt_field, completion_field, text_field, separator, learn = "completion", on_error = "stop";
     int64_t max_length = 2048;
     std::string truncation = "auto";
     bool packing = false, shuffle = true;

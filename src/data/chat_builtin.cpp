@@ -3,19 +3,26 @@
 namespace trireme {
 namespace {
 
-// Stanford Alpaca: an instruction, an optional system text in place of the usual preamble, the answer and the end
-// token.
+// Stanford Alpaca: an instruction, its input where it has one (a message with the fields of both, data/records.h), an
+// optional system text in place of the usual preamble, the answer and the end token. The line break after "### Response:"
+// is that of Axolotl and LLaMA-Factory; Stanford's own code has the answer on the same line.
 constexpr const char* kAlpaca = R"(
 {%- if messages and messages[0]['role'] == 'system' %}
     {%- set system = messages[0]['content'] | trim %}
     {%- set turns = messages[1:] %}
 {%- else %}
-    {%- set system = 'Below is an instruction that describes a task. Write a response that appropriately completes the request.' %}
     {%- set turns = messages %}
+    {%- if turns | selectattr('input', 'defined') | list %}
+        {%- set system = 'Below is an instruction that describes a task, paired with an input that provides further context. Write a response that appropriately completes the request.' %}
+    {%- else %}
+        {%- set system = 'Below is an instruction that describes a task. Write a response that appropriately completes the request.' %}
+    {%- endif %}
 {%- endif %}
 {{- system }}
 {%- for message in turns %}
-    {%- if message['role'] == 'user' %}
+    {%- if message['role'] == 'user' and message['input'] is defined %}
+        {{- '\n\n### Instruction:\n' + message['instruction'] | trim + '\n\n### Input:\n' + message['input'] | trim }}
+    {%- elif message['role'] == 'user' %}
         {{- '\n\n### Instruction:\n' + message['content'] | trim }}
     {%- elif message['role'] == 'assistant' %}
         {{- '\n\n### Response:\n' }}{% generation %}{{ message['content'] | trim + (eos_token if eos_token is defined else '') }}{% endgeneration %}

@@ -1,5 +1,6 @@
 #include "data/chat_template.h"
 
+#include <algorithm>
 #include <filesystem>
 
 #include "base/check.h"
@@ -133,6 +134,17 @@ void ChatTemplate::read_special_tokens(const std::string& folder) {
   }
 }
 
+void ChatTemplate::complete(const Tokenizer& tokenizer, int64_t bos_id, int64_t eos_id) {
+  for (auto [name, id] : {std::pair{"bos_token", bos_id}, {"eos_token", eos_id}})
+    if (id >= 0 && !special_tokens_.contains(name)) special_tokens_[name] = tokenizer.id_to_token(id);
+  std::vector<int64_t> added = tokenizer.encode_ids("", true);
+  bool begins = bos_id >= 0 && !added.empty() && added.front() == bos_id;
+  if (begins && source_.starts_with("built-in ") && text_.find("bos_token") == std::string::npos) {
+    text_ = "{{- bos_token }}" + text_;
+    template_ = std::make_shared<const jinja::Template>(text_, source_);
+  }
+}
+
 const jinja::Template& ChatTemplate::select(const Json& tools) const {
   return tool_template_ && tools.is_array() ? *tool_template_ : *template_;
 }
@@ -170,9 +182,51 @@ Json ChatTemplate::variables_for(const Json& messages, const Json& tools, bool a
   return all;
 }
 
+namespace {
+
+uint64_t text_bytes(const Json& value) {
+  if (value.is_string()) return value.get_ref<const std::string&>().size();
+  uint64_t bytes = 0;
+  if (value.is_structured())
+    for (const Json& part : value) bytes += text_bytes(part);
+  return bytes;
+}
+
+struct OutOfSteps : DataError {
+  using DataError::DataError;
+};
+
+}  // namespace
+
+// Steps for the renderings of one chat. A chat of 400 messages takes 16,000 to 43,000 in the templates of the families (tests/
+// template_families.py), so that one rendering may take over twenty times as many (a tenth of a second), and one more for each
+// byte of the chat. All renderings that find what is learnt may take 40 times that; for those 400 messages it is 15 million.
+struct ChatTemplate::Budget {
+  Budget(const Json& messages, const Json& tools) { limits.max_steps += text_bytes(messages) + text_bytes(tools); }
+  jinja::Limits limits;
+  uint64_t left = 40 * limits.max_steps;
+};
+
+jinja::Rendering ChatTemplate::render_within(Budget& budget, const Json& messages, const Json& tools,
+                                             bool add_generation_prompt, const Json& variables) const {
+  budget.limits.max_steps = std::min(budget.limits.max_steps, budget.left);
+  uint64_t steps = 0;
+  try {
+    jinja::Rendering rendering =
+        select(tools).render(variables_for(messages, tools, add_generation_prompt, variables), budget.limits, &steps);
+    budget.left -= steps;
+    return rendering;
+  } catch (const DataError& error) {
+    if (steps > budget.limits.max_steps) throw OutOfSteps(error.what());
+    budget.left -= steps;
+    throw;
+  }
+}
+
 std::string ChatTemplate::render(const Json& messages, const Json& tools, bool add_generation_prompt,
                                  const Json& variables) const {
-  return select(tools).render(variables_for(messages, tools, add_generation_prompt, variables)).text;
+  Budget budget(messages, tools);
+  return render_within(budget, messages, tools, add_generation_prompt, variables).text;
 }
 
 // --- what is learnt
@@ -197,8 +251,8 @@ Json first_messages(const Json& messages, size_t count) {
 class ChatTemplate::TurnFinder {
  public:
   TurnFinder(const ChatTemplate& chat, const Json& messages, const Json& tools, const Json& variables,
-             const std::string& full)
-      : chat_(chat), messages_(messages), tools_(tools), variables_(variables), full_(full) {}
+             const std::string& full, Budget& budget)
+      : chat_(chat), messages_(messages), tools_(tools), variables_(variables), full_(full), budget_(budget) {}
 
   std::optional<LearntSpan> find(size_t i) const {
     std::optional<size_t> begin = find_begin(i);
@@ -218,7 +272,9 @@ class ChatTemplate::TurnFinder {
   // nullopt where the template refuses these messages (roles that must alternate, no message at all, ...).
   std::optional<std::string> try_render(const Json& messages, bool prompt) const {
     try {
-      return chat_.render(messages, tools_, prompt, variables_);
+      return chat_.render_within(budget_, messages, tools_, prompt, variables_).text;
+    } catch (const OutOfSteps&) {
+      throw;
     } catch (const DataError&) {
       return std::nullopt;
     }
@@ -288,12 +344,14 @@ class ChatTemplate::TurnFinder {
   const ChatTemplate& chat_;
   const Json &messages_, &tools_, &variables_;
   const std::string& full_;
+  Budget& budget_;
 };
 
 RenderedChat ChatTemplate::render_learnt(const Json& messages, const Json& tools, const Json& variables,
-                                         size_t first_message) const {
+                                         const std::vector<uint8_t>& learnt) const {
   const jinja::Template& used = select(tools);
-  jinja::Rendering rendering = used.render(variables_for(messages, tools, false, variables));
+  Budget budget(messages, tools);
+  jinja::Rendering rendering = render_within(budget, messages, tools, false, variables);
   std::vector<size_t> assistants;
   for (size_t i = 0; i < messages.size(); ++i)
     if (messages[i].contains("role") && messages[i]["role"] == "assistant") assistants.push_back(i);
@@ -301,10 +359,10 @@ RenderedChat ChatTemplate::render_learnt(const Json& messages, const Json& tools
   std::vector<LearntSpan> spans;
   bool blocks =
       used.has_generation() && !rendering.nested_generation && rendering.generations.size() == assistants.size();
-  TurnFinder finder(*this, messages, tools, variables, rendering.text);
+  TurnFinder finder(*this, messages, tools, variables, rendering.text, budget);
   for (size_t n = 0; n < assistants.size(); ++n) {
     size_t i = assistants[n];
-    if (i < first_message) continue;
+    if (!learnt.empty() && !learnt[i]) continue;
     std::optional<LearntSpan> span;
     if (blocks) {
       auto [begin, end] = rendering.generations[n];
@@ -319,7 +377,7 @@ RenderedChat ChatTemplate::render_learnt(const Json& messages, const Json& tools
               " (the template changes it when other messages follow); put {% generation %} and "
               "{% endgeneration %} around the assistant's text in the template, or set data.chat_template to "
               "one of: ",
-              name_list(), "."));
+              name_list(), "; data.on_error=skip leaves such records out."));
     if (span->begin < span->end) spans.push_back(*span);
   }
   return {std::move(rendering.text), std::move(spans)};

@@ -9,12 +9,14 @@
 #include <vector>
 
 #include "base/json.h"
+#include "data/tokenizer.h"
 
 namespace trireme {
 
 namespace jinja {
 class Template;
-}
+struct Rendering;
+}  // namespace jinja
 
 // A part of a rendering that is learnt: bytes [begin, end) of its text, written for messages[message].
 struct LearntSpan {
@@ -44,8 +46,11 @@ class ChatTemplate {
   // Jinja text as it stands. `source` names it in messages.
   static ChatTemplate from_text(const std::string& text, const std::string& source);
 
-  // The template's variable `name` ("bos_token", "eos_token", ...), where the folder does not say it.
+  // The template's variable `name` ("bos_token", "eos_token", ...).
   void set_special_token(const std::string& name, const std::string& text) { special_tokens_[name] = text; }
+  // Fits the template to a tokenizer: bos_token and eos_token are the tokens of these ids (-1: none) where the folder does not
+  // say them; a built-in template that writes no beginning token gets one where the tokenizer puts it before every text.
+  void complete(const Tokenizer& tokenizer, int64_t bos_id, int64_t eos_id);
 
   // `messages`: [{role, content, ...}, ...]. `tools`: an array or null. `variables` (data.template_args): an object or
   // null; wins over special tokens. DataError: raise_exception's message, an error of the template (names its line), a
@@ -53,12 +58,12 @@ class ChatTemplate {
   std::string render(const Json& messages, const Json& tools = nullptr, bool add_generation_prompt = false,
                      const Json& variables = nullptr) const;
 
-  // The whole chat and the spans of the assistant messages from messages[first_message] on: each one's text and its
+  // The whole chat and the spans of the assistant messages i with learnt[i] (empty: of all): each one's text and its
   // end-of-turn token, but neither the header before nor the white space after it. From {% generation %} blocks where
   // the template has them; else from renderings of the chat's beginnings; else, where the template rewrites earlier
   // turns, by marking the message's text. DataError: none of these finds each assistant message.
   RenderedChat render_learnt(const Json& messages, const Json& tools = nullptr, const Json& variables = nullptr,
-                             size_t first_message = 0) const;
+                             const std::vector<uint8_t>& learnt = {}) const;
 
   const std::string& text() const { return text_; }      // the Jinja, as one may write it into chat_template.jinja
   const std::string& source() const { return source_; }  // "built-in llama3", or the file
@@ -66,10 +71,13 @@ class ChatTemplate {
 
  private:
   class TurnFinder;
+  struct Budget;
 
   ChatTemplate() = default;
   static ChatTemplate from_json(const Json& value, const std::string& source);
   void set_tool_text(const std::string& text, const std::string& source);
+  jinja::Rendering render_within(Budget& budget, const Json& messages, const Json& tools, bool add_generation_prompt,
+                                 const Json& variables) const;
   Json variables_for(const Json& messages, const Json& tools, bool add_generation_prompt, const Json& variables) const;
   void read_special_tokens(const std::string& folder);
   const jinja::Template& select(const Json& tools) const;

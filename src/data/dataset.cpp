@@ -20,17 +20,21 @@ Truncation truncation_of(const DataOptions& options, DataForm form) {
   if (options.truncation == "drop") return Truncation::kDrop;
   if (options.truncation == "error") return Truncation::kError;
   if (options.truncation == "chunk") return Truncation::kChunk;
-  return form == DataForm::kText ? Truncation::kChunk : Truncation::kRight;
+  return form == DataForm::kText || form == DataForm::kTextFile ? Truncation::kChunk : Truncation::kRight;
 }
 
 int64_t num_targets(const TokenFile& file, const Sample& s) {
+  int64_t begin = file.begin(s.record), end = file.end(s.record);
+  if (s.begin == begin && s.end == end) return file.targets(s.record);
+  if (file.targets(s.record) == end - begin - 1) return s.end - s.begin - (s.goes_on ? 0 : 1);  // all are learnt
   const uint8_t* learnt = file.learnt();
   return std::count(learnt + s.begin + 1, learnt + s.end + (s.goes_on ? 1 : 0), uint8_t{1});
 }
 
-// Whether a record of the training files belongs to the evaluation split.
-bool held_out(const DataOptions& options, int64_t record) {
-  return random_uniform(options.seed, RandomStream::kSplit, static_cast<uint64_t>(record)) < options.eval_fraction;
+// Whether a record of the training files, or a text file's chunk (from 1), belongs to the evaluation split.
+bool held_out(const DataOptions& options, int64_t record, int64_t chunk = 0) {
+  auto index = static_cast<uint64_t>(record) + (static_cast<uint64_t>(chunk) << 40);
+  return random_uniform(options.seed, RandomStream::kSplit, index) < options.eval_fraction;
 }
 
 std::vector<DataFile> files_of(const DataOptions& options, Split split) {
@@ -73,8 +77,9 @@ void DataOptions::check() const {
   };
   if (train.empty()) throw ConfigError("data.train names no file; give one or more files of records");
   one_of("data.learn", learn, {"completion", "all"});
+  one_of("data.on_error", on_error, {"stop", "skip"});
   one_of("data.truncation", truncation, {"auto", "right", "left", "drop", "error", "chunk"});
-  RecordOptions{parse_data_form(format), prompt_field, completion_field, text_field}.check();
+  record_options(*this);
   if (max_length < 2) throw ConfigError(str("data.max_length=", max_length, " is too short; at least 2 tokens are needed to learn one"));
   if (!(eval_fraction >= 0 && eval_fraction < 1))
     throw ConfigError(str("data.eval_fraction=", eval_fraction, " is not a fraction; allowed is 0 up to, but not, 1"));
@@ -84,12 +89,24 @@ void DataOptions::check() const {
   for (Split split : {Split::kTrain, Split::kEval}) files_of(*this, split);
 }
 
+RecordOptions record_options(const DataOptions& options) {
+  RecordOptions records{parse_data_form(options.format), options.prompt_field, options.completion_field, options.text_field};
+  records.check();
+  return records;
+}
+
+EncodeOptions encode_options(const DataOptions& options) {
+  return {options.learn == "all", options.bos_id, options.eos_id, options.embedding_rows, options.template_args,
+          options.separator};
+}
+
 std::string DatasetCounts::text() const {
   std::string s = str(records, " records, ", samples, " samples in ", rows, " rows, ", tokens, " tokens, ", learnt,
                       " learnt (", percent(learnt, tokens), ")");
   if (truncated) s += str("; ", truncated, " samples (", percent(truncated, samples), ") truncated, ", tokens_cut, " tokens cut");
   if (chunked) s += str("; ", chunked, " records cut into several samples");
   if (too_long) s += str("; ", too_long, " records left out: longer than data.max_length");
+  if (skipped) s += str("; ", skipped, " records left out: they cannot be used (data.on_error=skip)");
   if (nothing_left) s += str("; ", nothing_left, " samples left out: nothing to learn after truncation");
   return s;
 }
@@ -100,8 +117,9 @@ std::string Dataset::prepare(const DataOptions& options, Split split, const Toke
   if (!has_split(options, split)) return {};
   TokenFileRequest request;
   request.files = files_of(options, split);
-  request.records = {parse_data_form(options.format), options.prompt_field, options.completion_field, options.text_field};
-  request.encode = {options.learn == "all", options.bos_id, options.eos_id, options.embedding_rows, options.template_args};
+  request.records = record_options(options);
+  request.encode = encode_options(options);
+  request.skip_bad = options.on_error == "skip";
   request.cache_folder = options.cache;
   request.num_threads = options.num_threads;
   return make_token_file(request, tokenizer, chat_template, progress);
@@ -125,11 +143,16 @@ std::shared_ptr<const Dataset> Dataset::open(const DataOptions& options, Split s
     dataset->samples_.push_back(sample);
     return true;
   };
+  int64_t divided_from = file->num_records();
   for (int64_t r = 0; r < file->num_records(); ++r) {
-    if (divided && held_out(options, r) != (split == Split::kEval)) continue;
-    ++counts.records;
     int64_t begin = file->begin(r), end = file->end(r), length = end - begin;
     Truncation how = truncation_of(options, file->form(r));
+    // A text file is divided by its chunks: it is one record, and most often the only one.
+    bool by_chunk = divided && file->form(r) == DataForm::kTextFile && how == Truncation::kChunk && length > limit;
+    if (divided && !by_chunk && held_out(options, r) != (split == Split::kEval)) continue;
+    ++counts.records;
+    divided_from -= by_chunk;
+    dataset->records_.push_back(r);
     if (length <= limit) {
       counts.nothing_left += !add({begin, end, r, false});
     } else if (how == Truncation::kError) {
@@ -140,8 +163,11 @@ std::shared_ptr<const Dataset> Dataset::open(const DataOptions& options, Split s
     } else if (how == Truncation::kChunk) {
       ++counts.chunked;
       // A last token alone is a target of the piece before it already.
-      for (int64_t at = begin; end - at > 1; at += limit)
-        counts.nothing_left += !add({at, std::min(at + limit, end), r, at + limit < end});
+      for (int64_t at = begin, chunk = 1; end - at > 1; at += limit, ++chunk) {
+        divided_from += by_chunk;
+        if (!by_chunk || held_out(options, r, chunk) == (split == Split::kEval))
+          counts.nothing_left += !add({at, std::min(at + limit, end), r, at + limit < end});
+      }
     } else {
       int64_t first = how == Truncation::kRight ? begin : end - limit;
       if (add({first, first + limit, r, false}))
@@ -151,9 +177,10 @@ std::shared_ptr<const Dataset> Dataset::open(const DataOptions& options, Split s
     }
   }
   counts.samples = dataset->num_samples();
-  if (counts.records == 0)
+  counts.skipped = file->num_skipped();
+  if (counts.samples + counts.too_long + counts.nothing_left == 0)
     throw DataError(str("data.eval_fraction=", options.eval_fraction, " leaves no record for ",
-                        split == Split::kEval ? "evaluation" : "training", " out of ", file->num_records(),
+                        split == Split::kEval ? "evaluation" : "training", " out of ", divided_from,
                         "; change it or name files with data.eval"));
   if (counts.samples == 0)
     throw DataError(str("no sample is left of ", counts.records, " records: all are longer than data.max_length=", limit,
@@ -172,10 +199,8 @@ std::shared_ptr<const Dataset> Dataset::open(const DataOptions& options, Split s
     std::iota(dataset->row_offsets_.begin(), dataset->row_offsets_.end(), int64_t{0});
   }
   counts.rows = dataset->num_rows();
-  // The file's name is the hash of its content.
-  std::string name = token_file.substr(token_file.rfind('/') + 1);
   dataset->fingerprint_ =
-      hash_bytes(str(name, '|', limit, '|', options.truncation, '|', options.packing, '|', options.packing && options.shuffle,
+      hash_bytes(str(token_file_content(token_file), '|', limit, '|', options.truncation, '|', options.packing, '|', options.packing && options.shuffle,
                      '|', options.seed, '|', divided ? options.eval_fraction : 0.0, '|', static_cast<int>(split)));
   return dataset;
 }

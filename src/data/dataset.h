@@ -14,9 +14,11 @@ namespace trireme {
 // The keys data.*; each field is named like its key. The caller fills in what comes from elsewhere (last lines).
 struct DataOptions {
   std::vector<std::string> train, eval;  // files, each 'path' or 'path:limit'
-  double eval_fraction = 0;              // of the training records, chosen by (seed, record); not with `eval`
+  double eval_fraction = 0;              // of the training records (of a text file's chunks), chosen by seed; not with `eval`
   std::string format = "auto";           // auto | messages | sharegpt | alpaca | prompt_completion | text
   std::string prompt_field, completion_field, text_field;
+  std::string separator;                 // between prompt and completion where there is no chat template
+  std::string on_error = "stop";         // stop | skip: what becomes of a record that cannot be used
   std::string learn = "completion";      // completion | all
   int64_t max_length = 2048;             // tokens of a row, and of a sample
   std::string truncation = "auto";       // auto | right | left | drop | error | chunk; see below
@@ -34,6 +36,10 @@ struct DataOptions {
   void check() const;
 };
 
+// What of the options concerns one record.
+RecordOptions record_options(const DataOptions& options);  // ConfigError on keys that contradict each other
+EncodeOptions encode_options(const DataOptions& options);
+
 enum class Split { kTrain, kEval };
 
 // What became of the records. A sample longer than max_length is
@@ -46,6 +52,7 @@ struct DatasetCounts {
   int64_t truncated = 0, tokens_cut = 0;      // right and left: samples and the tokens they lost
   int64_t too_long = 0, nothing_left = 0;     // left out: drop; nothing to learn after truncation
   int64_t chunked = 0;                        // records that became several samples
+  int64_t skipped = 0;                        // left out before tokenising: on_error=skip; of both splits together
   std::string text() const;                   // one or two lines for a person
 };
 
@@ -79,6 +86,7 @@ class Dataset {
   const DatasetCounts& counts() const { return counts_; }
   const std::vector<Sample>& samples() const { return samples_; }
   const TokenFile& file() const { return *file_; }
+  const std::vector<int64_t>& records() const { return records_; }  // of the token file, that belong to the split
   // Identifies the rows and their order: the token file's content and the options that choose and cut samples. A resumed run
   // compares it.
   std::string fingerprint() const { return fingerprint_; }
@@ -86,6 +94,7 @@ class Dataset {
  private:
   std::shared_ptr<const TokenFile> file_;
   std::vector<Sample> samples_;
+  std::vector<int64_t> records_;
   std::vector<int64_t> row_offsets_, row_samples_;  // row r holds samples row_samples_[row_offsets_[r] ..)
   DatasetCounts counts_;
   std::string fingerprint_;

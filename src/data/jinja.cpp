@@ -491,12 +491,18 @@ Template::Template(const std::string& text, std::string name) : name_(std::move(
 
 Template::~Template() = default;
 
-Rendering Template::render(const Json& variables, const Limits& limits) const {
+Rendering Template::render(const Json& variables, const Limits& limits, uint64_t* steps) const {
   Runtime runtime(limits);
   Evaluator evaluator(runtime);
+  auto count = [&] {
+    if (steps) *steps += runtime.steps();
+  };
   try {
-    return evaluator.render(body_, variables);
+    Rendering rendering = evaluator.render(body_, variables);
+    count();
+    return rendering;
   } catch (const TemplateError& error) {
+    count();
     fail_at(name_, error.line ? error.line : evaluator.line(), error.message);
   }
 }

@@ -19,7 +19,7 @@ namespace trireme::jinja {
 struct Node;
 
 struct Limits {
-  uint64_t max_steps = 10'000'000;          // evaluated nodes, iterated items, bytes / 64 of new strings
+  uint64_t max_steps = 1'000'000;           // evaluated nodes, iterated items, bytes / 64 of new strings
   uint64_t max_string_bytes = 64ull << 20;  // of one string and of the output
   uint64_t max_total_bytes = 1ull << 30;    // of all strings made by one rendering
   int max_depth = 1000;                     // nested statements, expressions and macro calls
@@ -41,8 +41,9 @@ class Template {
   ~Template();
 
   // `variables`: an object. DataError "<name> line <n>: <message>": what Python would raise (its words, where a
-  // template can be expected to cause it), raise_exception's message, or a limit.
-  Rendering render(const Json& variables, const Limits& limits = {}) const;
+  // template can be expected to cause it), raise_exception's message, or a limit. `steps`, where given: raised by the steps
+  // taken, also by a rendering that fails.
+  Rendering render(const Json& variables, const Limits& limits = {}, uint64_t* steps = nullptr) const;
 
   bool has_generation() const { return has_generation_; }
   const std::string& name() const { return name_; }

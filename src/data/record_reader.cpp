@@ -1,5 +1,7 @@
 #include <sys/stat.h>
 
+#include <algorithm>
+
 #include "base/check.h"
 #include "data/records.h"
 
@@ -45,9 +47,8 @@ std::optional<RawRecord> RecordReader::next() {
   if (ended_ || (file_.limit >= 0 && num_read_ >= file_.limit)) return std::nullopt;
   std::optional<RawRecord> record;
   if (plain_text_) {
-    record = RawRecord{view_.substr(at_), 1};
-    at_ = view_.size();
-    ended_ = true;
+    record = next_piece();
+    ended_ = record->ends;
   } else {
     record = array_ ? next_element() : next_line();
   }
@@ -58,6 +59,26 @@ std::optional<RawRecord> RecordReader::next() {
     if (num_read_ == 0) throw DataError(str("data file '", file_.path, "' holds no record: its JSON array is empty"));
   }
   return record;
+}
+
+RawRecord RecordReader::next_piece() {
+  size_t end = std::min<size_t>(at_ + kTextPieceBytes, view_.size());
+  if (end < view_.size()) {
+    auto letter = [&](size_t i) { return !is_space(view_[i]); };
+    auto between_words = [&](size_t i) { return view_[i] == ' ' && letter(i - 1) && letter(i + 1); };
+    auto before_space = [&](size_t i) { return !letter(i) && letter(i - 1); };
+    auto before_character = [&](size_t i) { return (static_cast<unsigned char>(view_[i]) & 0xC0) != 0x80; };
+    auto back_to = [&](auto good) {
+      for (size_t i = end - 1; i > at_ + kTextPieceBytes / 2; --i)
+        if (good(i)) return end = i, true;
+      return false;
+    };
+    back_to(between_words) || back_to(before_space) || back_to(before_character);
+  }
+  RawRecord piece{view_.substr(at_, end - at_), line_, num_read_ == 0, end == view_.size()};
+  line_ += std::count(piece.text.begin(), piece.text.end(), '\n');
+  at_ = end;
+  return piece;
 }
 
 std::optional<RawRecord> RecordReader::next_line() {

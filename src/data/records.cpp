@@ -77,13 +77,35 @@ const char* role_of_sharegpt(const std::string& from) {
   return it == roles.end() ? nullptr : it->second;
 }
 
-// Messages in {role, content} form from either spelling.
-Json read_messages(const Json& list, const std::string& field, const std::string& source) {
-  Json messages = Json::array();
+void add(Record& record, Json message, bool learnt = true) {
+  record.messages.push_back(std::move(message));
+  record.learnt.push_back(learnt);
+}
+
+constexpr const char* kLearntFields[] = {"weight", "train", "training"};
+
+bool says_learnt(const Json& entry, const std::string& where) {
+  bool learnt = true;
+  for (const char* name : kLearntFields) {
+    if (!has(entry, name)) continue;
+    const Json& value = entry[name];
+    if (!value.is_boolean() && !(value.is_number() && (value == 0 || value == 1)))
+      throw DataError(str(where, ": field '", name, "' is ", dump_json(value).substr(0, 40),
+                          "; allowed are 0, 1, true and false: a message is learnt or not"));
+    learnt &= value.is_boolean() ? value.get<bool>() : value == 1;
+  }
+  return learnt;
+}
+
+// Adds messages in {role, content} form from either spelling; `learnt` as far as they do not say otherwise.
+void read_messages(const Json& record_json, const std::string& field, const std::string& source, Record& record,
+                   bool learnt = true) {
+  const Json& list = list_field(record_json, field, source);
   for (size_t i = 0; i < list.size(); ++i) {
     const Json& entry = list[i];
     std::string where = str(source, ": ", field, "[", i, "]");
     if (!entry.is_object()) throw DataError(str(where, " is ", type_name(entry), "; it must be an object"));
+    bool this_learnt = says_learnt(entry, where) && learnt;
     if (has(entry, "from")) {
       std::string from = string_field(entry, "from", where);
       const char* role = role_of_sharegpt(from);
@@ -92,12 +114,13 @@ Json read_messages(const Json& list, const std::string& field, const std::string
                             "'; known are human, user, gpt, assistant, chatgpt, bard, bing, model, system, function_call, "
                             "observation, tool"));
       if (!has(entry, "value")) throw DataError(str(where, " has no 'value'"));
-      messages.push_back(message(role, string_field(entry, "value", where)));
+      add(record, message(role, string_field(entry, "value", where)), this_learnt);
       continue;
     }
     if (!has(entry, "role")) throw DataError(str(where, " has no 'role' (or 'from')"));
     string_field(entry, "role", where);
     Json copy = entry;
+    for (const char* name : kLearntFields) copy.erase(name);
     if (has(entry, "content")) {
       const Json& content = entry["content"];
       if (content.is_array())
@@ -107,9 +130,8 @@ Json read_messages(const Json& list, const std::string& field, const std::string
     } else if (!has(entry, "tool_calls")) {
       throw DataError(str(where, " has no 'content'"));
     }
-    messages.push_back(std::move(copy));
+    add(record, std::move(copy), this_learnt);
   }
-  return messages;
 }
 
 // A list, or a string that holds one (some data sets store it so).
@@ -125,15 +147,14 @@ Json read_tools(const Json& record, const std::string& source) {
   return tools.empty() ? Json() : tools;
 }
 
-void add_system(const Json& record, Json& messages, const std::string& source) {
-  std::string system = optional_string(record, "system", source);
-  if (!system.empty()) messages.push_back(message("system", system));
+void add_system(const Json& value, Record& record, const std::string& source) {
+  std::string system = optional_string(value, "system", source);
+  if (!system.empty()) add(record, message("system", system));
 }
 
 Record read_alpaca(const Json& value, const std::string& source) {
   Record record;
-  record.messages = Json::array();
-  add_system(value, record.messages, source);
+  add_system(value, record, source);
   if (has(value, "history")) {
     const Json& history = value["history"];
     if (!history.is_array())
@@ -141,14 +162,16 @@ Record read_alpaca(const Json& value, const std::string& source) {
     for (const Json& turn : history) {
       if (!turn.is_array() || turn.size() != 2 || !turn[0].is_string() || !turn[1].is_string())
         throw DataError(str(source, ": every entry of 'history' must be a list of two strings"));
-      record.messages.push_back(message("user", turn[0].get<std::string>()));
-      record.messages.push_back(message("assistant", turn[1].get<std::string>()));
+      add(record, message("user", turn[0].get<std::string>()));
+      add(record, message("assistant", turn[1].get<std::string>()));
     }
   }
-  std::string user = string_field(value, "instruction", source), input = optional_string(value, "input", source);
-  if (!input.empty()) user += (user.empty() ? "" : "\n") + input;
-  record.messages.push_back(message("user", user));
-  record.messages.push_back(message("assistant", string_field(value, "output", source)));
+  std::string instruction = string_field(value, "instruction", source), input = optional_string(value, "input", source);
+  bool both = !instruction.empty() && !input.empty();
+  Json user = message("user", instruction + (both ? "\n" : "") + input);
+  if (both) user["instruction"] = instruction, user["input"] = input;
+  add(record, std::move(user));
+  add(record, message("assistant", string_field(value, "output", source)));
   return record;
 }
 
@@ -156,10 +179,8 @@ Record read_prompt_completion(const Json& value, const std::string& prompt, cons
                               const std::string& source) {
   Record record;
   if (value.at(prompt).is_array() && value.at(completion).is_array()) {
-    record.messages = read_messages(list_field(value, prompt, source), prompt, source);
-    record.first_learnt_message = record.messages.size();
-    for (Json& m : read_messages(list_field(value, completion, source), completion, source))
-      record.messages.push_back(std::move(m));
+    read_messages(value, prompt, source, record, false);
+    read_messages(value, completion, source, record);
     record.tools = read_tools(value, source);
     return record;
   }
@@ -188,6 +209,23 @@ DataForm recognise(const Json& r) {
   return DataForm::kAuto;
 }
 
+// NaN, Infinity or -Infinity where a value stands (Python's json.dumps writes them), and its field; empty where there is none.
+std::pair<std::string, std::string> not_json_number(std::string_view text) {
+  std::string_view string, key;
+  for (size_t at = 0; at < text.size(); ++at) {
+    if (text[at] == '"') {
+      size_t begin = ++at;
+      for (; at < text.size() && text[at] != '"'; ++at) at += text[at] == '\\';
+      string = text.substr(begin, std::min(at, text.size()) - begin);
+      continue;
+    }
+    if (text[at] == ':') key = string;
+    for (const char* word : {"NaN", "-Infinity", "Infinity"})
+      if (text.substr(at).starts_with(word)) return {std::string(key.substr(0, 60)), word};
+  }
+  return {};
+}
+
 void require(const Json& record, std::initializer_list<std::string> fields, const std::string& key,
              const std::string& source) {
   for (const std::string& field : fields)
@@ -211,6 +249,7 @@ DataForm parse_data_form(const std::string& name) {
 }
 
 const char* data_form_name(DataForm form) {
+  if (form == DataForm::kTextFile) return "text";
   for (auto& [text, f] : kFormNames)
     if (f == form) return text;
   return "auto";
@@ -226,6 +265,9 @@ DataFile parse_data_file(const std::string& text, const std::string& key) {
   if (stop != end || error != std::errc()) return {text, -1};
   if (file.limit <= 0)
     throw ConfigError(str(key, "=", text, " limits the file to ", file.limit, " records; at least 1 is needed"));
+  if (file.path.ends_with(".txt"))
+    throw ConfigError(str(key, "=", text, " limits the records of a text file, which is one document; leave the limit out, or "
+                          "make it records: a .jsonl file of {\"text\": ...}"));
   return file;
 }
 
@@ -267,15 +309,13 @@ Record make_record(Json value, const RecordOptions& options, const std::string& 
                           "; or name the fields with data.prompt_field and data.completion_field, or data.text_field"));
     case DataForm::kMessages:
       require(value, {"messages"}, key, source);
-      record.messages = read_messages(list_field(value, "messages", source), "messages", source);
+      read_messages(value, "messages", source, record);
       record.tools = read_tools(value, source);
       break;
     case DataForm::kShareGpt:
       require(value, {"conversations"}, key, source);
-      record.messages = Json::array();
-      add_system(value, record.messages, source);
-      for (Json& m : read_messages(list_field(value, "conversations", source), "conversations", source))
-        record.messages.push_back(std::move(m));
+      add_system(value, record, source);
+      read_messages(value, "conversations", source, record);
       record.tools = read_tools(value, source);
       break;
     case DataForm::kAlpaca:
@@ -286,6 +326,7 @@ Record make_record(Json value, const RecordOptions& options, const std::string& 
       require(value, {prompt, completion}, key, source);
       record = read_prompt_completion(value, prompt, completion, source);
       break;
+    case DataForm::kTextFile:
     case DataForm::kText:
       require(value, {text}, key, source);
       record.text = string_field(value, text, source);
@@ -295,9 +336,57 @@ Record make_record(Json value, const RecordOptions& options, const std::string& 
   return record;
 }
 
+Record make_prompt(Json value, const RecordOptions& options, const std::string& source) {
+  if (value.is_object()) {  // what is to be answered lacks the answer, which make_record() wants
+    auto blank = [&](const std::string& prompt, const std::string& completion) {
+      if (!has(value, prompt) || has(value, completion)) return;
+      value[completion] = value[prompt].is_array() ? Json::array({message("assistant", "")}) : Json("");
+    };
+    if (!options.prompt_field.empty()) {
+      blank(options.prompt_field, options.completion_field);
+    } else {
+      blank("prompt", "completion");
+      blank("instruction", "output");
+      if (recognise(value) == DataForm::kAuto && has(value, "question"))
+        value = Json{{"prompt", value["question"]}, {"completion", ""}};
+    }
+  }
+  Record record = make_record(std::move(value), options, source);
+  record.completion.clear();
+  if (record.is_chat()) {
+    size_t keep = record.messages.size();
+    while (keep > 0 && record.messages[keep - 1].value("role", Json()) == "assistant") --keep;
+    record.messages.erase(record.messages.begin() + static_cast<std::ptrdiff_t>(keep), record.messages.end());
+    if (keep == 0) throw DataError(str(source, ": nothing to answer: every message is of the assistant"));
+  }
+  record.learnt.assign(record.messages.size(), 0);
+  return record;
+}
+
+Record make_text_piece(const RawRecord& piece, const std::string& path) {
+  int64_t line = piece.line;
+  for (size_t at = 0; at < piece.text.size(); ++line) {
+    size_t end = std::min(piece.text.find('\n', at), piece.text.size() - 1) + 1;
+    check_utf8(piece.text.substr(at, end - at), str(path, ":", line));
+    at = end;
+  }
+  Record record;
+  record.form = DataForm::kTextFile;
+  record.text = piece.text;
+  record.begins = piece.begins, record.ends = piece.ends;
+  return record;
+}
+
 Record parse_record(std::string_view text, const RecordOptions& options, const std::string& source) {
   check_utf8(text, source);
-  return make_record(parse_json(text, source), options, source);
+  try {
+    return make_record(parse_json(text, source), options, source);
+  } catch (const DataError&) {
+    auto [field, value] = not_json_number(text);
+    if (value.empty()) throw;
+    throw DataError(str(source, ": field '", field, "' is ", value, ", a number that JSON does not have; write null in its place, "
+                        "or leave the field out (Python's json.dumps refuses it with allow_nan=False)"));
+  }
 }
 
 void check_utf8(std::string_view text, const std::string& source) {

@@ -1,10 +1,13 @@
 // Training records from foreign files: JSONL, a JSON array of records, or plain text.
 //   messages           {"messages": [{"role", "content", ...}], "tools"?}            (OpenAI, Hugging Face)
 //   sharegpt           {"conversations": [{"from", "value"}], "system"?, "tools"?}
-//   alpaca             {"instruction", "input"?, "output", "system"?, "history"?: [[user, assistant], ...]}
+//   alpaca             {"instruction", "input"?, "output", "system"?, "history"?: [[user, assistant], ...]}; the user's
+//                      message holds both by a line break between, and each as a field for templates that tell them apart
 //   prompt_completion  {"prompt", "completion"}: two strings, or two lists of messages
-//   text               {"text"}; a file that ends in .txt is one such record
-// The form is recognised by its fields, in this order; null counts as absent.
+//   text               {"text"}
+// A file that ends in .txt is one document: its text is read in pieces that are tokenised apart and joined again.
+// The form is recognised by its fields, in this order; null counts as absent. A message of the assistant with "weight": 0
+// (OpenAI), "train": false or "training": false (Axolotl) is not learnt.
 #pragma once
 
 #include <cstdint>
@@ -19,6 +22,7 @@
 namespace trireme {
 
 constexpr uint64_t kMaxRecordBytes = 10ull << 20;  // of one JSONL line or array element
+constexpr uint64_t kTextPieceBytes = 256ull << 10;  // of a text file, at most
 
 // One entry of data.train or data.eval: a file and the number of records to take from its start.
 struct DataFile {
@@ -26,10 +30,10 @@ struct DataFile {
   int64_t limit = -1;  // -1: all
 };
 
-// 'path' or 'path:1000'; a name that exists as it stands is a path. ConfigError (names `key`) on a limit of 0.
+// 'path' or 'path:1000'; a name that exists as it stands is a path. ConfigError (names `key`) on a limit of 0, or of a .txt file.
 DataFile parse_data_file(const std::string& text, const std::string& key);
 
-enum class DataForm { kAuto, kMessages, kShareGpt, kAlpaca, kPromptCompletion, kText };
+enum class DataForm { kAuto, kMessages, kShareGpt, kAlpaca, kPromptCompletion, kText, kTextFile };
 DataForm parse_data_form(const std::string& name);  // ConfigError (data.format) lists the names
 const char* data_form_name(DataForm form);
 
@@ -42,12 +46,13 @@ struct RecordOptions {
 };
 
 struct Record {
-  DataForm form = DataForm::kText;  // never kAuto
+  DataForm form = DataForm::kText;  // never kAuto; kTextFile: a text file's piece
   Json messages;                    // chat forms and lists of messages: [{role, content, ...}, ...]
   Json tools;                       // null where absent
-  size_t first_learnt_message = 0;  // earlier messages are a prompt
+  std::vector<uint8_t> learnt;      // one a message: 0 where it is not learnt, as a prompt's
   std::string prompt, completion;   // kPromptCompletion with strings
-  std::string text;                 // kText
+  std::string text;                 // kText, kTextFile
+  bool begins = true, ends = true;  // of a text file's pieces: is it the first, the last
   bool is_chat() const { return !messages.is_null(); }
 };
 
@@ -55,21 +60,25 @@ struct Record {
 struct RawRecord {
   std::string_view text;
   int64_t line = 1;
+  bool begins = true, ends = true;  // of a text file's pieces
 };
 
 // Streams the records of one memory-mapped file. DataError: missing, a folder, empty, no record in it, an array that
-// does not end, a record of more than kMaxRecordBytes. Blank lines and a byte-order mark are skipped.
+// does not end, a record of more than kMaxRecordBytes. Blank lines and a byte-order mark are skipped. A text file is cut
+// between a word and the space before the next one, where no tokenizer joins characters; only in a text without such spaces
+// elsewhere. (A tokenizer that puts a space before every text has one token more at each cut.)
 class RecordReader {
  public:
   explicit RecordReader(const DataFile& file);
   std::optional<RawRecord> next();
-  bool plain_text() const { return plain_text_; }  // a .txt file: the one record is the file
+  bool plain_text() const { return plain_text_; }  // a .txt file
   const std::string& path() const { return file_.path; }
   uint64_t bytes_read() const { return at_; }
 
  private:
   std::optional<RawRecord> next_line();
   std::optional<RawRecord> next_element();
+  RawRecord next_piece();
   void check_size(uint64_t bytes, int64_t line) const;
 
   DataFile file_;
@@ -85,6 +94,10 @@ class RecordReader {
 Record parse_record(std::string_view text, const RecordOptions& options, const std::string& source);
 // The same for JSON that is already parsed.
 Record make_record(Json value, const RecordOptions& options, const std::string& source);
+// A piece of the text file `path` that begins in line `line`.
+Record make_text_piece(const RawRecord& piece, const std::string& path);
+// A record to be answered: its completion, output or last answer may be absent and is left out. {"question"} is a prompt too.
+Record make_prompt(Json value, const RecordOptions& options, const std::string& source);
 
 // DataError naming source and byte where `text` is not valid UTF-8.
 void check_utf8(std::string_view text, const std::string& source);

@@ -40,11 +40,8 @@ std::string data_report(const Dataset& dataset, const DataOptions& options, cons
   const DatasetCounts& counts = dataset.counts();
   std::vector<int64_t> lengths;
   int64_t longer = 0;
-  int64_t last = -1;
-  for (const Sample& s : dataset.samples()) {
-    if (s.record == last) continue;
-    last = s.record;
-    lengths.push_back(dataset.file().end(s.record) - dataset.file().begin(s.record));
+  for (int64_t record : dataset.records()) {
+    lengths.push_back(dataset.file().end(record) - dataset.file().begin(record));
     longer += lengths.back() > options.max_length;
   }
   std::sort(lengths.begin(), lengths.end());

@@ -4,8 +4,8 @@
 #include <cstdlib>
 
 #include "base/check.h"
-#include "base/hash.h"
 #include "base/hdf5.h"
+#include "data/file_hash.h"
 
 namespace trireme {
 namespace {
@@ -49,10 +49,10 @@ bool token_file_intact(const std::string& path, std::string* why) {
   try {
     std::string name = manifest_of(path);
     Json manifest = read_json_file(name, 1 << 20);
-    MappedFile map(path);
-    if (json_get<int64_t>(manifest, "bytes", name) != static_cast<int64_t>(map.size()))
-      *why = str("it has ", map.size(), " bytes instead of ", manifest["bytes"].get<int64_t>());
-    else if (json_get<std::string>(manifest, "hash", name) != hash_bytes(map.view()))
+    auto bytes = static_cast<int64_t>(MappedFile(path).size());
+    if (json_get<int64_t>(manifest, "bytes", name) != bytes)
+      *why = str("it has ", bytes, " bytes instead of ", manifest["bytes"].get<int64_t>());
+    else if (json_get<std::string>(manifest, "hash", name) != remembered_hash(path, path.substr(0, path.rfind('/'))))
       *why = "its content does not match its hash";
     else
       return true;
@@ -60,6 +60,11 @@ bool token_file_intact(const std::string& path, std::string* why) {
     *why = error.what();
   }
   return false;
+}
+
+std::string token_file_content(const std::string& path) {
+  std::string name = manifest_of(path);
+  return json_get<std::string>(read_json_file(name, 1 << 20), "content", name);
 }
 
 TokenFile::TokenFile(const std::string& path) : path_(path), map_(path) {
@@ -74,9 +79,11 @@ TokenFile::TokenFile(const std::string& path) : path_(path), map_(path) {
   files_ = place<int32_t>(file, map_, "files", records);
   lines_ = place<int64_t>(file, map_, "lines", records);
   forms_ = place<uint8_t>(file, map_, "forms", records);
+  targets_ = place<int64_t>(file, map_, "targets", records);
   num_records_ = static_cast<int64_t>(records);
   num_tokens_ = static_cast<int64_t>(tokens);
   largest_id_ = std::atoll(file.attribute("largest_id").c_str());
+  num_skipped_ = std::atoll(file.attribute("skipped").c_str());
   Json names = parse_json(file.attribute("files"), path);
   for (const Json& name : names) names_.push_back(name.is_string() ? name.get<std::string>() : std::string());
   bool ordered = offsets_[0] == 0 && offsets_[records] == num_tokens_;

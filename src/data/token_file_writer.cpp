@@ -13,6 +13,7 @@
 #include "base/hdf5.h"
 #include "base/log.h"
 #include "data/chat_template.h"
+#include "data/file_hash.h"
 #include "data/token_file.h"
 
 namespace trireme {
@@ -82,15 +83,16 @@ class Spill {
 
 // What is known of the records but their tokens.
 struct Index {
-  std::vector<int64_t> offsets{0}, lines;
+  std::vector<int64_t> offsets{0}, lines, targets;
   std::vector<int32_t> files;
   std::vector<uint8_t> forms;
-  int64_t largest_id = 0;
+  int64_t largest_id = 0, skipped = 0;
 };
 
 struct Encoded {
   EncodedRecord record;
   DataForm form = DataForm::kText;
+  std::string skipped;  // why, where it is
 };
 
 // Encodes a block on several threads. Of several bad records the first in the file is reported, whoever finds it; those
@@ -100,20 +102,25 @@ std::vector<Encoded> encode_block(const std::vector<RawRecord>& block, const Rec
   std::vector<Encoded> results(block.size());
   std::vector<std::exception_ptr> errors(block.size());
   std::atomic<size_t> next{0}, end{block.size()};
+  bool skips = request.skip_bad && !reader.plain_text();
   auto work = [&] {
     for (size_t i; (i = next.fetch_add(1)) < end;) {
       try {
         std::string source = str(reader.path(), ":", block[i].line);
-        Record record;
-        if (reader.plain_text()) {
-          check_utf8(block[i].text, reader.path());
-          record.text = block[i].text;
-        } else {
-          record = parse_record(block[i].text, request.records, source);
-        }
+        Record record = reader.plain_text() ? make_text_piece(block[i], reader.path())
+                                            : parse_record(block[i].text, request.records, source);
         results[i].form = record.form;
         results[i].record = encoder.encode(record, source);
         results[i].record.text = {};
+        results[i].record.offsets = {};
+      } catch (const DataError& error) {
+        if (skips) {
+          results[i].skipped = error.what();
+          continue;
+        }
+        errors[i] = std::current_exception();
+        for (size_t now = end; i < now && !end.compare_exchange_weak(now, i);) {
+        }
       } catch (...) {
         errors[i] = std::current_exception();
         for (size_t now = end; i < now && !end.compare_exchange_weak(now, i);) {
@@ -122,7 +129,9 @@ std::vector<Encoded> encode_block(const std::vector<RawRecord>& block, const Rec
     }
   };
   size_t wanted = request.num_threads > 0 ? static_cast<size_t>(request.num_threads) : std::thread::hardware_concurrency();
-  size_t num_threads = std::min(std::max<size_t>(wanted, 1), (block.size() + 15) / 16);
+  size_t worth = block.size() / 16 + 1;
+  if (reader.plain_text()) worth = block.size();
+  size_t num_threads = std::clamp<size_t>(wanted, 1, worth);
   std::vector<std::thread> threads;
   for (size_t t = 1; t < num_threads; ++t) threads.emplace_back(work);
   work();
@@ -141,6 +150,7 @@ void encode_files(const TokenFileRequest& request, const RecordEncoder& encoder,
     total += error ? 0 : bytes;
   }
   std::vector<int32_t> ids;
+  std::string first_skipped;
   for (size_t f = 0; f < request.files.size(); ++f) {
     RecordReader reader(request.files[f]);
     std::exception_ptr reading;  // told only after the records before it were found good
@@ -161,14 +171,24 @@ void encode_files(const TokenFileRequest& request, const RecordEncoder& encoder,
       std::vector<Encoded> encoded = encode_block(block, reader, request, encoder);
       if (reading) std::rethrow_exception(reading);
       for (size_t i = 0; i < encoded.size(); ++i) {
+        if (!encoded[i].skipped.empty()) {
+          if (index.skipped++ < 5) log_warn("left out: " + encoded[i].skipped);
+          if (first_skipped.empty()) first_skipped = encoded[i].skipped;
+          continue;
+        }
         const EncodedRecord& record = encoded[i].record;
         ids.assign(record.ids.begin(), record.ids.end());
         tokens.append(ids.data(), ids.size() * sizeof(int32_t));
         learnt.append(record.learnt.data(), record.learnt.size());
-        index.offsets.push_back(index.offsets.back() + static_cast<int64_t>(ids.size()));
-        index.lines.push_back(block[i].line);
-        index.files.push_back(static_cast<int32_t>(f));
-        index.forms.push_back(static_cast<uint8_t>(encoded[i].form));
+        if (block[i].begins) {  // else it goes on with the record that the piece before began
+          index.offsets.push_back(index.offsets.back());
+          index.lines.push_back(block[i].line);
+          index.files.push_back(static_cast<int32_t>(f));
+          index.forms.push_back(static_cast<uint8_t>(encoded[i].form));
+          index.targets.push_back(0);
+        }
+        index.offsets.back() += static_cast<int64_t>(ids.size());
+        index.targets.back() += std::count(record.learnt.begin(), record.learnt.end(), uint8_t{1});
         for (int32_t id : ids) index.largest_id = std::max<int64_t>(index.largest_id, id);
       }
       if (progress) progress(done + reader.bytes_read(), total);
@@ -176,14 +196,17 @@ void encode_files(const TokenFileRequest& request, const RecordEncoder& encoder,
     std::error_code error;
     done += std::filesystem::file_size(request.files[f].path, error);
   }
+  if (index.lines.empty())
+    throw DataError(str("no record is left: data.on_error=skip left out all ", index.skipped, ". The first: ", first_skipped));
 }
 
 // Everything that decides the tokens, and nothing else: names of files do not.
-Json content_of(const TokenFileRequest& request, const Tokenizer& tokenizer, const ChatTemplate* chat_template) {
+Json content_of(const TokenFileRequest& request, const std::string& folder, const Tokenizer& tokenizer,
+                const ChatTemplate* chat_template) {
   Json files = Json::array();
   for (const DataFile& file : request.files) {
     RecordReader check(file);  // a missing or empty file is told in its words
-    files.push_back({{"hash", hash_file(file.path)}, {"limit", file.limit}, {"plain_text", check.plain_text()}});
+    files.push_back({{"hash", remembered_hash(file.path, folder)}, {"limit", file.limit}, {"plain_text", check.plain_text()}});
   }
   return {{"version", kTokenFileVersion},
           {"files", files},
@@ -191,6 +214,8 @@ Json content_of(const TokenFileRequest& request, const Tokenizer& tokenizer, con
           {"prompt_field", request.records.prompt_field},
           {"completion_field", request.records.completion_field},
           {"text_field", request.records.text_field},
+          {"separator", request.encode.separator},
+          {"skip_bad", request.skip_bad},
           {"learn_all", request.encode.learn_all},
           {"bos_id", request.encode.bos_id},
           {"eos_id", request.encode.eos_id},
@@ -218,14 +243,20 @@ void write_token_file(const std::string& path, const TokenFileRequest& request, 
     file.create_dataset("files", Hdf5Type::kInt32, {records}).write_all(index.files);
     file.create_dataset("lines", Hdf5Type::kInt64, {records}).write_all(index.lines);
     file.create_dataset("forms", Hdf5Type::kUint8, {records}).write_all(index.forms);
+    file.create_dataset("targets", Hdf5Type::kInt64, {records}).write_all(index.targets);
     file.set_attribute("trireme_tokens", std::to_string(kTokenFileVersion));
     file.set_attribute("largest_id", std::to_string(index.largest_id));
+    file.set_attribute("skipped", std::to_string(index.skipped));
     file.set_attribute("files", dump_json(names));
     file.set_attribute("origin", dump_json(content));
     file.close();
     fsync_path(temporary);
+    TokenFile written(temporary);
+    auto count = static_cast<uint64_t>(written.num_tokens());
+    std::string hashes = hash_bytes(written.tokens(), count * sizeof(int32_t)) + hash_bytes(written.learnt(), count) +
+                         hash_bytes(index.offsets.data(), index.offsets.size() * sizeof(int64_t));
     Json manifest = {{"bytes", std::filesystem::file_size(temporary)}, {"hash", hash_file(temporary)},
-                     {"files", names}, {"origin", content}};
+                     {"content", hash_bytes(hashes)}, {"files", names}, {"origin", content}};
     std::filesystem::rename(temporary, path);
     write_file_atomic(path.substr(0, path.size() - 3) + ".json", dump_json_pretty(manifest));
   } catch (...) {
@@ -239,8 +270,8 @@ void write_token_file(const std::string& path, const TokenFileRequest& request, 
 std::string make_token_file(const TokenFileRequest& request, const Tokenizer& tokenizer,
                             const ChatTemplate* chat_template, const TokenProgress& progress) {
   RecordEncoder encoder(tokenizer, chat_template, request.encode);
-  Json content = content_of(request, tokenizer, chat_template);
   std::string folder = request.cache_folder.empty() ? default_token_cache() : request.cache_folder;
+  Json content = content_of(request, folder, tokenizer, chat_template);
   std::error_code error;
   std::filesystem::create_directories(folder, error);
   if (error)

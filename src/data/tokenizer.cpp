@@ -223,6 +223,9 @@ std::string Tokenizer::id_to_token(int64_t id) const {
   return it == pipeline_->tokens.end() ? "" : it->second;
 }
 bool Tokenizer::is_special(int64_t id) const { return pipeline_->special.count(id) != 0; }
+bool Tokenizer::is_added(int64_t id) const {
+  return std::any_of(pipeline_->added.begin(), pipeline_->added.end(), [&](const auto& token) { return token.id == id; });
+}
 const std::string& Tokenizer::content_hash() const { return pipeline_->hash; }
 const std::string& Tokenizer::source() const { return pipeline_->source; }
 

@@ -49,6 +49,7 @@ class Tokenizer {
   std::optional<int64_t> token_to_id(std::string_view token) const;
   std::string id_to_token(int64_t id) const;                       // empty for an id that has no token
   bool is_special(int64_t id) const;                               // an added token with "special": true
+  bool is_added(int64_t id) const;                                 // a token that its text always becomes, whatever is around
   const std::string& content_hash() const;                         // of the file's bytes; 32 hex digits
   const std::string& source() const;                               // the path it was loaded from
 

@@ -102,7 +102,7 @@ void check_config(const Config& c, const CommandLine& line) {
 ModelSource find_model(const Config& config) {
   ModelSource source;
   if (!config.model.path.empty()) {
-    source.folder = resolve_model_folder(config.model.path, config.model.revision);
+    source.folder = resolve_model_folder(config.model.path, config.model.revision, {true, config.model.tokenizer.empty()});
     source.config = read_model_config(source.folder);
     source.tokenizer_folder = source.folder;
     const bool is_folder = fs::is_directory(config.model.path);
@@ -218,13 +218,22 @@ TextTools load_text_tools(const Config& config, const std::string& folder, const
     if (!token.is_string()) return -1;
     return tools.tokenizer.token_to_id(token.get<std::string>()).value_or(-1);
   };
+  // The id under `key` of the config.json beside the tokenizer, for verbs that have no model.
+  auto configured = [&](const char* key) -> int64_t {
+    std::string path = folder + "/config.json";
+    Json json = !model && fs::exists(path) ? read_json_file(path) : Json();
+    Json id = json.is_object() ? json.value(key, Json()) : Json();
+    if (id.is_array() && !id.empty()) id = Json(id[0]);
+    return id.is_number_integer() ? id.get<int64_t>() : -1;
+  };
   tools.bos_id = named("bos_token");
   tools.eos_id = named("eos_token");
-  if (tools.eos_id < 0 && model && !model->eos_ids.empty()) tools.eos_id = model->eos_ids.front();
-  if (tools.bos_id < 0 && model && model->bos_id) tools.bos_id = *model->bos_id;
+  if (tools.eos_id < 0) tools.eos_id = model && !model->eos_ids.empty() ? model->eos_ids.front() : configured("eos_token_id");
+  if (tools.bos_id < 0) tools.bos_id = model && model->bos_id ? *model->bos_id : configured("bos_token_id");
   if (tools.eos_id < 0)
     for (const char* usual : {"<|endoftext|>", "</s>", "<|end_of_text|>", "<|im_end|>"})
       if (tools.eos_id < 0) tools.eos_id = tools.tokenizer.token_to_id(usual).value_or(-1);
+  if (tools.chat) tools.chat->complete(tools.tokenizer, tools.bos_id, tools.eos_id);
   return tools;
 }
 
@@ -248,10 +257,11 @@ DataOptions data_options(const Config& config, const TextTools& tools, int64_t e
   DataOptions options;
   const auto& d = config.data;
   options.train = d.train, options.eval = d.eval, options.eval_fraction = d.eval_fraction;
-  options.format = d.format, options.learn = d.learn;
+  options.format = d.format, options.learn = config.task.kind == "pretrain" ? "all" : d.learn;
   options.prompt_field = d.prompt_field, options.completion_field = d.completion_field, options.text_field = d.text_field;
   options.max_length = d.max_length, options.truncation = d.truncation, options.packing = d.packing;
   options.shuffle = d.shuffle, options.template_args = d.template_args, options.cache = d.cache;
+  options.separator = d.separator, options.on_error = d.on_error;
   options.seed = static_cast<uint64_t>(config.run.seed);
   options.bos_id = tools.bos_id, options.eos_id = tools.eos_id;
   options.embedding_rows = embedding_rows;
