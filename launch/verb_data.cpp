@@ -21,7 +21,7 @@ ExitStatus verb_prepare(const Config& config, const CommandLine& line, const Pro
   if (process.rank() != 0) return kExitDone;
   ModelSource source;
   if (has_model) source = find_model(config);
-  else source.tokenizer_folder = resolve_model_folder(config.model.tokenizer, config.model.revision, {false, true});
+  else source.tokenizer_folder = resolve_model_folder(config.model.tokenizer, "main", {false, true});
   TextTools tools = load_text_tools(config, source.tokenizer_folder, has_model ? &source.config : nullptr);
   DataOptions options = data_options(config, tools, has_model ? source.config.vocab_size : 0);
   options.check();
@@ -52,10 +52,11 @@ Json ids_of(const Tokenizer& tokenizer, const Json& ids, const std::string& plac
 }  // namespace
 
 ExitStatus verb_tokenize(const Config& config, const CommandLine&, const Process& process) {
-  std::string folder = !config.model.tokenizer.empty() ? config.model.tokenizer : config.model.path;
+  bool own = !config.model.tokenizer.empty();
+  const std::string& folder = own ? config.model.tokenizer : config.model.path;
   if (folder.empty()) throw ConfigError("model.path is not set: name a folder with a tokenizer.json");
   if (process.rank() != 0) return kExitDone;
-  TextTools tools = load_text_tools(config, resolve_model_folder(folder, config.model.revision, {false, true}), nullptr);
+  TextTools tools = load_text_tools(config, resolve_model_folder(folder, own ? "main" : config.model.revision, {false, true}), nullptr);
   DataOptions data = data_options(config, tools, 0);
   RecordOptions records = record_options(data);
   EncodeOptions options = encode_options(data);

@@ -16,7 +16,7 @@ MODEL = SOURCE / "configs/quickstart/model"
 @pytest.fixture
 def trireme(tmp_path):
     def run(verb, *keys, status=0, lines=None):
-        stdin = "".join((line if isinstance(line, str) else json.dumps(line)) + "\n" for line in lines or [])
+        stdin = "".join((line if verb == "generate" and isinstance(line, str) else json.dumps(line)) + "\n" for line in lines or [])
         done = subprocess.run([BINARY, verb, *map(str, keys)], input=stdin, capture_output=True, text=True, timeout=120, cwd=tmp_path,
                               env=dict(os.environ, TRIREME_CACHE=str(tmp_path / "cache"), OMP_NUM_THREADS="1"))
         assert done.returncode == status, done.stderr
@@ -70,6 +70,9 @@ def test_text_files(trireme, tmp_path):
     keys = (f"--model.tokenizer={MODEL}", f"--data.train={text}", "--data.eval_fraction=0.1", "--data.max_length=256")
     out = trireme("prepare", *keys, "--task.kind=pretrain").stdout
     assert out.count("1 records cut into several samples") == 2 and "evaluation data\n1 records, " in out, out
+    plan = trireme("train", SOURCE / "configs/pretrain.ini", f"--model.config={SOURCE}/configs/models/llama_25m.json", *keys,
+                   "--dry-run").stderr
+    assert "evaluation data: 1 records, " in plan and "plan: " in plan
     text.write_bytes(b"fine\n" * 3 + b"caf\xe9\n")
     error = trireme("prepare", *keys, status=3).stderr
     assert f"{text}:4: invalid UTF-8 (byte 0xe9 at position 4); convert the file, for example with iconv -f LATIN1 -t UTF-8" in error
@@ -149,7 +152,7 @@ def test_offsets_special_tokens_and_config_json(trireme, begins_with_bos):
     for out in given:
         assert len(out["offsets"]) == len(out["ids"]) == len(out["loss"])
         assert out["ids"][0] == bos and out["offsets"][0] == [0, 0] and out["loss"][0] == 0
-        words = [out["text"][b:e] for b, e in out["offsets"]]
+        words = [out["text"][b:e] for b, e in dict.fromkeys(map(tuple, out["offsets"]))]  # tokens may share a character
         assert "naïve" == "".join(words).strip()[:5]
     for out in given[:2]:
         assert out["ids"][-1] == end and out["loss"][-1] == 1 and out["offsets"][-1] == [len(out["text"])] * 2
@@ -190,7 +193,7 @@ def test_separator(trireme):
     gpt2 = Path(os.environ.get("TRIREME_TEST_DATA", SOURCE.parent / "shared" / "data")) / "tokenizers" / "gpt2"
     if not gpt2.exists():
         pytest.skip("TRIREME_TEST_DATA holds no tokenizers/gpt2")
-    out, = answers(trireme("tokenize", f"--model.path={gpt2}", '--data.separator="\\n"', lines=[{"prompt": "How many?", "completion": "5"}]))
+    out, = answers(trireme("tokenize", f"--model.path={gpt2}", "--data.separator=\n", lines=[{"prompt": "How many?", "completion": "5"}]))
     assert out["text"] == "How many?\n5" and out["loss"] == [0, 0, 0, 0, 1, 1]
 
 

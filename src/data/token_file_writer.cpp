@@ -141,6 +141,16 @@ std::vector<Encoded> encode_block(const std::vector<RawRecord>& block, const Rec
   return results;
 }
 
+// Nothing at the end, and where reading fails: then `error` says how.
+std::optional<RawRecord> next_record(RecordReader& reader, std::exception_ptr& error) {
+  try {
+    return reader.next();
+  } catch (...) {
+    error = std::current_exception();
+  }
+  return std::nullopt;
+}
+
 void encode_files(const TokenFileRequest& request, const RecordEncoder& encoder, const TokenProgress& progress,
                   Spill& tokens, Spill& learnt, Index& index) {
   uint64_t total = 0, done = 0;
@@ -157,12 +167,7 @@ void encode_files(const TokenFileRequest& request, const RecordEncoder& encoder,
     for (bool more = true; more;) {
       std::vector<RawRecord> block;
       for (uint64_t bytes = 0; block.size() < kBlockRecords && bytes < kBlockBytes;) {
-        std::optional<RawRecord> raw;
-        try {
-          raw = reader.next();
-        } catch (...) {
-          reading = std::current_exception();
-        }
+        std::optional<RawRecord> raw = next_record(reader, reading);
         more = raw.has_value();
         if (!more) break;
         bytes += raw->text.size();

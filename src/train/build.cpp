@@ -113,7 +113,7 @@ ModelSource find_model(const Config& config) {
     fs::path path = config.model.config;
     source.tokenizer_folder = fs::is_directory(path) ? path.string() : path.has_parent_path() ? path.parent_path().string() : ".";
   }
-  if (!config.model.tokenizer.empty()) source.tokenizer_folder = resolve_model_folder(config.model.tokenizer);
+  if (!config.model.tokenizer.empty()) source.tokenizer_folder = resolve_model_folder(config.model.tokenizer, "main", {false, true});
   source.fingerprint = fingerprint_of(source.config.raw, {source.folder, config.lora.path});
   return source;
 }
