@@ -1,7 +1,6 @@
 """The verbs that show data (prepare, tokenize, generate's prompts, eval's counts), seen from the binary."""
 import json
 import os
-import resource
 import shutil
 import subprocess
 from pathlib import Path
@@ -105,7 +104,7 @@ def test_a_line_just_below_the_limit(trireme, tmp_path):
     assert "1 records cut into several samples" in out
 
 
-# A template may loop as long as it likes: two seconds of work at most. (CPU time of the whole program, start included.)
+# A template may loop as long as it likes: it gets a million steps (a tenth of a second), and one for each byte of the chat.
 @pytest.mark.parametrize("loop", [
     "{% for a in range(99999) %}{% for b in range(99999) %}{% endfor %}{% endfor %}",
     "{% set ns = namespace(n=0) %}{% for a in range(99999) %}{% for b in range(99999) %}{% set ns.n = ns.n + 1 %}{% endfor %}{% endfor %}",
@@ -114,12 +113,9 @@ def test_a_line_just_below_the_limit(trireme, tmp_path):
 def test_endless_template(trireme, tmp_path, loop):
     (tmp_path / "t.jinja").write_text(loop + "{{ messages }}")
     data = write(tmp_path / "a.jsonl", [chat("a", "b")] * 40)
-    before = resource.getrusage(resource.RUSAGE_CHILDREN)
     error = trireme("prepare", f"--model.tokenizer={MODEL}", f"--data.train={data}", f"--data.chat_template={tmp_path}/t.jinja",
                     status=3).stderr
-    after = resource.getrusage(resource.RUSAGE_CHILDREN)
-    assert "steps and was stopped" in error
-    assert after.ru_utime - before.ru_utime < 8  # 2 s, and what a sanitizer or a slow machine makes of them
+    assert "the template ran for more than 1000015 steps and was stopped" in error
 
 
 # --- tokenize

@@ -8,39 +8,42 @@
 namespace trireme {
 namespace {
 
-// nlohmann keeps the last of two equal keys and nests without limit; this SAX front end refuses both, then builds the
-// value as the library's own DOM parser does.
-class StrictParser : public nlohmann::detail::json_sax_dom_parser<Json> {
-  using Base = nlohmann::detail::json_sax_dom_parser<Json>;
-
+// nlohmann keeps the last of two equal keys and nests without limit; this builder refuses both. It also appends members
+// without looking for their key among those that are there, which the library's own does: a vocabulary of 128,000 tokens would
+// take it many seconds.
+class StrictBuilder : public nlohmann::json_sax<Json> {
  public:
-  StrictParser(Json& result, const std::string& source, int max_depth)
-      : Base(result, false), source_(source), max_depth_(max_depth) {}
+  StrictBuilder(Json& result, const std::string& source, int max_depth) : result_(result), source_(source), max_depth_(max_depth) {}
 
-  bool start_object(std::size_t n) {
-    enter();
+  bool null() override { return put(nullptr); }
+  bool boolean(bool value) override { return put(value); }
+  bool number_integer(int64_t value) override { return put(value); }
+  bool number_unsigned(uint64_t value) override { return put(value); }
+  bool number_float(double value, const std::string&) override { return put(value); }
+  bool string(std::string& value) override { return put(std::move(value)); }
+  bool binary(Json::binary_t& value) override { return put(std::move(value)); }
+  bool start_object(std::size_t) override {
     keys_.emplace_back();
-    return Base::start_object(n);
+    return open(Json::object());
   }
-  bool end_object() {
-    keys_.pop_back();
-    --depth_;
-    return Base::end_object();
-  }
-  bool start_array(std::size_t n) {
-    enter();
-    return Base::start_array(n);
-  }
-  bool end_array() {
-    --depth_;
-    return Base::end_array();
-  }
-  bool key(std::string& name) {
+  bool start_array(std::size_t) override { return open(Json::array()); }
+  bool key(std::string& name) override {
     if (!keys_.back().insert(name).second)
       throw DataError(str(source_, ": the key \"", name, "\" stands twice in one object"));
-    return Base::key(name);
+    auto& members = *open_.back()->get_ptr<Json::object_t*>();
+    members.emplace_back(name, nullptr);
+    member_ = &members.back().second;
+    return true;
   }
-  bool parse_error(std::size_t position, const std::string&, const nlohmann::detail::exception& error) {
+  bool end_object() override {
+    keys_.pop_back();
+    return end_array();
+  }
+  bool end_array() override {
+    open_.pop_back();
+    return true;
+  }
+  bool parse_error(std::size_t position, const std::string&, const nlohmann::detail::exception& error) override {
     std::string why = error.what();  // "[json.exception.parse_error.101] parse error at line 1, column 3: ..."
     size_t cut = why.find("] ");
     throw DataError(str(source_, ": not valid JSON at byte ", position, ": ",
@@ -48,12 +51,31 @@ class StrictParser : public nlohmann::detail::json_sax_dom_parser<Json> {
   }
 
  private:
-  void enter() {
-    if (++depth_ > max_depth_) throw DataError(str(source_, ": JSON nested deeper than ", max_depth_, " levels"));
+  template <typename T>
+  bool put(T&& value) {
+    if (open_.empty()) {
+      last_ = &(result_ = std::forward<T>(value));
+    } else if (open_.back()->is_array()) {
+      last_ = &open_.back()->emplace_back(std::forward<T>(value));
+    } else {
+      last_ = &(*member_ = std::forward<T>(value));
+    }
+    return true;
   }
+  bool open(Json&& container) {
+    if (static_cast<int>(open_.size()) >= max_depth_)
+      throw DataError(str(source_, ": JSON nested deeper than ", max_depth_, " levels"));
+    put(std::move(container));
+    open_.push_back(last_);
+    return true;
+  }
+
+  Json& result_;
   const std::string& source_;
-  int max_depth_, depth_ = 0;
-  std::vector<std::set<std::string>> keys_;
+  int max_depth_;
+  std::vector<Json*> open_;                   // objects and arrays that are not yet closed, outermost first
+  std::vector<std::set<std::string>> keys_;   // of the objects among them
+  Json *member_ = nullptr, *last_ = nullptr;  // where the value of the last key goes; the value put last
 };
 
 template <typename T>
@@ -85,8 +107,8 @@ struct JsonType<double> {
 
 Json parse_json(std::string_view text, const std::string& source, int max_depth) {
   Json result;
-  StrictParser parser(result, source, max_depth);
-  Json::sax_parse(text.begin(), text.end(), &parser);
+  StrictBuilder builder(result, source, max_depth);
+  Json::sax_parse(text.begin(), text.end(), &builder);
   return result;
 }
 

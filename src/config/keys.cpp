@@ -173,7 +173,7 @@ std::vector<Field> fields(Config& c) {
       {"eval.logits", &c.eval.logits, "file", "safetensors file for the logits of eval.token_ids", {}},
       {"generate.prompt", &c.generate.prompt, "text", "the prompt (also a plain argument)", {}},
       {"generate.file", &c.generate.file, "file", "of prompts: one a line, text or a JSON string or record", {}},
-      {"generate.chat", &c.generate.chat, "", "put the prompt through the chat template", {}},
+      {"generate.chat", &c.generate.chat, "", "ask a text as a user's message, through the chat template; records are asked in the form they are trained in", {}},
       {"generate.system", &c.generate.system, "text", "system message of the chat", {}},
       {"generate.max_tokens", &c.generate.max_tokens, "tokens", "at most, for each prompt", {}, 1, 1e9},
       {"generate.temperature", &c.generate.temperature, "", "0: the likeliest token", {}, 0, 1000},
