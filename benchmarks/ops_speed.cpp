@@ -75,6 +75,10 @@ int main(int argc, char** argv) {
       "swiglu", [&] { return swiglu(inner, inner); }, kLayers);
   row(
       "attention", [&] { return attention(q, k, k, spec); }, kLayers);
+  at::Tensor long_q = leaf({4096, kHeads, kDim}), long_k = leaf({4096, kKeyHeads, kDim});
+  for (int64_t window : {-1, 2048, 1024, 256})
+    row(("attention 4096, window " + std::to_string(window)).c_str(),
+        [&] { return attention(long_q, long_k, long_k, {{0, 4096}, {0, 4096}, window}); }, 0);
   row(
       "lora_linear 576 -> 576", [&] { return square(x); }, 2 * kLayers);
   row(

@@ -1,6 +1,8 @@
 // ATen's flash attention for CPUs, segment by segment. It knows the causal mask of equal numbers of queries and keys; a
 // cache (more keys than queries) and a window are cut into blocks of queries, each with the keys it can see and a mask
 // of that block only.
+#include <array>
+
 #include "ops/attention_bf16.h"
 #include "ops/op_support.h"
 #include "ops/ops.h"
@@ -22,6 +24,7 @@ struct Piece {
   int64_t diagonal;  // else query i sees keys j <= i + diagonal (both within the piece) ...
   int64_t window;    // ... and j > i + diagonal - window
   bool masked;
+  bool own_keys;     // causal over the segment's own keys: no cache before them
 };
 
 std::vector<Piece> cut(const AttentionSpec& spec) {
@@ -34,9 +37,9 @@ std::vector<Piece> cut(const AttentionSpec& spec) {
     TRIREME_CHECK(keys > 0 && (!spec.causal || offset >= 0), queries, " queries, ", keys, " keys");
     const bool windowed = spec.window >= 0 && spec.window < keys;
     if (!spec.causal) {
-      pieces.push_back({q0, q1, k0, k1, false, 0, 0, false});
+      pieces.push_back({q0, q1, k0, k1, false, 0, 0, false, false});
     } else if (offset == 0 && !windowed) {
-      pieces.push_back({q0, q1, k0, k1, true, 0, 0, false});
+      pieces.push_back({q0, q1, k0, k1, true, 0, keys, false, true});
     } else {
       for (int64_t begin = 0; begin < queries; begin += kBlockQueries) {
         const int64_t end = std::min(queries, begin + kBlockQueries);
@@ -44,29 +47,52 @@ std::vector<Piece> cut(const AttentionSpec& spec) {
         const int64_t last = end + offset;
         const bool masked = end - begin > 1;
         pieces.push_back({q0 + begin, q0 + end, k0 + first, k0 + last, false, begin + offset - first,
-                          windowed ? spec.window : keys, masked});
+                          windowed ? spec.window : keys, masked, offset == 0});
       }
     }
   }
   return pieces;
 }
 
-std::optional<at::Tensor> mask_of(const Piece& piece, const at::TensorOptions& options) {
-  if (!piece.masked) return std::nullopt;
-  const int64_t queries = piece.q_end - piece.q_begin, keys = piece.k_end - piece.k_begin;
-  at::Tensor mask =
-      at::empty({queries, keys}, options.dtype(compute_dtype(c10::typeMetaToScalarType(options.dtype()))));
-  dispatch_floating(mask.scalar_type(), [&](auto zero) {
-    using T = decltype(zero);
-    T* m = mask.data_ptr<T>();
-    for (int64_t i = 0; i < queries; ++i)
-      for (int64_t j = 0; j < keys; ++j) {
-        const bool seen = j <= i + piece.diagonal && j > i + piece.diagonal - piece.window;
-        m[i * keys + j] = seen ? T(0) : -std::numeric_limits<T>::infinity();
+// The masks of a call's pieces. Those inside a long segment are alike: one tensor for all of them.
+class Masks {
+ public:
+  explicit Masks(const at::TensorOptions& options) : options_(options) {}
+
+  std::optional<at::Tensor> operator()(const Piece& piece) {
+    if (!piece.masked) return std::nullopt;
+    const Shape shape{piece.q_end - piece.q_begin, piece.k_end - piece.k_begin, piece.diagonal, piece.window};
+    if (!mask_.defined() || shape != shape_) {
+      shape_ = shape;
+      mask_ = make();
+    }
+    return mask_;
+  }
+
+ private:
+  using Shape = std::array<int64_t, 4>;
+
+  at::Tensor make() const {
+    const auto [queries, keys, diagonal, window] = std::array(shape_);
+    at::Tensor mask = at::empty({queries, keys}, options_);
+    dispatch_floating(mask.scalar_type(), [&](auto zero) {
+      using T = decltype(zero);
+      const T hidden(-std::numeric_limits<float>::infinity());
+      for (int64_t i = 0; i < queries; ++i) {
+        T* row = mask.data_ptr<T>() + i * keys;
+        const int64_t end = i + diagonal + 1, begin = std::max<int64_t>(0, end - window);  // end is at most `keys`
+        std::fill(row, row + begin, hidden);
+        std::fill(row + begin, row + end, T(0));
+        std::fill(row + end, row + keys, hidden);
       }
-  });
-  return mask.to(c10::typeMetaToScalarType(options.dtype()));
-}
+    });
+    return mask;
+  }
+
+  at::TensorOptions options_;
+  Shape shape_{};
+  at::Tensor mask_;
+};
 
 // [T, K*G, D] -> [K, G, T, D] without copying; keys [S, K, D] -> [K, G, S, D] with stride 0 over the group.
 at::Tensor group_queries(const at::Tensor& q_THD, int64_t key_heads) {
@@ -81,12 +107,13 @@ at::Tensor run_attention(const at::Tensor& q_THD, const at::Tensor& k_SKD, const
                          const std::vector<Piece>& pieces, double scale, std::vector<at::Tensor>* lse) {
   const int64_t key_heads = k_SKD.size(1), group = q_THD.size(1) / key_heads;
   at::Tensor out_THD = at::empty(q_THD.sizes(), q_THD.options());
+  Masks mask_of(q_THD.options());
   for (const Piece& piece : pieces) {
     at::Tensor q = group_queries(q_THD.slice(0, piece.q_begin, piece.q_end), key_heads);
     at::Tensor k = group_keys(k_SKD.slice(0, piece.k_begin, piece.k_end), group);
     at::Tensor v = group_keys(v_SKD.slice(0, piece.k_begin, piece.k_end), group);
     auto [out, log_sum] = at::_scaled_dot_product_flash_attention_for_cpu(q, k, v, 0.0, piece.causal,
-                                                                          mask_of(piece, q_THD.options()), scale);
+                                                                          mask_of(piece), scale);
     group_queries(out_THD.slice(0, piece.q_begin, piece.q_end), key_heads).copy_(out);
     if (lse) lse->push_back(log_sum);
   }
@@ -97,6 +124,22 @@ struct KeptPieces : torch::CustomClassHolder {
   std::vector<Piece> pieces;
   std::vector<at::Tensor> lse;
 };
+
+// The whole segments that pieces with own keys were cut from; `all` holds the flat tensors.
+std::vector<AttentionSegment> segments_of(const KeptPieces& kept, const AttentionSegment& all) {
+  std::vector<AttentionSegment> segments;
+  for (size_t first = 0, last; first < kept.pieces.size(); first = last) {
+    for (last = first + 1; last < kept.pieces.size() && kept.pieces[last].k_begin < kept.pieces[last - 1].k_end;) ++last;
+    const Piece &front = kept.pieces[first], &back = kept.pieces[last - 1];
+    auto queries = [&](const at::Tensor& t) { return t.slice(0, front.q_begin, back.q_end); };
+    auto keys = [&](const at::Tensor& t) { return t.slice(0, front.k_begin, back.k_end); };
+    at::Tensor lse = last - first == 1 ? kept.lse[first]
+                                       : at::cat(at::TensorList(kept.lse.data() + first, last - first), -1);
+    segments.push_back({queries(all.grad_out), queries(all.q), keys(all.k), keys(all.v), queries(all.out), lse,
+                        queries(all.grad_q), keys(all.grad_k), keys(all.grad_v), front.window});
+  }
+  return segments;
+}
 
 struct Attention : Function<Attention> {
   static Variable forward(AutogradContext* ctx, const Variable& q_THD, const Variable& k_SKD, const Variable& v_SKD,
@@ -121,35 +164,34 @@ struct Attention : Function<Attention> {
     ctx->saved_data.clear();
     const int64_t key_heads = k.size(1), group = q.size(1) / key_heads;
     at::Tensor grad_out = grads[0].contiguous(), grad_q = at::empty(q.sizes(), q.options());
+    const bool on_tiles = k.scalar_type() == at::kBFloat16 && has_attention_bf16(k.size(2)) &&
+                          std::all_of(kept->pieces.begin(), kept->pieces.end(), [](auto& p) { return p.own_keys; });
     // Blocks of one segment overlap in the keys they see: their gradients add up, in fp32.
     bool overlap = false;
     int64_t covered = 0, last_key = 0;
     for (const Piece& piece : kept->pieces) {
-      overlap = overlap || piece.k_begin < last_key;
+      overlap = overlap || (!on_tiles && piece.k_begin < last_key);
+      covered += std::max<int64_t>(0, piece.k_end - std::max(last_key, piece.k_begin));
       last_key = piece.k_end;
-      covered += piece.k_end - piece.k_begin;
     }
     auto key_options = k.options().dtype(overlap ? compute_dtype(k.scalar_type()) : k.scalar_type());
     const bool zero = overlap || covered < k.size(0);
     at::Tensor grad_k = zero ? at::zeros(k.sizes(), key_options) : at::empty(k.sizes(), key_options);
     at::Tensor grad_v = zero ? at::zeros(k.sizes(), key_options) : at::empty(k.sizes(), key_options);
-    std::vector<AttentionSegment> segments;
+    if (on_tiles) {
+      attention_bf16_backward(segments_of(*kept, {grad_out, q, k, v, out, {}, grad_q, grad_k, grad_v, 0}), scale);
+      return {grad_q, grad_k, grad_v, {}, {}};
+    }
+    Masks mask_of(q.options());
     for (size_t i = 0; i < kept->pieces.size(); ++i) {
       const Piece& piece = kept->pieces[i];
-      if (piece.causal && !overlap && k.scalar_type() == at::kBFloat16 && has_attention_bf16(k.size(2))) {
-        auto part = [&](const at::Tensor& t) { return t.slice(0, piece.q_begin, piece.q_end); };
-        auto key_part = [&](const at::Tensor& t) { return t.slice(0, piece.k_begin, piece.k_end); };
-        segments.push_back({part(grad_out), part(q), key_part(k), key_part(v), part(out), kept->lse[i], part(grad_q),
-                            key_part(grad_k), key_part(grad_v)});
-        continue;
-      }
       auto queries = [&](const at::Tensor& t) {
         return group_queries(t.slice(0, piece.q_begin, piece.q_end), key_heads);
       };
       auto keys = [&](const at::Tensor& t) { return group_keys(t.slice(0, piece.k_begin, piece.k_end), group); };
       auto [gq, gk, gv] = at::_scaled_dot_product_flash_attention_for_cpu_backward(
           queries(grad_out), queries(q), keys(k), keys(v), queries(out), kept->lse[i], 0.0, piece.causal,
-          mask_of(piece, q.options()), scale);
+          mask_of(piece), scale);
       kept->lse[i].reset();
       queries(grad_q).copy_(gq);
       for (auto& [whole, part] : {std::pair{grad_k, gk}, std::pair{grad_v, gv}}) {
@@ -158,7 +200,6 @@ struct Attention : Function<Attention> {
         overlap ? target.add_(sum) : target.copy_(sum);
       }
     }
-    attention_bf16_backward(segments, scale);
     return {grad_q, grad_k.to(k.scalar_type()), grad_v.to(k.scalar_type()), {}, {}};
   }
 };

@@ -8,7 +8,8 @@ namespace trireme {
 namespace {
 
 struct TileLoops {
-  void (*tile)(const float*, const float*, const float*, const float*, float, bool, uint16_t*, uint16_t*, uint32_t*);
+  void (*tile)(const float*, const float*, const float*, const float*, float, bool, int, int, uint16_t*, uint16_t*,
+               uint32_t*);
   void (*pair_rows)(int64_t, const uint16_t*, int64_t, uint32_t*);
   float (*dot)(int64_t, const c10::BFloat16*, const c10::BFloat16*);
   void (*round_row)(int64_t, const float*, c10::BFloat16*);
@@ -105,11 +106,14 @@ void backward_of_head(const AttentionSegment& t, int64_t head, double scale) {
             real ? loops.dot(dim, row_of(t.out, begin + i, q_head), row_of(t.grad_out, begin + i, q_head)) : 0.0f;
       }
       std::fill(s.grad_q.begin(), s.grad_q.end(), 0.0f);
-      for (int64_t j = 0; j <= block; ++j) {
-        const int64_t at = j * kTile * dim;
+      const int64_t first_key = std::max<int64_t>(0, begin - t.window + 1);
+      for (int64_t j = first_key / kTile; j <= block; ++j) {
+        const int64_t at = j * kTile * dim, ahead = (block - j) * kTile;
+        const bool masked = j == block || ahead + kTile > t.window;  // the tile's last query does not see its first key
         multiply(kTile, dim, s.k.data() + at, dim, s.q_turned.data(), s.scores, kTile, false);
         multiply(kTile, dim, s.v.data() + at, dim, s.grad_turned.data(), s.grad_p, kTile, false);
-        loops.tile(s.scores, s.grad_p, s.lse, s.delta, static_cast<float>(scale), j == block, s.p, s.ds, s.ds_pairs);
+        loops.tile(s.scores, s.grad_p, s.lse, s.delta, static_cast<float>(scale), masked, static_cast<int>(ahead),
+                   static_cast<int>(t.window), s.p, s.ds, s.ds_pairs);
         for (int64_t part = 0; part < dim / kTile; ++part) {
           const int64_t pairs = part * kTile * kTile / 2;
           multiply(kTile, kTile, s.p, kTile, s.grad_pairs.data() + pairs, s.grad_v.data() + at + part * kTile, dim,

@@ -1,4 +1,4 @@
-// Backward of causal attention in bfloat16 on the matrix units of the processor (AMX or AVX512-BF16).
+// Backward of causal attention, with a sliding window or without, in bfloat16 on the matrix units of the processor (AMX or AVX512-BF16).
 #pragma once
 
 #include "base/tensor.h"
@@ -8,14 +8,15 @@ namespace trireme {
 // Can this processor do it, and does it pay for heads of this size?
 bool has_attention_bf16(int64_t dim);
 
-// One segment in which query i sees keys j <= i: q, out, grad_out, grad_q [L, H, D], k, v, grad_k, grad_v [L, K, D],
+// One segment in which query i sees keys i - window < j <= i: q, out, grad_out, grad_q [L, H, D], k, v, grad_k, grad_v [L, K, D],
 // all bfloat16 with contiguous last dim (slices of the flat tensors); lse [K, H / K, L] fp32, the log-sum-exp of the
 // scaled scores.
 struct AttentionSegment {
   at::Tensor grad_out, q, k, v, out, lse, grad_q, grad_k, grad_v;
+  int64_t window;  // at least the length: all keys
 };
 
-// Writes the gradients of all segments. Scores exist 64 x 64 at a time; sums are fp32, in an order that depends on
+// Writes the gradients of all segments. Scores exist 64 x 64 at a time, tiles beyond the window not at all; sums are fp32, in an order that depends on
 // nothing else.
 void attention_bf16_backward(const std::vector<AttentionSegment>& segments, double scale);
 
