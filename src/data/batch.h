@@ -18,6 +18,18 @@ struct SequenceBatch {
 
   int64_t num_tokens() const { return static_cast<int64_t>(tokens.size()); }
   int64_t num_segments() const { return cu_seqlens.empty() ? 0 : static_cast<int64_t>(cu_seqlens.size()) - 1; }
+
+  // Fills up to a multiple of `multiple` tokens with one more segment, in which nothing is learnt. It adds zero to every
+  // sum and every gradient. What it is for: matrix kernels that are compiled anew for each number of rows.
+  void fill_up(int64_t multiple) {
+    const int64_t missing = (multiple - num_tokens() % multiple) % multiple;
+    if (missing == 0 || tokens.empty()) return;
+    tokens.insert(tokens.end(), static_cast<size_t>(missing), tokens.back());  // an id that the batch has anyway
+    targets.insert(targets.end(), static_cast<size_t>(missing), kIgnoreTarget);
+    for (int64_t i = 0; i < missing; ++i) positions.push_back(i);
+    cu_seqlens.push_back(num_tokens());
+    sample_ids.push_back(-1);
+  }
 };
 
 }  // namespace trireme

@@ -38,7 +38,7 @@ std::map<std::string, double> evaluate(Transformer& model, const Task& task, std
   EvalLoader loader(std::move(dataset), micro_batch_size, data.rank(), data.size());
   std::map<std::string, double> sums;
   for (int64_t i = 0; i < loader.num_batches(); ++i) {
-    TaskResult result = task.run(model, to_device(loader.batch(i), model.device()));
+    TaskResult result = task.run(model, to_model(loader.batch(i), model));
     for (const auto& [name, value] : result.sums) sums[name] += value;
     if (progress) progress(i + 1, loader.num_batches());
   }

@@ -32,5 +32,7 @@ std::unique_ptr<Task> make_task(const std::string& kind);
 
 // A batch as tensors on the device of the model. The copy is safe to keep while the batch goes.
 ModelInput to_device(const SequenceBatch& batch, at::Device device);
+// The same for a sum over the batch, filled up to a number of tokens that the model's kernels want.
+ModelInput to_model(SequenceBatch batch, const Transformer& model);
 
 }  // namespace trireme

@@ -277,6 +277,7 @@ class Run {
     if (dtype_ == at::kHalf) line["loss_scale"] = r.loss_scale;
     line["seconds"] = seconds;
     line["memory_bytes"] = memory;
+    line["bytes_reduced"] = r.bytes_reduced;
     metrics_->write(line);
     char text[256];
     double left = elapsed / static_cast<double>(state_.step - first) * static_cast<double>(total_steps_ - state_.step);

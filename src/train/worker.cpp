@@ -48,14 +48,14 @@ Worker::Sums Worker::accumulate(std::vector<ModelInput>& inputs) {
   reducer_->begin_step();
   for (int64_t micro = 0; micro < accumulation_; ++micro) {
     SequenceBatch batch = loader_.batch(micro);
-    ModelInput input = to_device(batch, model_->device());
+    sums.tokens += batch.num_tokens();
+    ModelInput input = to_model(std::move(batch), *model_);
     input.dropout_seed = static_cast<uint64_t>(config_.run.seed);
     TaskResult result = task_->run(*model_, input, loss_scale_.value);
     reducer_->before_backward(micro + 1 == accumulation_);
     if (result.loss_sum.requires_grad()) torch::autograd::backward({result.loss_sum}, {});
     sums.loss += result.sums.at("loss");
     sums.learnt += result.count;
-    sums.tokens += batch.num_tokens();
     inputs.push_back(std::move(input));
   }
   reducer_->finish();
@@ -86,6 +86,7 @@ StepResult Worker::run(int64_t step, bool stop, bool save_ready) {
     else if (!std::isfinite(out.loss) || !std::isfinite(out.grad_norm)) report_nonfinite(step, inputs);
   }
   loss_scale_.count_clean_step();
+  out.bytes_reduced = comms_.data.size() > 1 ? reducer_->bytes_reduced() : 0;
   if (step == 1 && !config_.train.gradients.empty()) write_gradients(config_.train.gradients);
   out.learning_rate = schedule_(step);
   optimizer_->step(out.learning_rate, clip_scale(out.grad_norm, config_.train.max_grad_norm));

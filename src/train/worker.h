@@ -17,6 +17,7 @@ struct StepResult {
   double loss = 0;        // mean over the learnt tokens of the whole step, before the update
   int64_t learnt = 0;     // of all ranks
   int64_t tokens = 0;     // of all ranks
+  int64_t bytes_reduced = 0;  // gradients this rank gave to the all-reduce
   double grad_norm = 0;   // before clipping
   double learning_rate = 0;
   double loss_scale = 1;
