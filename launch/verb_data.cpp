@@ -11,6 +11,7 @@
 #include "data/records.h"
 #include "launch/verbs.h"
 #include "train/build.h"
+#include "train/progress.h"
 
 namespace trireme {
 
@@ -27,7 +28,10 @@ ExitStatus verb_prepare(const Config& config, const CommandLine& line, const Pro
   options.check();
   auto show = static_cast<int>(config.data.show);
   for (Split split : {Split::kTrain, Split::kEval}) {
-    auto dataset = Dataset::build(options, split, tools.tokenizer, tools.chat ? &*tools.chat : nullptr);
+    Progress progress(true, process.size() == 1);
+    auto dataset = Dataset::build(options, split, tools.tokenizer, tools.chat ? &*tools.chat : nullptr, [&](uint64_t done, uint64_t total) {
+      if (total > (64 << 20)) progress.show(str("tokenising: ", done >> 20, " of ", total >> 20, " MB"), 1, 1, done == total);
+    });
     if (!dataset) continue;
     std::cout << (split == Split::kTrain ? "training data\n" : "evaluation data\n")
               << data_report(*dataset, options, tools.tokenizer, show, ::isatty(1) == 1) << std::endl;

@@ -129,8 +129,7 @@ std::vector<Encoded> encode_block(const std::vector<RawRecord>& block, const Rec
     }
   };
   size_t wanted = request.num_threads > 0 ? static_cast<size_t>(request.num_threads) : std::thread::hardware_concurrency();
-  size_t worth = block.size() / 16 + 1;
-  if (reader.plain_text()) worth = block.size();
+  size_t worth = std::max<size_t>(block.size() / (reader.plain_text() ? 1 : 16), 1);
   size_t num_threads = std::clamp<size_t>(wanted, 1, worth);
   std::vector<std::thread> threads;
   for (size_t t = 1; t < num_threads; ++t) threads.emplace_back(work);
