@@ -120,14 +120,14 @@ Json hidden_share(const Communicator& world, const char* compute, const std::fun
 int main(int argc, char** argv) {
   Process process(&argc, &argv);
   Process::start_mpi();
-  at::set_num_threads(read_host_load().threads_per_rank);
+  at::set_num_threads(process.load().threads_per_rank);
   Communicator world = Communicator::world();
   Json result;
   result["benchmark"] = "comm_overlap";
   result["ranks"] = process.size();
   result["threads"] = at::get_num_threads();
-  result["cores"] = read_host_load().num_cores;
-  result["yield_when_idle"] = process.yields_when_idle();
+  result["cores"] = process.load().num_cores;
+  result["yield_when_idle"] = process.load().oversubscribed();
   result["mpi"] = mpi_version();
   result["all_reduce"] = all_reduce_times(world);
   at::Tensor a = at::randn({384, 384}), b = at::randn({384, 384}), c = at::empty({384, 384});

@@ -10,6 +10,12 @@ namespace trireme::kernels {
 // Devices that the driver shows (CUDA_VISIBLE_DEVICES applies); 0 where there is none, or no driver.
 int num_devices();
 
+// CUDA's numbers: 13020 is 13.2. `driver`: the newest that the driver supports; 0 without a driver.
+struct Versions {
+  int driver = 0, runtime = 0;
+};
+Versions versions();
+
 struct DeviceReport {
   std::string name;
   int compute_major = 0, compute_minor = 0;

@@ -52,6 +52,13 @@ int num_devices() {
   return cudaGetDeviceCount(&n) == cudaSuccess ? n : 0;
 }
 
+Versions versions() {
+  Versions v;
+  if (cudaDriverGetVersion(&v.driver) != cudaSuccess) v.driver = 0;
+  if (cudaRuntimeGetVersion(&v.runtime) != cudaSuccess) v.runtime = 0;
+  return v;
+}
+
 DeviceReport probe_device(int index) {
   DeviceReport report;
   report.failure = run(index, report);

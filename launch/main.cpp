@@ -7,10 +7,12 @@
 #include <cstdlib>
 #include <iostream>
 
+#include "base/error_text.h"
 #include "base/log.h"
 #include "launch/verbs.h"
 #include "train/agreement.h"
 #include "train/build.h"
+#include "train/signals.h"
 #include "train/trainer.h"
 
 namespace trireme {
@@ -45,10 +47,9 @@ ExitStatus start(int argc, char** argv, const Process& process) {
       std::cout << (line.version ? "trireme " TRIREME_VERSION "\n" : line.help ? help_text(line.verb) : config_to_ini(config, true));
     return kExitDone;
   }
-  set_log_level(config.log.level == "debug" ? LogLevel::kDebug : config.log.level == "warn" ? LogLevel::kWarn
-                : config.log.level == "error" ? LogLevel::kError : LogLevel::kInfo);
+  set_log_level(config.log.level == "warn" ? LogLevel::kWarn : config.log.level == "error" ? LogLevel::kError : LogLevel::kInfo);
   int threads = config.train.threads > 0 ? static_cast<int>(config.train.threads) : 0;
-  if (threads == 0 && !std::getenv("OMP_NUM_THREADS")) threads = read_host_load().threads_per_rank;
+  if (threads == 0 && !std::getenv("OMP_NUM_THREADS")) threads = process.load().threads_per_rank;
   if (threads > 0) at::set_num_threads(threads);
   try {
     return run_verb(config, line, process);
@@ -64,6 +65,7 @@ ExitStatus start(int argc, char** argv, const Process& process) {
 
 int main(int argc, char** argv) {
   using namespace trireme;
+  if (argc > 1 && std::string(argv[1]) == "train") install_stop_signals();  // MPI takes a while to start
   std::optional<Process> process;
   auto fail = [&](ExitStatus status, const std::string& message, bool agreed) -> int {
     if (!agreed || !process || process->rank() == 0) log_message(LogLevel::kError, message);
@@ -77,11 +79,7 @@ int main(int argc, char** argv) {
     return fail(error.status(), error.what(), true);
   } catch (const Error& error) {
     return fail(error.status(), error.what(), false);
-  } catch (const std::bad_alloc&) {
-    return fail(kExitFailure, "out of memory: lower train.micro_batch_size or data.max_length, or set train.recompute=full", false);
-  } catch (const c10::Error& error) {
-    return fail(kExitFailure, str("libtorch: ", error.what_without_backtrace()), false);
   } catch (const std::exception& error) {
-    return fail(kExitFailure, error.what(), false);
+    return fail(kExitFailure, text_of(error), false);
   }
 }

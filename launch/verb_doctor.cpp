@@ -8,23 +8,31 @@
 
 #include <filesystem>
 #include <iostream>
+#include <set>
 
+#include "comm/communicator.h"
 #include "kernels/kernels.h"
 #include "launch/verbs.h"
+#include "train/memory.h"
 #include "train/progress.h"
 
 namespace trireme {
 namespace {
 
+std::string line_of(const std::string& what, const std::string& found, const std::string& change = "") {
+  return str(what, std::string(what.size() < 14 ? 14 - what.size() : 1, ' '), found, "\n", change.empty() ? "" : "  change: " + change + "\n");
+}
 void say(const std::string& what, const std::string& found, const std::string& change = "") {
-  std::cout << what << std::string(what.size() < 14 ? 14 - what.size() : 1, ' ') << found << "\n";
-  if (!change.empty()) std::cout << "  change: " << change << "\n";
+  std::cout << line_of(what, found, change);
 }
 
 void say_cuda() {
 #ifdef TRIREME_CUDA
   int n = kernels::num_devices();
-  if (n == 0) return say("CUDA", "no device or no driver; training runs on the CPU");
+  const kernels::Versions v = kernels::versions();
+  auto number = [](int version) { return str(version / 1000, ".", version % 1000 / 10); };
+  say("CUDA", str("runtime ", number(v.runtime), ", ", v.driver == 0 ? "no driver" : "driver for up to " + number(v.driver), ", ", n,
+                  n == 1 ? " device" : " devices", n == 0 ? "; training runs on the CPU" : ""));
   for (int i = 0; i < n; ++i) {
     kernels::DeviceReport d = kernels::probe_device(i);
     say(str("CUDA ", i), str(d.name, ", compute ", d.compute_major, ".", d.compute_minor, ", ", d.num_multiprocessors,
@@ -46,18 +54,27 @@ void say_nccl() {
   say("NCCL", str(v / 10000, ".", v / 100 % 100, ".", v % 100));
 }
 
+// The first line is the same on every rank of a host.
+std::string this_host(const Process& process) {
+  const HostLoad& load = process.load();
+  std::string text = line_of("host", str(process.host(), ": ", process.size(), " ranks in all, ", load.num_local_ranks, " here"));
+  text += line_of("cores", str(load.num_cores, " for ", load.num_local_ranks, " ranks of ", load.threads_per_rank, " threads"),
+                  !load.oversubscribed() ? ""
+                  : load.bound           ? "a rank is bound to fewer cores than it has threads: mpirun --bind-to none, or set OMP_NUM_THREADS"
+                                         : "more threads than cores: set OMP_NUM_THREADS, or start fewer ranks");
+  return text + line_of("memory", str(bytes_text(static_cast<double>(available_bytes())), " free"));
+}
+
 }  // namespace
 
 ExitStatus verb_doctor(const Config& config, const CommandLine&, const Process& process) {
+  const auto hosts = Communicator::world().gather_bytes(this_host(process));
   if (process.rank() != 0) return kExitDone;
-  HostLoad load = read_host_load();
-  std::string mpi = mpi_version();
   say("trireme", TRIREME_VERSION);
-  say("MPI", mpi.substr(0, mpi.find(',')));
-  say("host", str(process.host(), ": ", process.size(), " ranks in all, ", load.num_local_ranks, " here"));
-  say("cores", str(load.num_cores, " for ", load.num_local_ranks, " ranks of ", load.threads_per_rank, " threads"),
-      load.oversubscribed() ? "more threads than cores: set OMP_NUM_THREADS, or start fewer ranks" : "");
-  say("memory", str(bytes_text(static_cast<double>(available_bytes())), " free"));
+  say("MPI", mpi_version());
+  std::set<std::string> told;
+  for (const std::string& text : hosts)
+    if (told.insert(text.substr(0, text.find('\n'))).second) std::cout << text;
   std::filesystem::path dir = config.run.dir.empty() ? std::filesystem::path("runs") : std::filesystem::path(config.run.dir);
   while (!dir.empty() && !std::filesystem::exists(dir)) dir = dir.parent_path();
   if (dir.empty()) dir = ".";

@@ -91,7 +91,7 @@ ExitStatus verb_eval(const Config& config, const CommandLine& line, const Proces
       model = build_model(config, source, weight_dtype(config, source), false);
     });
     int64_t rows = config.eval.micro_batch_size > 0 ? config.eval.micro_batch_size : config.train.micro_batch_size;
-    metrics = evaluate(*model, *task, dataset, rows, world);
+    metrics = evaluate(*model, *task, dataset, rows, world, [&](const auto& part) { agree_on(world, part); });
   }
   if (process.rank() == 0) {
     Json out;

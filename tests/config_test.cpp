@@ -62,6 +62,18 @@ TEST(Config, RefusesAKeyTwiceAndAKeyWithoutValue) {
   EXPECT_EQ(refusal({"train", "--run.seed"}), "--run.seed needs a value: --run.seed=VALUE");
 }
 
+TEST(Config, NumbersAreDecimalAndFinite) {
+  for (const char* word : {"0x10", "inf", "nan", "1e999", "1,5", "--1"})
+    EXPECT_EQ(refusal({"train", str("--optim.lr=", word).c_str()}), str("optim.lr=", word, ": a number is expected"));
+  EXPECT_EQ(refusal({"train", "--train.steps=0x10"}), "train.steps=0x10: an integer is expected");
+  EXPECT_EQ(refusal({"train", "--optim.epsilon=0"}), "optim.epsilon=0: must be from 1e-30 to 1");  // 0/0 without a gradient
+}
+
+TEST(Config, EveryKeyHasAMeaning) {
+  Config config;
+  for (const auto& field : fields(config)) EXPECT_NE(field.meaning, "") << field.key;
+}
+
 TEST(Config, RefusesWordsThatNoVerbTakes) {
   EXPECT_EQ(refusal({"train", "run.cfg"}), "unexpected word run.cfg; trireme train takes one CONFIG.ini and --section.key=value");
   Config config;

@@ -71,7 +71,6 @@ TEST_F(Loaders, BatchHoldsItsRows) {
     EXPECT_TRUE(std::equal(one.tokens.begin(), one.tokens.end(), batch.tokens.begin() + batch.cu_seqlens[static_cast<size_t>(s)]));
   }
   EXPECT_DOUBLE_EQ(loader.epoch(), 24.0 / 22.0);
-  EXPECT_EQ(loader.steps_per_epoch(), 2);
 }
 
 TEST_F(Loaders, ResumeGivesTheSameStream) {
@@ -104,16 +103,11 @@ TEST_F(Loaders, EvaluationTakesEveryRowOnce) {
   for (int64_t micro : {1, 4, 50})
     for (int64_t ranks : {1, 2, 4}) {
       std::vector<int64_t> seen;
-      int64_t most = 0;
       for (int64_t r = 0; r < ranks; ++r) {
         EvalLoader loader(dataset_, micro, r, ranks);
-        most = std::max(most, loader.num_batches());
-        EXPECT_LE(loader.num_batches(), loader.max_batches());
         for (int64_t i = 0; i < loader.num_batches(); ++i)
           for (int64_t id : loader.batch(i).sample_ids) seen.push_back(id);
-        EXPECT_EQ(EvalLoader(dataset_, micro, 0, ranks).max_batches(), loader.max_batches());
       }
-      EXPECT_EQ(most, EvalLoader(dataset_, micro, 0, ranks).max_batches());
       std::sort(seen.begin(), seen.end());
       ASSERT_EQ(seen.size(), 22u);
       for (int64_t i = 0; i < 22; ++i) EXPECT_EQ(seen[static_cast<size_t>(i)], i);

@@ -26,6 +26,8 @@ TEST(Kernels, ADeviceThatIsNotThereIsNamed) {
 TEST(Kernels, NoDriverMeansNoDevice) {
   if (std::filesystem::exists("/dev/nvidiactl")) GTEST_SKIP() << "this machine has a driver";
   EXPECT_EQ(num_devices(), 0);
+  EXPECT_EQ(versions().driver, 0);
+  EXPECT_EQ(versions().runtime / 1000, 13);
 }
 
 }  // namespace

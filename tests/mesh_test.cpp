@@ -122,10 +122,49 @@ TEST(Launch, ALoneProcessIsTold) {
 }
 
 TEST(Launch, MoreBusyThreadsThanCoresIsOversubscribed) {
-  EXPECT_FALSE((HostLoad{2, 2, 4}.oversubscribed()));
-  EXPECT_TRUE((HostLoad{3, 2, 4}.oversubscribed()));
-  EXPECT_GE(read_host_load().num_cores, 1);
-  EXPECT_GE(read_host_load().threads_per_rank, 1);
+  const CoreMask four = 0b1111;
+  EXPECT_FALSE(host_load({four, four}, 2).oversubscribed());
+  EXPECT_TRUE(host_load({four, four, four}, 2).oversubscribed());
+  EXPECT_FALSE(host_load({0b0011, 0b1100}, 2).oversubscribed());
+  EXPECT_TRUE(host_load({0b0001, 0b1110}, 2).oversubscribed());
+}
+
+TEST(Launch, ThreadsOfRanksThatAreBoundAreTheirOwnCores) {
+  HostLoad load = host_load({0b0011, 0b0011, 0b1100, 0b1100}, 0);  // two sockets
+  EXPECT_EQ(load.num_local_ranks, 4);
+  EXPECT_EQ(load.num_cores, 4);
+  EXPECT_EQ(load.threads_per_rank, 1);
+  EXPECT_TRUE(load.bound);
+  load = host_load({0b00001111, 0b11110000}, 0);
+  EXPECT_EQ(load.num_cores, 8);
+  EXPECT_EQ(load.threads_per_rank, 4);
+  EXPECT_FALSE(load.oversubscribed());
+  load = host_load({0b111, 0b111}, 0);  // one and a half each
+  EXPECT_EQ(load.threads_per_rank, 1);
+  EXPECT_FALSE(load.bound);
+  load = host_load({0b1, 0b1, 0b1}, 0);  // one core for three
+  EXPECT_EQ(load.threads_per_rank, 1);
+  EXPECT_TRUE(load.oversubscribed());
+}
+
+HostLoad guess(const CoreMask& mine, const std::map<std::string, std::string>& environment) {
+  return guess_host_load(mine, [&](const char* name) -> const char* {
+    auto found = environment.find(name);
+    return found == environment.end() ? nullptr : found->second.c_str();
+  });
+}
+
+// mpirun binds each of two ranks to a core of its own: neither has to give it away.
+TEST(Launch, BeforeMpiStartsTheEnvironmentTellsWhatIsBound) {
+  EXPECT_EQ(guess(0b1111, {}).threads_per_rank, 4);
+  EXPECT_EQ(guess(0b1111, {{"OMPI_COMM_WORLD_LOCAL_SIZE", "2"}}).threads_per_rank, 2);
+  EXPECT_EQ(guess(0b1111, {{"SLURM_STEP_TASKS_PER_NODE", "4(x2),1"}}).threads_per_rank, 1);
+  EXPECT_TRUE(guess(0b1, {{"OMPI_COMM_WORLD_LOCAL_SIZE", "2"}}).oversubscribed());
+  HostLoad load = guess(0b1, {{"OMPI_COMM_WORLD_LOCAL_SIZE", "2"}, {"OMPI_MCA_orte_bound_at_launch", "1"}});
+  EXPECT_FALSE(load.oversubscribed());
+  EXPECT_EQ(load.num_local_ranks, 2);
+  load = guess(0b1, {{"OMPI_COMM_WORLD_LOCAL_SIZE", "2"}, {"OMPI_MCA_orte_bound_at_launch", "1"}, {"OMP_NUM_THREADS", "2"}});
+  EXPECT_TRUE(load.oversubscribed());
 }
 
 // In a process of its own, which the watchdog ends.
@@ -151,6 +190,12 @@ TEST(Watchdog, FinishedCollectivesAndNoTimeoutAreLeftAlone) {
         flight_end(flight_begin("data", "barrier", 0));
         set_comm_timeout(0.1);
         std::this_thread::sleep_for(std::chrono::milliseconds(400));
+        {
+          CommTimeoutPause saving;
+          const uint64_t agreement = flight_begin("world", "agree", 4);
+          std::this_thread::sleep_for(std::chrono::milliseconds(400));
+          flight_end(agreement);
+        }
         set_comm_timeout(0);
         flight_begin("data", "all_reduce", 4096);
         std::this_thread::sleep_for(std::chrono::milliseconds(400));

@@ -14,7 +14,6 @@ struct LogState {
   std::mutex mutex;
   int rank = 0, size = 1;
   LogLevel level = LogLevel::kInfo;
-  bool only_rank0 = true;
   FILE* file = nullptr;
   bool live = false;  // the terminal's last line is a live one
 };
@@ -46,7 +45,6 @@ void set_log_rank(int rank, int size) {
 }
 int log_rank() { return state().rank; }
 void set_log_level(LogLevel level) { state().level = level; }
-void set_log_silent_ranks(bool only_rank0) { state().only_rank0 = only_rank0; }
 
 void set_log_file(const std::string& path) {
   FILE* file = std::fopen(path.c_str(), "ae");
@@ -58,7 +56,7 @@ void set_log_file(const std::string& path) {
 
 void log_message(LogLevel level, const std::string& text) {
   LogState& s = state();
-  if (level < s.level || (s.rank != 0 && s.only_rank0 && level < LogLevel::kWarn)) return;
+  if (level < s.level || (s.rank != 0 && level < LogLevel::kWarn)) return;
   std::string line = level == LogLevel::kWarn ? "warning: " : level == LogLevel::kError ? "error: " : "";
   if (s.rank != 0) line = str("[rank ", s.rank, "] ", line);
   line += text + "\n";

@@ -5,14 +5,14 @@
 
 namespace trireme {
 
-enum class LogLevel { kDebug, kInfo, kWarn, kError };
+enum class LogLevel { kInfo, kWarn, kError };
 
 void set_log_rank(int rank, int size);        // told once by comm/process; for messages only
 int log_rank();
-void set_log_file(const std::string& path);   // rank 0: every line also goes there, appended
+void set_log_file(const std::string& path);   // every line that this rank prints also goes there, appended
 void set_log_level(LogLevel level);
-void set_log_silent_ranks(bool only_rank0);   // default: info of rank 0 only; warnings and errors of every rank
 
+// Info of rank 0 only; warnings and errors of every rank.
 void log_message(LogLevel level, const std::string& text);
 // A line on a terminal that the next one, live or not, takes the place of. To the terminal alone.
 void log_live(const std::string& text);

@@ -2,6 +2,7 @@
 #include <filesystem>
 #include <set>
 
+#include "base/error_text.h"
 #include "base/check.h"
 #include "base/file.h"
 #include "base/log.h"
@@ -140,7 +141,7 @@ std::optional<Checkpoint> CheckpointStore::open_together(const std::string& path
       if (turn++ % comm_.size() == comm_.rank() && error.empty()) error = damage_of(path, file, expected);
     checkpoint = Checkpoint(path, std::move(manifest));
   } catch (const std::exception& failure) {
-    error = failure.what();
+    error = text_of(failure);
   }
   why = agree(error);
   return why.empty() ? checkpoint : std::nullopt;

@@ -6,6 +6,7 @@
 #include <filesystem>
 #include <set>
 
+#include "base/error_text.h"
 #include "base/check.h"
 #include "base/file.h"
 #include "base/hash.h"
@@ -61,7 +62,7 @@ struct CheckpointStore::Job {
         report = dump_json({{"bytes", static_cast<uint64_t>(fs::file_size(path))}, {"hash", hash_file(path)}});
       }
     } catch (const std::exception& error) {
-      report = dump_json({{"error", error.what()}});
+      report = dump_json({{"error", text_of(error)}});
     }
     done = true;
   }
@@ -141,7 +142,7 @@ void CheckpointStore::prepare() {
     } catch (const fs::filesystem_error& failure) {
       error = str("cannot create ", folder_, ": ", failure.code().message(), ".");
     } catch (const std::exception& failure) {
-      error = failure.what();
+      error = text_of(failure);
     }
   }
   error = agree(error);
@@ -258,7 +259,7 @@ void CheckpointStore::wait() {
       } catch (const fs::filesystem_error& failure) {
         error = str("cannot write ", temporary(job->step), ": ", failure.code().message(), ".");
       } catch (const std::exception& failure) {
-        error = failure.what();
+        error = text_of(failure);
       }
     }
     error = agree(error);

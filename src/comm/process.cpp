@@ -32,6 +32,17 @@ bool has_launcher() {
   return false;
 }
 
+const char* environment(const char* name) { return std::getenv(name); }
+
+CoreMask my_cores() {
+  cpu_set_t cores;
+  CPU_ZERO(&cores);
+  CoreMask mask;
+  if (sched_getaffinity(0, sizeof cores, &cores) == 0)
+    for (size_t core = 0; core < mask.size(); ++core) mask[core] = CPU_ISSET(core, &cores);
+  return mask;
+}
+
 bool mpi_initialized() {
   int flag = 0;
   MPI_Initialized(&flag);
@@ -40,20 +51,42 @@ bool mpi_initialized() {
 
 }  // namespace
 
-HostLoad read_host_load() {
+HostLoad host_load(const std::vector<CoreMask>& masks, int omp_threads) {
+  CoreMask all;
+  std::vector<int> num_users(all.size());
+  for (const CoreMask& mask : masks) {
+    all |= mask;
+    for (size_t core = 0; core < mask.size(); ++core) num_users[core] += mask[core];
+  }
   HostLoad load;
-  cpu_set_t cores;
-  CPU_ZERO(&cores);
-  if (sched_getaffinity(0, sizeof cores, &cores) == 0) load.num_cores = std::max(1, CPU_COUNT(&cores));
+  load.num_local_ranks = static_cast<int>(masks.size());
+  load.num_cores = std::max(1, static_cast<int>(all.count()));
+  load.cores_of_rank = load.num_cores;
+  for (const CoreMask& mask : masks) {
+    double cores = 0;
+    for (size_t core = 0; core < mask.size(); ++core)
+      if (mask[core]) cores += 1.0 / num_users[core];
+    load.cores_of_rank = std::min(load.cores_of_rank, cores);
+    load.bound |= mask != all;
+  }
+  load.threads_per_rank = omp_threads > 0 ? omp_threads : std::max(1, static_cast<int>(load.cores_of_rank + 1e-9));
+  return load;
+}
+
+HostLoad guess_host_load(const CoreMask& mine, const std::function<const char*(const char*)>& variable) {
+  int num_ranks = 1;
   for (const char* name :
        {"OMPI_COMM_WORLD_LOCAL_SIZE", "SLURM_STEP_TASKS_PER_NODE"}) {  // Slurm: "2(x3),1": the first node's
-    if (const int count = leading_count(std::getenv(name)); count > 0) {
-      load.num_local_ranks = count;
+    if (const int count = leading_count(variable(name)); count > 0) {
+      num_ranks = count;
       break;
     }
   }
-  const int threads = leading_count(std::getenv("OMP_NUM_THREADS"));
-  load.threads_per_rank = threads > 0 ? threads : std::max(1, load.num_cores / load.num_local_ranks);
+  const bool bound = leading_count(variable("OMPI_MCA_orte_bound_at_launch")) > 0;
+  HostLoad load = host_load(std::vector<CoreMask>(bound ? 1 : static_cast<size_t>(num_ranks), mine),
+                            leading_count(variable("OMP_NUM_THREADS")));
+  load.num_local_ranks = num_ranks;
+  load.bound = bound;
   return load;
 }
 
@@ -78,18 +111,18 @@ std::string launch_problem(const std::function<const char*(const char*)>& variab
 }
 
 Process::Process(int* argc, char*** argv) : host_(host_name()) {
+  CoreMask mine = my_cores();
+  load_ = guess_host_load(mine, environment);
   found_running_ = mpi_initialized();
   if (!found_running_) {
     if (!has_launcher()) {
-      if (const std::string problem = launch_problem([](const char* name) { return std::getenv(name); });
-          !problem.empty())
-        throw ConfigError(problem);
+      if (const std::string problem = launch_problem(environment); !problem.empty()) throw ConfigError(problem);
       alone = true;
       set_log_rank(0, 1);
       return;
     }
     // Open MPI gives cores away only when it sees more ranks than slots, and the slots are often wrong.
-    if (read_host_load().oversubscribed()) setenv("OMPI_MCA_mpi_yield_when_idle", "1", 0);
+    if (load_.oversubscribed()) setenv("OMPI_MCA_mpi_yield_when_idle", "1", 0);
     int provided = 0;
     if (MPI_Init_thread(argc, argv, MPI_THREAD_MULTIPLE, &provided) != MPI_SUCCESS)
       throw SystemError("MPI_Init_thread failed");
@@ -97,14 +130,11 @@ Process::Process(int* argc, char*** argv) : host_(host_name()) {
       throw SystemError(
           "this MPI does not support calls from several threads (MPI_THREAD_MULTIPLE); rebuild it with thread support");
   }
-  const char* yield = std::getenv("OMPI_MCA_mpi_yield_when_idle");
-  yields_ = yield != nullptr && leading_count(yield) > 0;
   MPI_Comm_set_errhandler(MPI_COMM_WORLD, MPI_ERRORS_RETURN);
   MPI_Comm_rank(MPI_COMM_WORLD, &rank_);
   MPI_Comm_size(MPI_COMM_WORLD, &size_);
   if (size_ == 1 && !found_running_) {
-    if (const std::string problem = launch_problem([](const char* name) { return std::getenv(name); });
-        !problem.empty()) {
+    if (const std::string problem = launch_problem(environment); !problem.empty()) {
       MPI_Finalize();
       throw ConfigError(problem);
     }
@@ -113,9 +143,12 @@ Process::Process(int* argc, char*** argv) : host_(host_name()) {
   MPI_Comm local = MPI_COMM_NULL;
   if (MPI_Comm_split_type(MPI_COMM_WORLD, MPI_COMM_TYPE_SHARED, rank_, MPI_INFO_NULL, &local) != MPI_SUCCESS)
     throw SystemError("MPI_Comm_split_type failed");
-  MPI_Comm_rank(local, &local_rank_);
-  MPI_Comm_size(local, &local_size_);
+  int num_local = 0;
+  MPI_Comm_size(local, &num_local);
+  std::vector<CoreMask> masks(static_cast<size_t>(num_local));
+  MPI_Allgather(&mine, sizeof mine, MPI_BYTE, masks.data(), sizeof mine, MPI_BYTE, local);
   MPI_Comm_free(&local);
+  load_ = host_load(masks, leading_count(environment("OMP_NUM_THREADS")));
 }
 
 Process::~Process() {

@@ -5,6 +5,7 @@
 #include <cstdio>
 #include <mutex>
 #include <thread>
+#include <utility>
 
 #include "base/check.h"
 #include "base/log.h"
@@ -99,6 +100,14 @@ void set_comm_timeout(double timeout_s) {
     r.thread_started = true;
   }
 }
+
+CommTimeoutPause::CommTimeoutPause() {
+  Recorder& r = recorder();
+  std::lock_guard lock(r.mutex);
+  timeout_s_ = std::exchange(r.timeout_s, 0);
+}
+
+CommTimeoutPause::~CommTimeoutPause() { set_comm_timeout(timeout_s_); }
 
 uint64_t flight_begin(const std::string& group, const char* op, int64_t num_bytes) {
   Recorder& r = recorder();

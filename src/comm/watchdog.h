@@ -16,6 +16,18 @@ std::string dump_flight_recorder();
 // thread runs only while a timeout is set. Not for operations that wait by design: switch it off around them.
 void set_comm_timeout(double timeout_s);
 
+// No timeout while it lives: around what may last as long as it wants, such as saving to a slow disk.
+class CommTimeoutPause {
+ public:
+  CommTimeoutPause();
+  ~CommTimeoutPause();
+  CommTimeoutPause(const CommTimeoutPause&) = delete;
+  CommTimeoutPause& operator=(const CommTimeoutPause&) = delete;
+
+ private:
+  double timeout_s_;
+};
+
 // Used by Communicator: the entry of an operation in the ring.
 uint64_t flight_begin(const std::string& group, const char* op, int64_t num_bytes);  // returns its sequence number
 void flight_end(uint64_t sequence);

@@ -74,7 +74,8 @@ std::string Field::set(const std::string& given) const {
     }
     if (auto* d = std::get_if<double*>(&value)) {
       double v = std::stod(word, &used);
-      if (used != word.size() || !std::isfinite(v)) return wrong("a number is expected");
+      const bool decimal = word.find_first_not_of("0123456789+-.eE") == std::string::npos;  // stod knows 0x10, inf and nan
+      if (used != word.size() || !decimal || !std::isfinite(v)) return wrong("a number is expected");
       if (auto problem = in_range(v); !problem.empty()) return problem;
       **d = v;
       return "";
@@ -137,12 +138,12 @@ std::vector<Field> fields(Config& c) {
       {"train.max_grad_norm", &c.train.max_grad_norm, "", "clip the gradient to this norm; 0: never", {}, 0, inf},
       {"train.gradients", &c.train.gradients, "file", "safetensors file for the first step's gradients", {}},
       {"train.threads", &c.train.threads, "threads", "a rank; 0: cores / ranks on the host", {}, 0, 4096},
-      {"optim.kind", &c.optim.kind, "", "", Words{"adamw"}},
+      {"optim.kind", &c.optim.kind, "", "rule of the update", Words{"adamw"}},
       {"optim.lr", &c.optim.lr, "", "highest learning rate", {}, 0, 1e6},
       {"optim.weight_decay", &c.optim.weight_decay, "", "decoupled; matrices only", {}, 0, 1e6},
       {"optim.beta1", &c.optim.beta1, "", "decay of the mean gradient", {}, 0, 0.9999999},
       {"optim.beta2", &c.optim.beta2, "", "decay of the mean squared gradient", {}, 0, 0.9999999},
-      {"optim.epsilon", &c.optim.epsilon, "", "", {}, 0, 1},
+      {"optim.epsilon", &c.optim.epsilon, "", "added to the root of the mean squared gradient", {}, 1e-30, 1},
       {"schedule.kind", &c.schedule.kind, "", "of the learning rate", Words{"constant", "linear", "cosine", "exponential"}},
       {"schedule.warmup_steps", &c.schedule.warmup_steps, "steps", "of linear warm-up; below 1: a fraction of the run", {}, 0, 1e12},
       {"schedule.min_lr", &c.schedule.min_lr, "", "learning rate at the end", {}, 0, 1e6},
@@ -182,14 +183,14 @@ std::vector<Field> fields(Config& c) {
       {"generate.min_p", &c.generate.min_p, "probability", "relative to the likeliest, below which tokens are not chosen", {}, 0, 1},
       {"generate.repetition_penalty", &c.generate.repetition_penalty, "", "1: none", {}, 0.01, 100},
       {"generate.stop", &c.generate.stop, "list", "strings that end an answer", {}},
-      {"generate.format", &c.generate.format, "", "json: one object a prompt", Words{"text", "json"}},
+      {"generate.format", &c.generate.format, "", "text: the answers alone; json: one object a prompt", Words{"text", "json"}},
       {"generate.stream", &c.generate.stream, "", "print text as it comes", {}},
       {"tokenize.offsets", &c.tokenize.offsets, "", "print offsets", {}},
       {"tokenize.special", &c.tokenize.special, "", "add special tokens to plain text", {}},
       {"tokenize.generation_prompt", &c.tokenize.generation_prompt, "", "end a chat with the assistant's header", {}},
       {"tokenize.decode", &c.tokenize.decode, "", "lines are arrays of ids", {}},
       {"log.every", &c.log.every, "steps", "between progress lines in a log", {}, 1, 1e9},
-      {"log.level", &c.log.level, "", "", Words{"debug", "info", "warn", "error"}},
+      {"log.level", &c.log.level, "", "least that is printed", Words{"info", "warn", "error"}},
   };
 }
 

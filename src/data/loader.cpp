@@ -14,10 +14,6 @@ Loader::Loader(std::shared_ptr<const Dataset> dataset, const BatchShape& shape, 
                 shape.data_rank < shape.data_size);
 }
 
-int64_t Loader::steps_per_epoch() const {
-  return (rows_per_epoch() + shape_.rows_per_step() - 1) / shape_.rows_per_step();
-}
-
 std::vector<int64_t> Loader::rows(int64_t micro) const {
   TRIREME_CHECK(micro >= 0 && micro < shape_.accumulation, micro);
   int64_t n = rows_per_epoch();
@@ -60,11 +56,6 @@ EvalLoader::EvalLoader(std::shared_ptr<const Dataset> dataset, int64_t micro_bat
 int64_t EvalLoader::num_batches() const {
   int64_t all = (dataset_->num_rows() + micro_batch_size_ - 1) / micro_batch_size_;
   return (all - data_rank_ + data_size_ - 1) / data_size_;
-}
-
-int64_t EvalLoader::max_batches() const {
-  int64_t all = (dataset_->num_rows() + micro_batch_size_ - 1) / micro_batch_size_;
-  return (all + data_size_ - 1) / data_size_;
 }
 
 SequenceBatch EvalLoader::batch(int64_t i) const {

@@ -33,7 +33,6 @@ class Loader {
   Loader(std::shared_ptr<const Dataset> dataset, const BatchShape& shape, bool shuffle, uint64_t seed);
 
   int64_t rows_per_epoch() const { return dataset_->num_rows(); }
-  int64_t steps_per_epoch() const;                 // rounded up
   SequenceBatch batch(int64_t micro) const;        // micro-batch `micro` of the step to come, for this rank
   std::vector<int64_t> rows(int64_t micro) const;  // its dataset rows
   void advance() { next_row_ += shape_.rows_per_step(); }
@@ -58,7 +57,6 @@ class EvalLoader {
  public:
   EvalLoader(std::shared_ptr<const Dataset> dataset, int64_t micro_batch_size, int64_t data_rank, int64_t data_size);
   int64_t num_batches() const;          // of this rank
-  int64_t max_batches() const;          // of the rank that has most: for code that must keep in step
   SequenceBatch batch(int64_t i) const;
 
  private:

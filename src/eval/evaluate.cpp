@@ -30,20 +30,22 @@ std::map<std::string, double> sum_over_ranks(const std::map<std::string, double>
 }
 
 std::map<std::string, double> evaluate(Transformer& model, const Task& task, std::shared_ptr<const Dataset> dataset,
-                                       int64_t micro_batch_size, const Communicator& data,
-                                       const std::function<void(int64_t, int64_t)>& progress) {
+                                       int64_t micro_batch_size, const Communicator& data, const Phase& phase) {
   at::NoGradGuard no_grad;
   bool was_training = model.training();
   model.set_training(false);
-  EvalLoader loader(std::move(dataset), micro_batch_size, data.rank(), data.size());
-  std::map<std::string, double> sums;
-  for (int64_t i = 0; i < loader.num_batches(); ++i) {
-    TaskResult result = task.run(model, to_model(loader.batch(i), model));
-    for (const auto& [name, value] : result.sums) sums[name] += value;
-    if (progress) progress(i + 1, loader.num_batches());
-  }
+  std::map<std::string, double> sums, metrics;
+  phase([&] {
+    EvalLoader loader(std::move(dataset), micro_batch_size, data.rank(), data.size());
+    for (int64_t i = 0; i < loader.num_batches(); ++i) {
+      TaskResult result = task.run(model, to_model(loader.batch(i), model));
+      for (const auto& [name, value] : result.sums) sums[name] += value;
+    }
+  });
   model.set_training(was_training);
-  return task.metrics(sum_over_ranks(sums, data));
+  sums = sum_over_ranks(sums, data);
+  phase([&] { metrics = task.metrics(sums); });
+  return metrics;
 }
 
 }  // namespace trireme

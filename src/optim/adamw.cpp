@@ -58,18 +58,6 @@ std::vector<OptimState> AdamW::state() const {
   return all;
 }
 
-void AdamW::reset_masters() {
-  for (size_t i = 0; i < tensors_.size(); ++i)
-    if (moments_[i].master.defined()) moments_[i].master.copy_(tensors_[i].weight);
-}
-
-uint64_t AdamW::state_bytes() const {
-  uint64_t bytes = 0;
-  for (const auto& t : tensors_)
-    bytes += static_cast<uint64_t>(t.weight.numel()) * state_bytes_per_element(t.weight.scalar_type());
-  return bytes;
-}
-
 uint64_t AdamW::state_bytes_per_element(at::ScalarType dtype) {
   return dtype == at::kDouble ? 16 : dtype == at::kFloat ? 8 : 12;
 }

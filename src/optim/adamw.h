@@ -42,9 +42,6 @@ class AdamW {
   void set_num_steps(int64_t steps) { num_steps_ = steps; }
   std::vector<OptimState> state() const;
   const std::vector<OptimTensor>& tensors() const { return tensors_; }
-  // Takes the weights as they are now for the masters: after weights were loaded without a state.
-  void reset_masters();
-  uint64_t state_bytes() const;
 
   // Bytes of state for a parameter element of `dtype`; for plans before anything is allocated.
   static uint64_t state_bytes_per_element(at::ScalarType dtype);

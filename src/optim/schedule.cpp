@@ -25,6 +25,9 @@ Schedule::Schedule(ScheduleKind kind, double lr, int64_t total_steps, double war
   if (!(warmup >= 0.0) || warmup > 1e15 || (warmup >= 1.0 && warmup != std::floor(warmup)))
     throw ConfigError(str("schedule.warmup_steps = ", warmup,
                           ": it must be a number of steps (0, 1, 2, ...) or a fraction of the run below 1."));
+  if (warmup > static_cast<double>(total_steps))
+    throw ConfigError(str("schedule.warmup_steps = ", warmup, ": the run has only ", total_steps,
+                          " steps and would end before its learning rate is reached; lower it, or set a fraction of the run."));
   if (kind == ScheduleKind::kExponential && !(min_lr > 0.0))
     throw ConfigError(
         "schedule.kind = exponential falls from optim.lr to schedule.min_lr: set schedule.min_lr above 0.");

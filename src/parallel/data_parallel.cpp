@@ -8,6 +8,7 @@
 
 #include "base/check.h"
 #include "base/hash.h"
+#include "optim/clip.h"
 
 namespace trireme {
 
@@ -72,13 +73,18 @@ void GradientReducer::Impl::lay_out(const std::vector<Parameter>& parameters) {
     slices.push_back({p.name, p.value, at::Tensor(), p.shard});
   }
   leaves.resize(slices.size());
+  // A model, or its adapters, that would fit into a few buckets gets more of them: all but the last travel during backward.
+  constexpr int64_t kNumBuckets = 8, kSmallest = 64 << 10;
+  int64_t total = 0;
+  for (const GradientSlice& s : slices) total += s.weight.numel() * static_cast<int64_t>(c10::elementSize(gradient_type(s.weight)));
+  const int64_t bucket_bytes = std::min(options.bucket_bytes, std::max(kSmallest, total / kNumBuckets));
 
   std::vector<int64_t> sizes;  // of the buckets, in elements
   std::vector<int64_t> offsets(slices.size());
   at::ScalarType type = at::kFloat;
   for (size_t i = slices.size(); i-- > 0;) {
     const at::ScalarType wanted = gradient_type(slices[i].weight);
-    const int64_t limit = options.bucket_bytes / static_cast<int64_t>(c10::elementSize(wanted));
+    const int64_t limit = bucket_bytes / static_cast<int64_t>(c10::elementSize(wanted));
     if (buckets.empty() || wanted != type || sizes.back() + slices[i].weight.numel() > limit) {
       buckets.emplace_back();
       sizes.push_back(0);
@@ -233,13 +239,7 @@ void GradientReducer::contribute(const at::Tensor& weight, const at::Tensor& gra
   impl_->arrived(found->second, gradient);
 }
 
-void GradientReducer::progress() {
-  std::lock_guard lock(impl_->mutex);
-  for (size_t b = 0; b < impl_->next_bucket; ++b)
-    if (!impl_->buckets[b].work.test()) break;
-}
-
-void GradientReducer::finish() {
+void GradientReducer::finish(const std::function<bool(bool)>& any_rank) {
   TRIREME_CHECK(impl_->in_step, "finish() without begin_step()");
   at::NoGradGuard no_grad;
   for (size_t i = 0; i < impl_->slices.size(); ++i)  // put into .grad past the hooks
@@ -249,7 +249,9 @@ void GradientReducer::finish() {
   while (impl_->next_bucket < impl_->buckets.size()) impl_->start(impl_->next_bucket);
   for (auto& bucket : impl_->buckets) bucket.work.wait();
   impl_->end_backward();
-  if (impl_->data.size() > 1 && impl_->options.overlap) impl_->reduce_late();
+  bool late = std::any_of(impl_->leaves.begin(), impl_->leaves.end(), [](const auto& leaf) { return leaf.late.defined(); });
+  late = any_rank ? any_rank(late) : impl_->data.agree(late) != 0;
+  if (late && impl_->data.size() > 1) impl_->reduce_late();
   for (auto& leaf : impl_->leaves)  // a group of one: nothing was sent, but a bucket counts as started
     if (leaf.late.defined()) {
       const size_t i = static_cast<size_t>(&leaf - impl_->leaves.data());
@@ -270,33 +272,7 @@ const std::vector<at::Tensor>& GradientReducer::buckets() const { return impl_->
 int64_t GradientReducer::bytes_reduced() const { return impl_->bytes_last; }
 int64_t GradientReducer::num_late_contributions() const { return impl_->num_late; }
 
-double GradientReducer::squared_norm() const {
-  double sum = 0;
-  constexpr int64_t kBlock =
-      32768;  // ATen sums a block of this size in one thread: the bits do not depend on their number
-  for (const at::Tensor& bucket : impl_->flat)
-    for (int64_t begin = 0; begin < bucket.numel(); begin += kBlock)
-      sum += bucket.narrow(0, begin, std::min(kBlock, bucket.numel() - begin))
-                 .to(at::kDouble)
-                 .square()
-                 .sum()
-                 .item<double>();
-  return sum;
-}
-
-// --- equal parameters
-// -------------------------------------------------------------------------------------------------
-
-void broadcast_parameters(const std::vector<Parameter>& parameters, const Communicator& data) {
-  if (data.size() == 1) return;
-  at::NoGradGuard no_grad;
-  for (const Parameter& p : parameters) {
-    at::Tensor value = p.value.detach();
-    at::Tensor whole = value.contiguous();
-    data.broadcast(whole, 0);
-    if (!whole.is_same(value)) value.copy_(whole);
-  }
-}
+double GradientReducer::squared_norm() const { return trireme::squared_norm(impl_->flat); }
 
 void check_parameters_equal(const std::vector<Parameter>& parameters, const Communicator& data) {
   std::string hashes;

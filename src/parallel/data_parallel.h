@@ -21,6 +21,7 @@
 //   optimizer.step(reducer.slices());
 #pragma once
 
+#include <functional>
 #include <string>
 #include <vector>
 
@@ -37,7 +38,7 @@ struct GradientSlice {
 };
 
 struct GradientReducerOptions {
-  int64_t bucket_bytes = 8 << 20;
+  int64_t bucket_bytes = 8 << 20;  // at most; an eighth of all gradients where that is less, but not below 64 KiB
   bool overlap = true;  // false: everything is reduced in finish(); the bits are the same
 };
 
@@ -58,11 +59,11 @@ class GradientReducer {
   void contribute(const at::Tensor& weight, const at::Tensor& gradient);
   // Waits for all buckets. Parameters without a gradient have zeros. After it the slices hold the sum over
   // micro-batches and ranks, with the same bits on every rank.
-  void finish();
+  // `any_rank(late)`: whether `late` is true on any rank (collective), for a caller whose small sums can carry it; without
+  // it the group agrees by itself.
+  void finish(const std::function<bool(bool late)>& any_rank = {});
   // Multiplies all gradients. The only place of Trireme where a gradient is divided by the number of learnt tokens.
   void scale(double factor);
-  // Moves reductions in flight on; hooks call it, long computations between them may.
-  void progress();
 
   const std::vector<GradientSlice>& slices() const;  // order of the parameters given
   const std::vector<at::Tensor>& buckets() const;    // flat, last parameters
@@ -76,9 +77,6 @@ class GradientReducer {
   struct Impl;
   std::unique_ptr<Impl> impl_;
 };
-
-// Every rank gets rank 0's values. In place; frozen ones as well.
-void broadcast_parameters(const std::vector<Parameter>& parameters, const Communicator& data);
 
 // Collective. SystemError naming the first parameter whose bits differ from rank 0's.
 void check_parameters_equal(const std::vector<Parameter>& parameters, const Communicator& data);

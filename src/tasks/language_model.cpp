@@ -9,12 +9,6 @@
 
 namespace trireme {
 
-int64_t LanguageModelTask::count(const SequenceBatch& batch) const {
-  int64_t n = 0;
-  for (int64_t target : batch.targets) n += target != kIgnoreTarget;
-  return n;
-}
-
 TaskResult LanguageModelTask::run(Transformer& model, const ModelInput& input, double gradient_scale) const {
   LossSum loss = linear_cross_entropy(model.forward(input), model.head_weight(), input.targets_T, 0, gradient_scale);
   TaskResult result;

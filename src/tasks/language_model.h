@@ -9,7 +9,6 @@ namespace trireme {
 // metrics: loss = loss / count, perplexity = exp(loss), token_accuracy = correct / count, tokens = count.
 class LanguageModelTask : public Task {
  public:
-  int64_t count(const SequenceBatch& batch) const override;
   TaskResult run(Transformer& model, const ModelInput& input, double gradient_scale) const override;
   std::map<std::string, double> metrics(const std::map<std::string, double>& sums) const override;
   bool larger_is_better(const std::string& metric) const override;

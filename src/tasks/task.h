@@ -17,8 +17,6 @@ struct TaskResult {
 class Task {
  public:
   virtual ~Task() = default;
-  // The count that run() will return, known before any forward.
-  virtual int64_t count(const SequenceBatch& batch) const = 0;
   // The gradient of loss_sum comes out times gradient_scale; its value does not (optim/loss_scale.h).
   virtual TaskResult run(Transformer& model, const ModelInput& input, double gradient_scale = 1) const = 0;
   // Metrics by name from sums over everything evaluated. Empty sums (count 0) are a DataError.

@@ -1,6 +1,8 @@
+#include "base/tensor.h"
+
 #include "train/agreement.h"
 
-#include <new>
+#include "base/error_text.h"
 
 namespace trireme {
 
@@ -13,10 +15,8 @@ void agree_on(const Communicator& comm, const std::function<void()>& phase) {
     throw;  // the ranks have agreed already
   } catch (const Error& error) {
     status = error.status(), message = error.what();
-  } catch (const std::bad_alloc&) {
-    status = kExitFailure, message = "out of memory";
   } catch (const std::exception& error) {
-    status = kExitFailure, message = error.what();
+    status = kExitFailure, message = text_of(error);
   }
   int worst = comm.agree(status);
   if (worst == kExitDone) return;

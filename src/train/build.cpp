@@ -1,6 +1,7 @@
 #include "train/build.h"
 
 #include <algorithm>
+#include <cmath>
 #include <filesystem>
 #include <fstream>
 #include <set>
@@ -85,9 +86,12 @@ void check_config(const Config& c, const CommandLine& line) {
     if (c.eval.patience > 0 && c.eval.every == 0) wrong("eval.patience needs eval.every");
     if (c.eval.every > 0 && c.data.eval.empty() && c.data.eval_fraction == 0)
       wrong("eval.every is set, but there is nothing to evaluate: set data.eval or data.eval_fraction");
+    for (const auto& [key, every] : {std::pair("eval.every", c.eval.every), {"checkpoint.every", c.checkpoint.every}})
+      if (every >= 1 && every != std::floor(every))
+        wrong(key, "=", every, ": a whole number of steps is expected, or a fraction of the run below 1");
     try {
-      Schedule(parse_schedule_kind(c.schedule.kind), c.optim.lr, std::max<int64_t>(c.train.steps, 1), c.schedule.warmup_steps,
-               c.schedule.min_lr);
+      Schedule(parse_schedule_kind(c.schedule.kind), c.optim.lr, c.train.steps > 0 ? c.train.steps : int64_t{1} << 50,
+               c.schedule.warmup_steps, c.schedule.min_lr);  // of epochs the number of steps is not known yet
     } catch (const ConfigError& error) {
       wrong(error.what());
     }

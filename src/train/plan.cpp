@@ -42,9 +42,9 @@ std::string Plan::text() const {
              b(optimizer_bytes), ", activations at most ", b(activation_bytes), ", program ", b(base_bytes), ": ", b(total_bytes()));
 }
 
-void check_memory(const Plan& plan, int num_local_ranks) {
+void check_memory(const Plan& plan, int num_local_ranks, uint64_t free_bytes) {
   double needed = static_cast<double>(plan.total_bytes()) * num_local_ranks;
-  auto there = static_cast<double>(available_bytes());
+  auto there = static_cast<double>(free_bytes);
   if (needed <= there) return;
   throw ConfigError(str("the run needs about ", bytes_text(needed), " of memory (", num_local_ranks, " ranks of ",
                         bytes_text(static_cast<double>(plan.total_bytes())), ", of which activations ",

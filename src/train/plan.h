@@ -4,6 +4,7 @@
 #include "config/config.h"
 #include "model/hf_config.h"
 #include "base/tensor.h"
+#include "train/memory.h"
 
 namespace trireme {
 
@@ -21,7 +22,7 @@ struct Plan {
 Plan make_plan(const Config& config, const ModelConfig& model, at::ScalarType dtype, int64_t trainable, int64_t row_tokens,
                double mean_row_tokens, int64_t rows_per_epoch, int64_t rows_per_step, int64_t steps);
 
-// ConfigError where `num_local_ranks` such ranks do not fit this host's memory; names the keys to change.
-void check_memory(const Plan& plan, int num_local_ranks);
+// ConfigError where `num_local_ranks` such ranks do not fit this host's free memory; names the keys to change.
+void check_memory(const Plan& plan, int num_local_ranks, uint64_t free_bytes = available_bytes());
 
 }  // namespace trireme

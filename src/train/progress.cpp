@@ -1,12 +1,9 @@
 #include "train/progress.h"
 
-#include <sys/resource.h>
 #include <unistd.h>
 
-#include <algorithm>
 #include <cstdio>
 #include <cstdlib>
-#include <fstream>
 
 #include "base/check.h"
 #include "base/log.h"
@@ -27,30 +24,6 @@ void Progress::show(const std::string& line, int64_t step, int64_t every, bool l
   if (!live_ || now - shown_ < std::chrono::milliseconds(100)) return;
   shown_ = now;
   log_live(line);
-}
-
-uint64_t resident_bytes() {
-  std::ifstream in("/proc/self/statm");
-  uint64_t total = 0, resident = 0;
-  in >> total >> resident;
-  return resident * static_cast<uint64_t>(::sysconf(_SC_PAGESIZE));
-}
-
-uint64_t peak_resident_bytes() {
-  rusage usage{};
-  ::getrusage(RUSAGE_SELF, &usage);
-  return static_cast<uint64_t>(usage.ru_maxrss) * 1024;
-}
-
-uint64_t available_bytes() {
-  uint64_t best = ~0ull;
-  std::ifstream in("/proc/meminfo");
-  for (std::string line; std::getline(in, line);)
-    if (line.rfind("MemAvailable:", 0) == 0) best = std::stoull(line.substr(13)) * 1024;
-  std::ifstream limit_file("/sys/fs/cgroup/memory.max"), used_file("/sys/fs/cgroup/memory.current");
-  uint64_t limit = 0, used = 0;
-  if (limit_file >> limit && used_file >> used && limit > used) best = std::min(best, limit - used);
-  return best;
 }
 
 std::string bytes_text(double bytes) {

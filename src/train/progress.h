@@ -19,9 +19,6 @@ class Progress {
   std::chrono::steady_clock::time_point shown_{};
 };
 
-uint64_t resident_bytes();       // of this process now
-uint64_t peak_resident_bytes();  // at most so far
-uint64_t available_bytes();      // of this machine or its cgroup
 std::string bytes_text(double bytes);      // "1.5 GiB"
 std::string count_text(double count);      // "12.3 M"
 std::string duration_text(double seconds); // "1:02:03"

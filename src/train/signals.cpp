@@ -1,18 +1,34 @@
 #include "train/signals.h"
 
+#include <cerrno>
 #include <csignal>
+#include <ctime>
+#include <initializer_list>
 
 namespace trireme {
 namespace {
 
 volatile std::sig_atomic_t stop = 0;
+volatile std::time_t first_seen[NSIG] = {};  // 0: never
 
+std::time_t now() {  // clock_gettime may be called in a handler
+  timespec time{};
+  clock_gettime(CLOCK_MONOTONIC, &time);
+  return time.tv_sec + 1;
+}
+
+// A batch system and a launcher may both pass a stop on, as the same signal or another: only a person's, of the same
+// kind and later, means "at once".
 extern "C" void on_stop(int signal) {
-  if (stop && signal != SIGUSR1) {
+  const int error = errno;
+  if (first_seen[signal] == 0) {
+    first_seen[signal] = now();
+  } else if (signal != SIGUSR1 && now() - first_seen[signal] >= 2) {  // whole seconds: more than one has passed
     std::signal(signal, SIG_DFL);
     std::raise(signal);
   }
   stop = 1;
+  errno = error;
 }
 
 }  // namespace

@@ -1,5 +1,5 @@
-// SIGUSR1, SIGTERM and SIGINT ask a run to finish its step, save and exit with status 75. A second SIGTERM or SIGINT ends
-// it at once.
+// SIGUSR1, SIGTERM and SIGINT ask a run to finish its step, save and exit with status 75. The second SIGTERM, or
+// the second SIGINT, ends it at once if it comes more than a second after the first.
 #pragma once
 
 namespace trireme {

@@ -20,6 +20,9 @@ Json TrainState::to_json() const {
   json["evaluations_without_better"] = evaluations_without_better;
   json["seconds"] = seconds;
   json["stopped_early"] = stopped_early;
+  json["ranks"] = ranks;
+  json["threads"] = threads;
+  json["vectors"] = vectors;
   json["loss_scale"] = loss_scale;
   json["clean_steps"] = clean_steps;
   json["identity"] = identity;
@@ -39,6 +42,9 @@ TrainState TrainState::from_json(const Json& json, const std::string& source) tr
   s.evaluations_without_better = json.at("evaluations_without_better");
   s.seconds = json.at("seconds");
   s.stopped_early = json.at("stopped_early");
+  s.ranks = json.value("ranks", s.ranks);
+  s.threads = json.value("threads", s.threads);
+  s.vectors = json.value("vectors", s.vectors);
   s.loss_scale = json.value("loss_scale", s.loss_scale);  // younger than the first checkpoints
   s.clean_steps = json.value("clean_steps", s.clean_steps);
   s.identity = json.at("identity");

@@ -19,6 +19,8 @@ struct TrainState {
   int64_t best_step = 0, evaluations_without_better = 0;
   double seconds = 0;        // of training, all starts together
   bool stopped_early = false;
+  int64_t ranks = 0, threads = 0;  // data-parallel ranks and threads of each, of the last start
+  std::string vectors;             // and its vector code
   double loss_scale = 1;     // optim/loss_scale.h
   int64_t clean_steps = 0;
   Json identity;             // see run_identity()

@@ -6,11 +6,14 @@
 
 #include <chrono>
 #include <cmath>
+#include <cstdlib>
 
+#include "base/error_text.h"
 #include "base/log.h"
 #include "comm/watchdog.h"
 #include "eval/evaluate.h"
 #include "train/agreement.h"
+#include "train/memory.h"
 #include "train/plan.h"
 #include "train/progress.h"
 #include "train/run_folder.h"
@@ -70,8 +73,13 @@ class Run {
       if (stopped_) return kExitStopped;
       finish();
     } catch (const AgreedError&) {  // every rank is here: what is being saved in the background is kept
-      agree_on(world_, [&] { store_->wait(); });
+      wait_for_save();
       throw;
+    } catch (const std::exception& error) {  // of this rank alone, its peers wait: unwinding would first end a background save
+      if (process_.size() == 1) throw;
+      log_message(LogLevel::kError, text_of(error));
+      const auto* known = dynamic_cast<const Error*>(&error);
+      Process::abort(known ? known->status() : kExitFailure);
     }
     return kExitDone;
   }
@@ -98,7 +106,10 @@ class Run {
       set_log_file(config_.run.dir + "/log.txt");
     });
     store_.emplace(config_.run.dir + "/checkpoints", world_, config_.checkpoint.keep);
-    agree_on(world_, [&] { store_->prepare(); });
+    agree_on(world_, [&] {
+      if (!rank0()) set_log_file(config_.run.dir + "/log.txt");  // their warnings and errors
+      store_->prepare();
+    });
   }
 
   // Rank 0 tokenises (or finds it cached) while the others wait in the agreement; then all read the same file.
@@ -140,6 +151,7 @@ class Run {
       state_ = TrainState::from_json(resumed_->state(), resumed_->folder());
       check_identity(state_.identity, identity, resumed_->folder());
       keep_rows();
+      keep_threads();
     }
     total_steps_ = config_.train.steps;
     if (total_steps_ == 0)
@@ -151,6 +163,8 @@ class Run {
     if (!config_.train.gradients.empty() && state_.step > 0)
       throw ConfigError(str("train.gradients is set, but the run goes on from step ", state_.step,
                             "; the first step's gradients need another run.dir"));
+    schedule_.emplace(parse_schedule_kind(config_.schedule.kind), config_.optim.lr, total_steps_, config_.schedule.warmup_steps,
+                      config_.schedule.min_lr);
     eval_every_ = eval_data_ ? steps_of(config_.eval.every, total_steps_) : 0;
     save_every_ = steps_of(config_.checkpoint.every, total_steps_);
     state_.identity = std::move(identity);
@@ -158,6 +172,9 @@ class Run {
     state_.accumulation = config_.train.accumulation;
     state_.rows_per_step = shape_.rows_per_step();
     state_.total_steps = total_steps_;
+    state_.ranks = mesh_.num_data();
+    state_.threads = at::get_num_threads();
+    state_.vectors = at::get_cpu_capability();
   }
 
   // A run that goes on keeps the rows of its steps: on another number of ranks the accumulation makes up for it.
@@ -174,6 +191,23 @@ class Run {
                             " cannot share out evenly; start a number of ranks that divides ", rows / shape_.micro_batch_size));
     shape_.accumulation = rows / pass;
     log_info(str("going on with train.accumulation=", shape_.accumulation, ", so that a step keeps its ", rows, " rows"));
+  }
+
+  // Sums over ranks, threads and vectors depend in their last bits on how many these are. A run that goes on takes the threads
+  // it had, unless somebody has set them, there are other ranks, or this host has fewer cores.
+  void keep_threads() {
+    if (state_.threads == 0) return;  // an older checkpoint
+    const bool told = config_.train.threads > 0 || std::getenv("OMP_NUM_THREADS");
+    if (!told && state_.ranks == mesh_.num_data() && static_cast<double>(state_.threads) <= process_.load().cores_of_rank + 1e-9)
+      at::set_num_threads(static_cast<int>(state_.threads));
+    std::string changes;
+    auto compare = [&](const char* what, const auto& then, const auto& now) {
+      if (then != now) changes += str(changes.empty() ? "" : "; ", what, " ", then, " then, ", now, " now");
+    };
+    compare("ranks", state_.ranks, static_cast<int64_t>(mesh_.num_data()));
+    compare("threads of a rank", state_.threads, static_cast<int64_t>(at::get_num_threads()));
+    compare("vector code", state_.vectors, at::get_cpu_capability());
+    if (!changes.empty()) log_info(str("from here on the last bits differ from those of a run that was never stopped: ", changes));
   }
 
   bool already_finished() {
@@ -218,11 +252,9 @@ class Run {
   }
 
   void build() {
-    Schedule schedule(parse_schedule_kind(config_.schedule.kind), config_.optim.lr, total_steps_,
-                      config_.schedule.warmup_steps, config_.schedule.min_lr);
     Loader loader(train_data_, shape_, config_.data.shuffle, options_.seed);
     worker_ = std::make_unique<Worker>(config_, build_model(config_, source_, dtype_, true), std::move(task_),
-                                       std::move(loader), schedule, shape_.accumulation, comms_);
+                                       std::move(loader), *schedule_, shape_.accumulation, comms_);
     if (resumed_) {
       resumed_->load(worker_->tensors());
       worker_->set_num_steps(state_.step);
@@ -250,7 +282,7 @@ class Run {
       ++state_.step;
       state_.seconds = seconds_before + seconds_since(started);
       if (rank0()) report(result, epoch, seconds_since(step_start), progress, first, seconds_since(started));
-      if (store_->pending() && result.save_ready) agree_on(world_, [&] { store_->wait(); });
+      if (store_->pending() && result.save_ready) wait_for_save();
 
       const bool last = state_.step == total_steps_;
       const bool evaluates = eval_data_ && (last || (eval_every_ > 0 && state_.step % eval_every_ == 0));
@@ -289,8 +321,10 @@ class Run {
 
   // Evaluates and decides: is it the best so far, is patience at its end?
   bool evaluate_now() {
+    CommTimeoutPause pause;
     int64_t rows = config_.eval.micro_batch_size > 0 ? config_.eval.micro_batch_size : config_.train.micro_batch_size;
-    auto metrics = evaluate(worker_->model(), worker_->task(), eval_data_, rows, comms_.data);
+    auto metrics = evaluate(worker_->model(), worker_->task(), eval_data_, rows, comms_.data,
+                            [&](const auto& part) { agree_on(world_, part); });
     double value = metrics.at(config_.eval.metric);
     bool better = !std::isnan(value) && (std::isnan(state_.best) || (larger_is_better_ ? value > state_.best : value < state_.best));
     if (better) {
@@ -318,6 +352,7 @@ class Run {
   }
 
   void save(bool best, bool now) {
+    CommTimeoutPause pause;  // a disk may be slow
     agree_on(world_, [&] {
       if (metrics_) metrics_->sync();
     });
@@ -328,6 +363,11 @@ class Run {
       if (now || !config_.checkpoint.async) store_->save(state_.step, worker_->tensors(), state_.to_json(), best);
       else store_->start_save(state_.step, worker_->tensors(), state_.to_json(), best);
     });
+  }
+
+  void wait_for_save() {
+    CommTimeoutPause pause;
+    agree_on(world_, [&] { store_->wait(); });
   }
 
   void finish() {
@@ -370,6 +410,7 @@ class Run {
   std::unique_ptr<RunFolder> folder_;  // rank 0's
   std::shared_ptr<const Dataset> train_data_, eval_data_;
   BatchShape shape_;
+  std::optional<Schedule> schedule_;
   int64_t total_steps_ = 0, eval_every_ = 0, save_every_ = 0;
   TrainState state_;
   std::optional<CheckpointStore> store_;
@@ -381,7 +422,7 @@ class Run {
 }  // namespace
 
 ExitStatus run_training(const Config& config, const CommandLine& line, const Process& process, bool plan_only) {
-  if (!plan_only) install_stop_signals();
+  if (!plan_only) install_stop_signals();  // again: MPI may have put its own in their place
   return Run(config, line, process).run(plan_only);
 }
 

@@ -42,7 +42,7 @@ Worker::Worker(const Config& config, std::unique_ptr<Transformer> model, std::un
   optimizer_ = std::make_unique<AdamW>(std::move(tensors), adam);
 }
 
-// This rank's part of the step: its gradients are in the reducer, summed over all ranks.
+// This rank's part of the step: its gradients are on their way through the reducer.
 Worker::Sums Worker::accumulate(std::vector<ModelInput>& inputs) {
   Sums sums;
   reducer_->begin_step();
@@ -58,7 +58,6 @@ Worker::Sums Worker::accumulate(std::vector<ModelInput>& inputs) {
     sums.learnt += result.count;
     inputs.push_back(std::move(input));
   }
-  reducer_->finish();
   return sums;
 }
 
@@ -67,11 +66,16 @@ StepResult Worker::run(int64_t step, bool stop, bool save_ready) {
   for (bool again = true; again;) {
     std::vector<ModelInput> inputs;
     const Sums mine = accumulate(inputs);
-    // Small sums of the step: loss, learnt tokens, tokens, ranks that were asked to stop, ranks whose save is not ready.
+    // Small sums of the step: loss, learnt tokens, tokens, ranks that were asked to stop, ranks whose save is not ready, ranks
+    // with gradients that came late.
     at::Tensor small = at::tensor({mine.loss, static_cast<double>(mine.learnt), static_cast<double>(mine.tokens),
-                                   stop ? 1.0 : 0.0, save_ready ? 0.0 : 1.0}, at::kDouble);
-    comms_.world.all_reduce(small);
-    const double* sums = small.const_data_ptr<double>();
+                                   stop ? 1.0 : 0.0, save_ready ? 0.0 : 1.0, 0.0}, at::kDouble);
+    double* sums = small.data_ptr<double>();
+    reducer_->finish([&](bool late) {
+      sums[5] = late;
+      comms_.world.all_reduce(small);
+      return sums[5] > 0;
+    });
     out.learnt = static_cast<int64_t>(sums[1]);
     out.tokens = static_cast<int64_t>(sums[2]);
     out.stop = sums[3] > 0;
@@ -112,8 +116,9 @@ void Worker::report_nonfinite(int64_t step, const std::vector<ModelInput>& input
   throw AgreedError(kExitFailure,
                     str("step ", step, ": the loss or its gradient is not finite; it appeared first in ", first.empty() ? "the loss" : first,
                         ". Nothing was updated, and checkpoints are as they were. ",
-                        damaged ? "These weights are damaged: take them from their source, or from an earlier checkpoint"
-                                : "Lower optim.lr, set train.max_grad_norm, or take a dtype of wider range (train.dtype=bfloat16 or float32)"));
+                        damaged ? "These weights are damaged: take them from their source, or from an earlier checkpoint" : "Lower optim.lr",
+                        damaged || config_.train.max_grad_norm > 0 ? "" : ", or set train.max_grad_norm",
+                        damaged || model_->dtype() != at::kHalf ? "" : ", or take a dtype of wider range (train.dtype=bfloat16 or float32)"));
 }
 
 void Worker::write_gradients(const std::string& path) const {

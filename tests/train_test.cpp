@@ -1,0 +1,193 @@
+// Parts of the training run that need no run: memory, signals, words of errors.
+#include "base/tensor.h"
+
+#include <gtest/gtest.h>
+#include <signal.h>
+#include <unistd.h>
+
+#include <filesystem>
+#include <fstream>
+#include <thread>
+
+#include "base/error_text.h"
+#include "train/agreement.h"
+#include "train/build.h"
+#include "train/memory.h"
+#include "train/plan.h"
+#include "train/signals.h"
+
+namespace trireme {
+namespace {
+
+namespace fs = std::filesystem;
+
+// A folder of files as /proc and /sys have them.
+class Machine {
+ public:
+  Machine() {
+    char name[] = "/tmp/trireme-memory-XXXXXX";
+    root_ = ::mkdtemp(name);
+    write("proc/meminfo", "MemTotal:  16000 kB\nMemFree:  10 kB\nMemAvailable:  8000 kB\n");
+  }
+  ~Machine() { fs::remove_all(root_); }
+  void write(const std::string& file, const std::string& text) const {
+    fs::create_directories(fs::path(root_ + "/" + file).parent_path());
+    std::ofstream(root_ + "/" + file) << text;
+  }
+  uint64_t available() const { return available_bytes(root_); }
+
+ private:
+  std::string root_;
+};
+
+TEST(Memory, OfAMachineWithoutGroups) { EXPECT_EQ(Machine().available(), 8000u << 10); }
+
+TEST(Memory, AContainerWithVersion2) {
+  Machine machine;
+  machine.write("proc/self/cgroup", "0::/\n");
+  machine.write("sys/fs/cgroup/memory.max", "max\n");
+  machine.write("sys/fs/cgroup/memory.current", "900000\n");
+  EXPECT_EQ(machine.available(), 8000u << 10);
+  machine.write("sys/fs/cgroup/memory.max", "1000000\n");
+  EXPECT_EQ(machine.available(), 100'000u);
+  // What was read from files is given back when programs need it.
+  machine.write("sys/fs/cgroup/memory.stat", "anon 100000\nfile 800000\ninactive_file 700000\nactive_file 50000\n");
+  EXPECT_EQ(machine.available(), 850'000u);
+  machine.write("sys/fs/cgroup/memory.current", "5000000\n");  // as for a moment while the kernel reclaims
+  EXPECT_EQ(machine.available(), 0u);
+}
+
+TEST(Memory, AJobInAGroupOfAGroup) {
+  Machine machine;
+  machine.write("proc/self/cgroup", "12:cpu,cpuacct:/\n0::/slurm/job_7/step_0\n");
+  for (const char* group : {"slurm/job_7", "slurm/job_7/step_0"})
+    machine.write(std::string("sys/fs/cgroup/") + group + "/memory.current", "200000\n");
+  machine.write("sys/fs/cgroup/slurm/job_7/step_0/memory.max", "max\n");
+  machine.write("sys/fs/cgroup/slurm/job_7/memory.max", "1000000\n");
+  EXPECT_EQ(machine.available(), 800'000u);
+}
+
+TEST(Memory, Version1WithAPathOfTheHost) {
+  Machine machine;
+  machine.write("proc/self/cgroup", "9:name=systemd:/\n4:memory:/docker/abc\n0::/\n");
+  machine.write("sys/fs/cgroup/memory/memory.limit_in_bytes", "2000000\n");
+  machine.write("sys/fs/cgroup/memory/memory.usage_in_bytes", "1500000\n");
+  machine.write("sys/fs/cgroup/memory/memory.stat",
+                "inactive_file 1\nactive_file 1\ntotal_inactive_file 400000\ntotal_active_file 100000\n");
+  EXPECT_EQ(machine.available(), 1'000'000u);
+  machine.write("sys/fs/cgroup/memory/memory.limit_in_bytes", "9223372036854771712\n");  // no limit
+  EXPECT_EQ(machine.available(), 8000u << 10);
+}
+
+ModelConfig tiny() {
+  ModelConfig m;
+  m.vocab_size = 100, m.hidden_size = 8, m.intermediate_size = 16, m.num_layers = 2;
+  m.num_heads = 2, m.num_kv_heads = 1, m.head_dim = 4;
+  return m;
+}
+
+TEST(Plan, CountsBytesOfWeightsGradientsAndOptimizer) {
+  Config config;
+  const int64_t n = tiny().num_parameters();
+  Plan plan = make_plan(config, tiny(), at::kFloat, n, 32, 20, 10, 4, 5);
+  EXPECT_EQ(plan.weight_bytes, static_cast<uint64_t>(4 * n));
+  EXPECT_EQ(plan.gradient_bytes, static_cast<uint64_t>(4 * n));
+  EXPECT_EQ(plan.optimizer_bytes, static_cast<uint64_t>(8 * n));
+  EXPECT_EQ(plan.tokens_per_step, 80);
+  const uint64_t with_all_kept = plan.activation_bytes;
+  config.train.recompute = "full";
+  EXPECT_LT(make_plan(config, tiny(), at::kFloat, n, 32, 20, 10, 4, 5).activation_bytes, with_all_kept);
+  config.lora.rank = 2;
+  plan = make_plan(config, tiny(), at::kBFloat16, 50, 32, 20, 10, 4, 5);
+  EXPECT_EQ(plan.weight_bytes, static_cast<uint64_t>(2 * (n + 50)));
+  EXPECT_EQ(plan.gradient_bytes, 200u);   // fp32
+  EXPECT_EQ(plan.optimizer_bytes, 600u);  // two moments and a master
+}
+
+TEST(Plan, WhatDoesNotFitIsRefusedWithTheKeysToChange) {
+  Plan plan;
+  plan.weight_bytes = 600ull << 20, plan.activation_bytes = 400ull << 20;
+  EXPECT_NO_THROW(check_memory(plan, 2, 2000ull << 20));
+  try {
+    check_memory(plan, 2, (2000ull << 20) - 1);
+    FAIL();
+  } catch (const ConfigError& error) {
+    EXPECT_STREQ(error.what(),
+                 "the run needs about 1.95 GiB of memory (2 ranks of 1000.00 MiB, of which activations 400.00 MiB), but this "
+                 "host has 1.95 GiB free: lower train.micro_batch_size or data.max_length, set train.recompute=full, "
+                 "lora.rank or train.dtype=bfloat16, or start fewer ranks");
+  }
+}
+
+TEST(CheckConfig, StepsAreWholeOrAFractionOfTheRun) {
+  Config config;
+  config.model.path = "m";
+  config.data.train = {"a.jsonl"}, config.data.eval = {"b.jsonl"};
+  config.train.epochs = 1;
+  config.schedule.warmup_steps = 1000;  // whether it fits is known when the rows are counted
+  config.eval.every = 2, config.checkpoint.every = 0.3;
+  CommandLine line;
+  line.verb = "train";
+  EXPECT_NO_THROW(check_config(config, line));
+  config.eval.every = 2.5, config.checkpoint.every = 2.7;
+  try {
+    check_config(config, line);
+    FAIL();
+  } catch (const ConfigError& error) {
+    EXPECT_STREQ(error.what(),
+                 "eval.every=2.5: a whole number of steps is expected, or a fraction of the run below 1\n"
+                 "checkpoint.every=2.7: a whole number of steps is expected, or a fraction of the run below 1");
+  }
+}
+
+// libtorch adds a stack trace to what it throws; nobody is to see it.
+TEST(ErrorText, OutOfMemoryIsOneSentence) {
+  const std::string words =
+      "out of memory: lower train.micro_batch_size or data.max_length, set train.recompute=full, or start fewer ranks";
+  try {
+    agree_on(Communicator::world(), [] { at::empty({int64_t{1} << 50}); });
+    FAIL();
+  } catch (const AgreedError& error) {
+    EXPECT_EQ(error.what(), words);
+    EXPECT_EQ(error.status(), kExitFailure);
+  }
+  EXPECT_EQ(text_of(std::bad_alloc()), words);
+  try {
+    at::zeros({2}).add_(at::zeros({3}));
+    FAIL();
+  } catch (const std::exception& error) {
+    EXPECT_NE(std::string(error.what()).find('\n'), std::string::npos) << "no stack trace: this test proves nothing";
+    EXPECT_EQ(text_of(error).find('\n'), std::string::npos) << text_of(error);
+    EXPECT_TRUE(text_of(error).starts_with("libtorch: The size of tensor a (2) must match")) << text_of(error);
+  }
+}
+
+// In processes of their own, which the signals may end.
+TEST(Signals, ManyOfManyKindsAtOnceAreOneStop) {
+  GTEST_FLAG_SET(death_test_style, "threadsafe");
+  EXPECT_EXIT(
+      {
+        install_stop_signals();
+        for (int signal : {SIGUSR1, SIGTERM, SIGTERM, SIGINT, SIGUSR1, SIGINT}) ::raise(signal);
+        _exit(stop_requested() ? 7 : 8);
+      },
+      testing::ExitedWithCode(7), "");
+}
+
+TEST(Signals, TheSecondOfAKindEndsAtOnce) {
+  GTEST_FLAG_SET(death_test_style, "threadsafe");
+  EXPECT_EXIT(
+      {
+        install_stop_signals();
+        ::raise(SIGTERM);
+        std::this_thread::sleep_for(std::chrono::milliseconds(2100));
+        ::raise(SIGINT);
+        ::raise(SIGUSR1);
+        ::raise(SIGTERM);
+        _exit(7);
+      },
+      testing::KilledBySignal(SIGTERM), "");
+}
+
+}  // namespace
+}  // namespace trireme
