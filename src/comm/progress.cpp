@@ -35,7 +35,8 @@ class Engine {
     if (thread_wanted_) wake_.notify_one();
   }
 
-  void advance() {
+  // In the background: gives the core away between operations, so that a rank that wakes up computes at once.
+  void advance(bool in_background = false) {
     if (num_in_flight_.load(std::memory_order_acquire) == 0) return;
     std::vector<std::shared_ptr<CommOperation>> operations;
     {
@@ -43,7 +44,10 @@ class Engine {
       operations = in_flight_;
     }
     bool any_done = false;
-    for (const auto& operation : operations) any_done |= operation->try_advance();
+    for (const auto& operation : operations) {
+      any_done |= operation->try_advance();
+      if (in_background) std::this_thread::yield();
+    }
     if (!any_done) return;
     std::lock_guard lock(mutex_);
     std::erase_if(in_flight_, [](const auto& operation) { return operation->done(); });
@@ -73,7 +77,7 @@ class Engine {
         std::unique_lock lock(mutex_);
         wake_.wait(lock, [&] { return !in_flight_.empty() && thread_wanted_; });
       }
-      if (num_waiting_ == 0) advance();
+      if (num_waiting_ == 0) advance(true);
       std::this_thread::sleep_for(kPollInterval);
     }
   }
