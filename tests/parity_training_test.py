@@ -194,6 +194,17 @@ def test_float16_neither_loses_nor_overflows_gradients(work, size):
         assert (gradients[name] - expected).norm() <= bounds.GRADIENT_FP16 * expected.norm(), name
 
 
+def test_stored_float16_trains_in_bfloat16_unless_float16_is_asked_for(work):
+    transformers.LlamaForCausalLM.from_pretrained(work / "base", dtype=torch.float16).save_pretrained(work / "half")
+    hf_models.add_tokenizer(work / "half")
+    lines, _ = train(work, "auto", base="half", steps=1)
+    assert "loss_scale" not in lines[0]
+    assert load_file(work / "auto/model/model.safetensors")["lm_head.weight"].dtype == torch.bfloat16
+    lines, _ = train(work, "asked", "--model.dtype=float16", base="half", steps=1)
+    assert lines[0]["loss_scale"] == 1024
+    assert json.loads((work / "asked/model/config.json").read_text())["dtype"] == "float16"
+
+
 def test_float16_resumes_with_its_loss_scale(work):
     base = rescaled(work, "resumed-base", FLOAT16["large"])
     keys = ("--train.micro_batch_size=4", "--train.dtype=float16")
