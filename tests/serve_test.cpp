@@ -81,6 +81,16 @@ TEST(Sampler, CandidatesAreThoseOfTheDefinition) {
     }
 }
 
+TEST(Sampler, LargeVocabulariesAreSortedInPieces) {
+  at::Tensor logits = some_logits(3000, 1) * 0.2;
+  std::vector<double> expected = by_definition(logits, {}, {1.0, 0, 0.9, 0.0, 1.0, 0});
+  Candidates found = candidates(logits, {}, {1.0, 0, 0.9, 0.0, 1.0, 0});
+  ASSERT_GT(found.ids.size(), 576u);  // the second piece ends there
+  EXPECT_EQ(found.ids.size(), static_cast<size_t>(std::count_if(expected.begin(), expected.end(), [](double p) { return p > 0; })));
+  EXPECT_TRUE(std::is_sorted(found.probabilities.rbegin(), found.probabilities.rend()));
+  for (size_t i = 0; i < found.ids.size(); ++i) EXPECT_NEAR(found.probabilities[i], expected[static_cast<size_t>(found.ids[i])], 1e-9);
+}
+
 TEST(Sampler, EqualLogitsStayTogetherAndTheFirstWins) {
   at::Tensor logits = at::tensor(std::vector<float>{1, 3, 2, 3, 2, 0});
   EXPECT_EQ(candidates(logits, {}, {1.0, 3, 1.0, 0.0, 1.0, 0}).ids, std::vector<int64_t>({1, 3, 2, 4}));  // as transformers' top-k

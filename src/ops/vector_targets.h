@@ -41,6 +41,7 @@ inline int vector_level() {
 #pragma GCC optimize("O3", "fp-contract=fast", "no-math-errno")
 namespace trireme {
 namespace level0 {
+#define TRIREME_VECTOR_LEVEL 0
 #include "ops/vector_types.inc"
 #include TRIREME_LOOPS
 }  // namespace level0
@@ -49,6 +50,8 @@ namespace level0 {
 #pragma GCC target("avx2,fma,f16c,bmi,bmi2,lzcnt,popcnt")
 namespace trireme {
 namespace level1 {
+#undef TRIREME_VECTOR_LEVEL
+#define TRIREME_VECTOR_LEVEL 1
 #include "ops/vector_types.inc"
 #include TRIREME_LOOPS
 }  // namespace level1
@@ -56,6 +59,8 @@ namespace level1 {
 #pragma GCC target("avx512f,avx512bw,avx512dq,avx512vl")
 namespace trireme {
 namespace level2 {
+#undef TRIREME_VECTOR_LEVEL
+#define TRIREME_VECTOR_LEVEL 2  // a pragma does not define __AVX512F__ in GCC 12
 #include "ops/vector_types.inc"
 #include TRIREME_LOOPS
 }  // namespace level2

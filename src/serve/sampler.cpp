@@ -45,18 +45,22 @@ Candidates candidates(const at::Tensor& logits_V, const std::vector<int64_t>& se
   if (!counts && options.top_p >= 1 && options.min_p <= 0) {
     out.ids = std::move(ids);
     for (int64_t id : out.ids) out.probabilities.push_back(weight(id));
-  } else {  // a heap gives the likeliest one by one: what is left out is never sorted
+  } else {  // the likeliest first, in pieces that grow: most of what is left out is never sorted
     double total = 0;
     for (int64_t id : ids) total += weight(id);
-    auto after = [&](int64_t a, int64_t b) { return likelier(b, a); };
-    for (std::make_heap(ids.begin(), ids.end(), after); !ids.empty(); ids.pop_back()) {
-      std::pop_heap(ids.begin(), ids.end(), after);
-      const double w = weight(ids.back());
-      const bool enough = w < options.min_p || (options.top_p < 1 && sum >= options.top_p * total);
-      if (enough && !out.ids.empty()) break;
-      out.ids.push_back(ids.back());
-      out.probabilities.push_back(w);
-      sum += w;
+    bool enough = false;
+    for (size_t done = 0, end = 64; done < ids.size() && !enough; done = end, end *= 8) {
+      end = std::min(end, ids.size());
+      auto at = [&](size_t i) { return ids.begin() + static_cast<std::ptrdiff_t>(i); };
+      if (end < ids.size()) std::nth_element(at(done), at(end), ids.end(), likelier);
+      std::sort(at(done), at(end), likelier);
+      for (size_t i = done; i < end; ++i) {
+        const double w = weight(ids[i]);
+        if ((enough = i > 0 && (w < options.min_p || (options.top_p < 1 && sum >= options.top_p * total)))) break;
+        out.ids.push_back(ids[i]);
+        out.probabilities.push_back(w);
+        sum += w;
+      }
     }
   }
   sum = std::accumulate(out.probabilities.begin(), out.probabilities.end(), 0.0);
