@@ -19,12 +19,16 @@ YARN = {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 
 LINEAR = {"rope_type": "linear", "factor": 2.0, "rope_theta": 10000.0}
 WINDOW = {"use_sliding_window": True, "sliding_window": 5, "max_window_layers": 1}
 
+
+def heads(query, key, size=8):
+    return {"num_attention_heads": query, "num_key_value_heads": key, "hidden_size": query * size}
+
+
 # name: (model_type, what differs from the common shape)
 CASES = {
     "llama": ("llama", {}),
-    "llama_tied_odd_heads": ("llama", {"num_attention_heads": 3, "num_key_value_heads": 3, "hidden_size": 24,
-                                       "tie_word_embeddings": True}),
-    "llama_single_kv": ("llama", {"num_attention_heads": 9, "num_key_value_heads": 1, "hidden_size": 72}),
+    "llama_tied_odd_heads": ("llama", {**heads(3, 3), "tie_word_embeddings": True}),
+    "llama_single_kv": ("llama", heads(9, 1)),
     "llama_biases": ("llama", {"attention_bias": True, "mlp_bias": True}),
     "llama_head_dim": ("llama", {"head_dim": 16}),
     "llama_rope_llama3": ("llama", {"rope_parameters": LLAMA3}),
@@ -33,17 +37,17 @@ CASES = {
     "llama_rope_yarn_mscale": ("llama", {"rope_parameters": {**YARN, "mscale": 0.7, "mscale_all_dim": 1.2}}),
     "llama_rope_yarn_ratio": ("llama", {"rope_parameters": {**YARN, "factor": 3.0}}),
     "llama_rope_linear": ("llama", {"rope_parameters": LINEAR}),
-    "mistral": ("mistral", {"sliding_window": None}),
-    "mistral_window": ("mistral", {"sliding_window": 5}),
+    "mistral": ("mistral", {**heads(9, 3), "sliding_window": None}),
+    "mistral_window": ("mistral", {**heads(5, 1), "sliding_window": 5, "tie_word_embeddings": True}),
     "mistral_long_window": ("mistral", {"sliding_window": 30}),
-    "qwen2": ("qwen2", {}),
-    "qwen2_window": ("qwen2", WINDOW),
+    "qwen2": ("qwen2", {**heads(9, 3), "tie_word_embeddings": True}),
+    "qwen2_window": ("qwen2", {**heads(7, 1), **WINDOW}),
     "qwen2_layer_types": ("qwen2", {**WINDOW, "layer_types": ["sliding_attention", "full_attention"]}),
     "qwen3": ("qwen3", {"head_dim": 16}),
-    "qwen3_tied": ("qwen3", {"head_dim": 8, "tie_word_embeddings": True}),
+    "qwen3_tied": ("qwen3", {**heads(9, 1), "head_dim": 8, "tie_word_embeddings": True}),
     "qwen3_bias_window": ("qwen3", {**WINDOW, "head_dim": 16, "attention_bias": True}),
-    "smollm3": ("smollm3", {"no_rope_layer_interval": 2, "tie_word_embeddings": False}),
-    "smollm3_tied_layers": ("smollm3", {"no_rope_layers": [0, 1]}),
+    "smollm3": ("smollm3", {**heads(9, 3), "no_rope_layer_interval": 2, "tie_word_embeddings": False}),
+    "smollm3_tied_layers": ("smollm3", {**heads(3, 1), "no_rope_layers": [0, 1]}),
     "smollm3_biases": ("smollm3", {"attention_bias": True, "mlp_bias": True}),
     "smollm3_window": ("smollm3", {**WINDOW, "no_rope_layers": [1, 0]}),
 }
