@@ -56,7 +56,8 @@ def main():
                  table.row("peak memory of LoRA training", shape, "MB", name, targets[1], scale=1e-6),
                  table.row("CPU time of LoRA training", shape, "s/1000 tokens", name)]
     measure.finish("lora_speed" + (f"_{options.threads}_thread" if options.threads else ""), rows,
-                   f"each in its best dtype (Trireme {best['trireme']}), {options.rounds} rounds in which the "
+                   f"{f'each in the better of {options.dtypes}' if len(sides) > 1 else f'both in {options.dtypes}'} "
+                   f"(Trireme {best['trireme']}), {options.rounds} rounds in which the "
                    f"sides take turns, {options.steps} steps each, the first {options.warmup} not counted; memory is VmHWM",
                    not options.print)
 
