@@ -7,6 +7,7 @@
 #include <cstdlib>
 #include <filesystem>
 #include <fstream>
+#include <functional>
 
 #include "base/check.h"
 
@@ -80,8 +81,14 @@ class CheckpointTest : public testing::Test {
     store.prepare();
     return store;
   }
-  void save(CheckpointStore& store, int64_t step, bool is_best = false) {
-    store.save(step, slices(globals(static_cast<double>(step)), comm_, true), {{"step", step}}, is_best);
+  void save(CheckpointStore& store, int64_t step, int64_t best_step = 0) {
+    store.save(step, slices(globals(static_cast<double>(step)), comm_, true), {{"step", step}}, best_step);
+  }
+  // Rank 0 changes the folder under the store.
+  void on_rank0(const std::function<void()>& action) {
+    comm_.barrier();
+    if (comm_.rank() == 0) action();
+    comm_.barrier();
   }
   // Names in the checkpoint folder, sorted.
   std::string listing() {
@@ -238,29 +245,90 @@ TEST_F(CheckpointTest, BrokenOnesArePassedOver) {
   EXPECT_EQ(error_of<DataError>([&] { saved.newest(); }),
             folder_ + ": every checkpoint is broken; the newest: " + folder_ +
                 "/step-6/shard-00000.h5 is damaged: its hash "
-                "differs from the manifest's. Restore one, or start afresh with run.resume=never.");
+                "differs from the manifest's. Restore one, or start afresh in another run.dir.");
 }
 
 TEST_F(CheckpointTest, KeepsTheNewestAndTheBest) {
   CheckpointStore saved = store(2);
-  EXPECT_FALSE(saved.best().has_value());
-  for (int step = 1; step <= 5; ++step) save(saved, step, step == 2);
+  for (int step = 1; step <= 5; ++step) save(saved, step, step < 2 ? 0 : 2);
   EXPECT_EQ(listing(), "best latest step-2 step-4 step-5 ");
   EXPECT_EQ(read(folder_ + "/latest"), "step-5\n");
   EXPECT_EQ(read(folder_ + "/best"), "step-2\n");
-  EXPECT_EQ(saved.best()->step(), 2);
-  save(saved, 5);  // the same step again replaces it
+  save(saved, 5, 2);  // the same step again replaces it
   EXPECT_EQ(listing(), "best latest step-2 step-4 step-5 ");
   EXPECT_EQ(saved.newest()->step(), 5);
+  save(saved, 6, 6);
+  EXPECT_EQ(listing(), "best latest step-5 step-6 ");
 }
 
 TEST_F(CheckpointTest, StepsOfABranchThatWasLeftAreSetAside) {
-  CheckpointStore saved = store(2);
-  save(saved, 10);
-  save(saved, 20);
-  save(saved, 11);  // resumed from 10
-  EXPECT_EQ(listing(), "latest step-10 step-11 step-20.abandoned ");
-  EXPECT_EQ(saved.newest()->step(), 11);
+  CheckpointStore saved = store(1);
+  save(saved, 4, 4);
+  save(saved, 8, 8);
+  save(saved, 10, 8);
+  EXPECT_EQ(listing(), "best latest step-10 step-8 ");
+  saved.start_branch(8, 8);
+  EXPECT_EQ(listing(), "best latest step-10.abandoned step-8 ");
+  EXPECT_EQ(read(folder_ + "/latest"), "step-8\n");
+  EXPECT_EQ(saved.newest()->step(), 8);
+  save(saved, 9, 8);
+  EXPECT_EQ(listing(), "best latest step-10.abandoned step-8 step-9 ");
+  save(saved, 10, 8);  // the branch that was left is passed
+  EXPECT_EQ(listing(), "best latest step-10 step-8 ");
+  saved.start_branch(8, 0);
+  EXPECT_EQ(listing(), "latest step-10.abandoned step-8 ");
+}
+
+TEST_F(CheckpointTest, TheBestOfAnotherFolderIsTakenOver) {
+  CheckpointStore saved = store();
+  save(saved, 3);
+  CheckpointStore other(root_ + "/other", comm_, 0);
+  other.prepare();
+  EXPECT_EQ(saved.adopt(folder_ + "/step-3"), "");  // it is there
+  EXPECT_EQ(other.adopt(folder_ + "/step-2"), folder_ + "/step-2 is not a checkpoint: it has no manifest.json.");
+  EXPECT_EQ(other.adopt(folder_ + "/step-3"), "");
+  std::vector<NamedTensor> targets = slices(globals(3), comm_, false);
+  other.open(root_ + "/other/step-3").load(targets);
+  expect_equal(targets, slices(globals(3), comm_, true));
+  comm_.barrier();
+  damage(folder_ + "/step-3/shard-00000.h5");
+  EXPECT_EQ(other.adopt(folder_ + "/step-3"), "");  // taken over before
+  on_rank0([&] { fs::remove_all(root_ + "/other/step-3"); });
+  EXPECT_EQ(other.adopt(folder_ + "/step-3"), folder_ + "/step-3/shard-00000.h5 is damaged: its hash differs from the manifest's.");
+}
+
+TEST_F(CheckpointTest, KilledBetweenTheRenamesOfAReplacement) {
+  CheckpointStore saved = store(1);
+  save(saved, 1);
+  on_rank0([&] {
+    fs::rename(folder_ + "/step-1", folder_ + "/step-1.replaced.tmp");
+    fs::create_directory(folder_ + "/step-1.tmp");
+  });
+  EXPECT_EQ(store(1).newest()->step(), 1);
+  EXPECT_EQ(listing(), "latest step-1 ");
+}
+
+TEST_F(CheckpointTest, AFolderThatIsNoStepOrOfAnotherIsNoHindrance) {
+  CheckpointStore saved = store(1);
+  on_rank0([&] {
+    for (const char* name : {"step-99999999999999999999", "step-007", "step-", "step-1.copy", "mine.abandoned"})
+      fs::create_directory(folder_ + "/" + name);
+  });
+  save(saved, 1);
+  EXPECT_EQ(saved.newest()->step(), 1);
+  save(saved, 2);
+  EXPECT_EQ(listing(), "latest mine.abandoned step- step-007 step-1.copy step-2 step-99999999999999999999 ");
+  on_rank0([&] { fs::rename(folder_ + "/step-2", folder_ + "/step-9"); });
+  EXPECT_EQ(error_of<DataError>([&] { saved.open(folder_ + "/step-9"); }),
+            folder_ + "/step-9 holds step 2: it was renamed. Give it back its name.");
+}
+
+// `latest` cannot be written: a folder is in its place.
+TEST_F(CheckpointTest, WhatFailsAfterTheCommitDoesNotUndoIt) {
+  CheckpointStore saved = store(1);
+  on_rank0([&] { fs::create_directories(folder_ + "/latest/full"); });
+  EXPECT_NO_THROW(save(saved, 1));
+  EXPECT_EQ(saved.newest()->step(), 1);
 }
 
 TEST_F(CheckpointTest, SaysWhichTensorsDiffer) {
@@ -284,8 +352,34 @@ TEST_F(CheckpointTest, UnwritableFolderIsToldByEveryRank) {
   if (comm_.rank() == 0) std::ofstream(folder_) << "a file in the way";
   comm_.barrier();
   std::string what = error_of<SystemError>([&] { store(); });
-  EXPECT_NE(what.find("cannot create " + folder_ + ": "), std::string::npos) << what;
+  EXPECT_NE(what.find("cannot write " + folder_ + ": "), std::string::npos) << what;
   comm_.barrier();
+}
+
+// The last rank alone has no memory for the copy of a background save: nobody may wait for it in vain.
+TEST_F(CheckpointTest, NoMemoryForTheCopyIsToldByAll) {
+  CheckpointStore saved = store();
+  save(saved, 1);
+  const bool last = comm_.rank() == comm_.size() - 1;
+  at::Tensor big = at::zeros({last ? 16 << 20 : 1});
+  std::vector<NamedTensor> tensors = {{last ? "big" : str("small.", comm_.rank()), big, ShardSpec::whole(big)}};
+  rlimit before{};
+  getrlimit(RLIMIT_AS, &before);
+  if (last) {
+    std::ifstream in("/proc/self/statm");
+    uint64_t pages = 0;
+    in >> pages;
+    rlimit limit{pages * 4096 + (16 << 20), before.rlim_max};
+    setrlimit(RLIMIT_AS, &limit);
+  }
+  std::string what = error_of<SystemError>([&] { saved.start_save(2, tensors, {}); });
+  setrlimit(RLIMIT_AS, &before);
+  EXPECT_EQ(what, str("checkpoint of step 2 was not saved; the earlier ones are untouched: rank ", comm_.size() - 1,
+                      " has no memory for a copy of its tensors; set checkpoint.async=false, which needs none."));
+  EXPECT_FALSE(saved.pending());
+  EXPECT_EQ(listing(), "latest step-1 ");
+  saved.save(2, tensors, {});
+  EXPECT_EQ(saved.newest()->step(), 2);
 }
 
 // A file size limit on the last rank stands for a full disk there.

@@ -6,7 +6,8 @@
 //                     tensors: {name: {dtype, shape, pieces: [{file, dataset, offset, shape}]}}, state: the caller's}
 //   manifest.hash    XXH3-128 of manifest.json
 //   all.h5           whole tensors for h5ls and h5py (virtual datasets); never read by Trireme
-// <folder>/latest, <folder>/best: one line, "step-N"
+// <folder>/latest, <folder>/best: one line, "step-N", for people: Trireme never reads them
+// <folder>/step-N.abandoned: set aside when the run was resumed from an earlier step; a folder holds one branch
 //
 // Every rank writes into step-N.tmp/, syncs and hashes; all agree; rank 0 writes the manifest and renames to step-N. A
 // step-N folder is therefore whole, or was damaged later, which the hashes tell. Tensors that several ranks hold are
@@ -14,7 +15,7 @@
 // global tensors and are intersected.
 #pragma once
 
-#include <exception>
+#include <functional>
 #include <thread>
 
 #include "base/parameter.h"
@@ -52,24 +53,25 @@ class Checkpoint {
 // wrong.
 Checkpoint open_checkpoint(const std::string& folder);
 
-// The checkpoints of one run. All calls but finished() and the readers of pointers are collective over `comm`, and end
+// The checkpoints of one run. All calls but pending() and finished() are collective over `comm`, and end
 // with the same result or the same error on every rank.
 class CheckpointStore {
  public:
-  // keep: how many of the newest stay; 0 keeps all. The best and the latest always stay.
+  // keep: how many of the newest stay; 0 keeps all. The best always stays.
   CheckpointStore(std::string folder, const Communicator& comm, int64_t keep);
   CheckpointStore(CheckpointStore&&) noexcept;
   ~CheckpointStore();  // waits for the writing thread; a checkpoint that was not committed stays a .tmp folder
 
-  // Creates the folder and removes what killed saves left. SystemError where the folder is not writable. For the start.
+  // Creates the folder and undoes what killed saves left. SystemError where the folder is not writable. For the start.
   void prepare();
 
-  // Saves at once. On failure (SystemError names path and reason) the earlier checkpoints are untouched.
-  void save(int64_t step, const std::vector<NamedTensor>& tensors, const Json& state, bool is_best = false);
+  // Saves at once, straight from the tensors. best_step: the step of the run's best checkpoint so far, which stays; 0: none.
+  // On failure (SystemError names path and reason) the earlier checkpoints are untouched.
+  void save(int64_t step, const std::vector<NamedTensor>& tensors, const Json& state, int64_t best_step = 0);
 
-  // The same in the background: copies the tensors to host memory, returns, and a thread writes. One save at a time: a
-  // pending one is waited for first. `state` is rank 0's; is_best must agree on all ranks.
-  void start_save(int64_t step, const std::vector<NamedTensor>& tensors, const Json& state, bool is_best = false);
+  // The same in the background: copies what this rank writes to host memory, returns, and a thread writes. One save at a
+  // time: a pending one is waited for first. `state` is rank 0's.
+  void start_save(int64_t step, const std::vector<NamedTensor>& tensors, const Json& state, int64_t best_step = 0);
   bool pending() const { return job_ != nullptr; }
   // Local: has this rank's thread written its part? Take the minimum over the ranks in the step's own small all-reduce,
   // and call wait() where it is 1: then no rank waits for another.
@@ -82,8 +84,12 @@ class CheckpointStore {
   std::optional<Checkpoint> newest();
   // A checkpoint that the user names by its folder, of this run or another. DataError says what is wrong with it.
   Checkpoint open(const std::string& path);
-  // The checkpoint that `best` names, if it is there and whole.
-  std::optional<Checkpoint> best();
+
+  // The run goes on after `step`: later checkpoints are of a branch that was left, and are set aside as step-N.abandoned.
+  void start_branch(int64_t step, int64_t best_step);
+  // Sees to it that the step-N folder `path` is in this store: one of another store is verified and copied. Returns what
+  // is wrong with it, "" where nothing is. SystemError where it cannot be copied.
+  std::string adopt(const std::string& path);
 
   const std::string& folder() const { return folder_; }
 
@@ -91,10 +97,14 @@ class CheckpointStore {
   struct Job;
 
   void make_plan(const std::vector<NamedTensor>& tensors);
-  std::string temporary(int64_t step) const { return folder_ + "/step-" + std::to_string(step) + ".tmp"; }
+  std::string path_of(int64_t step) const { return folder_ + "/" + step_name(step); }
+  std::string temporary(int64_t step) const { return path_of(step) + ".tmp"; }
+  void begin(int64_t step, const std::vector<NamedTensor>& tensors, const Json& state, int64_t best_step, bool copies);
   void commit(const Job& job, const std::vector<std::string>& reports);
-  void prune(int64_t step);
+  void point(int64_t step, int64_t best_step) const;
+  void prune(const Job& job);
   std::string agree(const std::string& error) const;
+  std::string on_rank0(const std::function<void()>& action) const;
   std::vector<std::string> gather_everywhere(const std::string& text) const;
   std::optional<Checkpoint> open_together(const std::string& path, std::string& why) const;
   std::vector<std::string> list_together() const;

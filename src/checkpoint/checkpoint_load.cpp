@@ -69,18 +69,6 @@ int64_t copy_overlap(const Hdf5Dataset& dataset, const StoredPiece& piece, at::S
   return count;
 }
 
-// N of "step-N"; -1 for another name.
-int64_t step_of(const std::string& name) {
-  if (name.rfind("step-", 0) != 0 || name.size() < 6 || name.size() > 20) return -1;
-  if (!std::all_of(name.begin() + 5, name.end(), [](char c) { return c >= '0' && c <= '9'; })) return -1;
-  return std::stoll(name.substr(5));
-}
-
-std::string one_line(const std::string& path) {
-  std::string text = fs::exists(path) ? read_file(path, 1000) : "";
-  return text.substr(0, text.find('\n'));
-}
-
 }  // namespace
 
 void Checkpoint::load(const std::vector<NamedTensor>& targets, bool partial) const {
@@ -158,7 +146,7 @@ std::vector<std::string> CheckpointStore::list_together() const {
   std::sort(steps.rbegin(), steps.rend());
   Json list = parse_json(comm_.broadcast_bytes(dump_json(Json(steps))), "list of checkpoints");
   std::vector<std::string> names;
-  for (const Json& step : list) names.push_back("step-" + std::to_string(step.get<int64_t>()));
+  for (const Json& step : list) names.push_back(step_name(step.get<int64_t>()));
   return names;
 }
 
@@ -173,7 +161,7 @@ std::optional<Checkpoint> CheckpointStore::newest() {
   }
   if (!first_error.empty())
     throw DataError(str(folder_, ": every checkpoint is broken; the newest: ", first_error,
-                        " Restore one, or start afresh with run.resume=never."));
+                        " Restore one, or start afresh in another run.dir."));
   return std::nullopt;
 }
 
@@ -182,16 +170,6 @@ Checkpoint CheckpointStore::open(const std::string& path) {
   std::optional<Checkpoint> checkpoint = open_together(path, why);
   if (!checkpoint) throw DataError(why);
   return *checkpoint;
-}
-
-std::optional<Checkpoint> CheckpointStore::best() {
-  std::string name, why;
-  if (comm_.rank() == 0) name = one_line(folder_ + "/best");
-  name = comm_.broadcast_bytes(name);
-  if (step_of(name) < 0) return std::nullopt;
-  std::optional<Checkpoint> checkpoint = open_together(folder_ + "/" + name, why);
-  if (!checkpoint && comm_.rank() == 0) log_warn(str("the best checkpoint ", folder_, "/", name, " is broken: ", why));
-  return checkpoint;
 }
 
 }  // namespace trireme

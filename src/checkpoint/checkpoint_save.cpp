@@ -4,7 +4,7 @@
 #include <atomic>
 #include <cstdio>
 #include <filesystem>
-#include <set>
+#include <system_error>
 
 #include "base/error_text.h"
 #include "base/check.h"
@@ -22,10 +22,9 @@ namespace fs = std::filesystem;
 struct CheckpointStore::Job {
   struct Part {
     std::string dataset;
-    at::Tensor value;  // on the CPU, contiguous
+    at::Tensor value;  // a copy, or the tensor itself
   };
-  int64_t step = 0;
-  bool is_best = false;
+  int64_t step = 0, best_step = 0;
   Json state;
   std::vector<Part> parts;
   std::string file;           // of this rank, within step-N.tmp
@@ -53,7 +52,8 @@ struct CheckpointStore::Job {
                                                     std::vector<uint64_t>(sizes.begin(), sizes.end())));
           }
           for (size_t i = 0; i < parts.size(); ++i) {
-            datasets[i].write(parts[i].value.data_ptr(), 0, static_cast<uint64_t>(parts[i].value.numel()));
+            at::Tensor value = parts[i].value.cpu().contiguous();
+            datasets[i].write(value.data_ptr(), 0, static_cast<uint64_t>(value.numel()));
             parts[i].value.reset();  // give the memory back early
           }
         }
@@ -106,6 +106,26 @@ void remove_folder(const std::string& path) {
   if (error) log_warn(str("cannot remove ", path, ": ", error.message()));
 }
 
+// The names in a folder; none where it is not there.
+std::vector<std::string> names_in(const std::string& folder) {
+  std::vector<std::string> names;
+  std::error_code none;
+  for (const auto& entry : fs::directory_iterator(folder, none)) names.push_back(entry.path().filename().string());
+  return names;
+}
+
+// What went wrong in `action`; "" where nothing did.
+std::string error_of(const std::function<void()>& action) {
+  try {
+    action();
+  } catch (const fs::filesystem_error& failure) {
+    return str("cannot write ", failure.path1().string(), ": ", failure.code().message(), ".");
+  } catch (const std::exception& failure) {
+    return text_of(failure);
+  }
+  return "";
+}
+
 }  // namespace
 
 CheckpointStore::CheckpointStore(std::string folder, const Communicator& comm, int64_t keep)
@@ -128,24 +148,23 @@ std::vector<std::string> CheckpointStore::gather_everywhere(const std::string& t
   return parse_json(comm_.broadcast_bytes(dump_json(all)), "texts of the ranks").get<std::vector<std::string>>();
 }
 
+// Rank 0 acts; every rank returns what went wrong there, "" where nothing did.
+std::string CheckpointStore::on_rank0(const std::function<void()>& action) const {
+  return agree(comm_.rank() == 0 ? error_of(action) : "");
+}
+
 void CheckpointStore::prepare() {
-  std::string error;
-  if (comm_.rank() == 0) {
-    try {
-      fs::create_directories(folder_);
-      if (access(folder_.c_str(), W_OK) != 0)
-        throw SystemError(str("cannot write into ", folder_, ": ", errno_text(), "."));
-      std::vector<fs::path> leftovers;
-      for (const auto& entry : fs::directory_iterator(folder_))
-        if (entry.path().extension() == ".tmp") leftovers.push_back(entry.path());
-      for (const fs::path& path : leftovers) remove_folder(path.string());
-    } catch (const fs::filesystem_error& failure) {
-      error = str("cannot create ", folder_, ": ", failure.code().message(), ".");
-    } catch (const std::exception& failure) {
-      error = text_of(failure);
+  constexpr std::string_view kReplaced = ".replaced.tmp";
+  std::string error = on_rank0([&] {
+    if (fs::create_directories(folder_)) fsync_path(fs::path(folder_).parent_path().string());
+    if (access(folder_.c_str(), W_OK) != 0) throw SystemError(str("cannot write into ", folder_, ": ", errno_text(), "."));
+    for (const std::string& name : names_in(folder_)) {  // killed between the two renames of commit()
+      std::string original = folder_ + "/" + name.substr(0, name.size() - std::min(name.size(), kReplaced.size()));
+      if (name.ends_with(kReplaced) && !fs::exists(original)) fs::rename(folder_ + "/" + name, original);
     }
-  }
-  error = agree(error);
+    for (const std::string& name : names_in(folder_))
+      if (name.ends_with(".tmp")) remove_folder(folder_ + "/" + name);
+  });
   if (!error.empty()) throw SystemError(error);
 }
 
@@ -210,37 +229,55 @@ void CheckpointStore::make_plan(const std::vector<NamedTensor>& tensors) {
   planned_table_ = std::move(text);
 }
 
-void CheckpointStore::start_save(int64_t step, const std::vector<NamedTensor>& tensors, const Json& state,
-                                 bool is_best) {
+// No rank may be alone with an error here: the others would wait for it in the next agreement.
+void CheckpointStore::begin(int64_t step, const std::vector<NamedTensor>& tensors, const Json& state, int64_t best_step,
+                            bool copies) {
   wait();
   make_plan(tensors);
-  std::string error;
-  if (comm_.rank() == 0) {
-    try {
-      fs::remove_all(temporary(step));
-      fs::create_directories(temporary(step));
-    } catch (const fs::filesystem_error& failure) {
-      error = str("cannot create ", temporary(step), ": ", failure.code().message(), ".");
-    }
-  }
-  error = agree(error);
+  std::string error = on_rank0([&] {
+    fs::remove_all(temporary(step));
+    fs::create_directories(temporary(step));
+  });
   if (!error.empty()) throw SystemError(error);
 
-  job_ = std::make_unique<Job>();
-  job_->step = step, job_->is_best = is_best, job_->state = state, job_->file = shard_file(comm_.rank());
-  for (const auto& [index, dataset] : mine_) {
-    at::Tensor copy = at::empty(tensors[index].value.sizes(), at::TensorOptions(tensors[index].value.scalar_type()));
-    ask_for_huge_pages(copy);
-    copy.copy_(tensors[index].value.detach());
-    job_->parts.push_back({dataset, std::move(copy)});
+  auto job = std::make_unique<Job>();
+  job->step = step, job->best_step = best_step, job->state = state, job->file = shard_file(comm_.rank());
+  try {
+    for (const auto& [index, dataset] : mine_) {
+      at::Tensor value = tensors[index].value.detach();
+      if (copies) {
+        at::Tensor copy = at::empty(value.sizes(), at::TensorOptions(value.scalar_type()));
+        ask_for_huge_pages(copy);
+        value = copy.copy_(value);
+      }
+      job->parts.push_back({dataset, std::move(value)});
+    }
+  } catch (const std::exception&) {  // std::bad_alloc, or libtorch's own
+    error = str("rank ", comm_.rank(), " has no memory for a copy of its tensors; set checkpoint.async=false, which needs none.");
   }
-  job_->thread = std::thread([job = job_.get(), folder = temporary(step)] { job->write(folder); });
+  error = agree(error);
+  if (!error.empty()) {
+    if (comm_.rank() == 0) remove_folder(temporary(step));
+    throw SystemError(str("checkpoint of step ", step, " was not saved; the earlier ones are untouched: ", error));
+  }
+  job_ = std::move(job);
+}
+
+void CheckpointStore::start_save(int64_t step, const std::vector<NamedTensor>& tensors, const Json& state,
+                                 int64_t best_step) {
+  begin(step, tensors, state, best_step, true);
+  try {
+    job_->thread = std::thread([job = job_.get(), folder = temporary(step)] { job->write(folder); });
+  } catch (const std::system_error&) {  // no more threads here: then at once
+    job_->write(temporary(step));
+  }
 }
 
 bool CheckpointStore::finished() const { return job_ && job_->done; }
 
-void CheckpointStore::save(int64_t step, const std::vector<NamedTensor>& tensors, const Json& state, bool is_best) {
-  start_save(step, tensors, state, is_best);
+void CheckpointStore::save(int64_t step, const std::vector<NamedTensor>& tensors, const Json& state, int64_t best_step) {
+  begin(step, tensors, state, best_step, false);
+  job_->write(temporary(step));
   wait();
   if (cleaner_.joinable()) cleaner_.join();
 }
@@ -248,21 +285,12 @@ void CheckpointStore::save(int64_t step, const std::vector<NamedTensor>& tensors
 void CheckpointStore::wait() {
   if (!job_) return;
   std::unique_ptr<Job> job = std::move(job_);
-  job->thread.join();
+  if (job->thread.joinable()) job->thread.join();
   std::string own = parse_json(job->report, "report").value("error", "");
   std::string error = agree(own);
   if (error.empty()) {
     std::vector<std::string> reports = comm_.gather_bytes(job->report);
-    if (comm_.rank() == 0) {
-      try {
-        commit(*job, reports);
-      } catch (const fs::filesystem_error& failure) {
-        error = str("cannot write ", temporary(job->step), ": ", failure.code().message(), ".");
-      } catch (const std::exception& failure) {
-        error = text_of(failure);
-      }
-    }
-    error = agree(error);
+    error = on_rank0([&] { commit(*job, reports); });
   }
   if (error.empty()) return;
   if (comm_.rank() == 0) remove_folder(temporary(job->step));
@@ -271,8 +299,7 @@ void CheckpointStore::wait() {
 
 // Rank 0, once every rank has written its part.
 void CheckpointStore::commit(const Job& job, const std::vector<std::string>& reports) {
-  std::string folder = temporary(job.step), name = "step-" + std::to_string(job.step),
-              final_path = folder_ + "/" + name;
+  std::string folder = temporary(job.step), final_path = path_of(job.step);
   Manifest manifest{job.step, {}, plan_, job.state};
   for (int rank = 0; rank < comm_.size(); ++rank) {
     Json report = parse_json(reports[static_cast<size_t>(rank)], "report");
@@ -282,52 +309,83 @@ void CheckpointStore::commit(const Job& job, const std::vector<std::string>& rep
   write_view(folder + "/all.h5", plan_);
   write_manifest(folder, manifest);
   fsync_path(folder);
-  // A step saved again (after a resume from an earlier one) replaces the old folder, whose place is never empty for
-  // longer than between two renames; were we killed there, the loader would take the one before.
+  // A step saved again replaces the old folder, whose place is never empty for longer than between two renames; were we
+  // killed there, prepare() would put the old one back.
   if (fs::exists(final_path)) fs::rename(final_path, final_path + ".replaced.tmp");
   fs::rename(folder, final_path);
   fsync_path(folder_);
-  write_file_atomic(folder_ + "/latest", name + "\n");
-  if (job.is_best) write_file_atomic(folder_ + "/best", name + "\n");
-  prune(job.step);
+  // It is saved. What fails from here on is told, and tried again with the next one.
+  std::string error = error_of([&] {
+    point(job.step, job.best_step);
+    prune(job);
+  });
+  if (!error.empty()) log_warn(str("after saving ", final_path, ": ", error));
 }
 
-// Deletes what keep-last-k does not want. Later steps than this one are of a branch that was left by resuming from an
-// earlier checkpoint: they are set aside, so that they are not taken for the newest.
-void CheckpointStore::prune(int64_t step) {
-  auto pointed = [&](const char* pointer) {
-    std::string path = folder_ + "/" + pointer;
-    std::string text = fs::exists(path) ? read_file(path, 1000) : "";
-    return text.substr(0, text.find('\n'));
-  };
-  std::set<std::string> kept = {pointed("latest"), pointed("best")};
+// `latest` and `best`: nothing but a help for people.
+void CheckpointStore::point(int64_t step, int64_t best_step) const {
+  for (auto [name, target] : {std::pair("/latest", step), std::pair("/best", best_step)})
+    if (fs::exists(path_of(target))) write_file_atomic(folder_ + name, step_name(target) + "\n");
+    else fs::remove(folder_ + name);
+}
+
+// Deletes what keep-last-k does not want, and abandoned steps once the run has passed them.
+void CheckpointStore::prune(const Job& job) {
+  constexpr std::string_view kAbandoned = ".abandoned";
   std::vector<int64_t> steps;
-  std::vector<fs::path> leftovers;
-  for (const auto& entry : fs::directory_iterator(folder_)) {
-    std::string name = entry.path().filename().string();
-    if (entry.path().extension() == ".tmp") leftovers.push_back(entry.path());
-    if (name.rfind("step-", 0) == 0 && name.find_first_not_of("0123456789", 5) == std::string::npos && name.size() > 5)
-      steps.push_back(std::stoll(name.substr(5)));
+  std::vector<std::string> leftovers;
+  for (const std::string& name : names_in(folder_)) {
+    const bool abandoned = name.ends_with(kAbandoned);
+    const int64_t step = step_of(abandoned ? name.substr(0, name.size() - kAbandoned.size()) : name);
+    if (name.ends_with(".tmp") || (abandoned && keep_ > 0 && step >= 0 && step <= job.step)) leftovers.push_back(folder_ + "/" + name);
+    else if (!abandoned && step >= 0 && step <= job.step) steps.push_back(step);
   }
   std::sort(steps.rbegin(), steps.rend());
-  int64_t num_kept = 0;
-  for (int64_t other : steps) {
-    std::string name = "step-" + std::to_string(other), path = folder_ + "/" + name;
-    if (other > step) {
-      if (kept.count(name)) continue;
-      log_warn(str(path, " is later than the step just saved: set aside as ", name, ".abandoned"));
-      remove_folder(path + ".abandoned");
-      fs::rename(path, path + ".abandoned");
-      continue;
-    }
-    if (++num_kept <= keep_ || keep_ <= 0 || kept.count(name)) continue;
-    fs::rename(path, path + ".deleted.tmp");  // at once no checkpoint any more, whenever we are killed
-    leftovers.push_back(path + ".deleted.tmp");
+  for (size_t i = 0; keep_ > 0 && i < steps.size(); ++i) {
+    if (static_cast<int64_t>(i) < keep_ || steps[i] == job.best_step) continue;
+    std::string deleted = path_of(steps[i]) + ".deleted.tmp";
+    fs::rename(path_of(steps[i]), deleted);  // at once no checkpoint any more, whenever we are killed
+    leftovers.push_back(deleted);
   }
   // Freeing many gigabytes takes a while; no step should wait for it.
   cleaner_ = std::jthread([leftovers] {
-    for (const fs::path& path : leftovers) remove_folder(path.string());
+    for (const std::string& path : leftovers) remove_folder(path);
   });
+}
+
+void CheckpointStore::start_branch(int64_t step, int64_t best_step) {
+  std::string error = on_rank0([&] {
+    for (const std::string& name : names_in(folder_)) {
+      if (step_of(name) <= step) continue;
+      log_warn(str(folder_, "/", name, " is later than step ", step, ", where this run goes on: set aside as ", name, ".abandoned"));
+      fs::remove_all(folder_ + "/" + name + ".abandoned");
+      fs::rename(folder_ + "/" + name, folder_ + "/" + name + ".abandoned");
+    }
+    point(step, best_step);
+    fsync_path(folder_);
+  });
+  if (!error.empty()) throw SystemError(error);
+}
+
+std::string CheckpointStore::adopt(const std::string& path) {
+  const std::string own = folder_ + "/" + fs::path(path).filename().string();
+  bool there = false;
+  std::string why = on_rank0([&] {
+    there = fs::exists(own + "/manifest.hash") && read_file(own + "/manifest.hash") == read_file(path + "/manifest.hash");
+  });
+  if (!why.empty() || comm_.agree(there) == 1) return why;
+  if (!open_together(path, why)) return why;
+  why = on_rank0([&] {
+    fs::remove_all(own + ".tmp");
+    fs::copy(path, own + ".tmp", fs::copy_options::recursive);
+    for (const std::string& name : names_in(own + ".tmp")) fsync_path(own + ".tmp/" + name);
+    fsync_path(own + ".tmp");
+    fs::remove_all(own);
+    fs::rename(own + ".tmp", own);
+    fsync_path(folder_);
+  });
+  if (!why.empty()) throw SystemError(str("cannot take ", path, " over into this run: ", why));
+  return "";
 }
 
 }  // namespace trireme

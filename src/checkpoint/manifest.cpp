@@ -68,6 +68,16 @@ at::ScalarType stored_dtype(const std::string& name) {
   throw DataError(str("unknown dtype ", name, " in a checkpoint."));
 }
 
+std::string step_name(int64_t step) { return "step-" + std::to_string(step); }
+
+int64_t step_of(const std::string& name) {
+  constexpr size_t kPrefix = 5, kMaxDigits = 18;  // so many fit int64_t
+  if (!name.starts_with("step-") || name.size() == kPrefix || name.size() > kPrefix + kMaxDigits) return -1;
+  if (name.find_first_not_of("0123456789", kPrefix) != std::string::npos) return -1;
+  int64_t step = std::stoll(name.substr(kPrefix));
+  return step_name(step) == name ? step : -1;
+}
+
 Json manifest_to_json(const Manifest& manifest) {
   Json files = Json::object(), tensors = Json::object();
   for (const auto& [name, file] : manifest.files) files[name] = {{"bytes", file.bytes}, {"hash", file.hash}};
@@ -97,17 +107,21 @@ Manifest read_manifest(const std::string& folder) {
   if (hash_bytes(text) + "\n" != expected)
     throw DataError(str(path, " is damaged: its hash is not the one in manifest.hash."));
   Json json = parse_json(text, path);
+  Manifest manifest;
   try {
     if (json.at("format") != "trireme checkpoint") throw std::runtime_error("not a checkpoint of Trireme");
     if (json.at("version").get<int64_t>() > kCheckpointVersion)
       throw std::runtime_error(
           str("its version is ", json.at("version").dump(), "; this Trireme reads up to ", kCheckpointVersion));
-    return parse_manifest(json);
+    manifest = parse_manifest(json);
   } catch (const Error&) {
     throw;
   } catch (const std::exception& error) {
     throw DataError(str(path, " cannot be used: ", error.what(), "."));
   }
+  if (int64_t named = step_of(fs::path(folder).filename().string()); named >= 0 && named != manifest.step)
+    throw DataError(str(folder, " holds step ", manifest.step, ": it was renamed. Give it back its name."));
+  return manifest;
 }
 
 std::string damage_of(const std::string& folder, const std::string& file, const StoredFile& expected) {

@@ -39,8 +39,12 @@ at::ScalarType stored_dtype(const std::string& name);  // the reverse; DataError
 
 Json manifest_to_json(const Manifest& manifest);
 
+// A checkpoint's folder is "step-N". step_of() gives N, and -1 for any other name.
+std::string step_name(int64_t step);
+int64_t step_of(const std::string& name);
+
 // Reads manifest.json of a checkpoint folder and checks it against manifest.hash. DataError: missing, damaged, written
-// by a later version, or it contradicts itself.
+// by a later version, of another step than the folder's name says, or it contradicts itself.
 Manifest read_manifest(const std::string& folder);
 
 // Writes manifest.json and manifest.hash. SystemError.

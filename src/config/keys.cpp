@@ -102,7 +102,7 @@ std::vector<Field> fields(Config& c) {
   const double inf = 1e300;
   return {
       {"run.dir", &c.run.dir, "folder", "where the run lives; empty: runs/<name of the configuration file>", {}},
-      {"run.resume", &c.run.resume, "", "auto: go on from the newest checkpoint of run.dir; never: refuse a run folder that has one; or a checkpoint folder", {}},
+      {"run.resume", &c.run.resume, "", "auto: go on from the newest checkpoint of run.dir; never: refuse a run folder that has one; or a checkpoint folder to begin at, what is later in run.dir being set aside", {}},
       {"run.seed", &c.run.seed, "", "of initial weights, shuffling, dropout and sampling", {}, 0, 9e18},
       {"model.path", &c.model.path, "folder", "Hugging Face model folder, or a hub name that is in the local cache", {}},
       {"model.config", &c.model.config, "file", "config.json of a model with random weights, instead of model.path", {}},
@@ -164,7 +164,7 @@ std::vector<Field> fields(Config& c) {
       {"comm.overlap", &c.comm.overlap, "", "reduce gradients while backward goes on", {}},
       {"checkpoint.every", &c.checkpoint.every, "steps", "below 1: a fraction of the run; 0: at evaluations and at the end", {}, 0, 1e12},
       {"checkpoint.keep", &c.checkpoint.keep, "checkpoints", "newest that stay, beside the best; 0: all", {}, 0, 1e6},
-      {"checkpoint.async", &c.checkpoint.async, "", "write in the background", {}},
+      {"checkpoint.async", &c.checkpoint.async, "", "write in the background, from a copy in memory", {}},
       {"eval.every", &c.eval.every, "steps", "below 1: a fraction of the run; 0: at the end only", {}, 0, 1e12},
       {"eval.metric", &c.eval.metric, "", "that decides which model is best", {}},
       {"eval.patience", &c.eval.patience, "evaluations", "without a better metric before training stops; 0: never", {}, 0, 1e9},

@@ -7,7 +7,8 @@
 namespace trireme {
 
 Plan make_plan(const Config& config, const ModelConfig& m, at::ScalarType dtype, int64_t trainable, int64_t row_tokens,
-               double mean_row_tokens, int64_t rows_per_epoch, int64_t rows_per_step, int64_t steps) {
+               double mean_row_tokens, int64_t rows_per_epoch, int64_t rows_per_step, int64_t steps,
+               int num_ranks) {
   Plan plan;
   uint64_t bytes = c10::elementSize(dtype), wide = std::max<uint64_t>(bytes, 4);
   plan.parameters = m.num_parameters();
@@ -25,6 +26,8 @@ Plan make_plan(const Config& config, const ModelConfig& m, at::ScalarType dtype,
                   : config.train.recompute == "selective" ? (2 * c + heads + 2 * f) * static_cast<uint64_t>(m.num_layers) + layer
                                                           : layer * static_cast<uint64_t>(m.num_layers) + layer;
   plan.activation_bytes = tokens * kept * bytes + 512 * static_cast<uint64_t>(m.vocab_size) * (bytes + wide);
+  if (config.checkpoint.async)  // what is saved is shared out evenly among the ranks
+    plan.checkpoint_bytes = (static_cast<uint64_t>(trainable) * bytes + plan.optimizer_bytes) / static_cast<uint64_t>(num_ranks);
   plan.base_bytes = 300ull << 20;
   plan.rows_per_step = rows_per_step;
   plan.rows_per_epoch = rows_per_epoch;
@@ -39,7 +42,8 @@ std::string Plan::text() const {
              " trained; ", steps, " steps of ", rows_per_step, " rows (about ", tokens_per_step, " tokens), ", rows_per_epoch,
              " rows an epoch (", (rows_per_epoch + rows_per_step - 1) / std::max<int64_t>(rows_per_step, 1),
              " steps)\nplan: memory of a rank: weights ", b(weight_bytes), ", gradients ", b(gradient_bytes), ", optimizer ",
-             b(optimizer_bytes), ", activations at most ", b(activation_bytes), ", program ", b(base_bytes), ": ", b(total_bytes()));
+             b(optimizer_bytes), ", activations at most ", b(activation_bytes),
+             checkpoint_bytes > 0 ? ", copy for a checkpoint " + b(checkpoint_bytes) : "", ", program ", b(base_bytes), ": ", b(total_bytes()));
 }
 
 void check_memory(const Plan& plan, int num_local_ranks, uint64_t free_bytes) {
@@ -50,7 +54,8 @@ void check_memory(const Plan& plan, int num_local_ranks, uint64_t free_bytes) {
                         bytes_text(static_cast<double>(plan.total_bytes())), ", of which activations ",
                         bytes_text(static_cast<double>(plan.activation_bytes)), "), but this host has ", bytes_text(there),
                         " free: lower train.micro_batch_size or data.max_length, set train.recompute=full, "
-                        "lora.rank or train.dtype=bfloat16, or start fewer ranks"));
+                        "lora.rank or train.dtype=bfloat16, ",
+                        plan.checkpoint_bytes > 0 ? "set checkpoint.async=false, " : "", "or start fewer ranks"));
 }
 
 }  // namespace trireme

@@ -16,8 +16,9 @@ namespace {
 
 std::string created(const std::string& path) {
   std::error_code error;
-  fs::create_directories(path, error);
+  const bool is_new = fs::create_directories(path, error);
   if (error) throw SystemError(str("cannot create the run folder ", path, ": ", error.message(), "; set run.dir to a folder that can be written"));
+  if (is_new) fsync_path(fs::canonical(path).parent_path().string());
   return path;
 }
 
@@ -47,15 +48,13 @@ std::string default_run_dir(const std::string& config_file) {
   return "runs/" + (config_file.empty() ? std::string("run") : fs::path(config_file).stem().string());
 }
 
-MetricsLog::MetricsLog(const std::string& path, int64_t step) : path_(path) {
+MetricsLog::MetricsLog(const std::string& path, int64_t step, const std::string& before) : path_(path) {
   std::string kept;
-  if (fs::exists(path)) {
-    std::ifstream in(path);
-    for (std::string line; std::getline(in, line) && !in.eof();) {  // a last line without its newline was torn
-      Json json = Json::parse(line, nullptr, false);
-      if (json.is_object() && json.contains("step") && json["step"].is_number_integer() && json["step"].get<int64_t>() <= step)
-        kept += line + "\n";
-    }
+  std::ifstream in(fs::exists(path) ? path : before);
+  for (std::string line; std::getline(in, line) && !in.eof();) {  // a last line without its newline was torn
+    Json json = Json::parse(line, nullptr, false);
+    if (json.is_object() && json.contains("step") && json["step"].is_number_integer() && json["step"].get<int64_t>() <= step)
+      kept += line + "\n";
   }
   write_file_atomic(path, kept);
   fd_ = ::open(path.c_str(), O_WRONLY | O_APPEND | O_CLOEXEC);

@@ -30,10 +30,11 @@ class RunFolder {
 // runs/<name of the configuration file without .ini>, or runs/run without a file.
 std::string default_run_dir(const std::string& config_file);
 
-// metrics.jsonl: one object a line, whole lines only. Opened for going on after `step`: later lines are dropped.
+// metrics.jsonl: one object a line, whole lines only. Opened for going on after `step`: later lines are dropped. A run that
+// goes on in another folder takes the lines of `before`, where there are any.
 class MetricsLog {
  public:
-  MetricsLog(const std::string& path, int64_t step);
+  MetricsLog(const std::string& path, int64_t step, const std::string& before = "");
   ~MetricsLog();
   MetricsLog(const MetricsLog&) = delete;
   MetricsLog& operator=(const MetricsLog&) = delete;

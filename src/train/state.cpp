@@ -18,6 +18,8 @@ Json TrainState::to_json() const {
   json["best"] = std::isnan(best) ? Json() : Json(best);
   json["best_step"] = best_step;
   json["evaluations_without_better"] = evaluations_without_better;
+  json["metric"] = metric;
+  json["eval_data"] = eval_data;
   json["seconds"] = seconds;
   json["stopped_early"] = stopped_early;
   json["ranks"] = ranks;
@@ -25,8 +27,14 @@ Json TrainState::to_json() const {
   json["vectors"] = vectors;
   json["loss_scale"] = loss_scale;
   json["clean_steps"] = clean_steps;
+  json["origin"] = origin;
   json["identity"] = identity;
   return json;
+}
+
+void TrainState::forget_best() {
+  best = std::numeric_limits<double>::quiet_NaN();
+  best_step = evaluations_without_better = 0;
 }
 
 TrainState TrainState::from_json(const Json& json, const std::string& source) try {
@@ -40,13 +48,16 @@ TrainState TrainState::from_json(const Json& json, const std::string& source) tr
   if (!json.at("best").is_null()) s.best = json.at("best");
   s.best_step = json.at("best_step");
   s.evaluations_without_better = json.at("evaluations_without_better");
+  s.metric = json.value("metric", "");  // these and others with value() are younger than the first checkpoints
+  s.eval_data = json.value("eval_data", "");
   s.seconds = json.at("seconds");
   s.stopped_early = json.at("stopped_early");
   s.ranks = json.value("ranks", s.ranks);
   s.threads = json.value("threads", s.threads);
   s.vectors = json.value("vectors", s.vectors);
-  s.loss_scale = json.value("loss_scale", s.loss_scale);  // younger than the first checkpoints
+  s.loss_scale = json.value("loss_scale", s.loss_scale);
   s.clean_steps = json.value("clean_steps", s.clean_steps);
+  s.origin = json.value("origin", Json());
   s.identity = json.at("identity");
   return s;
 } catch (const Json::exception& error) {

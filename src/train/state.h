@@ -17,13 +17,18 @@ struct TrainState {
   int64_t total_steps = 0;
   double best = std::numeric_limits<double>::quiet_NaN();
   int64_t best_step = 0, evaluations_without_better = 0;
+  std::string metric, eval_data;  // what `best` is: eval.metric, and the fingerprint of the data it was measured on
   double seconds = 0;        // of training, all starts together
   bool stopped_early = false;
   int64_t ranks = 0, threads = 0;  // data-parallel ranks and threads of each, of the last start
   std::string vectors;             // and its vector code
   double loss_scale = 1;     // optim/loss_scale.h
   int64_t clean_steps = 0;
+  Json origin;               // run.resume=FOLDER that the run began with: {folder, manifest: its hash}; null: none
   Json identity;             // see run_identity()
+
+  // What is known of the best model so far does not count any more.
+  void forget_best();
 
   Json to_json() const;
   static TrainState from_json(const Json& json, const std::string& source);  // DataError

@@ -7,8 +7,10 @@
 #include <chrono>
 #include <cmath>
 #include <cstdlib>
+#include <filesystem>
 
 #include "base/error_text.h"
+#include "base/file.h"
 #include "base/log.h"
 #include "comm/watchdog.h"
 #include "eval/evaluate.h"
@@ -24,6 +26,7 @@
 namespace trireme {
 namespace {
 
+namespace fs = std::filesystem;
 using Clock = std::chrono::steady_clock;
 
 double seconds_since(Clock::time_point start) { return std::chrono::duration<double>(Clock::now() - start).count(); }
@@ -56,6 +59,7 @@ class Run {
   ExitStatus run(bool plan_only) {
     agree_on(world_, [&] { read_files(); });
     if (!plan_only) open_folder();
+    if (!plan_only && already_finished()) return kExitDone;  // whether its data are still there or not
     open_data();
     if (!plan_only) find_checkpoint();
     agree_on(world_, [&] { make_shape(); });
@@ -63,6 +67,7 @@ class Run {
     agree_on(world_, [&] { say_plan(); });
     if (plan_only) return kExitDone;
     agree_on(world_, [&] { build(); });
+    agree_on(world_, [&] { start_branch(); });
     check_parameters_equal(worker_->model().parameters(), comms_.data);
     log_info(str("ready after ", duration_text(seconds_since(started_)), "; ", process_.size(), " ranks of ",
                  at::get_num_threads(), " threads"));
@@ -136,10 +141,34 @@ class Run {
     if (eval_data_) log_info(str("evaluation data: ", eval_data_->counts().text()));
   }
 
+  // run.resume=FOLDER is where the run began: started again by the same command it goes on from its own newest checkpoint.
   void find_checkpoint() {
+    if (config_.run.resume == "never") return;
+    agree_on(world_, [&] { resumed_ = store_->newest(); });
+    if (config_.run.resume == "auto") return;
     agree_on(world_, [&] {
-      if (config_.run.resume == "auto") resumed_ = store_->newest();
-      else if (config_.run.resume != "never") resumed_ = store_->open(config_.run.resume);
+      fs::path given = config_.run.resume;
+      if (!given.has_filename()) given = given.parent_path();  // "step-4/"
+      if (fs::is_directory(given / "checkpoints"))
+        throw ConfigError(str("run.resume=", config_.run.resume, " is a run folder, not a checkpoint: name ", config_.run.resume,
+                              "/checkpoints/step-N, or set run.dir=", config_.run.resume, " to go on with that run"));
+      const bool exists = fs::exists(given / "manifest.hash");
+      origin_ = {{"folder", fs::weakly_canonical(given).string()}, {"manifest", exists ? read_file(given / "manifest.hash", 1000) : ""}};
+    });
+    bool goes_on = false;
+    agree_on(world_, [&] {
+      if (!resumed_) return;
+      Json began = TrainState::from_json(resumed_->state(), resumed_->folder()).origin;
+      const char* what = origin_["manifest"] == "" ? "folder" : "manifest";  // gone by keep-last-k: then its name must do
+      goes_on = began.is_object() && began.value(what, "") == origin_[what].get<std::string>();
+    });
+    if (goes_on) return void(origin_ = Json());
+    std::optional<Checkpoint> own = std::move(resumed_);
+    agree_on(world_, [&] { resumed_ = store_->open(config_.run.resume); });
+    agree_on(world_, [&] {
+      if (own && own->step() > resumed_->step() && !fs::equivalent(fs::path(origin_["folder"].get<std::string>()).parent_path(), store_->folder()))
+        throw ConfigError(str("the run folder ", config_.run.dir, " holds another run, at step ", own->step(), ", and run.resume=",
+                              config_.run.resume, " is not of it; set another run.dir"));
     });
   }
 
@@ -149,10 +178,14 @@ class Run {
     Json identity = run_identity(config_, source_.fingerprint, train_data_->fingerprint());
     if (resumed_) {
       state_ = TrainState::from_json(resumed_->state(), resumed_->folder());
+      if (state_.step != resumed_->step())
+        throw DataError(str(resumed_->folder(), ": its manifest.json is of step ", resumed_->step(), ", the state in it of step ", state_.step));
       check_identity(state_.identity, identity, resumed_->folder());
       keep_rows();
       keep_threads();
+      if (origin_.is_object()) state_.origin = origin_;
     }
+    if (eval_data_) measure_by(config_.eval.metric, eval_data_->fingerprint());
     total_steps_ = config_.train.steps;
     if (total_steps_ == 0)
       total_steps_ = std::max<int64_t>(1, std::llround(std::ceil(config_.train.epochs * static_cast<double>(train_data_->num_rows()) /
@@ -175,6 +208,18 @@ class Run {
     state_.ranks = mesh_.num_data();
     state_.threads = at::get_num_threads();
     state_.vectors = at::get_cpu_capability();
+  }
+
+  // Values of two metrics, or on two data sets, cannot be compared.
+  void measure_by(const std::string& metric, const std::string& data) {
+    if (state_.metric != metric || state_.eval_data != data) {
+      if (state_.best_step > 0)
+        log_warn(str(state_.metric != metric ? str("eval.metric is ", metric, " now, it was ", state_.metric) : "the evaluation data are others now",
+                     ": the best so far, of step ", state_.best_step, ", does not count any more"));
+      state_.forget_best();
+      state_.stopped_early = false;
+    }
+    state_.metric = metric, state_.eval_data = data;
   }
 
   // A run that goes on keeps the rows of its steps: on another number of ranks the accumulation makes up for it.
@@ -210,18 +255,20 @@ class Run {
     if (!changes.empty()) log_info(str("from here on the last bits differ from those of a run that was never stopped: ", changes));
   }
 
+  // Asked before the data are read, where train.steps says the length, and again once the length is known.
   bool already_finished() {
     std::string text;
+    const int64_t total = total_steps_ > 0 ? total_steps_ : config_.train.steps;
     agree_on(world_, [&] {
       auto finished = rank0() ? folder_->finished() : std::nullopt;
       if (!finished) return;
       std::string file = config_.run.dir + "/finished.json";
       auto step = json_get<int64_t>(*finished, "step", file);
       bool early = json_get<bool>(*finished, "stopped_early", file);
-      if (early || total_steps_ <= step)
+      if (early || (total > 0 && total <= step))
         text = str(config_.run.dir, " is finished (step ", step, early ? ", stopped early" : "",
                    early ? "); set another run.dir to train again" : "); raise train.steps to go on, or set another run.dir");
-      else if (!resumed_)
+      else if (total_steps_ > 0 && !resumed_)
         throw ConfigError(str("the run folder ", config_.run.dir, " holds a finished run of ", step,
                               " steps without its checkpoints: it cannot go on; set another run.dir"));
     });
@@ -237,7 +284,7 @@ class Run {
       total += train_data_->row_tokens(r);
     }
     Plan plan = make_plan(config_, source_.config, dtype_, num_trained(), longest,
-                          static_cast<double>(total) / static_cast<double>(rows), rows, shape_.rows_per_step(), total_steps_);
+                          static_cast<double>(total) / static_cast<double>(rows), rows, shape_.rows_per_step(), total_steps_, process_.size());
     log_info(plan.text());
     check_memory(plan, process_.local_size());
   }
@@ -263,11 +310,26 @@ class Run {
       worker_->loader().set_state(state_.position);
       log_info(str("going on from ", resumed_->folder(), ", step ", state_.step, " of ", total_steps_));
     }
+  }
+
+  // From here on the folder belongs to what comes after the checkpoint, and has what finish() needs.
+  void start_branch() {
+    if (resumed_ && state_.best_step > 0) {
+      const fs::path from = origin_.is_object() ? origin_["folder"].get<std::string>() : resumed_->folder();
+      std::string why = store_->adopt(str(from.parent_path().string(), "/", step_name(state_.best_step)));
+      if (!why.empty() && state_.step < total_steps_ && !state_.stopped_early) {  // else finish() says it
+        log_warn(str("the best model so far, of step ", state_.best_step, ", is lost and does not count any more: ", why));
+        state_.forget_best();
+      }
+    }
+    if (resumed_) store_->start_branch(state_.step, state_.best_step);
+    if (rank0()) {
+      folder_->clear_finished();
+      folder_->write_config(config_to_ini(config_, true));
+      metrics_ = std::make_unique<MetricsLog>(config_.run.dir + "/metrics.jsonl", state_.step,
+                                              resumed_ ? resumed_->folder() + "/../../metrics.jsonl" : "");
+    }
     resumed_.reset();
-    if (!rank0()) return;
-    folder_->clear_finished();
-    folder_->write_config(config_to_ini(config_, true));
-    metrics_ = std::make_unique<MetricsLog>(config_.run.dir + "/metrics.jsonl", state_.step);
   }
 
   void loop() {
@@ -289,7 +351,7 @@ class Run {
       const bool best = evaluates && evaluate_now();
       const bool ends = last || state_.stopped_early;
       stopped_ = !ends && (result.stop || (config_.train.stop_after > 0 && state_.step - first >= config_.train.stop_after));
-      if (ends || stopped_ || best || (save_every_ > 0 ? state_.step % save_every_ == 0 : evaluates)) save(best, ends || stopped_);
+      if (ends || stopped_ || best || (save_every_ > 0 ? state_.step % save_every_ == 0 : evaluates)) save(ends || stopped_);
     }
     if (stopped_)
       log_info(str("stopped after step ", state_.step, " of ", total_steps_, "; saved. Run the same command again to go on"));
@@ -329,8 +391,9 @@ class Run {
     bool better = !std::isnan(value) && (std::isnan(state_.best) || (larger_is_better_ ? value > state_.best : value < state_.best));
     if (better) {
       state_.best = value, state_.best_step = state_.step, state_.evaluations_without_better = 0;
-    } else if (config_.eval.patience > 0 && ++state_.evaluations_without_better >= config_.eval.patience) {
-      state_.stopped_early = true;
+    } else {
+      ++state_.evaluations_without_better;  // also without patience: a resumed run may ask for it
+      state_.stopped_early = config_.eval.patience > 0 && state_.evaluations_without_better >= config_.eval.patience;
     }
     if (rank0()) {
       Json line;
@@ -345,13 +408,13 @@ class Run {
       metrics_->write(line);
       log_info(str("evaluation at step ", state_.step, ":", text, better ? "  (best so far)" : ""));
       if (state_.stopped_early)
-        log_info(str("stopping early: no better ", config_.eval.metric, " in ", config_.eval.patience, " evaluations; the best was ",
+        log_info(str("stopping early: no better ", config_.eval.metric, " in ", state_.evaluations_without_better, " evaluations; the best was ",
                      state_.best, " at step ", state_.best_step));
     }
     return better;
   }
 
-  void save(bool best, bool now) {
+  void save(bool now) {
     CommTimeoutPause pause;  // a disk may be slow
     agree_on(world_, [&] {
       if (metrics_) metrics_->sync();
@@ -360,8 +423,8 @@ class Run {
     state_.loss_scale = worker_->loss_scale().value;
     state_.clean_steps = worker_->loss_scale().clean_steps;
     agree_on(world_, [&] {
-      if (now || !config_.checkpoint.async) store_->save(state_.step, worker_->tensors(), state_.to_json(), best);
-      else store_->start_save(state_.step, worker_->tensors(), state_.to_json(), best);
+      if (now || !config_.checkpoint.async) store_->save(state_.step, worker_->tensors(), state_.to_json(), state_.best_step);
+      else store_->start_save(state_.step, worker_->tensors(), state_.to_json(), state_.best_step);
     });
   }
 
@@ -372,12 +435,15 @@ class Run {
 
   void finish() {
     if (config_.eval.restore_best && eval_data_ && state_.best_step > 0 && state_.best_step != state_.step) {
-      std::optional<Checkpoint> best;
-      agree_on(world_, [&] { best = store_->best(); });
       agree_on(world_, [&] {
-        if (best) best->load(worker_->weights(), true);
+        try {
+          store_->open(str(store_->folder(), "/", step_name(state_.best_step))).load(worker_->weights(), true);
+        } catch (const DataError& error) {
+          throw DataError(str("the best model, of step ", state_.best_step, ", cannot be restored: ", error.what(),
+                              " Set eval.restore_best=false to take the last one."));
+        }
       });
-      log_info(best ? str("restored the best model, of step ", state_.best_step) : "the best checkpoint is not there; keeping the last model");
+      log_info(str("restored the best model, of step ", state_.best_step));
     }
     agree_on(world_, [&] {
       if (!rank0()) return;
@@ -388,6 +454,7 @@ class Run {
       Json done;
       done["step"] = state_.step;
       done["stopped_early"] = state_.stopped_early;
+      done["metric"] = state_.metric;
       done["best"] = std::isnan(state_.best) ? Json() : Json(state_.best);
       done["best_step"] = state_.best_step;
       folder_->set_finished(done);
@@ -415,6 +482,7 @@ class Run {
   TrainState state_;
   std::optional<CheckpointStore> store_;
   std::optional<Checkpoint> resumed_;
+  Json origin_;  // of run.resume=FOLDER, where the run goes on from that
   std::unique_ptr<Worker> worker_;
   std::unique_ptr<MetricsLog> metrics_;  // rank 0's
 };

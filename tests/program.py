@@ -1,0 +1,87 @@
+"""Starting the program from tests: its environment, its command line, and what it leaves behind."""
+import os
+import pathlib
+import signal
+import subprocess
+import time
+
+SOURCE = pathlib.Path(os.environ.get("TRIREME_SOURCE", pathlib.Path(__file__).parent.parent))
+BINARY = os.environ.get("TRIREME_BINARY", str(SOURCE / "build/release/trireme"))
+RUN_LOCAL = str(SOURCE / "launch/run_local.sh")
+TRAIN = SOURCE / "configs/quickstart/train.jsonl"
+TRACES = ("terminate called", "internal error", "Traceback", "Backtrace", "frame #", "MPI_ABORT was invoked", "Segmentation")
+
+
+def environment(work, **more):
+    """The cache folder is the test's own: it also marks every process of the test."""
+    base = {name: value for name, value in os.environ.items() if not name.startswith(("TRIREME_", "OMPI_", "PMIX_"))}
+    return base | dict(TRIREME_CACHE=str(work / "cache"), TRIREME_BINARY=BINARY, OMP_NUM_THREADS="1",
+                       OMPI_ALLOW_RUN_AS_ROOT="1", OMPI_ALLOW_RUN_AS_ROOT_CONFIRM="1") | more
+
+
+def command(verb, *keys, ranks=1):
+    launch = [] if ranks == 1 else ["mpirun", "-q", "--bind-to", "none", "--oversubscribe", "-n", str(ranks)]
+    return [*launch, BINARY, verb, *map(str, keys)]
+
+
+def run(work, verb, *keys, ranks=1, timeout=120, **env):
+    """`timeout` only tells a hang from a slow machine."""
+    return subprocess.run(command(verb, *keys, ranks=ranks), cwd=SOURCE, capture_output=True, text=True, timeout=timeout,
+                          env=environment(work, **env), errors="backslashreplace")
+
+
+def override(usual, keys):
+    """`usual` without what `keys` set, and `keys`: a key may be given once."""
+    names = {str(key).split("=")[0] for key in keys}
+    return [*(key for key in usual if key.split("=")[0] not in names), *map(str, keys)]
+
+
+def small_run(work, name="run", *keys, records=40):
+    """Keys of a training run of the quickstart's model that takes a second; `keys` replace its own."""
+    return ["configs/quickstart.ini", *override([
+        f"--run.dir={work / name}", f"--data.train={TRAIN}:{records}", f"--data.eval={SOURCE / 'configs/quickstart/eval.jsonl'}:8",
+        "--train.steps=4", "--eval.every=2"], keys)]
+
+
+def processes(work):
+    """Ids of the processes that this test started and that still live, ranks and launchers alike."""
+    mark, alive = f"TRIREME_CACHE={work / 'cache'}".encode(), []
+    for folder in pathlib.Path("/proc").glob("[0-9]*"):
+        try:
+            if mark in (folder / "environ").read_bytes().split(b"\0") and "\nState:\tZ" not in (folder / "status").read_text():
+                alive.append(int(folder.name))
+        except OSError:
+            pass
+    return alive
+
+
+def assert_all_ended(work, seconds=5):
+    until = time.monotonic() + seconds
+    while (alive := processes(work)) and time.monotonic() < until:
+        time.sleep(0.05)
+    for pid in alive:
+        os.kill(pid, signal.SIGKILL)
+    assert not alive, f"{len(alive)} processes live on"
+
+
+def wait_for(condition, process=None, seconds=60):
+    """Waits until condition() is true; gives up where `process` ends first."""
+    until = time.monotonic() + seconds
+    while not (value := condition()):
+        assert process is None or process.poll() is None, "the program ended too early"
+        assert time.monotonic() < until, "nothing happened"
+        time.sleep(0.01)
+    return value
+
+
+def ranks_of(work):
+    """The ranks among processes(), by rank."""
+    found = {}
+    for pid in processes(work):
+        try:
+            if os.readlink(f"/proc/{pid}/exe") == os.path.realpath(BINARY):
+                variables = dict(v.split(b"=", 1) for v in pathlib.Path(f"/proc/{pid}/environ").read_bytes().split(b"\0") if b"=" in v)
+                found[int(variables.get(b"OMPI_COMM_WORLD_RANK", b"0"))] = pid
+        except OSError:
+            pass
+    return [found[rank] for rank in sorted(found)]
