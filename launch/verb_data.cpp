@@ -80,9 +80,13 @@ ExitStatus verb_tokenize(const Config& config, const CommandLine&, const Process
     EncodedRecord record;
     if (json.is_string()) {  // tokens of a text as it stands: no end token is added
       record.text = json.get<std::string>();
-      Encoding encoding = tools.tokenizer.encode(record.text, config.tokenize.special);
-      record.ids = encoding.ids;
-      record.offsets = encoding.offsets;
+      if (config.tokenize.offsets) {
+        Encoding encoding = tools.tokenizer.encode(record.text, config.tokenize.special);
+        record.ids = std::move(encoding.ids);
+        record.offsets = std::move(encoding.offsets);
+      } else {
+        record.ids = tools.tokenizer.encode_ids(record.text, config.tokenize.special);
+      }
       record.learnt.assign(record.ids.size(), 1);
       if (!record.learnt.empty()) record.learnt[0] = 0;
     } else if (config.tokenize.generation_prompt) {

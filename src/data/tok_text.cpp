@@ -1,35 +1,56 @@
-#define PCRE2_CODE_UNIT_WIDTH 8
 #include "data/tok_text.h"
 
-#include <pcre2.h>
+#include <array>
+#include <cstring>
 
 #include "base/check.h"
 
 namespace trireme::tok {
 
 void Text::append(std::string_view piece, int32_t from, int32_t to) {
+  if (bytes.size() + piece.size() > limit)
+    throw DataError(str("the tokenizer lets a text grow to more than ", limit, " bytes"));
   bytes += piece;
+  if (!aligned) return;
   begin.insert(begin.end(), piece.size(), from);
   end.insert(end.end(), piece.size(), to);
 }
 
 void Text::append(const Text& other, size_t first, size_t last) {
   bytes.append(other.bytes, first, last - first);
-  begin.insert(begin.end(), other.begin.begin() + static_cast<long>(first), other.begin.begin() + static_cast<long>(last));
-  end.insert(end.end(), other.end.begin() + static_cast<long>(first), other.end.begin() + static_cast<long>(last));
+  if (!aligned) return;
+  auto part = [&](const std::vector<int32_t>& from, std::vector<int32_t>& to) {
+    to.insert(to.end(), from.begin() + static_cast<std::ptrdiff_t>(first),
+              from.begin() + static_cast<std::ptrdiff_t>(last));
+  };
+  part(other.begin, begin);
+  part(other.end, end);
+}
+
+Text Text::like() const {
+  Text out;
+  out.aligned = aligned;
+  out.at_start = at_start;
+  out.limit = limit;
+  out.bytes.reserve(bytes.size() + bytes.size() / 2);
+  return out;
 }
 
 Text Text::slice(size_t first, size_t last) const {
   Text out;
+  out.aligned = aligned;
+  out.at_start = at_start && first == 0;
+  out.limit = limit;
   out.append(*this, first, last);
   return out;
 }
 
-size_t char_length(unsigned char c) { return c < 0x80 ? 1 : c < 0xE0 ? 2 : c < 0xF0 ? 3 : 4; }
-
-Text text_of(std::string_view utf8) {
+Text text_of(std::string_view utf8, bool aligned) {
   Text text;
   text.bytes = utf8;
+  text.aligned = aligned;
+  text.limit = 100 * utf8.size() + (1 << 16);
+  if (!aligned) return text;
   text.begin.resize(utf8.size());
   text.end.resize(utf8.size());
   int32_t character = -1;
@@ -41,25 +62,54 @@ Text text_of(std::string_view utf8) {
   return text;
 }
 
-uint32_t code_point(std::string_view s, size_t i) {
-  auto b = [&](size_t k) { return static_cast<uint32_t>(static_cast<unsigned char>(s[i + k])); };
-  size_t n = char_length(static_cast<unsigned char>(s[i]));
-  if (n == 1) return b(0);
-  if (n == 2) return ((b(0) & 0x1F) << 6) | (b(1) & 0x3F);
-  if (n == 3) return ((b(0) & 0x0F) << 12) | ((b(1) & 0x3F) << 6) | (b(2) & 0x3F);
-  return ((b(0) & 0x07) << 18) | ((b(1) & 0x3F) << 12) | ((b(2) & 0x3F) << 6) | (b(3) & 0x3F);
+size_t previous_char(std::string_view s, size_t at) {
+  do --at;
+  while (at > 0 && (static_cast<unsigned char>(s[at]) & 0xC0) == 0x80);
+  return at;
+}
+
+void append_utf8(std::string& out, uint32_t c) {
+  auto put = [&](uint32_t byte) { out += static_cast<char>(byte); };
+  if (c < 0x80) return put(c);
+  if (c < 0x800) {
+    put(0xC0 | (c >> 6));
+  } else {
+    if (c < 0x10000) {
+      put(0xE0 | (c >> 12));
+    } else {
+      put(0xF0 | (c >> 18));
+      put(0x80 | ((c >> 12) & 0x3F));
+    }
+    put(0x80 | ((c >> 6) & 0x3F));
+  }
+  put(0x80 | (c & 0x3F));
 }
 
 namespace {
 
-// Length of the valid character at `i`, or 0; `broken` is then the length of the maximal broken part (Unicode 3.9, D93b).
-size_t valid_length(std::string_view s, size_t i, size_t* broken) {
+// The first byte that is not ASCII, eight at a time.
+size_t ascii_prefix(std::string_view s) {
+  size_t i = 0;
+  for (uint64_t eight; i + 8 <= s.size(); i += 8) {
+    std::memcpy(&eight, s.data() + i, 8);
+    if (eight & 0x8080808080808080u) break;
+  }
+  while (i < s.size() && static_cast<unsigned char>(s[i]) < 0x80) ++i;
+  return i;
+}
+
+}  // namespace
+
+bool is_ascii(std::string_view s) { return ascii_prefix(s) == s.size(); }
+
+size_t valid_length(std::string_view s, size_t i, size_t* broken, bool* cut_off) {
   auto c = static_cast<unsigned char>(s[i]);
   *broken = 1;
+  *cut_off = false;
   if (c < 0x80) return 1;
   size_t n = c >= 0xC2 && c <= 0xDF ? 2 : c >= 0xE0 && c <= 0xEF ? 3 : c >= 0xF0 && c <= 0xF4 ? 4 : 0;
   for (size_t k = 1; k < n; ++k) {
-    if (i + k >= s.size()) return *broken = k, 0;
+    if (i + k >= s.size()) return *broken = k, *cut_off = true, 0;
     auto d = static_cast<unsigned char>(s[i + k]);
     unsigned low = 0x80, high = 0xBF;
     if (k == 1) {
@@ -73,72 +123,38 @@ size_t valid_length(std::string_view s, size_t i, size_t* broken) {
   return n;
 }
 
-}  // namespace
-
-std::string lossy_utf8(std::string_view s) {
-  std::string out;
-  for (size_t i = 0; i < s.size();) {
-    size_t broken = 1, n = valid_length(s, i, &broken);
-    if (n > 0) out.append(s, i, n);
-    else out += "\xEF\xBF\xBD";
-    i += n > 0 ? n : broken;
-  }
-  return out;
-}
-
 bool valid_utf8(std::string_view s) {
-  for (size_t i = 0, broken = 0; i < s.size();) {
-    size_t n = valid_length(s, i, &broken);
+  bool cut_off = false;
+  for (size_t i = ascii_prefix(s), broken = 0; i < s.size();) {
+    size_t n = valid_length(s, i, &broken, &cut_off);
     if (n == 0) return false;
     i += n;
+    if (n == 1) i += ascii_prefix(s.substr(i));
   }
   return true;
 }
 
-Regex::Regex(const std::string& pattern, const std::string& source) : source_(source) {
-  int error = 0;
-  PCRE2_SIZE at = 0;
-  pcre2_code* code = pcre2_compile(reinterpret_cast<PCRE2_SPTR>(pattern.data()), pattern.size(), PCRE2_UTF | PCRE2_UCP, &error, &at, nullptr);
-  if (!code) {
-    PCRE2_UCHAR text[200];
-    pcre2_get_error_message(error, text, sizeof text);
-    throw DataError(str(source, ": the regular expression ", pattern.substr(0, 200), " is wrong at character ", at, ": ",
-                        reinterpret_cast<const char*>(text)));
-  }
-  pcre2_jit_compile(code, PCRE2_JIT_COMPLETE);
-  code_ = std::shared_ptr<void>(code, [](void* c) { pcre2_code_free(static_cast<pcre2_code*>(c)); });
+const std::string& byte_char(unsigned char byte) {
+  static const auto table = [] {
+    std::array<std::string, 256> out;
+    uint32_t next = 256;
+    for (uint32_t b = 0; b < 256; ++b) {
+      bool printable = (b >= 33 && b <= 126) || (b >= 161 && b <= 172) || b >= 174;
+      append_utf8(out[b], printable ? b : next++);
+    }
+    return out;
+  }();
+  return table[byte];
 }
 
-std::vector<std::pair<size_t, size_t>> Regex::matches(std::string_view text) const {
-  const auto* code = static_cast<const pcre2_code*>(code_.get());
-  struct Scratch {
-    pcre2_match_data* data = pcre2_match_data_create(64, nullptr);
-    pcre2_match_context* context = pcre2_match_context_create(nullptr);
-    Scratch() {
-      pcre2_set_match_limit(context, 10'000'000);
-      pcre2_set_depth_limit(context, 100'000);
-      pcre2_set_heap_limit(context, 64 << 10);
-    }
-    ~Scratch() {
-      pcre2_match_data_free(data);
-      pcre2_match_context_free(context);
-    }
-  };
-  thread_local Scratch scratch;
-  std::vector<std::pair<size_t, size_t>> out;
-  for (size_t at = 0; at <= text.size();) {
-    int found = pcre2_match(code, reinterpret_cast<PCRE2_SPTR>(text.data()), text.size(), at, PCRE2_NO_UTF_CHECK, scratch.data, scratch.context);
-    if (found == PCRE2_ERROR_NOMATCH) break;
-    if (found < 0) throw DataError(str(source_, ": the regular expression takes too long on this text"));
-    const PCRE2_SIZE* range = pcre2_get_ovector_pointer(scratch.data);
-    if (range[1] > range[0]) {
-      out.emplace_back(range[0], range[1]);
-      at = range[1];
-    } else {
-      at = range[1] + (range[1] < text.size() ? char_length(static_cast<unsigned char>(text[range[1]])) : 1);
-    }
-  }
-  return out;
+int char_byte(uint32_t character) {
+  static const auto table = [] {
+    std::array<int, 512> out;
+    out.fill(-1);
+    for (int b = 0; b < 256; ++b) out[code_point(byte_char(static_cast<unsigned char>(b)), 0)] = b;
+    return out;
+  }();
+  return character < table.size() ? table[character] : -1;
 }
 
 }  // namespace trireme::tok

@@ -1,7 +1,7 @@
 // Text <-> ids by a Hugging Face tokenizer.json (https://github.com/huggingface/tokenizers), id for id and offset for
 // offset what that library gives.
 //   models          BPE (byte-level, SentencePiece-style with byte fallback, ignore_merges, fuse_unk), WordPiece
-//   normalizers, pre-tokenizers, post-processors, decoders: see tok_normalizer.h, tok_pretokenizer.h, tok_decoder.h
+//   normalizers, pre-tokenizers, post-processors, decoders: see tok_components.h
 // The sections "truncation" and "padding" are ignored, as transformers does. Anything else unknown is refused by name.
 #pragma once
 
@@ -45,13 +45,13 @@ class Tokenizer {
   // Ids outside the vocabulary give no text. Bytes that are no UTF-8 become U+FFFD as in the library.
   std::string decode(std::span<const int64_t> ids, bool skip_special) const;
 
-  int64_t vocab_size() const;                                      // largest id + 1, added tokens included
+  int64_t vocab_size() const;  // largest id + 1, added tokens included
   std::optional<int64_t> token_to_id(std::string_view token) const;
-  std::string id_to_token(int64_t id) const;                       // empty for an id that has no token
-  bool is_special(int64_t id) const;                               // an added token with "special": true
-  bool is_added(int64_t id) const;                                 // a token that its text always becomes, whatever is around
-  const std::string& content_hash() const;                         // of the file's bytes; 32 hex digits
-  const std::string& source() const;                               // the path it was loaded from
+  std::string id_to_token(int64_t id) const;  // empty for an id that has no token
+  bool is_special(int64_t id) const;          // an added token with "special": true
+  bool is_added(int64_t id) const;            // a token that its text always becomes, whatever is around
+  const std::string& content_hash() const;    // of the file's bytes; 32 hex digits
+  const std::string& source() const;          // the path it was loaded from
 
  private:
   friend class StreamDecoder;
@@ -71,9 +71,7 @@ class StreamDecoder {
   std::string finish();  // the rest; afterwards the decoder is as newly made
 
  private:
-  std::shared_ptr<const tok::Pipeline> pipeline_;
   std::unique_ptr<tok::DecodeState> state_;
-  bool skip_special_;
 };
 
 }  // namespace trireme
