@@ -3,15 +3,18 @@
 
 #include <gtest/gtest.h>
 
+#include <filesystem>
 #include <functional>
 #include <map>
 #include <random>
 #include <thread>
 
 #include "base/check.h"
+#include "base/file.h"
 #include "base/json.h"
 #include "data/tok_regex.h"
 #include "data/tok_text.h"
+#include "tests/fuzz/tokenizer_fuzz.cpp"
 
 namespace trireme {
 namespace {
@@ -328,7 +331,7 @@ TEST(Tokenizer, RefusesWrongFilesInWords) {
          j["added_tokens"] = {{{"id", 1}}};
        }},
       {"the id of the added token \"x\" is 99999999999",
-       [](Json& j) { j["added_tokens"] = {added(99999999999, "x")}; }},
+       [](Json& j) { j["added_tokens"] = Json::array({added(99999999999, "x")}); }},
       {"post_processor: no token has the id 999",
        [](Json& j) {
          j["post_processor"] = {{"type", "BertProcessing"}, {"cls", {"x", 1}}, {"sep", {"y", 999}}};
@@ -392,6 +395,20 @@ TEST(Tokenizer, EndsWithHostileFiles) {
   ring["model"]["merges"].push_back({"", "a"});
   ring["model"]["merges"].push_back({"a", ""});
   EXPECT_EQ(parse(ring).encode_ids("aaaa", false), (Ids{2, 2}));
+}
+
+// The seeds and past finds of tests/fuzz/tokenizer_fuzz.cpp.
+TEST(Tokenizer, FuzzCorpus) {
+  const char* source = std::getenv("TRIREME_SOURCE");
+  ASSERT_TRUE(source) << "TRIREME_SOURCE names the repository";
+  int count = 0;
+  for (const auto& entry : std::filesystem::directory_iterator(str(source, "/tests/fuzz/corpus/tokenizer"))) {
+    std::string bytes = read_file(entry.path().string());
+    EXPECT_NO_THROW(LLVMFuzzerTestOneInput(reinterpret_cast<const uint8_t*>(bytes.data()), bytes.size()))
+        << entry.path();
+    ++count;
+  }
+  EXPECT_GE(count, 14);
 }
 
 }  // namespace

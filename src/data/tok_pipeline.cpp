@@ -38,6 +38,7 @@ std::shared_ptr<const Pipeline> read_pipeline(std::string_view text, const std::
       Text content = text_of(token.content, false);
       p->normalizer(content);
       token.content = std::move(content.bytes);
+      p->tokens[token.id] = token.content;  // so the library decodes it
     }
     (token.normalized ? p->normalized : p->raw).add(token);
   }
