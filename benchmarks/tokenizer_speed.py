@@ -1,5 +1,6 @@
 """Encoding speed beside Hugging Face's tokenizers: one thread each, by turns, CPU time. Writes results/tokenizer.json.
   python benchmarks/tokenizer_speed.py [--data FOLDER] [--repeats N] [--program FILE] [--results FILE]
+                                       [--tokenizers NAME ...] [--texts NAME ...]
 The texts are read once by each tokenizer just loaded ("first pass": what a user waits for) and once more ("second pass":
 both sides keep words in a cache). Theirs: encode_batch_fast for ids, encode_batch with offsets, the quickest there are.
 """
@@ -134,6 +135,8 @@ def main():
     parser.add_argument("--repeats", type=int, default=7)
     parser.add_argument("--program", type=pathlib.Path, default=TOP / "build/release/benchmarks/bench_tokenizer_speed")
     parser.add_argument("--results", type=pathlib.Path, default=TOP / "benchmarks/results/tokenizer.json")
+    parser.add_argument("--tokenizers", nargs="+", default=["gpt2", "llama2", "metaspace", "llama3"])
+    parser.add_argument("--texts", nargs="+", default=["gsm8k", "other English", "C++"])
     parser.add_argument("--theirs", nargs=2, metavar=("TOKENIZER", "TEXTS"), help=argparse.SUPPRESS)
     options = parser.parse_args()
     if options.theirs:
@@ -144,19 +147,22 @@ def main():
     rows = []
     with tempfile.TemporaryDirectory() as folder:
         folder = pathlib.Path(folder)
-        for name in ("gpt2", "llama2", "metaspace", "llama3"):
+        for name in options.tokenizers:
             tokenizer = options.data / "tokenizers/gpt2/tokenizer.json"
             if name != "gpt2":
                 tokenizer = folder / f"{name}.json"
                 trained(gsm8k[::2] + other[::2] + texts["C++"][::2], name).save(str(tokenizer))
-            for text_name, some in texts.items():
-                rows += measure(name, tokenizer, text_name, some, options, folder)
+            for text_name in options.texts:
+                rows += measure(name, tokenizer, text_name, texts[text_name], options, folder)
     commit = subprocess.run(["git", "-C", TOP, "rev-parse", "--short", "HEAD"], capture_output=True, text=True).stdout
     notes = (f"One thread each, CPU time, {options.repeats} runs by turns, a new process each; medians; ratio: median of the "
              "pairs, ratio_least: the lowest pair, ratio_best: the best run of each side. Baseline: tokenizers "
              f"{tokenizers.__version__}, encode_batch_fast (ids) and encode_batch (offsets), 1,000 texts a call. Both give "
              "the same ids (their number and sum are compared). llama2, metaspace and llama3 have 32,000 tokens each, "
              "trained on half of the texts; llama2 has no pre-tokenizer. Word caches start empty in the first pass.")
+    measured = {row["what"] for row in rows}
+    if options.results.exists():  # rows that this run did not measure stay
+        rows = [row for row in json.loads(options.results.read_text())["rows"] if row["what"] not in measured] + rows
     options.results.write_text(json.dumps({
         "benchmark": "tokenizer", "date": datetime.date.today().isoformat(), "commit": commit.strip(),
         "hardware": hardware(), "rows": rows, "notes": notes}, indent=1) + "\n")
