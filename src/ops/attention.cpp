@@ -102,6 +102,19 @@ at::Tensor group_keys(const at::Tensor& k_SKD, int64_t group) {
   return k_SKD.permute({1, 0, 2}).unsqueeze(1).expand({k_SKD.size(1), group, k_SKD.size(0), k_SKD.size(2)});
 }
 
+// Rows of a causal piece as ATen is given them. In 16 bits it multiplies through oneDNN, which compiles, and keeps, code for
+// each new length: with lengths in steps of 64 there are few. Rows beyond the piece are zero; no query before them sees them.
+constexpr int64_t kLengthStep = 64;
+
+at::Tensor filled(const at::Tensor& x_LHD, const Piece& piece) {
+  const int64_t length = x_LHD.size(0), whole = (length + kLengthStep - 1) / kLengthStep * kLengthStep;
+  if (!piece.causal || length == whole || x_LHD.element_size() > 2) return x_LHD;
+  at::Tensor out = at::empty({whole, x_LHD.size(1), x_LHD.size(2)}, x_LHD.options());
+  out.slice(0, 0, length).copy_(x_LHD);
+  out.slice(0, length).zero_();
+  return out;
+}
+
 // The out and log-sum-exp of a piece are views of one buffer in ATen's own layout.
 at::Tensor run_attention(const at::Tensor& q_THD, const at::Tensor& k_SKD, const at::Tensor& v_SKD,
                          const std::vector<Piece>& pieces, double scale, std::vector<at::Tensor>* lse) {
@@ -109,12 +122,12 @@ at::Tensor run_attention(const at::Tensor& q_THD, const at::Tensor& k_SKD, const
   at::Tensor out_THD = at::empty(q_THD.sizes(), q_THD.options());
   Masks mask_of(q_THD.options());
   for (const Piece& piece : pieces) {
-    at::Tensor q = group_queries(q_THD.slice(0, piece.q_begin, piece.q_end), key_heads);
-    at::Tensor k = group_keys(k_SKD.slice(0, piece.k_begin, piece.k_end), group);
-    at::Tensor v = group_keys(v_SKD.slice(0, piece.k_begin, piece.k_end), group);
+    at::Tensor q = group_queries(filled(q_THD.slice(0, piece.q_begin, piece.q_end), piece), key_heads);
+    at::Tensor k = group_keys(filled(k_SKD.slice(0, piece.k_begin, piece.k_end), piece), group);
+    at::Tensor v = group_keys(filled(v_SKD.slice(0, piece.k_begin, piece.k_end), piece), group);
     auto [out, log_sum] = at::_scaled_dot_product_flash_attention_for_cpu(q, k, v, 0.0, piece.causal,
                                                                           mask_of(piece), scale);
-    group_queries(out_THD.slice(0, piece.q_begin, piece.q_end), key_heads).copy_(out);
+    group_queries(out_THD.slice(0, piece.q_begin, piece.q_end), key_heads).copy_(out.slice(2, 0, piece.q_end - piece.q_begin));
     if (lse) lse->push_back(log_sum);
   }
   return out_THD;
@@ -186,17 +199,18 @@ struct Attention : Function<Attention> {
     for (size_t i = 0; i < kept->pieces.size(); ++i) {
       const Piece& piece = kept->pieces[i];
       auto queries = [&](const at::Tensor& t) {
-        return group_queries(t.slice(0, piece.q_begin, piece.q_end), key_heads);
+        return group_queries(filled(t.slice(0, piece.q_begin, piece.q_end), piece), key_heads);
       };
-      auto keys = [&](const at::Tensor& t) { return group_keys(t.slice(0, piece.k_begin, piece.k_end), group); };
+      auto keys = [&](const at::Tensor& t) { return group_keys(filled(t.slice(0, piece.k_begin, piece.k_end), piece), group); };
       auto [gq, gk, gv] = at::_scaled_dot_product_flash_attention_for_cpu_backward(
           queries(grad_out), queries(q), keys(k), keys(v), queries(out), kept->lse[i], 0.0, piece.causal,
           mask_of(piece), scale);
       kept->lse[i].reset();
-      queries(grad_q).copy_(gq);
+      group_queries(grad_q.slice(0, piece.q_begin, piece.q_end), key_heads).copy_(gq.slice(2, 0, piece.q_end - piece.q_begin));
       for (auto& [whole, part] : {std::pair{grad_k, gk}, std::pair{grad_v, gv}}) {
         at::Tensor target = whole.slice(0, piece.k_begin, piece.k_end).permute({1, 0, 2});
-        at::Tensor sum = group == 1 ? part.squeeze(1) : part.sum(1);
+        at::Tensor own = part.slice(2, 0, piece.k_end - piece.k_begin);
+        at::Tensor sum = group == 1 ? own.squeeze(1) : own.sum(1);
         overlap ? target.add_(sum) : target.copy_(sum);
       }
     }
