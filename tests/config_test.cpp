@@ -2,6 +2,7 @@
 
 #include <gtest/gtest.h>
 
+#include <algorithm>
 #include <fstream>
 
 #include "base/check.h"
@@ -45,6 +46,7 @@ TEST(Config, RefusesUnknownKeysAndAbbreviationsWithTheNearest) {
   EXPECT_EQ(refusal({"train", "--optim.lrr=1"}), "unknown key optim.lrr; did you mean optim.lr?; trireme VERB --help lists all keys");
   EXPECT_NE(refusal({"train", "--optim.weight=1"}).find("unknown key optim.weight"), std::string::npos);
   EXPECT_NE(refusal({"train", "--train.micro_batch=1"}).find("did you mean train.micro_batch_size?"), std::string::npos);
+  EXPECT_NE(refusal({"train", "--lr=1"}).find("unknown key lr; did you mean optim.lr?"), std::string::npos);
   EXPECT_NE(refusal({"trian"}).find("unknown verb trian; did you mean train?"), std::string::npos);
 }
 
@@ -103,7 +105,9 @@ TEST(Config, CommentsAndQuotesInAFile) {
 TEST(Config, PrintedConfigurationReadsBack) {
   Config config;
   config.optim.lr = 0.1;
-  config.data.train = {"a.jsonl:5", "b.jsonl"};
+  config.data.train = {"a.jsonl:5", "b,c.jsonl", "\xC3\xA9.jsonl"};
+  config.schedule.min_lr = 1.0 / 3;
+  config.run.seed = 9000000000000000000;
   config.data.packing = true;
   config.data.text_field = " # \"\n ";
   config.data.template_args = "{\"x\": \"# \"}";
@@ -113,16 +117,92 @@ TEST(Config, PrintedConfigurationReadsBack) {
   parse({"train", path.c_str()}, back);
   EXPECT_EQ(config_to_ini(back, false), config_to_ini(config, false));
   EXPECT_EQ(back.optim.lr, 0.1);
+  EXPECT_EQ(back.schedule.min_lr, 1.0 / 3);
+  EXPECT_EQ(back.run.seed, config.run.seed);
+  EXPECT_EQ(back.data.train, config.data.train);
   EXPECT_EQ(back.data.text_field, config.data.text_field);
 }
 
-TEST(Config, HelpOfEveryVerbNamesEveryKeyOfItsSections) {
-  for (const char* verb : {"train", "eval", "generate", "prepare", "tokenize", "export", "plan", "doctor"})
-    EXPECT_NE(help_text(verb).find("--model.path="), std::string::npos) << verb;
+TEST(Config, ValuesAtTheEdges) {
+  const char* integer = ": an integer is expected";
+  const char* number = ": a number is expected";
+  const std::pair<const char*, std::string> cases[] = {
+      {"--train.steps=", integer}, {"--train.steps=5.5", integer}, {"--train.steps=1e3", integer}, {"--train.steps=0x10", integer},
+      {"--train.steps=5 5", integer}, {"--train.steps=99999999999999999999", integer}, {"--train.steps=\xD9\xA3", integer},
+      {"--train.steps=-1", ": must be from 0 to 1e+12"}, {"--run.seed=9223372036854775807", ": must be from 0 to 9e+18"},
+      {"--optim.lr=", number}, {"--optim.lr=1e999", number}, {"--optim.lr=1,5", number}, {"--optim.lr=nan", number},
+      {"--optim.lr=-inf", number}, {"--optim.lr=1e-4x", number}, {"--optim.lr=-1e-9", ": must be from 0 to 1e+06"},
+      {"--data.packing=", ": true or false is expected"}, {"--data.packing=True", ": true or false is expected"},
+      {"--quant.base=", ": allowed are none"}, {"--data.truncation=Left", ": allowed are auto, right, left, drop, error, chunk; did you mean left?"}};
+  for (const auto& [word, problem] : cases) EXPECT_EQ(refusal({"train", word}), std::string(word).substr(2) + problem) << word;
+
   Config config;
-  for (const auto& field : fields(config)) {
-    if (field.key.rfind("generate", 0) == 0 || field.key.rfind("tokenize", 0) == 0) continue;
-    EXPECT_NE(help_text("train").find("--" + field.key + "="), std::string::npos) << field.key;
+  parse({"train", "--optim.lr=-0", "--schedule.min_lr=1E-5", "--train.steps= 7 ", "--data.train= a b.jsonl , ,c\\,d.jsonl,",
+         "--generate.stop=", "--generate.system=  \xC3\xA9 # no comment ", "--data.eval", "x.jsonl:3", "--run.dir=a=b"}, config);
+  EXPECT_EQ(config.optim.lr, 0.0);
+  EXPECT_EQ(config.schedule.min_lr, 1e-5);
+  EXPECT_EQ(config.train.steps, 7);
+  EXPECT_EQ(config.data.train, (std::vector<std::string>{"a b.jsonl", "c,d.jsonl"}));
+  EXPECT_EQ(config.generate.stop, std::vector<std::string>{});
+  EXPECT_EQ(config.generate.system, "  \xC3\xA9 # no comment ");
+  EXPECT_EQ(config.data.eval, std::vector<std::string>{"x.jsonl:3"});
+  EXPECT_EQ(config.run.dir, "a=b");
+}
+
+TEST(Config, FilesFromOtherSystems) {
+  Config config;
+  parse({"train", ini("\xEF\xBB\xBF[ data ] # why\r\n  train = b.jsonl\r\n\r\n\t# c\r\nchat_template =\r\n[run]\r\nseed=3").c_str()}, config);
+  EXPECT_EQ(config.data.train, std::vector<std::string>{"b.jsonl"});
+  EXPECT_EQ(config.data.chat_template, "");
+  EXPECT_EQ(config.run.seed, 3);
+  std::string path = ini("[data]\n[]\nseed=1\nrun.seed=1\n\"seed\"=1\n[run]\nseed=\"4\"\n[run]\nseed=5\n");
+  EXPECT_EQ(refusal({"train", path.c_str()}),
+            path + ":2: not 'key = value' nor '[section]': []\n" + path + ":3: unknown key data.seed; did you mean run.seed?; trireme VERB --help lists all keys\n" +
+                path + ":4: unknown key data.run.seed; did you mean run.seed?; trireme VERB --help lists all keys\n" + path +
+                ":5: unknown key data.\"seed\"; trireme VERB --help lists all keys\n" + path + ":9: run.seed is given twice");
+}
+
+TEST(Config, FurtherChecksJoinTheOthers) {
+  Config config;
+  const char* words[] = {"trireme", "train", "--optim.lrr=1", "--train.steps=2"};
+  auto further = [&](const CommandLine& line, std::vector<std::string>& problems) {
+    EXPECT_TRUE(line.is_given("train.steps"));
+    EXPECT_EQ(config.train.steps, 2);
+    EXPECT_EQ(problems.size(), 1u);
+    problems.push_back("and more");
+  };
+  try {
+    parse_command_line(4, words, config, further);
+    FAIL();
+  } catch (const ConfigError& error) {
+    EXPECT_TRUE(std::string(error.what()).ends_with("all keys\nand more")) << error.what();
+  }
+  EXPECT_TRUE(refusal({"--help", "--optim.lrr=1"}).starts_with("unknown key optim.lrr"));
+}
+
+TEST(Config, HelpOfAVerbNamesWhatItReads) {
+  Config config;
+  const std::pair<const char*, std::vector<std::string>> reads[] = {
+      {"train", {}}, {"plan", {}},
+      {"eval", {"model", "data", "task", "train.micro_batch_size", "train.threads", "lora", "eval", "log"}},
+      {"generate", {"run.seed", "model", "data", "train.threads", "lora", "generate", "log"}},
+      {"prepare", {"run.seed", "model", "data", "task", "log"}},
+      {"tokenize", {"model", "data", "tokenize", "log"}},
+      {"export", {"run", "model", "train.threads", "lora", "log"}},
+      {"doctor", {"run.dir"}}};
+  for (const auto& [verb, list] : reads) {
+    std::string text = help_text(verb);
+    EXPECT_NE(help_text("").find(str("\n  ", verb, " ")), std::string::npos) << verb;
+    for (const auto& field : fields(config)) {
+      std::string section = field.key.substr(0, field.key.find('.'));
+      bool wanted = list.empty() ? section != "generate" && section != "tokenize"
+                                 : std::count(list.begin(), list.end(), section) + std::count(list.begin(), list.end(), field.key) > 0;
+      size_t at = text.find("\n  --" + field.key + "=");
+      EXPECT_EQ(at != std::string::npos, wanted) << verb << " " << field.key;
+      if (at != std::string::npos && !field.meaning.empty()) {
+        EXPECT_NE(text.find(field.meaning, at), std::string::npos) << field.key;
+      }
+    }
   }
 }
 

@@ -145,6 +145,17 @@ TEST(Jinja, Circles) {
             "t line 1: lists and dicts are nested deeper than 200 levels");
 }
 
+// Reading a long text costs as much as making one: each of these would otherwise read megabytes for one step.
+TEST(JinjaLimits, TextsThatAreRead) {
+  Limits limits;
+  limits.max_steps = 20'000;
+  limits.max_total_bytes = 2'000'000;  // none of these makes a text but its first
+  const char* stopped = "t line 1: the template ran for more than 20000 steps and was stopped";
+  for (const char* read : {"s|length", "s == t", "s < t", "s.find('y')", "s.isdigit()", "'y' in s", "s is upper", "s|wordcount"})
+    EXPECT_EQ(render_error(str("{% set s = 'x' * 400000 %}{% set t = 'x' * 400000 %}{% for i in range(5) %}{% if ", read,
+                               " %}{% endif %}{% endfor %}"), limits), stopped) << read;
+}
+
 // The seeds and past finds of tests/fuzz/jinja_fuzz.cpp: rendered or refused, never a crash.
 TEST(Jinja, FuzzCorpus) {
   const char* source = std::getenv("TRIREME_SOURCE");

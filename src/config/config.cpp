@@ -43,19 +43,24 @@ namespace {
 
 struct Verb {
   const char *name, *what;
-  std::vector<std::string> sections;  // whose keys it reads
+  std::vector<std::string> reads;  // sections, and single keys
+  bool has(const std::string& key) const {
+    auto listed = [&](const std::string& name) { return std::find(reads.begin(), reads.end(), name) != reads.end(); };
+    return listed(key) || listed(key.substr(0, key.find('.')));
+  }
 };
 const std::vector<std::string> kRunSections = {"run", "model", "data", "task", "train", "optim", "schedule", "lora", "quant",
                                                "parallel", "comm", "checkpoint", "eval", "log"};
 const std::vector<Verb> kVerbs = {
     {"train", "train or fine-tune a model", kRunSections},
-    {"eval", "loss, perplexity and accuracy; logits to a file", {"run", "model", "data", "task", "train", "lora", "parallel", "eval", "log"}},
-    {"generate", "answer prompts", {"run", "model", "data", "lora", "generate", "log"}},
-    {"prepare", "tokenise data and report its lengths and masks", {"model", "data", "task", "log"}},
+    {"eval", "loss, perplexity and accuracy; logits to a file", 
+     {"model", "data", "task", "train.micro_batch_size", "train.threads", "lora", "eval", "log"}},
+    {"generate", "answer prompts", {"run.seed", "model", "data", "train.threads", "lora", "generate", "log"}},
+    {"prepare", "tokenise data and report its lengths and masks", {"run.seed", "model", "data", "task", "log"}},
     {"tokenize", "text or records to ids, and back", {"model", "data", "tokenize", "log"}},
-    {"export", "write a checkpoint or adapter as a Hugging Face folder", {"run", "model", "lora", "log"}},
+    {"export", "write a checkpoint or adapter as a Hugging Face folder", {"run", "model", "train.threads", "lora", "log"}},
     {"plan", "parameters, memory and steps of a run, without running it", kRunSections},
-    {"doctor", "check this machine", {"run", "model", "log"}},
+    {"doctor", "check this machine", {"run.dir"}},
 };
 
 std::vector<std::string> known_keys() {
@@ -66,12 +71,11 @@ std::vector<std::string> known_keys() {
 }
 
 std::string unknown_key(const std::string& key) {
-  auto known = known_keys();
-  std::string near = nearest(key, known);
-  if (near.empty()) {  // somebody may know the name but not the section
-    for (const auto& k : known)
-      if (k.substr(k.find('.') + 1) == key) near = k;
-  }
+  std::vector<std::string> known = known_keys(), named;  // named: who knows the name may not know the section
+  for (const auto& k : known)
+    if (k.substr(k.find('.')) == "." + key.substr(key.rfind('.') + 1)) named.push_back(k);
+  std::string near = nearest(key, named.empty() ? known : named);
+  if (near.empty() && !named.empty()) near = named.front();
   return str("unknown key ", key.substr(0, 80), near.empty() ? "" : str("; did you mean ", near, "?"),
              "; trireme VERB --help lists all keys");
 }
@@ -121,14 +125,14 @@ void read_ini(const std::string& path, Settings settings, std::vector<std::strin
   } catch (const DataError& error) {
     return problems.push_back(str("the configuration ", path, ": ", error.what()));
   }
-  std::istringstream lines(text);
+  std::istringstream lines(text.starts_with("\xEF\xBB\xBF") ? text.substr(3) : text);
   int number = 0;
   for (std::string raw; std::getline(lines, raw);) {
     std::string line = trim(without_comment(raw)), place = str(path, ":", ++number, ": ");
     size_t equals = raw.find('=');
     if (line.empty()) continue;
     if (line.size() > 2 && line.front() == '[' && line.back() == ']')
-      section = line.substr(1, line.size() - 2) + ".";
+      section = trim(line.substr(1, line.size() - 2)) + ".";
     else if (line.find('=') == std::string::npos)
       problems.push_back(str(place, "not 'key = value' nor '[section]': ", line.substr(0, 80)));
     else
@@ -145,7 +149,7 @@ std::string ini_value(const std::string& text) {
 
 }  // namespace
 
-CommandLine parse_command_line(int argc, const char* const* argv, Config& config) {
+CommandLine parse_command_line(int argc, const char* const* argv, Config& config, const FurtherCheck& further) {
   CommandLine line;
   std::vector<std::string> problems, words;
   auto table = fields(config);
@@ -190,6 +194,7 @@ CommandLine parse_command_line(int argc, const char* const* argv, Config& config
   auto style = po::command_line_style::unix_style & ~po::command_line_style::allow_guessing;
   for (const po::option& o : po::command_line_parser(options).options(known).style(style).allow_unregistered().run().options)
     from_line.set("", o.string_key, o.value.empty() ? "" : o.value.front());
+  if (further && !line.help && !line.version && !line.print_config) further(line, problems);
   if (!problems.empty()) throw ConfigError(joined(problems, "\n"));
   return line;
 }
@@ -220,7 +225,7 @@ std::string help_text(const std::string& verb) {
   out = str("trireme ", v.name, " [CONFIG.ini] [--section.key=value ...]: ", v.what, "\n\n");
   Config defaults;
   for (const auto& f : fields(defaults)) {
-    if (std::find(v.sections.begin(), v.sections.end(), f.key.substr(0, f.key.find('.'))) == v.sections.end()) continue;
+    if (!v.has(f.key)) continue;
     out += str("  --", f.key, "=", f.text().empty() ? f.unit.empty() ? f.type() : f.unit : f.text(), "\n      ", f.type(),
                f.unit.empty() ? "" : str(", ", f.unit), f.meaning.empty() ? "" : ": ", f.meaning,
                f.allowed.empty() ? "" : str(" [", joined(f.allowed, " | "), "]"), "\n");

@@ -3,6 +3,7 @@
 #pragma once
 
 #include <cstdint>
+#include <functional>
 #include <string>
 #include <variant>
 #include <vector>
@@ -122,10 +123,12 @@ struct CommandLine {
 
 // Reads `trireme VERB [CONFIG.ini] [--section.key=value ...]` into config. The word after the verb that ends in .ini is
 // the file: lines `[section]` and `key = value`; '#' at the beginning of a line or after a space begins a comment; a value in
-// double quotes is a JSON string. ConfigError lists everything that is wrong, with file and line: unknown keys and
+// double quotes is a JSON string. Lists have commas between their items, "\," is a comma within one. ConfigError lists everything that is wrong, with file and line: unknown keys and
 // abbreviations (with the nearest known key), values of a wrong type or out of range, keys given twice, keys without a
-// value, words that no verb takes, a file that cannot be read.
-CommandLine parse_command_line(int argc, const char* const* argv, Config& config);
+// value, words that no verb takes, a file that cannot be read; and what `further` finds in the values (it sees what was
+// found before it).
+using FurtherCheck = std::function<void(const CommandLine& line, std::vector<std::string>& problems)>;
+CommandLine parse_command_line(int argc, const char* const* argv, Config& config, const FurtherCheck& further = {});
 
 // The configuration as a commented INI file that reads back to the same values.
 std::string config_to_ini(Config config, bool comments);

@@ -35,6 +35,23 @@ std::string joined(const std::vector<std::string>& words, const char* between) {
   return out;
 }
 
+namespace {
+
+// The items between commas; "\\," is a comma within one.
+std::vector<std::string> items_of(const std::string& text) {
+  std::vector<std::string> items(1);
+  for (size_t i = 0; i < text.size(); ++i) {
+    if (text[i] == ',') items.emplace_back();
+    else if (text.compare(i, 2, "\\,") == 0) items.back() += text[++i];
+    else items.back() += text[i];
+  }
+  for (auto& item : items) item = trim(item);
+  std::erase(items, "");
+  return items;
+}
+
+}  // namespace
+
 const char* Field::type() const {
   static const char* names[] = {"text", "integer", "number", "true|false", "list"};
   return names[value.index()];
@@ -45,7 +62,10 @@ std::string Field::text() const {
   if (auto* i = std::get_if<int64_t*>(&value)) return std::to_string(**i);
   if (auto* d = std::get_if<double*>(&value)) return number_text(**d);
   if (auto* b = std::get_if<bool*>(&value)) return **b ? "true" : "false";
-  return joined(*std::get<std::vector<std::string>*>(value));
+  std::vector<std::string> items = *std::get<std::vector<std::string>*>(value);
+  for (auto& item : items)
+    for (size_t at = item.find(','); at != std::string::npos; at = item.find(',', at + 2)) item.insert(at, "\\");
+  return joined(items);
 }
 
 std::string Field::set(const std::string& given) const {
@@ -87,10 +107,7 @@ std::string Field::set(const std::string& given) const {
     if (word != "true" && word != "false") return wrong("true or false is expected");
     **b = word == "true";
   } else if (auto* list = std::get_if<std::vector<std::string>*>(&value)) {
-    (*list)->clear();
-    std::istringstream in(word);
-    for (std::string item; std::getline(in, item, ',');)
-      if (!trim(item).empty()) (*list)->push_back(trim(item));
+    **list = items_of(word);
   } else {
     *std::get<std::string*>(value) = word;
   }
@@ -117,7 +134,7 @@ std::vector<Field> fields(Config& c) {
       {"data.completion_field", &c.data.completion_field, "", "field that holds the completion", {}},
       {"data.text_field", &c.data.text_field, "", "field that holds the text", {}},
       {"data.separator", &c.data.separator, "", "text between prompt and completion where there is no chat template, such as \"\\n\"", {}},
-      {"data.learn", &c.data.learn, "", "completion: the assistant's text and its end token; all: every token", Words{"completion", "all"}},
+      {"data.learn", &c.data.learn, "", "completion: the assistant's text and its end token; all: every token, as task.kind=pretrain always does", Words{"completion", "all"}},
       {"data.max_length", &c.data.max_length, "tokens", "longest sample, and length of a packed row", {}, 2, 1e9},
       {"data.truncation", &c.data.truncation, "", "what becomes of a longer sample; auto: chunk for text, right for others", Words{"auto", "right", "left", "drop", "error", "chunk"}},
       {"data.on_error", &c.data.on_error, "", "a record that cannot be used ends the run, or is left out, counted and said", Words{"stop", "skip"}},
@@ -127,7 +144,7 @@ std::vector<Field> fields(Config& c) {
       {"data.template_args", &c.data.template_args, "JSON", "object of further variables for the template; {\"date_string\": ...} keeps the day out of templates that write it", {}},
       {"data.cache", &c.data.cache, "folder", "of tokenised data; empty: ~/.cache/trireme/tokens", {}},
       {"data.show", &c.data.show, "samples", "that prepare prints with their masks", {}, 0, 10000},
-      {"task.kind", &c.task.kind, "", "sft: what data.learn says; pretrain: every token", Words{"sft", "pretrain"}},
+      {"task.kind", &c.task.kind, "", "sft: learn what data.learn says; pretrain: learn every token", Words{"sft", "pretrain"}},
       {"train.steps", &c.train.steps, "steps", "length of the run (or train.epochs)", {}, 0, 1e12},
       {"train.epochs", &c.train.epochs, "epochs", "length of the run (or train.steps)", {}, 0, 1e9},
       {"train.stop_after", &c.train.stop_after, "steps", "save and exit 75 after so many steps of this start; 0: never", {}, 0, 1e12},

@@ -19,7 +19,7 @@ namespace trireme::jinja {
 struct Node;
 
 struct Limits {
-  uint64_t max_steps = 1'000'000;           // evaluated nodes, iterated items, bytes / 64 of new strings
+  uint64_t max_steps = 1'000'000;           // evaluated nodes, iterated items, bytes / 64 of strings made or read: seconds
   uint64_t max_string_bytes = 64ull << 20;  // of one string and of the output
   uint64_t max_total_bytes = 1ull << 30;    // of all strings made by one rendering
   int max_depth = 1000;                     // nested statements, expressions and macro calls

@@ -345,6 +345,7 @@ Value Runtime::method(const Value& object, const std::string& name) {
   if (!methods) return Value();
   auto found = methods->find(name);
   if (found == methods->end()) return Value();
+  step_over(object);
   auto call = [method = found->second, object](Runtime& runtime, const Args& args) {
     return method(runtime, object, args);
   };

@@ -18,6 +18,8 @@ void Runtime::step(uint64_t count) {
     fail("the template ran for more than " + std::to_string(limits_.max_steps) + " steps and was stopped");
 }
 
+void Runtime::step_over(const Value& value) { step(1 + (value.is_string() ? value.text().size() / 64 : 0)); }
+
 void Runtime::check_string(uint64_t num_bytes) {
   if (num_bytes > limits_.max_string_bytes)
     fail("the template makes a text of more than " + std::to_string(limits_.max_string_bytes) + " bytes");
@@ -78,7 +80,7 @@ int compare_numbers(const Value& a, const Value& b) {  // 2: not comparable (nan
 }  // namespace
 
 bool Runtime::equal(const Value& a, const Value& b) {
-  step();
+  step_over(a);
   if (a.is_number() && b.is_number()) return compare_numbers(a, b) == 0;
   if (a.kind() != b.kind()) return false;
   switch (a.kind()) {
@@ -115,7 +117,7 @@ bool Runtime::equal(const Value& a, const Value& b) {
 }
 
 bool Runtime::less(const Value& a, const Value& b, const char* op) {
-  step();
+  step_over(a);
   for (const Value* value : {&a, &b})
     if (value->is_undefined()) fail(value->text());
   if (a.is_number() && b.is_number()) return compare_numbers(a, b) == -1;
@@ -205,6 +207,7 @@ std::vector<Value> Runtime::iterate(const Value& value) {
 }
 
 int64_t Runtime::length(const Value& value) {
+  step_over(value);
   switch (value.kind()) {
     case Kind::kUndefined:
       return 0;

@@ -21,6 +21,7 @@ class Runtime {
 
   // The budget. All fail with a message that names the limit.
   void step(uint64_t count = 1);
+  void step_over(const Value& value);            // one step, and those of reading a text
   uint64_t steps() const { return steps_; }
   void check_string(uint64_t num_bytes);  // before a string of this size is made
   Value text(std::string text, bool safe = false);

@@ -321,7 +321,7 @@ bool Runtime::has_filter(const std::string& name) {
 }
 
 Value Runtime::filter(const std::string& name, const Value& value, const Args& args) {
-  step();
+  step_over(value);
   auto found = text_filters().find(name);
   if (found == text_filters().end()) {
     found = sequence_filters().find(name);

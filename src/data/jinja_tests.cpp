@@ -100,7 +100,7 @@ const std::string& canonical(const std::string& name) {
 bool Runtime::has_test(const std::string& name) { return kTests.count(canonical(name)) > 0; }
 
 bool Runtime::test(const std::string& name, const Value& value, const Args& args) {
-  step();
+  step_over(value);
   auto found = kTests.find(canonical(name));
   if (found == kTests.end()) fail("No test named " + string_repr(name) + ".");
   return found->second(*this, value, args);
