@@ -18,11 +18,10 @@
 namespace trireme {
 namespace {
 
+bool trains(const CommandLine& line) { return line.verb == "train" || line.verb == "plan"; }
+
 ExitStatus run_verb(const Config& config, const CommandLine& line, const Process& process) {
-  if (line.verb == "train" || line.verb == "plan") {
-    check_config(config, line);
-    return run_training(config, line, process, line.verb == "plan" || line.dry_run);
-  }
+  if (trains(line)) return run_training(config, line, process, line.verb == "plan" || line.dry_run);
   if (line.dry_run) throw ConfigError(str("--dry-run belongs to train; trireme ", line.verb, " has no plan to show"));
   if (line.verb == "eval") return verb_eval(config, line, process);
   if (line.verb == "prepare") return verb_prepare(config, line, process);
@@ -37,7 +36,9 @@ ExitStatus start(int argc, char** argv, const Process& process) {
   Config config;
   CommandLine line;
   try {
-    line = parse_command_line(argc, argv, config);
+    line = parse_command_line(argc, argv, config, [&](const CommandLine& given, std::vector<std::string>& problems) {
+      if (trains(given)) find_conflicts(config, given, problems);
+    });
     if (line.verb.empty() && !line.help && !line.version) throw ConfigError("no verb is given\n\n" + help_text(""));
   } catch (const ConfigError& error) {
     throw AgreedError(error.status(), error.what());

@@ -51,4 +51,9 @@ if [ "$status" -ne 0 ] && [ "$stops" -eq 0 ] && [ ! -s "$started" ]; then
   echo "run_local: mpirun could not start a rank (status $status); this is what it says:" >&2
   mpirun "${options[@]:1}" true >&2 || true
 fi
+# 128 + signal: a rank that nobody asked to end is gone; what mpirun says about it is long and no help.
+if [ "$status" -gt 128 ]; then
+  echo "run_local: a rank was killed (SIG$(kill -l "$status")), all ranks are ended; run the same command again to go on from the last checkpoint" >&2
+  status=1
+fi
 exit "$status"

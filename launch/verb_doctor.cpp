@@ -12,6 +12,7 @@
 
 #include "comm/communicator.h"
 #include "kernels/kernels.h"
+#include "data/token_file.h"
 #include "launch/verbs.h"
 #include "train/memory.h"
 #include "train/progress.h"
@@ -83,6 +84,9 @@ ExitStatus verb_doctor(const Config& config, const CommandLine&, const Process& 
   double free = static_cast<double>(disk.f_bavail) * static_cast<double>(disk.f_frsize);
   say("file system", writable ? str(std::filesystem::absolute(dir).string(), ": ", bytes_text(free), " free") : str(dir.string(), " cannot be written"),
       !writable ? "set run.dir to a folder that can be written" : free < 1e9 ? "less than 1 GB is free" : "");
+  const std::string cache = config.data.cache.empty() ? default_token_cache() : config.data.cache;
+  const TokenCacheUse use = prune_token_cache(cache, std::chrono::hours(24 * 365 * 30));
+  say("token cache", str(cache, ": ", use.files, " files, ", bytes_text(static_cast<double>(use.bytes))));
   say("libtorch", str(TORCH_VERSION, ", vector code ", at::get_cpu_capability()));
   say_cuda();
   say_nccl();

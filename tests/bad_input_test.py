@@ -1,119 +1,342 @@
-"""Bad input: one clear sentence, the right status, no stack trace."""
+"""Bad input: one clear sentence and the right status on every rank, nothing lost, every rank ended, no stack trace."""
+import hashlib
 import json
 import os
 import pathlib
+import re
+import resource
 import shutil
+import signal
 import struct
 import subprocess
 
 import pytest
 import torch
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 
-SOURCE = pathlib.Path(os.environ.get("TRIREME_SOURCE", pathlib.Path(__file__).parent.parent))
-BINARY = os.environ.get("TRIREME_BINARY", str(SOURCE / "build/release/trireme"))
-TRAIN = SOURCE / "configs/quickstart/train.jsonl"
+from program import RUN_LOCAL, SOURCE, TRACES, TRAIN, assert_all_ended, command, environment, ranks_of, run, small_run, wait_for
+
+QUICKSTART = SOURCE / "configs/quickstart/model"
 
 
-def refused(work, status, words, *keys, ranks=1, verb="train"):
-    launch = [] if ranks == 1 else ["mpirun", "-q", "--bind-to", "none", "--oversubscribe", "-n", str(ranks)]
-    run = subprocess.run(launch + [BINARY, verb, *map(str, keys)], cwd=SOURCE, capture_output=True, text=True, timeout=60,
-                         env=dict(os.environ, TRIREME_CACHE=str(work / "cache"), OMP_NUM_THREADS="1", OMPI_ALLOW_RUN_AS_ROOT="1",
-                                  OMPI_ALLOW_RUN_AS_ROOT_CONFIRM="1"))
-    text = run.stdout + run.stderr
-    assert words in text, text
-    assert run.returncode == status, text
-    assert "terminate called" not in text and "internal error" not in text and "Traceback" not in text, text
-    assert text.count(words) == 1, text
+def contents(work):
+    """Every file of the work folder by its hash, but those that a refused run may add lines to."""
+    return {path: hashlib.sha256(path.read_bytes()).digest() for path in work.rglob("*")
+            if path.is_file() and path.name not in ("log.txt", "run.lock") and work / "cache" not in path.parents}
+
+
+def check_refusal(work, done, status, sentence):
+    text = done.stdout + done.stderr
+    assert text.count("error: ") == 1, text
+    said = text.split("error: ")[1].rstrip("\n")
+    if isinstance(sentence, re.Pattern):
+        assert sentence.fullmatch(said), said
+    else:
+        assert said == sentence, text
+    assert done.returncode == status, text
+    assert not any(trace in text for trace in TRACES), text
+    assert "step 1/" not in text, "it was not said before the first step"
+    assert_all_ended(work)
+
+
+def refused(work, status, sentence, *keys, ranks=1, verb="train"):
+    before = contents(work)
+    done = run(work, verb, *keys, ranks=ranks)
+    check_refusal(work, done, status, sentence)
+    after = contents(work)
+    assert {path: after.get(path) for path in before} == before, "a file was changed or lost"
+
+
+# --- data files
+
+
+@pytest.mark.parametrize("content, sentence, ranks", [
+    ('{"messages": [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]}\n' * 6 + '{"messages": [\n', "DATA:7: not valid JSON at byte 15: syntax error while parsing value - unexpected end of input; expected '[', '{', or a literal", 2),
+    ('{"messages": "hello"}\n', "DATA:1: field 'messages' is a string; it must be a list", 1),
+    ('{"messages": [{"role": "user", "content": 5}]}\n', "DATA:1: messages[0]: field 'content' is a number; it must be a string", 1),
+    ('{"prompt": 5, "completion": "a"}\n', "DATA:1: field 'prompt' is a number; it must be a string", 1),
+    ('[1, 2]\n', "DATA:1: a record must be an object, this is a number", 1),
+    ('{"colour": "red"}\n', "DATA:1: no usable field; fields found: 'colour'; accepted are \"messages\" (a list of {role, content}), \"conversations\" "
+     "(a list of {from, value}), \"prompt\" and \"completion\", \"instruction\" and \"output\", \"text\"; or name the fields with "
+     "data.prompt_field and data.completion_field, or data.text_field", 1),
+    ("", "data file 'DATA' is empty", 1),
+    ("\n \n", "data file 'DATA' holds no record, only blank lines", 1),
+    ('{"text": "good"}\n{"text": "\udcff"}\n', "DATA:2: invalid UTF-8 (byte 0xff at position 11); convert the file, for example with iconv -f LATIN1 -t UTF-8", 1),
+    ('{"text": "' + "x" * 11_000_000 + '"}\n', "DATA:1: a record of more than 10 MB; split it, or is this one JSON value over many records? One record a line, or a JSON "
+     "array of records", 1),
+], ids=["line 7", "messages", "content", "prompt", "array", "no field", "empty", "blank", "utf8", "10 MB line"])
+def test_data_files(tmp_path, content, sentence, ranks):
+    data = tmp_path / "data.jsonl"
+    data.write_bytes(content.encode("utf-8", "surrogateescape"))
+    refused(tmp_path, 3, sentence.replace("DATA", str(data)), "configs/quickstart.ini", f"--run.dir={tmp_path / 'run'}",
+            f"--data.train={data}", ranks=ranks)
+
+
+def test_a_line_of_10_mb_is_read(tmp_path):
+    (tmp_path / "data.jsonl").write_text('{"text": "' + "a word " * 1_490_000 + '"}\n')
+    assert run(tmp_path, "train", "configs/quickstart.ini", f"--data.train={tmp_path / 'data.jsonl'}", "--dry-run").returncode == 0
+
+
+# --- model folders
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory):
+    """A finished run of the quickstart's model, whose model folder is whole."""
+    work = tmp_path_factory.mktemp("trained")
+    assert run(work, "train", *small_run(work)).returncode == 0
+    return work / "run"
 
 
 @pytest.fixture
-def model(tmp_path):
-    """A folder with the quickstart's config and tokenizer and one tensor too few to be a model."""
-    folder = tmp_path / "model"
-    shutil.copytree(SOURCE / "configs/quickstart/model", folder)
-    save_file({"model.norm.weight": torch.ones(192)}, folder / "model.safetensors")
-    return folder
+def model(tmp_path, trained):
+    return pathlib.Path(shutil.copytree(trained / "model", tmp_path / "model"))
 
 
-def keys(work, *more, data=TRAIN):
-    return ("configs/quickstart.ini", f"--run.dir={work / 'run'}", f"--data.train={data}", "--train.steps=2", *more)
-
-
-def with_model(work, model):
+def with_model(work, model, *more):
     ini = work / "bare.ini"
     ini.write_text("[train]\nsteps = 2\n")
-    return (ini, f"--run.dir={work / 'run'}", f"--data.train={TRAIN}", f"--model.path={model}")
+    return (ini, f"--run.dir={work / 'run'}", f"--data.train={TRAIN}:20", f"--model.path={model}", *more)
 
 
-@pytest.mark.parametrize("ranks", [1, 2])
-@pytest.mark.parametrize("content, words", [
-    ('{"messages": [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]}\n' * 6 + '{"messages": [\n', "data.jsonl:7"),
-    ('{"colour": "red"}\n', "colour"),
-    ("", "data.jsonl"),
-    ('{"text": "\udcff"}\n', "invalid UTF-8"),
-    ('{"text": "' + "x" * 11_000_000 + '"}\n', "data.jsonl:1"),
-], ids=["line 7", "no field", "empty", "utf8", "10 MB line"])
-def test_data_files(tmp_path, content, words, ranks):
-    (tmp_path / "data.jsonl").write_bytes(content.encode("utf-8", "surrogateescape"))
-    refused(tmp_path, 3, words, *keys(tmp_path, data=tmp_path / "data.jsonl"), ranks=ranks)
+def edit_header(file, edit):
+    data = file.read_bytes()
+    (size,) = struct.unpack("<Q", data[:8])
+    header = json.loads(data[8:8 + size])
+    edit(header)
+    text = json.dumps(header).encode()
+    file.write_bytes(struct.pack("<Q", len(text)) + text + data[8 + size:])
+
+
+def edit_tensors(file, edit):
+    tensors = load_file(file)
+    edit(tensors)
+    save_file(tensors, file)
+
+
+def begin_with_the_first(header):
+    header["model.norm.weight"]["data_offsets"] = [0, 768]
+
+
+def move_the_last(header):
+    last = max(header, key=lambda name: header[name].get("data_offsets", [0])[0])
+    header[last]["data_offsets"] = [at + 10**12 for at in header[last]["data_offsets"]]
+
+
+@pytest.mark.parametrize("change, sentence", [
+    (lambda f: f.write_bytes(f.read_bytes()[:-4]), "MODEL/model.safetensors: cut short: tensor 'model.norm.weight' ends at 7183104, but only 7183100 bytes of values are there. "
+     "Download or copy it again."),
+    (lambda f: f.write_bytes(struct.pack("<Q", 1000) + b"{}"), "MODEL/model.safetensors: cut short: the header has 1000 bytes, but the file ends after 2 of them. Download or copy it again."),
+    (lambda f: edit_header(f, begin_with_the_first), "MODEL/model.safetensors: tensor 'model.embed_tokens.weight' begins at 0, but the tensor before it ends at 768: they overlap."),
+    (lambda f: edit_header(f, move_the_last), "MODEL/model.safetensors: tensor 'model.norm.weight' begins at 1000007182336, but the tensor before it ends at 7182336: there "
+     "is a hole."),
+    (lambda f: edit_tensors(f, lambda t: t.update({"model.norm.weight": torch.ones(7)})), "MODEL: the tensors are not those of the model that config.json describes. Of another shape (1): model.norm.weight is [7] in "
+     "the file, but the model's is [192]."),
+    (lambda f: edit_tensors(f, lambda t: t.update({"model.layers.9.mlp.up_proj.weight": torch.ones(7)})), "MODEL: the tensors are not those of the model that config.json describes. Not part of the model (1): "
+     "model.layers.9.mlp.up_proj.weight."),
+    (lambda f: edit_tensors(f, lambda t: t.pop("model.norm.weight")), "MODEL: the tensors are not those of the model that config.json describes. Missing (1): model.norm.weight."),
+    (lambda f: f.unlink(), "MODEL has neither model.safetensors nor model.safetensors.index.json."),
+], ids=["truncated", "header", "overlapping", "out of range", "shape", "surplus", "missing", "no file"])
+def test_safetensors(tmp_path, model, change, sentence):
+    change(model / "model.safetensors")
+    refused(tmp_path, 3, sentence.replace("MODEL", str(model)), *with_model(tmp_path, model))
 
 
 def test_missing_model_folder(tmp_path):
-    refused(tmp_path, 3, "not/there", *with_model(tmp_path, "/not/there/at/all"))
+    refused(tmp_path, 3, "model folder /not/there/at/all does not exist.", *with_model(tmp_path, "/not/there/at/all"), ranks=2)
 
 
-def test_missing_tensors(tmp_path, model):
-    refused(tmp_path, 3, "model.embed_tokens.weight", *with_model(tmp_path, model))
+def test_empty_model_folder(tmp_path):
+    (tmp_path / "empty").mkdir()
+    refused(tmp_path, 3, f"model folder {tmp_path}/empty is empty; model.path wants a Hugging Face model folder",
+            *with_model(tmp_path, tmp_path / "empty"))
 
 
-def test_truncated_safetensors(tmp_path, model):
-    file = model / "model.safetensors"
-    file.write_bytes(file.read_bytes()[:-4])
-    refused(tmp_path, 3, "model.safetensors", *with_model(tmp_path, model))
-
-
-def test_header_longer_than_the_file(tmp_path, model):
-    (model / "model.safetensors").write_bytes(struct.pack("<Q", 1000) + b"{}")
-    refused(tmp_path, 3, "model.safetensors", *with_model(tmp_path, model))
-
-
-@pytest.mark.parametrize("change, words", [
-    ({"model_type": "gpt_neox"}, 'model_type "gpt_neox" is not supported; supported are llama'),
-    ({"num_key_value_heads": 4}, "num_attention_heads 6 is no multiple of num_key_value_heads 4"),
-    ({"vocab_size": 100}, "ids, but the embedding of the model"),
-    ({"hidden_size": -1}, '"hidden_size" is -1'),
-], ids=["family", "heads", "vocabulary", "size"])
-def test_config_json(tmp_path, model, change, words):
+@pytest.mark.parametrize("change, sentence", [
+    ({"model_type": "gpt_neox"}, 'MODEL/config.json: model_type "gpt_neox" is not supported; supported are llama, mistral, qwen2, qwen3, smollm3 (SmolLM and '
+     'SmolLM2 are llama)'),
+    ({"num_key_value_heads": 4}, "MODEL/config.json: num_attention_heads 6 is no multiple of num_key_value_heads 4"),
+    ({"vocab_size": 100}, "MODEL/tokenizer.json: the vocabulary has 1146 ids, but the embedding of the model (MODEL/config.json) has vocab_size 100; use "
+     "the model's own tokenizer"),
+    ({"hidden_size": -1}, 'MODEL/config.json: "hidden_size" is -1; allowed are 1 to 1048576'),
+    ({"hidden_size": "big"}, 'MODEL/config.json: "hidden_size" must be an integer, found "big"'),
+], ids=["family", "heads", "vocabulary", "size", "type"])
+def test_config_json(tmp_path, model, change, sentence):
     config = json.loads((model / "config.json").read_text())
     (model / "config.json").write_text(json.dumps(config | change))
-    refused(tmp_path, 3, words, *with_model(tmp_path, model))
+    refused(tmp_path, 3, sentence.replace("MODEL", str(model)), *with_model(tmp_path, model))
 
 
 def test_unknown_tokenizer_component(tmp_path, model):
     tokenizer = json.loads((model / "tokenizer.json").read_text())
     tokenizer["normalizer"] = {"type": "Rot13"}
     (model / "tokenizer.json").write_text(json.dumps(tokenizer))
-    refused(tmp_path, 3, 'the normalizer "Rot13" is not supported', *with_model(tmp_path, model))
+    refused(tmp_path, 3, f'{model}/tokenizer.json: the normalizer "Rot13" is not supported', *with_model(tmp_path, model))
 
 
-def test_template_that_raises(tmp_path):
-    (tmp_path / "t.jinja").write_text("{{ raise_exception('no such role') }}")
-    refused(tmp_path, 3, "no such role", *keys(tmp_path, f"--data.chat_template={tmp_path / 't.jinja'}"))
+# --- chat templates
 
 
-@pytest.mark.parametrize("key, words", [
-    ("--optim.lrr=1", "unknown key optim.lrr; did you mean optim.lr?"),
-    ("--train.epochs=3", "train.steps and train.epochs are both set; set one"),
-    ("--lora.alpha=3", "lora.alpha is set, but lora.rank is 0"),
-    ("--train.micro_batch_size=1000000", "of memory"),
-    ("--run.dir=README.md/run", "README.md/run"),
-], ids=["unknown", "conflict", "lora", "memory", "unwritable"])
-def test_keys(tmp_path, key, words):
-    status = 1 if "README" in key else 2
-    given = [k for k in keys(tmp_path) if not (str(k).startswith("--run.dir") and "run.dir" in key)]
-    refused(tmp_path, status, words, *given, key)
+@pytest.mark.parametrize("template, sentence", [
+    ("{% for a in range(100000) %}{% for b in range(100000) %}{% endfor %}{% endfor %}",
+     r"the template ran for more than 10\d{5} steps and was stopped"),
+    ("{% set s = 'a' * 10000000 %}{% for a in range(100000) %}{% if s|length == 3 %}{% endif %}{% endfor %}",
+     r"the template ran for more than 10\d{5} steps and was stopped"),
+    ("{% macro m() %}{{ m() }}{% endmacro %}{{ m() }}", "the template nests or recurses deeper than 1000 levels"),
+    ("{{ raise_exception('no such role') }}", "no such role"),
+], ids=["loops", "loops over a long text", "recurses", "raises"])
+def test_template(tmp_path, template, sentence):
+    (tmp_path / "t.jinja").write_text(template)
+    refused(tmp_path, 3, re.compile(re.escape(f"{TRAIN}:1: {tmp_path}/t.jinja line 1: ") + sentence),
+            *small_run(tmp_path, "run", f"--data.chat_template={tmp_path / 't.jinja'}"))
 
 
-def test_errors_are_said_once_on_several_ranks(tmp_path):
-    refused(tmp_path, 2, "unknown key optim.lrr; did you mean optim.lr?", *keys(tmp_path, "--optim.lrr=1"), ranks=2)
+# --- configuration
+
+
+@pytest.mark.parametrize("keys, sentence", [
+    (["--optim.lrr=1"], "unknown key optim.lrr; did you mean optim.lr?; trireme VERB --help lists all keys"),
+    (["--train.epochs=3", "--lora.alpha=3", "--data.eval_fraction=0.5", "--model.path=x"], "model.path and model.config are both set: set model.path to a Hugging Face folder, or model.config to a config.json for random "
+     "weights\ntrain.steps and train.epochs are both set; set one\nlora.alpha is set, but lora.rank is 0: set lora.rank, or leave lora.alpha "
+     "out\ndata.eval and data.eval_fraction are both set; set one"),
+    (["--train.epochs=3", "--optim.lrr=1", "--task.kind=sfd"], "unknown key optim.lrr; did you mean optim.lr?; trireme VERB --help lists all keys\ntask.kind=sfd: allowed are sft, pretrain; did "
+     "you mean sft?\ntrain.steps and train.epochs are both set; set one"),
+    (["--lora.path=x", "--lora.rank=3", "--lora.dropout=0.5"], "lora.dropout and lora.path are both set: the adapter of lora.path brings its own; leave lora.dropout out\nlora.rank and lora.path "
+     "are both set: the adapter of lora.path has a rank; set one"),
+], ids=["unknown", "conflicts", "all together", "lora"])
+def test_keys(tmp_path, keys, sentence):
+    refused(tmp_path, 2, sentence, *small_run(tmp_path, "run", *keys), ranks=2 if len(keys) == 1 else 1)
+    assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize("keys", [["--train.micro_batch_size=1000000"], ["--data.max_length=1000000", "--train.micro_batch_size=1000"]],
+                         ids=["batch", "length"])
+def test_what_cannot_fit_memory(tmp_path, keys):
+    shutil.copytree(QUICKSTART, tmp_path / "long")
+    config = json.loads((tmp_path / "long/config.json").read_text())
+    (tmp_path / "long/config.json").write_text(json.dumps(config | {"max_position_embeddings": 1_000_000}))
+    (tmp_path / "long.jsonl").write_text(json.dumps({"text": "a word " * 50_000}) + "\n")
+    amount = r"\d+\.\d\d GiB"
+    refused(tmp_path, 2, re.compile(
+        rf"the run needs about {amount} of memory \(1 ranks of {amount}, of which activations {amount}\), but this host has {amount} "
+        r"free: lower train\.micro_batch_size or data\.max_length, set train\.recompute=full, lora\.rank or train\.dtype=bfloat16, "
+        "or start fewer ranks"), "configs/quickstart.ini", f"--run.dir={tmp_path / 'run'}", f"--data.train={tmp_path / 'long.jsonl'}",
+            f"--model.config={tmp_path / 'long/config.json'}", *keys)
+
+
+# --- the run folder
+
+
+def test_unwritable_run_folder(tmp_path):
+    (tmp_path / "file").write_text("")
+    refused(tmp_path, 1, f"cannot create the run folder {tmp_path}/file/run: Not a directory; set run.dir to a folder that can be written",
+            *small_run(tmp_path, "file/run"), ranks=2)
+
+
+def test_run_folder_without_permission(tmp_path):
+    if os.geteuid() == 0:
+        pytest.skip("root may write everywhere")
+    (tmp_path / "shut").mkdir(mode=0o500)
+    refused(tmp_path, 1, f"cannot create the run folder {tmp_path}/shut/run: Permission denied; set run.dir to a folder that can be written",
+            *small_run(tmp_path, "shut/run"))
+
+
+@pytest.mark.parametrize("ranks", [1, 2])
+def test_full_run_folder(tmp_path, ranks):
+    """A disk that takes one checkpoint and no second; without root: files that may not grow beyond 1 MB."""
+    disk = tmp_path / "disk"
+    disk.mkdir()
+    limit = None
+    if os.geteuid() == 0 and subprocess.run(["mount", "-t", "tmpfs", "-o", "size=30m", "tmpfs", disk], capture_output=True).returncode == 0:
+        sentence = (r"checkpoint of step 4 was not saved; the earlier ones are untouched: cannot write FOLDER/step-4\.tmp/shard-0000\d\.h5: "
+                    r"No space left on device \(\d+ bytes needed so far\)\. Once that is mended, the same command goes on\.")
+    else:
+        limit = lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (1 << 20, 1 << 20))
+        sentence = (r"checkpoint of step 2 was not saved; the earlier ones are untouched: cannot write FOLDER/step-2\.tmp/shard-0000\d\.h5: "
+                    r"File too large \(\d+ bytes needed so far\)\. Once that is mended, the same command goes on\.")
+    try:
+        folder = disk / "run/checkpoints"
+        done = subprocess.run(command("train", *small_run(tmp_path, "disk/run", "--checkpoint.async=false"), ranks=ranks), cwd=SOURCE,
+                              preexec_fn=limit, capture_output=True, text=True, timeout=120, env=environment(tmp_path))
+        text = done.stdout + done.stderr
+        said = text.split("error: ")
+        assert len(said) == 2 and re.fullmatch(sentence.replace("FOLDER", re.escape(str(folder))), said[1].rstrip("\n")), text
+        assert done.returncode == 1
+        assert not any(trace in text for trace in TRACES), text
+        assert_all_ended(tmp_path)
+        assert [path.name for path in folder.iterdir() if path.suffix == ".tmp"] == []
+        if limit is None:  # with room again it goes on from the checkpoint that it has
+            subprocess.run(["mount", "-o", "remount,size=200m", disk], check=True)
+            again = run(tmp_path, "train", *small_run(tmp_path, "disk/run"), ranks=ranks)
+            assert again.returncode == 0, again.stderr
+            assert f"going on from {folder}/step-2, step 2 of 4" in again.stderr
+    finally:
+        subprocess.run(["umount", disk], capture_output=True)
+
+
+def test_a_second_run_on_the_folder_of_a_living_one(tmp_path):
+    keys = small_run(tmp_path, "run", "--train.steps=1000000", "--eval.every=0")
+    first = subprocess.Popen(command("train", *keys), cwd=SOURCE, env=environment(tmp_path), stderr=subprocess.DEVNULL)
+    try:
+        wait_for(lambda: (tmp_path / "run/metrics.jsonl").exists(), first)
+        second = run(tmp_path, "train", *keys, TRIREME_CACHE=str(tmp_path / "cache-2"))
+        check_refusal(tmp_path / "cache-2", second, 2,
+                      f"run folder {tmp_path}/run is in use by process {first.pid} on {os.uname().nodename}. Wait for it or end it, or "
+                      "name another folder with run.dir.")
+        assert first.poll() is None
+        first.send_signal(signal.SIGTERM)
+        assert first.wait(60) == 75
+    finally:
+        first.kill()
+    steps = [json.loads(line)["step"] for line in (tmp_path / "run/metrics.jsonl").read_text().splitlines()]
+    assert steps == list(range(1, len(steps) + 1))
+    assert (tmp_path / "run/checkpoints" / f"step-{steps[-1]}").is_dir()
+
+
+def test_resume_with_another_model_or_data(tmp_path):
+    keys = small_run(tmp_path)
+    assert run(tmp_path, "train", *keys, "--train.stop_after=2").returncode == 75
+    folder = tmp_path / "run/checkpoints/step-2"
+    other = tmp_path / "other"
+    shutil.copytree(QUICKSTART, other)
+    config = json.loads((other / "config.json").read_text())
+    (other / "config.json").write_text(json.dumps(config | {"rope_theta": 500.0}))
+    end = ("\nSet these back, or start a new run with another run.dir. On a run that goes on, train.steps and train.epochs may grow, "
+           "and the keys of parallel, checkpoint, eval, comm and log may change.")
+    begin = f"cannot go on from {folder}, it belongs to another run:"
+    was = f"{config['rope_theta']}" if "rope_theta" in config else "absent"
+    refused(tmp_path, 2, f"{begin}\n  optim.lr: 0.002 then, 0.5 now\n  config.json rope_theta: {was} then, 500.0 now{end}",
+            *keys, f"--model.config={other / 'config.json'}", "--optim.lr=0.5", ranks=2)
+    fewer = small_run(tmp_path, records=39)
+    refused(tmp_path, 2, f"{begin}\n  data: 40 records, 1104 tokens of {TRAIN}:40 then, 39 records, 1075 tokens of {TRAIN}:39 now; "
+                         f"the content differs{end}", *fewer)
+    assert run(tmp_path, "train", *keys).returncode == 0
+
+
+def test_resume_with_other_weights(tmp_path, model):
+    keys = with_model(tmp_path, model)
+    assert run(tmp_path, "train", *keys, "--train.stop_after=1").returncode == 75
+    edit_tensors(model / "model.safetensors", lambda t: t["model.norm.weight"].mul_(2))
+    refused(tmp_path, 2, f"cannot go on from {tmp_path}/run/checkpoints/step-1, it belongs to another run:\n  weights: {model} then, {model} "
+                         "now; the content differs\nSet these back, or start a new run with another run.dir. On a run that goes on, "
+                         "train.steps and train.epochs may grow, and the keys of parallel, checkpoint, eval, comm and log may change.", *keys)
+
+
+def test_a_rank_that_is_killed(tmp_path):
+    keys = small_run(tmp_path, "run", "--checkpoint.every=1", "--train.steps=1000000", "--eval.every=0")
+    start = lambda *more: subprocess.Popen([RUN_LOCAL, "-n", "2", "train", *keys, *more], cwd=SOURCE, text=True,
+                                           env=environment(tmp_path), stderr=subprocess.PIPE)
+    job = start()
+    wait_for(lambda: (tmp_path / "run/checkpoints/latest").exists(), job)
+    os.kill(ranks_of(tmp_path)[1], signal.SIGKILL)
+    text = job.communicate(timeout=60)[1]
+    assert job.returncode == 1, text
+    assert text.endswith("run_local: a rank was killed (SIGKILL), all ranks are ended; run the same command again to go on from the last "
+                         "checkpoint\n"), text
+    assert_all_ended(tmp_path)
+    job = start("--train.stop_after=1")
+    text = job.communicate(timeout=60)[1]
+    assert job.returncode == 75, text
+    saved = int(re.search(r"going on from .*/step-(\d+), step", text)[1])
+    steps = [json.loads(line)["step"] for line in (tmp_path / "run/metrics.jsonl").read_text().splitlines()]
+    assert steps == list(range(1, saved + 2))

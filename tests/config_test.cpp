@@ -189,7 +189,7 @@ TEST(Config, HelpOfAVerbNamesWhatItReads) {
       {"prepare", {"run.seed", "model", "data", "task", "log"}},
       {"tokenize", {"model", "data", "tokenize", "log"}},
       {"export", {"run", "model", "train.threads", "lora", "log"}},
-      {"doctor", {"run.dir"}}};
+      {"doctor", {"run.dir", "data.cache"}}};
   for (const auto& [verb, list] : reads) {
     std::string text = help_text(verb);
     EXPECT_NE(help_text("").find(str("\n  ", verb, " ")), std::string::npos) << verb;

@@ -45,9 +45,10 @@ class StrictBuilder : public nlohmann::json_sax<Json> {
   }
   bool parse_error(std::size_t position, const std::string&, const nlohmann::detail::exception& error) override {
     std::string why = error.what();  // "[json.exception.parse_error.101] parse error at line 1, column 3: ..."
-    size_t cut = why.find("] ");
-    throw DataError(str(source_, ": not valid JSON at byte ", position, ": ",
-                        cut == std::string::npos ? why : why.substr(cut + 2)));
+    // Of a text of one line (a record, say, whose own line is in source_) the byte says all.
+    if (size_t cut = why.find("] "); cut != std::string::npos) why.erase(0, cut + 2);
+    if (size_t cut = why.find(": "); why.starts_with("parse error at line 1,") && cut != std::string::npos) why.erase(0, cut + 2);
+    throw DataError(str(source_, ": not valid JSON at byte ", position, ": ", why));
   }
 
  private:

@@ -68,6 +68,7 @@ void log_message(LogLevel level, const std::string& text) {
 }
 
 void log_live(const std::string& text) {
+  if (state().level > LogLevel::kInfo) return;
   std::lock_guard lock(state().mutex);
   // Without line wrap for the moment: a line that is longer than the terminal is wide could not be erased.
   std::fprintf(stderr, "%s\x1b[?7l%s\x1b[?7h", kEraseLine, text.c_str());
@@ -76,6 +77,7 @@ void log_live(const std::string& text) {
 }
 
 void log_quietly(const std::string& text) {
+  if (state().level > LogLevel::kInfo) return;
   std::lock_guard lock(state().mutex);
   write_file(state(), text + "\n");
 }

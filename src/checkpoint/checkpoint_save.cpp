@@ -294,7 +294,8 @@ void CheckpointStore::wait() {
   }
   if (error.empty()) return;
   if (comm_.rank() == 0) remove_folder(temporary(job->step));
-  throw SystemError(str("checkpoint of step ", job->step, " was not saved; the earlier ones are untouched: ", error));
+  throw SystemError(str("checkpoint of step ", job->step, " was not saved; the earlier ones are untouched: ", error,
+                        " Once that is mended, the same command goes on."));
 }
 
 // Rank 0, once every rank has written its part.

@@ -242,6 +242,7 @@ const SafetensorsFile& SafetensorsFolder::file_of(const std::string& name) const
 void load_weights(const std::string& folder_path, const std::vector<Parameter>& targets, const LoadOptions& options) {
   SafetensorsFolder folder(folder_path, options.stem);
   std::vector<Match> matches = match_targets(folder, targets, options);
+  if (options.headers_only) return;
   std::stable_sort(matches.begin(), matches.end(), [](const Match& a, const Match& b) {
     return std::pair(a.file->path(), a.file->info(a.name).offset) <
            std::pair(b.file->path(), b.file->info(b.name).offset);

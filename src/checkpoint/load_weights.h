@@ -36,6 +36,7 @@ struct LoadOptions {
   std::string optional_prefix = "model.";
   // Surplus tensors whose names end so are passed over: a stored copy of a tied head, and rotary buffers of old files.
   std::vector<std::string> tolerated = {"lm_head.weight", "rotary_emb.inv_freq"};
+  bool headers_only = false;  // names and shapes are checked, nothing is read
 };
 
 // Fills every target with the slice that its shard names, converted to the target's dtype, on its device. Everything is

@@ -95,6 +95,7 @@ struct Communicator::Impl {
     const uint64_t flight = flight_begin(name, op, num_bytes);
     std::shared_ptr<CommOperation> operation = make();
     operation->flight = flight;
+    flight_has(flight, operation);
     operation->nanoseconds = nanoseconds;
     operation->keep_alive = std::make_shared<std::vector<at::Tensor>>(std::move(tensors));
     if (blocking) {

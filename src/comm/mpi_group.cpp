@@ -84,6 +84,7 @@ std::shared_ptr<MpiGroup> MpiGroup::split(int color, int key) {
 struct MpiRequests::Impl {
   std::vector<MPI_Request> requests;
   std::vector<int> expected_bytes;  // of a receive; -1 for the others
+  std::vector<int> peers;           // rank in the group at the other end; -1: all
 };
 
 MpiRequests::MpiRequests(std::shared_ptr<MpiGroup> group) : group_(std::move(group)), impl_(std::make_unique<Impl>()) {}
@@ -99,6 +100,7 @@ void MpiRequests::send(const void* data, int64_t num_bytes, int peer, int tag) {
         "MPI_Isend");
     impl_->requests.push_back(request);
     impl_->expected_bytes.push_back(-1);
+    impl_->peers.push_back(peer);
   }
 }
 
@@ -110,6 +112,7 @@ void MpiRequests::receive(void* data, int64_t num_bytes, int peer, int tag) {
               "MPI_Irecv");
     impl_->requests.push_back(request);
     impl_->expected_bytes.push_back(bytes);
+    impl_->peers.push_back(peer);
   }
 }
 
@@ -122,6 +125,7 @@ void MpiRequests::broadcast(void* data, int64_t num_bytes, int root) {
               "MPI_Ibcast");
     impl_->requests.push_back(request);
     impl_->expected_bytes.push_back(-1);
+    impl_->peers.push_back(-1);
   }
 }
 
@@ -131,6 +135,7 @@ void MpiRequests::barrier() {
   check_mpi(MPI_Ibarrier(group_->handle().comm, &request), "MPI_Ibarrier");
   impl_->requests.push_back(request);
   impl_->expected_bytes.push_back(-1);
+  impl_->peers.push_back(-1);
 }
 
 bool MpiRequests::test() {
@@ -156,7 +161,25 @@ bool MpiRequests::test() {
   }
   impl_->requests.clear();
   impl_->expected_bytes.clear();
+  impl_->peers.clear();
   return true;
+}
+
+std::vector<int> MpiRequests::awaited() const {
+  std::vector<int> ranks;
+  MPI_Group world, group;
+  MPI_Comm_group(MPI_COMM_WORLD, &world);
+  MPI_Comm_group(group_->handle().comm, &group);
+  for (size_t i = 0; i < impl_->requests.size(); ++i) {
+    int done = 0, rank = -1;
+    if (impl_->peers[i] < 0) continue;
+    check_mpi(MPI_Request_get_status(impl_->requests[i], &done, MPI_STATUS_IGNORE), "MPI_Request_get_status");
+    check_mpi(MPI_Group_translate_ranks(group, 1, &impl_->peers[i], world, &rank), "MPI_Group_translate_ranks");
+    if (!done && std::find(ranks.begin(), ranks.end(), rank) == ranks.end()) ranks.push_back(rank);
+  }
+  MPI_Group_free(&world);
+  MPI_Group_free(&group);
+  return ranks;
 }
 
 }  // namespace trireme

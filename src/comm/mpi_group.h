@@ -28,6 +28,9 @@ class MpiRequests {
 
   bool test();  // true when all are complete; then they are forgotten
 
+  // Ranks of the world that have not sent or taken a message; of broadcast() and barrier() that is not known.
+  std::vector<int> awaited() const;
+
  private:
   struct Impl;
   std::shared_ptr<MpiGroup> group_;

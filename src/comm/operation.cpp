@@ -289,6 +289,11 @@ bool CommOperation::try_advance() {
   return true;
 }
 
+std::vector<int> CommOperation::awaited() {
+  std::lock_guard lock(mutex_);
+  return done() ? std::vector<int>() : requests_.awaited();
+}
+
 void CommOperation::rethrow() {
   if (!error_) return;
   new std::shared_ptr<CommOperation>(shared_from_this());

@@ -21,6 +21,7 @@ class CommOperation : public std::enable_shared_from_this<CommOperation> {
   // True when done. Any thread; where another thread is at it already: false at once.
   bool try_advance();
   bool done() const { return done_.load(std::memory_order_acquire); }
+  std::vector<int> awaited();  // ranks of the world that it waits for, as far as known. Any thread
   // What went wrong, after done(). A failed operation and its tensors are never freed: MPI may still write there.
   void rethrow();
 

@@ -9,6 +9,7 @@
 
 #include "base/check.h"
 #include "base/log.h"
+#include "comm/operation.h"
 #include "comm/process.h"
 
 namespace trireme {
@@ -24,6 +25,7 @@ struct Entry {
   int64_t num_bytes = 0;
   Clock::time_point begin, end;
   bool done = false;
+  std::weak_ptr<CommOperation> operation;
 };
 
 constexpr size_t kNumEntries = 256;
@@ -59,26 +61,38 @@ std::string dump(const Recorder& r, size_t num_last) {
   return text;
 }
 
+std::string dump_tail() {
+  std::lock_guard lock(recorder().mutex);
+  std::string text = dump(recorder(), 16);
+  return text.substr(0, text.size() - 1);  // the log ends the line
+}
+
 void watch() {
-  for (;;) {
+  for (auto last = Clock::now();;) {
     std::this_thread::sleep_for(std::chrono::milliseconds(100));
+    const auto slept = Clock::now() - std::exchange(last, Clock::now());
     std::string message;
+    std::shared_ptr<CommOperation> operation;
     {
       Recorder& r = recorder();
       std::lock_guard lock(r.mutex);
       if (r.timeout_s <= 0) continue;
       const auto now = Clock::now();
-      for (const Entry& e : r.entries) {
+      for (Entry& e : r.entries) {
+        if (slept > std::chrono::seconds(1) && !e.done) e.begin += slept;  // this process was stopped itself
         if (e.sequence == 0 || e.done || seconds(now - e.begin) < r.timeout_s) continue;
         message = str("rank ", log_rank(), " on ", host_name(), ": ", line(e, now),
-                      ", more than comm.timeout_s=", r.timeout_s,
-                      ": a peer is gone, stopped or does something else. All ranks are ended. The last collectives:\n",
-                      dump(r, 16));
+                      ", more than comm.timeout_s=", r.timeout_s);
+        operation = e.operation.lock();
         break;
       }
     }
     if (message.empty()) continue;
-    std::fputs(message.c_str(), stderr);
+    std::string peers;
+    if (operation)
+      for (int rank : operation->awaited()) peers += str(peers.empty() ? ": it waits for rank " : ", ", rank);
+    log_message(LogLevel::kError, str(message, peers, peers.empty() ? ": a peer" : ", which", " is gone, stopped or does something else. ",
+                                      "All ranks are ended. The last collectives:\n", dump_tail()));
     Process::abort(kExitFailure);
   }
 }
@@ -113,9 +127,15 @@ uint64_t flight_begin(const std::string& group, const char* op, int64_t num_byte
   Recorder& r = recorder();
   std::lock_guard lock(r.mutex);
   Entry& e = r.entries[++r.last % kNumEntries];
-  e = Entry{r.last, op, {}, num_bytes, Clock::now(), {}, false};
+  e = Entry{r.last, op, {}, num_bytes, Clock::now(), {}, false, {}};
   std::snprintf(e.group.data(), e.group.size(), "%s", group.c_str());
   return r.last;
+}
+
+void flight_has(uint64_t sequence, const std::shared_ptr<CommOperation>& operation) {
+  Recorder& r = recorder();
+  std::lock_guard lock(r.mutex);
+  if (r.entries[sequence % kNumEntries].sequence == sequence) r.entries[sequence % kNumEntries].operation = operation;
 }
 
 void flight_end(uint64_t sequence) {

@@ -3,16 +3,19 @@
 #pragma once
 
 #include <cstdint>
+#include <memory>
 #include <string>
 
 namespace trireme {
+
+class CommOperation;
 
 // The last 256 collectives of this process, oldest first, one line each: sequence number, group, operation, bytes,
 // state, age and duration. Any thread.
 std::string dump_flight_recorder();
 
 // From now on an operation that is in flight for more than timeout_s prints rank, host, group, operation, sequence
-// number, bytes and time with the recorder's tail on stderr and ends all ranks with status 1. 0 switches it off. The
+// number, bytes, time and the ranks it waits for with the recorder's tail on stderr and ends all ranks with status 1. 0 switches it off. The
 // thread runs only while a timeout is set. Not for operations that wait by design: switch it off around them.
 void set_comm_timeout(double timeout_s);
 
@@ -30,6 +33,7 @@ class CommTimeoutPause {
 
 // Used by Communicator: the entry of an operation in the ring.
 uint64_t flight_begin(const std::string& group, const char* op, int64_t num_bytes);  // returns its sequence number
+void flight_has(uint64_t sequence, const std::shared_ptr<CommOperation>& operation);  // to ask whom it waits for
 void flight_end(uint64_t sequence);
 
 }  // namespace trireme

@@ -60,7 +60,7 @@ const std::vector<Verb> kVerbs = {
     {"tokenize", "text or records to ids, and back", {"model", "data", "tokenize", "log"}},
     {"export", "write a checkpoint or adapter as a Hugging Face folder", {"run", "model", "train.threads", "lora", "log"}},
     {"plan", "parameters, memory and steps of a run, without running it", kRunSections},
-    {"doctor", "check this machine", {"run.dir"}},
+    {"doctor", "check this machine", {"run.dir", "data.cache"}},
 };
 
 std::vector<std::string> known_keys() {

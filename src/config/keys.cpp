@@ -142,7 +142,7 @@ std::vector<Field> fields(Config& c) {
       {"data.shuffle", &c.data.shuffle, "", "a new order each epoch", {}},
       {"data.chat_template", &c.data.chat_template, "", "a file with Jinja text or a built-in name (alpaca, chatml, gemma, llama3, mistral, phi3); empty: that of the model", {}},
       {"data.template_args", &c.data.template_args, "JSON", "object of further variables for the template; {\"date_string\": ...} keeps the day out of templates that write it", {}},
-      {"data.cache", &c.data.cache, "folder", "of tokenised data; empty: ~/.cache/trireme/tokens", {}},
+      {"data.cache", &c.data.cache, "folder", "of tokenised data; empty: ~/.cache/trireme/tokens; what no run has used for 30 days is deleted", {}},
       {"data.show", &c.data.show, "samples", "that prepare prints with their masks", {}, 0, 10000},
       {"task.kind", &c.task.kind, "", "sft: learn what data.learn says; pretrain: learn every token", Words{"sft", "pretrain"}},
       {"train.steps", &c.train.steps, "steps", "length of the run (or train.epochs)", {}, 0, 1e12},

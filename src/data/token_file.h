@@ -8,6 +8,7 @@
 // hash of its content: tokens, learnt and offsets alone.
 #pragma once
 
+#include <chrono>
 #include <cstdint>
 #include <functional>
 #include <memory>
@@ -41,6 +42,16 @@ std::string default_token_cache();
 // (a lock file). DataError: a bad record (skip_bad: no good one; a text file's text is never skipped). SystemError: the cache cannot be written.
 std::string make_token_file(const TokenFileRequest& request, const Tokenizer& tokenizer,
                             const ChatTemplate* chat_template, const TokenProgress& progress = {});
+
+// Files in the cache that no run has used for `age` are deleted, which is said; called whenever one is made, and by
+// `trireme doctor` with an age without end. A run that reads a deleted file reads on.
+constexpr std::chrono::seconds kTokenFileAge{30 * 86400};
+struct TokenCacheUse {
+  int files = 0, deleted_files = 0;  // token files
+  uint64_t bytes = 0, deleted_bytes = 0;
+};
+TokenCacheUse prune_token_cache(const std::string& folder, std::chrono::seconds age);
+void mark_token_file_used(const std::string& path);
 
 // Is there a complete token file, equal to its recorded hash? `why` says what is wrong where not.
 bool token_file_intact(const std::string& path, std::string* why);

@@ -281,13 +281,17 @@ std::string make_token_file(const TokenFileRequest& request, const Tokenizer& to
   if (error)
     throw SystemError(str("cannot create the token cache ", folder, ": ", error.message(), "; set data.cache to another folder"));
   std::string path = folder + "/" + hash_bytes(dump_json(content)) + ".h5", why;
-  bool there = std::filesystem::exists(path, error);
-  if (there && token_file_intact(path, &why)) return path;
+  auto found = [&] {
+    if (!std::filesystem::exists(path, error) || !token_file_intact(path, &why)) return false;
+    mark_token_file_used(path);
+    return true;
+  };
+  if (found()) return path;
   FolderLock lock(path.substr(0, path.size() - 3) + ".lock");
-  there = std::filesystem::exists(path, error);
-  if (there && token_file_intact(path, &why)) return path;
-  if (there) log_warn(str("token file ", path, " is broken (", why, "); making it again"));
+  if (found()) return path;
+  if (std::filesystem::exists(path, error)) log_warn(str("token file ", path, " is broken (", why, "); making it again"));
   write_token_file(path, request, content, encoder, progress);
+  prune_token_cache(folder, kTokenFileAge);
   return path;
 }
 

@@ -15,7 +15,7 @@ struct ModelInput {
   at::Tensor tokens_T, targets_T, positions_T;  // int64 [T]; targets_T may be undefined where no loss is asked for
   std::vector<int64_t> cu_seqlens;              // [segments + 1]
   std::vector<int64_t> sample_ids;              // [segments] keys the dropout masks; may be empty without dropout
-  uint64_t dropout_seed = 0;                    // set afresh for each epoch, so that a sample meets new masks
+  uint64_t dropout_seed = 0;                    // of the run; new masks in each epoch come from sample_ids, which tell the epoch
 };
 
 // What backward computes again instead of keeping it. full: a block's input only is kept. selective: what is cheap is

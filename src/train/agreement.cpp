@@ -27,7 +27,7 @@ void agree_on(const Communicator& comm, const std::function<void()>& phase) {
     first = messages[r];
     size_t same = 0;
     for (const auto& m : messages) same += m == first;
-    if (same != messages.size()) first = str("[rank ", r, "] ", first);
+    if (r > 0 && same != messages.size()) first = str("[rank ", r, "] ", first);
   }
   throw AgreedError(static_cast<ExitStatus>(worst), comm.broadcast_bytes(first));
 }

@@ -22,10 +22,10 @@ namespace {
 
 namespace fs = std::filesystem;
 
-// Of config.json, and of the weight files: the size and 64 pieces of each. Reading all of a large model only to know
-// that it is the same would double the time of a start.
-std::string fingerprint_of(const Json& config, std::initializer_list<std::string> folders) {
-  std::string text = dump_json(config);
+// Of the weight files: the size and 64 pieces of each. Reading all of a large model only to know that it is the same
+// would double the time of a start.
+std::string fingerprint_of(std::initializer_list<std::string> folders) {
+  std::string text;
   for (const std::string& folder : folders) {
     std::vector<fs::path> files;
     if (fs::is_directory(folder))
@@ -62,16 +62,16 @@ std::vector<TensorSource> sources(const std::vector<Parameter>& parameters) {
 
 }  // namespace
 
-void check_config(const Config& c, const CommandLine& line) {
-  std::vector<std::string> problems;
+void find_conflicts(const Config& c, const CommandLine& line, std::vector<std::string>& problems) {
   auto wrong = [&](const auto&... parts) { problems.push_back(str(parts...)); };
-  if (c.model.path.empty() == c.model.config.empty())
+  const bool complete = problems.empty();  // else what seems missing may be what was misspelt
+  if (c.model.path.empty() == c.model.config.empty() && (complete || !c.model.path.empty()))
     wrong(c.model.path.empty() ? "neither model.path nor model.config is set" : "model.path and model.config are both set",
           ": set model.path to a Hugging Face folder, or model.config to a config.json for random weights");
   bool trains = line.verb == "train" || line.verb == "plan";
   if (trains) {
-    if (c.data.train.empty()) wrong("data.train is not set: name one or more .jsonl, .json or .txt files");
-    if ((c.train.steps > 0) == (c.train.epochs > 0))
+    if (complete && c.data.train.empty()) wrong("data.train is not set: name one or more .jsonl, .json or .txt files");
+    if ((c.train.steps > 0) == (c.train.epochs > 0) && (complete || c.train.steps > 0))
       wrong(c.train.steps > 0 ? "train.steps and train.epochs are both set; set one"
                               : "the length of the run is not set: set train.steps or train.epochs");
     const Config d;  // values count, not what was written: the resolved configuration of a run names every key
@@ -80,11 +80,13 @@ void check_config(const Config& c, const CommandLine& line) {
                                                       {"lora.targets", c.lora.targets != d.lora.targets},
                                                       {"lora.rslora", c.lora.rslora != d.lora.rslora}};
     for (const auto& [key, is_set] : lora_keys)
-      if (is_set && c.lora.rank == 0 && c.lora.path.empty())
+      if (is_set && !c.lora.path.empty())
+        wrong(key, " and lora.path are both set: the adapter of lora.path brings its own; leave ", key, " out");
+      else if (is_set && c.lora.rank == 0)
         wrong(key, " is set, but lora.rank is 0: set lora.rank, or leave ", key, " out");
     if (c.lora.rank > 0 && !c.lora.path.empty()) wrong("lora.rank and lora.path are both set: the adapter of lora.path has a rank; set one");
-    if (c.eval.patience > 0 && c.eval.every == 0) wrong("eval.patience needs eval.every");
-    if (c.eval.every > 0 && c.data.eval.empty() && c.data.eval_fraction == 0)
+    if (complete && c.eval.patience > 0 && c.eval.every == 0) wrong("eval.patience needs eval.every");
+    if (complete && c.eval.every > 0 && c.data.eval.empty() && c.data.eval_fraction == 0)
       wrong("eval.every is set, but there is nothing to evaluate: set data.eval or data.eval_fraction");
     for (const auto& [key, every] : {std::pair("eval.every", c.eval.every), {"checkpoint.every", c.checkpoint.every}})
       if (every >= 1 && every != std::floor(every))
@@ -97,16 +99,21 @@ void check_config(const Config& c, const CommandLine& line) {
     }
   }
   if (!c.data.eval.empty() && c.data.eval_fraction > 0) wrong("data.eval and data.eval_fraction are both set; set one");
-  if (problems.empty()) return;
-  std::string all;
-  for (const auto& p : problems) all += (all.empty() ? "" : "\n") + p;
-  throw ConfigError(all);
+}
+
+void check_config(const Config& config, const CommandLine& line) {
+  std::vector<std::string> problems;
+  find_conflicts(config, line, problems);
+  if (!problems.empty()) throw ConfigError(joined(problems, "\n"));
 }
 
 ModelSource find_model(const Config& config) {
   ModelSource source;
   if (!config.model.path.empty()) {
     source.folder = resolve_model_folder(config.model.path, config.model.revision, {true, config.model.tokenizer.empty()});
+    if (!fs::exists(source.folder + "/config.json"))
+      throw DataError(str("model folder ", source.folder, fs::is_empty(source.folder) ? " is empty" : " has no config.json",
+                          "; model.path wants a Hugging Face model folder"));
     source.config = read_model_config(source.folder);
     source.tokenizer_folder = source.folder;
     const bool is_folder = fs::is_directory(config.model.path);
@@ -118,7 +125,12 @@ ModelSource find_model(const Config& config) {
     source.tokenizer_folder = fs::is_directory(path) ? path.string() : path.has_parent_path() ? path.parent_path().string() : ".";
   }
   if (!config.model.tokenizer.empty()) source.tokenizer_folder = resolve_model_folder(config.model.tokenizer, "main", {false, true});
-  source.fingerprint = fingerprint_of(source.config.raw, {source.folder, config.lora.path});
+  if (!config.lora.path.empty() && !fs::exists(config.lora.path + "/adapter_config.json"))
+    throw DataError(str("lora.path=", config.lora.path, " is no PEFT adapter: there is no adapter_config.json in it"));
+  std::string of = source.folder.empty() ? "random" : source.folder;
+  if (!config.lora.path.empty()) of += " and " + config.lora.path;
+  source.identity["config.json"] = source.config.raw;
+  source.identity["weights"] = {{"of", of}, {"hash", fingerprint_of({source.folder, config.lora.path})}};
   return source;
 }
 
@@ -151,12 +163,17 @@ LoraConfig lora_config(const Config& config) {
   return lora;
 }
 
-std::unique_ptr<Transformer> build_model(const Config& config, const ModelSource& source, at::ScalarType dtype, bool attach) {
+std::unique_ptr<Transformer> build_model(const Config& config, const ModelSource& source, at::ScalarType dtype, bool attach,
+                                         bool shapes_only) {
   auto seed = static_cast<uint64_t>(config.run.seed);
-  bool random = source.folder.empty();
-  auto model = std::make_unique<Transformer>(source.config, dtype, seed, random ? Weights::kRandom : Weights::kUninitialized);
+  const bool random = source.folder.empty();
+  const Weights fresh = shapes_only ? Weights::kUninitialized : Weights::kRandom;
+  auto model = std::make_unique<Transformer>(source.config, dtype, seed, random ? fresh : Weights::kUninitialized,
+                                             shapes_only ? at::kMeta : at::kCPU);
   at::NoGradGuard no_grad;
-  if (!random) load_weights(source.folder, model->parameters());
+  LoadOptions options;
+  options.headers_only = shapes_only;
+  if (!random) load_weights(source.folder, model->parameters(), options);
   if (!config.lora.path.empty()) {
     LoraConfig lora = lora_config(config);
     std::set<std::string> paths;
@@ -166,9 +183,9 @@ std::unique_ptr<Transformer> build_model(const Config& config, const ModelSource
         throw DataError(str(config.lora.path, ": the adapter changes ", target, ", which is no linear layer of a block of ",
                             source.config.source, "; Trireme has adapters on those only"));
     attach_lora(*model, lora, seed, Weights::kUninitialized);
-    load_adapter(config.lora.path, only(*model, true));
+    load_adapter(config.lora.path, only(*model, true), shapes_only);
   } else if (attach && config.lora.rank > 0) {
-    attach_lora(*model, lora_config(config), seed);
+    attach_lora(*model, lora_config(config), seed, fresh);
   }
   return model;
 }

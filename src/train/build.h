@@ -17,10 +17,12 @@ struct ModelSource {
   std::string name, revision;    // of the base in an adapter: the hub name as given, or the folder's absolute path
   std::string tokenizer_folder;  // "" where there is none
   ModelConfig config;
-  std::string fingerprint;       // of config and weights, an adapter's included
+  Json identity;                 // what a run that goes on must share: config.json, hash of the weights and adapter
 };
 
-// Values that contradict each other, all in one ConfigError. Touches no file.
+// Adds what contradicts each other and, where nothing was wrong before, what is missing. Touches no file.
+void find_conflicts(const Config& config, const CommandLine& line, std::vector<std::string>& problems);
+// The same, all in one ConfigError.
 void check_config(const Config& config, const CommandLine& line);
 
 // ConfigError: neither or both of model.path and model.config; DataError: what the files have wrong.
@@ -32,8 +34,9 @@ at::ScalarType weight_dtype(const Config& config, const ModelSource& source);
 at::ScalarType train_dtype(const Config& config, const ModelSource& source);
 
 // The model on the CPU, with weights read or random, then the adapter of lora.path, or (`attach`) new adapters by lora.*.
+// `shapes_only`: nothing is allocated or read but headers; every file and key is checked all the same.
 std::unique_ptr<Transformer> build_model(const Config& config, const ModelSource& source, at::ScalarType dtype,
-                                         bool attach);
+                                         bool attach, bool shapes_only = false);
 
 // Of the adapter in lora.path, else of the lora.* keys. DataError: what the adapter's files have wrong.
 LoraConfig lora_config(const Config& config);

@@ -59,12 +59,15 @@ TrainState TrainState::from_json(const Json& json, const std::string& source) tr
   s.clean_steps = json.value("clean_steps", s.clean_steps);
   s.origin = json.value("origin", Json());
   s.identity = json.at("identity");
+  if (!s.identity.at("config.json").is_object()) throw DataError(str(source, ": its manifest.json does not say which model it belongs to"));
+  for (const char* part : {"weights", "data"})
+    for (const char* key : {"of", "hash"}) (void)s.identity.at(part).at(key).get<std::string>();
   return s;
 } catch (const Json::exception& error) {
   throw DataError(str(source, ": the state in its manifest.json is not that of a run: ", error.what()));
 }
 
-Json run_identity(Config config, const std::string& model_fingerprint, const std::string& data_fingerprint) {
+Json run_identity(Config config, const Json& model, const Json& data) {
   // Keys that do not change what is learnt, or that a resumed run may change.
   static const std::set<std::string> free_sections = {"parallel", "log", "eval", "checkpoint", "comm", "generate", "tokenize"};
   static const std::set<std::string> free_keys = {
@@ -72,9 +75,8 @@ Json run_identity(Config config, const std::string& model_fingerprint, const std
       "train.accumulation", "train.micro_batch_size", "train.recompute", "data.cache", "data.show", "lora.merge",
       // their content is what counts: the fingerprints
       "model.path", "model.config", "model.tokenizer", "model.revision", "data.train", "data.eval", "lora.path"};
-  Json identity;
-  identity["model"] = model_fingerprint;
-  identity["data"] = data_fingerprint;
+  Json identity = model;
+  identity["data"] = data;
   for (const auto& f : fields(config)) {
     std::string section = f.key.substr(0, f.key.find('.'));
     if (!free_sections.count(section) && !free_keys.count(f.key)) identity[f.key] = f.text();
@@ -84,15 +86,28 @@ Json run_identity(Config config, const std::string& model_fingerprint, const std
 
 void check_identity(const Json& saved, const Json& now, const std::string& checkpoint) {
   std::string differences;
+  auto differs = [&](const std::string& what, const std::string& then, const std::string& here, const char* more = "") {
+    differences += str("\n  ", what, ": ", then, " then, ", here, " now", more);
+  };
   Config defaults;
-  for (const auto& f : fields(defaults))  // a key that is younger than the checkpoint had its default then
-    if (now.contains(f.key) && !saved.contains(f.key) && now[f.key] != f.text())
-      differences += str("\n  ", f.key, ": ", f.text(), " then, ", now[f.key].get<std::string>(), " now");
-  for (const auto& [key, value] : now.items()) {
-    if (!saved.contains(key) || saved[key] == value) continue;
-    differences += str("\n  ", key);
-    differences += key == "model" || key == "data" ? str(": the ", key, " is another one (its content differs)")
-                                                   : str(": ", saved[key].get<std::string>(), " then, ", value.get<std::string>(), " now");
+  for (const auto& f : fields(defaults)) {
+    if (!now.contains(f.key)) continue;
+    std::string then = saved.value(f.key, f.text());  // a key that is younger than the checkpoint had its default then
+    if (now[f.key] != then) differs(f.key, then, now[f.key]);
+  }
+  const Json &old_fields = saved.at("config.json"), &new_fields = now.at("config.json");
+  std::set<std::string> names;
+  for (const Json* side : {&old_fields, &new_fields})
+    for (const auto& [name, value] : side->items()) names.insert(name);
+  auto text = [](const Json& side, const std::string& name) { return side.contains(name) ? dump_json(side[name]) : "absent"; };
+  for (const auto& name : names)
+    if (text(old_fields, name) != text(new_fields, name))
+      differs("config.json " + name, text(old_fields, name), text(new_fields, name));
+  for (const char* part : {"weights", "data"}) {
+    const Json &then = saved.at(part), &here = now.at(part);
+    if (then.at("hash") == here.at("hash")) continue;
+    // The hash of the data also changes with the keys that order and cut it, which are listed already.
+    if (differences.empty() || then.at("of") != here.at("of")) differs(part, then.at("of"), here.at("of"), "; the content differs");
   }
   if (!differences.empty())
     throw ConfigError(str("cannot go on from ", checkpoint, ", it belongs to another run:", differences,

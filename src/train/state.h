@@ -34,11 +34,13 @@ struct TrainState {
   static TrainState from_json(const Json& json, const std::string& source);  // DataError
 };
 
-// The configuration keys that a resumed run must share, and fingerprints of model and data. Rows of a step and the length
-// of the run are compared elsewhere: the one may come about in several ways, the other may grow.
-Json run_identity(Config config, const std::string& model_fingerprint, const std::string& data_fingerprint);
+// The configuration keys that a resumed run must share, with ModelSource::identity and {"of": words, "hash"} of the data.
+// Rows of a step and the length of the run are compared elsewhere: the one may come about in several ways, the other may
+// grow.
+Json run_identity(Config config, const Json& model, const Json& data);
 
-// ConfigError that lists every difference between the run that was saved and this one.
+// ConfigError that lists every difference between the run that was saved and this one: keys, fields of config.json,
+// weights, data.
 void check_identity(const Json& saved, const Json& now, const std::string& checkpoint);
 
 }  // namespace trireme

@@ -100,6 +100,8 @@ class Run {
     dtype_ = train_dtype(config_, source_);
     options_ = data_options(config_, *tools_, source_.config.vocab_size);
     options_.check();
+    for (const auto& p : build_model(config_, source_, dtype_, true, true)->parameters())
+      num_trained_ += p.value.requires_grad() ? p.value.numel() : 0;
   }
 
   void open_folder() {
@@ -175,7 +177,9 @@ class Run {
   // The rows of a step, the length of the run, and whether the checkpoint belongs to it.
   void make_shape() {
     shape_ = {config_.train.micro_batch_size, config_.train.accumulation, comms_.coords.data, mesh_.num_data()};
-    Json identity = run_identity(config_, source_.fingerprint, train_data_->fingerprint());
+    Json data = {{"of", str(train_data_->counts().records, " records, ", train_data_->counts().tokens, " tokens of ", joined(config_.data.train, ", "))},
+                 {"hash", train_data_->fingerprint()}};
+    Json identity = run_identity(config_, source_.identity, data);
     if (resumed_) {
       state_ = TrainState::from_json(resumed_->state(), resumed_->folder());
       if (state_.step != resumed_->step())
@@ -283,19 +287,10 @@ class Run {
       longest = std::max(longest, train_data_->row_tokens(r));
       total += train_data_->row_tokens(r);
     }
-    Plan plan = make_plan(config_, source_.config, dtype_, num_trained(), longest,
+    Plan plan = make_plan(config_, source_.config, dtype_, num_trained_, longest,
                           static_cast<double>(total) / static_cast<double>(rows), rows, shape_.rows_per_step(), total_steps_, process_.size());
     log_info(plan.text());
     check_memory(plan, process_.local_size());
-  }
-
-  // From shapes alone: nothing is allocated before the plan is said.
-  int64_t num_trained() const {
-    Transformer shapes(source_.config, dtype_, 0, Weights::kUninitialized, at::kMeta);
-    if (config_.lora.rank > 0 || !config_.lora.path.empty()) attach_lora(shapes, lora_config(config_), 0, Weights::kUninitialized);
-    int64_t sum = 0;
-    for (const auto& p : shapes.parameters()) sum += p.value.requires_grad() ? p.value.numel() : 0;
-    return sum;
   }
 
   void build() {
@@ -478,7 +473,7 @@ class Run {
   std::shared_ptr<const Dataset> train_data_, eval_data_;
   BatchShape shape_;
   std::optional<Schedule> schedule_;
-  int64_t total_steps_ = 0, eval_every_ = 0, save_every_ = 0;
+  int64_t num_trained_ = 0, total_steps_ = 0, eval_every_ = 0, save_every_ = 0;
   TrainState state_;
   std::optional<CheckpointStore> store_;
   std::optional<Checkpoint> resumed_;
