@@ -220,7 +220,7 @@ def test_what_cannot_fit_memory(tmp_path, keys):
     refused(tmp_path, 2, re.compile(
         rf"the run needs about {amount} of memory \(1 ranks of {amount}, of which activations {amount}\), but this host has {amount} "
         r"free: lower train\.micro_batch_size or data\.max_length, set train\.recompute=full, lora\.rank or train\.dtype=bfloat16, "
-        "or start fewer ranks"), "configs/quickstart.ini", f"--run.dir={tmp_path / 'run'}", f"--data.train={tmp_path / 'long.jsonl'}",
+        r"set checkpoint\.async=false, or start fewer ranks"), "configs/quickstart.ini", f"--run.dir={tmp_path / 'run'}", f"--data.train={tmp_path / 'long.jsonl'}",
             f"--model.config={tmp_path / 'long/config.json'}", *keys)
 
 
