@@ -1,8 +1,9 @@
-// Speed and memory of loading a safetensors model, beside plain reading of the same file, by turns, page cache warm:
-//   read     the file through one reused buffer of 1 MiB a thread, kept nowhere (what `cat` costs)
-//   keep     the file into fresh memory (what any loader must at least do)
+// Speed and memory of loading a safetensors model, beside plain reading of the same file, by turns. Page cache warm:
+//   scan     the file through one reused buffer of 1 MiB a thread, kept nowhere (what `cat` costs)
+//   read     the file into fresh memory (what any loader must at least do)
 //   load     load_weights() into fresh memory, same dtype
 //   convert  the same from the bf16 file into fp32 weights
+// and from the disk, the file's pages dropped from the cache before each: cold_scan, cold_load.
 // bench_load_speed FOLDER [GB]: writes a model of that size (default 2) there and removes it. Medians of 9. JSON.
 #include <fcntl.h>
 #include <omp.h>
@@ -54,6 +55,13 @@ void read_file_parallel(const std::string& path, char* keep) {
   close(fd);
 }
 
+// Drops the file's pages from the page cache; they are clean, as the writer synchronises.
+void forget(const std::string& path) {
+  int fd = open(path.c_str(), O_RDONLY);
+  TRIREME_CHECK(posix_fadvise(fd, 0, 0, POSIX_FADV_DONTNEED) == 0);
+  close(fd);
+}
+
 int64_t resident(const char* key) {
   std::ifstream status("/proc/self/status");
   for (std::string word; status >> word;)
@@ -92,10 +100,17 @@ int main(int argc, char** argv) {
   int64_t extra = 0;
   for (int repeat = 0; repeat < kRepeats + 1; ++repeat) {
     std::map<std::string, double> now;
-    now["read"] = seconds_of([&] { read_file_parallel(path, nullptr); });
+    now["scan"] = seconds_of([&] { read_file_parallel(path, nullptr); });
     {
       std::unique_ptr<char[]> memory(new char[static_cast<size_t>(bytes)]);  // not touched before
-      now["keep"] = seconds_of([&] { read_file_parallel(path, memory.get()); });
+      now["read"] = seconds_of([&] { read_file_parallel(path, memory.get()); });
+    }
+    forget(path);
+    now["cold_scan"] = seconds_of([&] { read_file_parallel(path, nullptr); });
+    {
+      std::vector<Parameter> targets = make_targets(num_tensors, at::kBFloat16);
+      forget(path);
+      now["cold_load"] = seconds_of([&] { load_weights(folder, targets); });
     }
     for (at::ScalarType dtype : {at::kBFloat16, at::kFloat}) {
       std::vector<Parameter> targets = make_targets(num_tensors, dtype);
@@ -112,8 +127,8 @@ int main(int argc, char** argv) {
 
   Json result = {{"benchmark", "load_speed"}, {"threads", omp_get_max_threads()}, {"file_bytes", bytes}};
   for (const auto& [name, values] : seconds) result["gigabytes_per_second"][name] = bytes / median(values) / 1e9;
-  result["load_over_read"] = median(seconds["read"]) / median(seconds["load"]);
-  result["load_over_keep"] = median(seconds["keep"]) / median(seconds["load"]);
+  for (const char* other : {"scan", "read"}) result[str("load_over_", other)] = median(seconds[other]) / median(seconds["load"]);
+  result["cold_load_over_cold_scan"] = median(seconds["cold_scan"]) / median(seconds["cold_load"]);
   result["memory_beside_the_model_bytes"] = extra;
   result["largest_tensor_bytes"] = kTensorElements * 4;
   std::printf("%s\n", result.dump(2).c_str());
