@@ -5,6 +5,7 @@ Each was seen to hold with at least half of it to spare, where no exact reason i
 LOGITS_FP32 = 1e-5            # absolute; logits are of size 1 to 5, after two layers
 GRADIENT_FP32 = 1e-5          # of the parameter's largest gradient; backward is twice as deep as forward
 LOSS_FP32 = 1e-6              # relative, of one step: a mean over some hundred tokens
+PERPLEXITY_FP32 = 1e-5        # relative: exp multiplies the loss's error by the loss, which is at most 10
 MERGED_FP32 = 2.0**-22        # of the tensor's largest weight: W + scale B A, one rounding and that of a sum of r products
 CURVE_FP32 = 1e-5             # relative, over 50 steps: rounding grows in any program (two transformers builds: 4e-6)
 

@@ -1,9 +1,11 @@
-"""Logits, gradients of every parameter and greedy answers of every family against transformers in fp32."""
+"""Logits, metrics, gradients of every parameter and greedy answers of every family against transformers in fp32."""
 import json
+import math
 
 import pytest
 import tokenizers
 import torch
+import transformers
 from safetensors.torch import load_file
 
 import bounds
@@ -33,17 +35,56 @@ def random_rows(*lengths):
     return [torch.randint(3, 1100, (n,), generator=generator).tolist() for n in lengths]
 
 
-def test_logits(case):
+def assert_metrics(line, rows):
+    """`line`: what eval printed; `rows`: (transformers' logits, target or -100) of each position."""
+    logits, targets = torch.cat([row[0] for row in rows]), torch.cat([row[1] for row in rows])
+    learnt = targets != -100
+    loss = torch.nn.functional.cross_entropy(logits[learnt].double(), targets[learnt]).item()
+    correct = (logits.argmax(-1) == targets).sum().item()
+    assert 0 < correct < learnt.sum().item()  # else a wrong accuracy could be right
+    assert json.loads(line) == {"loss": pytest.approx(loss, rel=bounds.LOSS_FP32), "tokens": learnt.sum().item(),
+                                "perplexity": pytest.approx(math.exp(loss), rel=bounds.PERPLEXITY_FP32),
+                                "token_accuracy": correct / learnt.sum().item()}
+
+
+def test_logits_and_metrics(case):
     folder, model = case
     rows = random_rows(1, 7, 40)
+    with torch.no_grad():  # and one whose end the model foretells
+        rows.append(model.generate(torch.tensor([rows[1]]), max_new_tokens=9, do_sample=False, pad_token_id=0)[0].tolist())
     (folder / "ids.json").write_text(json.dumps(rows))
-    hf_models.succeed("eval", f"--model.path={folder}", f"--eval.token_ids={folder}/ids.json", f"--eval.logits={folder}/out.st")
-    ours = load_file(folder / "out.st")
+    done = hf_models.succeed("eval", f"--model.path={folder}", f"--eval.token_ids={folder}/ids.json", f"--eval.logits={folder}/out.st")
+    ours, theirs = load_file(folder / "out.st"), []
     for i, row in enumerate(rows):
         with torch.no_grad():
-            theirs = model(torch.tensor([row])).logits[0]
-        assert ours[f"logits.{i}"].shape == theirs.shape
-        assert (ours[f"logits.{i}"] - theirs).abs().max().item() <= bounds.LOGITS_FP32
+            theirs.append((model(torch.tensor([row])).logits[0], torch.tensor(row[1:] + [-100])))
+        assert ours[f"logits.{i}"].shape == theirs[i][0].shape
+        assert (ours[f"logits.{i}"] - theirs[i][0]).abs().max().item() <= bounds.LOGITS_FP32
+    assert_metrics(done.stdout, theirs)
+
+
+@pytest.fixture(scope="module")
+def memorized(work):
+    """A model that has half learnt the records, so that some of its answers are right."""
+    folder = work[0] / "memorized"
+    hf_models.make("llama", folder)
+    hf_models.succeed("train", f"--run.dir={folder}/run", f"--model.path={folder}", f"--data.train={work[0]}/train.jsonl",
+                      "--train.steps=12", "--train.micro_batch_size=4", "--optim.lr=0.01", cache=work[0] / "cache")
+    return folder / "run/model"
+
+
+@pytest.mark.parametrize("ranks, rows", [(1, 1), (1, 3), (2, 3), (4, 1), (4, 5)])
+def test_metrics_of_records(memorized, work, ranks, rows):
+    """However the 8 rows are shared out; with 4 ranks and 5 rows a batch, two ranks have none."""
+    model = transformers.AutoModelForCausalLM.from_pretrained(memorized)
+    done = hf_models.succeed("eval", f"--model.path={memorized}", f"--data.eval={work[0]}/train.jsonl", f"--eval.micro_batch_size={rows}",
+                             cache=work[0] / "cache", ranks=ranks)
+    theirs = []
+    for record in work[1]:
+        targets = [id if learnt else -100 for id, learnt in zip(record["ids"], record["loss"])][1:] + [-100]
+        with torch.no_grad():
+            theirs.append((model(torch.tensor([record["ids"]])).logits[0], torch.tensor(targets)))
+    assert_metrics(done.stdout, theirs)
 
 
 def test_gradients_of_packed_rows(case, work):

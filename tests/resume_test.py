@@ -22,6 +22,11 @@ def metrics(work, name):
     return [(x["step"], x["split"], x["loss"], x.get("grad_norm"), x.get("learning_rate"), x["epoch"]) for x in lines]
 
 
+def evaluations(work, name):
+    lines = [json.loads(line) for line in (work / name / "metrics.jsonl").read_text().splitlines()]
+    return [{name: x[name] for name in ("loss", "perplexity", "token_accuracy", "tokens")} for x in lines if x["split"] == "eval"]
+
+
 def losses(work, name):
     return [m[2] for m in metrics(work, name) if m[1] == "train"]
 
@@ -119,6 +124,12 @@ def test_layouts_give_the_same_losses(work):
         assert train(work, f"ranks-{ranks}", key, ranks=ranks).returncode == 0
     for ranks in (2, 4):
         assert losses(work, f"ranks-{ranks}") == pytest.approx(losses(work, "ranks-1"), rel=1e-6)
+        assert evaluations(work, f"ranks-{ranks}") == [pytest.approx(line, rel=1e-6) for line in evaluations(work, "ranks-1")]
+    # What the verb says of the product is what the run said of its best step.
+    best = min(evaluations(work, "ranks-1"), key=lambda line: line["loss"])
+    again = run(work, "eval", "configs/quickstart.ini", "--model.config=", f"--model.path={work / 'ranks-1/model'}")
+    assert again.returncode == 0, again.stderr
+    assert json.loads(again.stdout) == pytest.approx(best, rel=1e-6)
 
 
 def test_resumed_on_fewer_ranks_keeps_rows_and_losses(work):
