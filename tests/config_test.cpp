@@ -59,6 +59,15 @@ TEST(Config, ReportsAllMistakesTogetherWithFileAndLine) {
   EXPECT_NE(text.find("task.kind=sfd: allowed are sft, pretrain; did you mean sft?"), std::string::npos) << text;
 }
 
+TEST(Config, RefusesTheKeysOfAnotherVerbOnTheCommandLineOnly) {
+  EXPECT_EQ(refusal({"generate", "--optim.lr=3"}),
+            "optim.lr is read by train, plan, not by generate: leave it out (a configuration file may hold it)");
+  EXPECT_EQ(refusal({"train", "--lora.merge=true"}), "lora.merge is read by export, not by train: leave it out (a configuration file may hold it)");
+  std::string path = ini("[optim]\nlr = 3\n");
+  EXPECT_EQ(refusal({"generate", path.c_str()}), "accepted");
+  EXPECT_EQ(refusal({"generate", "--print-config", "--optim.lr=3"}), "accepted");
+}
+
 TEST(Config, RefusesAKeyTwiceAndAKeyWithoutValue) {
   EXPECT_EQ(refusal({"train", "--run.seed=1", "--run.seed=2"}), "run.seed is given twice");
   EXPECT_EQ(refusal({"train", "--run.seed"}), "--run.seed needs a value: --run.seed=VALUE");
@@ -138,7 +147,8 @@ TEST(Config, ValuesAtTheEdges) {
 
   Config config;
   parse({"train", "--optim.lr=-0", "--schedule.min_lr=1E-5", "--train.steps= 7 ", "--data.train= a b.jsonl , ,c\\,d.jsonl,",
-         "--generate.stop=", "--generate.system=  \xC3\xA9 # no comment ", "--data.eval", "x.jsonl:3", "--run.dir=a=b"}, config);
+         "--data.eval", "x.jsonl:3", "--run.dir=a=b"}, config);
+  parse({"generate", "--generate.stop=", "--generate.system=  \xC3\xA9 # no comment "}, config);
   EXPECT_EQ(config.optim.lr, 0.0);
   EXPECT_EQ(config.schedule.min_lr, 1e-5);
   EXPECT_EQ(config.train.steps, 7);
@@ -147,6 +157,10 @@ TEST(Config, ValuesAtTheEdges) {
   EXPECT_EQ(config.generate.system, "  \xC3\xA9 # no comment ");
   EXPECT_EQ(config.data.eval, std::vector<std::string>{"x.jsonl:3"});
   EXPECT_EQ(config.run.dir, "a=b");
+  parse({"generate", "--generate.prompt=1+1=", "--data.separator==", "--model.path", "x="}, config);
+  EXPECT_EQ(config.generate.prompt, "1+1=");
+  EXPECT_EQ(config.data.separator, "=");
+  EXPECT_EQ(config.model.path, "x=");
 }
 
 TEST(Config, FilesFromOtherSystems) {
@@ -182,21 +196,24 @@ TEST(Config, FurtherChecksJoinTheOthers) {
 
 TEST(Config, HelpOfAVerbNamesWhatItReads) {
   Config config;
+  const std::vector<std::string> unread = {"generate", "tokenize", "data.show", "lora.merge", "eval.token_ids", "eval.logits"};
   const std::pair<const char*, std::vector<std::string>> reads[] = {
       {"train", {}}, {"plan", {}},
-      {"eval", {"model", "data", "task", "train.micro_batch_size", "train.threads", "lora", "eval", "log"}},
-      {"generate", {"run.seed", "model", "data", "train.threads", "lora", "generate", "log"}},
+      {"eval", {"run.seed", "model", "data", "task", "train.micro_batch_size", "train.threads", "lora.path", "eval.micro_batch_size",
+                "eval.token_ids", "eval.logits", "log"}},
+      {"generate", {"run.seed", "model", "data", "train.threads", "lora.path", "generate", "log"}},
       {"prepare", {"run.seed", "model", "data", "task", "log"}},
-      {"tokenize", {"model", "data", "tokenize", "log"}},
-      {"export", {"run", "model", "train.threads", "lora", "log"}},
-      {"doctor", {"run.dir", "data.cache"}}};
+      {"tokenize", {"model", "data", "task", "tokenize", "log"}},
+      {"export", {"run", "model", "data.chat_template", "data.template_args", "train.dtype", "train.threads", "lora", "log"}},
+      {"doctor", {"run.dir", "data.cache", "log"}}};
   for (const auto& [verb, list] : reads) {
     std::string text = help_text(verb);
     EXPECT_NE(help_text("").find(str("\n  ", verb, " ")), std::string::npos) << verb;
     for (const auto& field : fields(config)) {
-      std::string section = field.key.substr(0, field.key.find('.'));
-      bool wanted = list.empty() ? section != "generate" && section != "tokenize"
-                                 : std::count(list.begin(), list.end(), section) + std::count(list.begin(), list.end(), field.key) > 0;
+      auto in = [&](const std::vector<std::string>& names) {
+        return std::count(names.begin(), names.end(), field.key.substr(0, field.key.find('.'))) + std::count(names.begin(), names.end(), field.key) > 0;
+      };
+      const bool wanted = list.empty() ? !in(unread) : in(list);
       size_t at = text.find("\n  --" + field.key + "=");
       EXPECT_EQ(at != std::string::npos, wanted) << verb << " " << field.key;
       if (at != std::string::npos && !field.meaning.empty()) {

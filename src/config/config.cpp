@@ -43,25 +43,43 @@ namespace {
 
 struct Verb {
   const char *name, *what;
-  std::vector<std::string> reads;  // sections, and single keys
+  std::vector<std::string> reads, leaves = {};  // sections and single keys; keys of those sections that it has no use for
   bool has(const std::string& key) const {
-    auto listed = [&](const std::string& name) { return std::find(reads.begin(), reads.end(), name) != reads.end(); };
-    return listed(key) || listed(key.substr(0, key.find('.')));
+    auto listed = [&](const auto& list, const std::string& name) { return std::find(list.begin(), list.end(), name) != list.end(); };
+    return (listed(reads, key) || listed(reads, key.substr(0, key.find('.')))) && !listed(leaves, key);
   }
 };
 const std::vector<std::string> kRunSections = {"run", "model", "data", "task", "train", "optim", "schedule", "lora", "quant",
                                                "parallel", "comm", "checkpoint", "eval", "log"};
+const std::vector<std::string> kNotInRuns = {"data.show", "lora.merge", "eval.token_ids", "eval.logits"};
 const std::vector<Verb> kVerbs = {
-    {"train", "train or fine-tune a model", kRunSections},
-    {"eval", "loss, perplexity and accuracy; logits to a file", 
-     {"model", "data", "task", "train.micro_batch_size", "train.threads", "lora", "eval", "log"}},
-    {"generate", "answer prompts", {"run.seed", "model", "data", "train.threads", "lora", "generate", "log"}},
+    {"train", "train or fine-tune a model", kRunSections, kNotInRuns},
+    {"eval", "loss, perplexity and accuracy; logits to a file",
+     {"run.seed", "model", "data", "task", "train.micro_batch_size", "train.threads", "lora.path", "eval.micro_batch_size",
+      "eval.token_ids", "eval.logits", "log"}},
+    {"generate", "answer prompts", {"run.seed", "model", "data", "train.threads", "lora.path", "generate", "log"}},
     {"prepare", "tokenise data and report its lengths and masks", {"run.seed", "model", "data", "task", "log"}},
-    {"tokenize", "text or records to ids, and back", {"model", "data", "tokenize", "log"}},
-    {"export", "write a checkpoint or adapter as a Hugging Face folder", {"run", "model", "train.threads", "lora", "log"}},
-    {"plan", "parameters, memory and steps of a run, without running it", kRunSections},
-    {"doctor", "check this machine", {"run.dir", "data.cache"}},
+    {"tokenize", "text or records to ids, and back", {"model", "data", "task", "tokenize", "log"}},
+    {"export", "write a checkpoint or adapter as a Hugging Face folder",
+     {"run", "model", "data.chat_template", "data.template_args", "train.dtype", "train.threads", "lora", "log"}},
+    {"plan", "parameters, memory and steps of a run, without running it", kRunSections, kNotInRuns},
+    {"doctor", "check this machine", {"run.dir", "data.cache", "log"}},
 };
+
+const Verb* find_verb(const std::string& name) {
+  auto found = std::find_if(kVerbs.begin(), kVerbs.end(), [&](const Verb& v) { return v.name == name; });
+  return found == kVerbs.end() ? nullptr : &*found;
+}
+
+// Why `verb` takes no such key; empty where it reads the key.
+std::string not_of_verb(const std::string& verb, const std::string& key) {
+  const Verb* found = find_verb(verb);
+  if (!found || found->has(key)) return "";
+  std::vector<std::string> others;
+  for (const Verb& v : kVerbs)
+    if (v.has(key)) others.push_back(v.name);
+  return str(key, " is read by ", joined(others, ", "), ", not by ", verb, ": leave it out (a configuration file may hold it)");
+}
 
 std::vector<std::string> known_keys() {
   Config scratch;
@@ -83,12 +101,14 @@ std::string unknown_key(const std::string& key) {
 // One source of settings (the file, or the command line): sets the values and collects what is wrong.
 class Settings {
  public:
-  Settings(std::vector<Field>& table, CommandLine& line, std::vector<std::string>& problems)
-      : table_(table), line_(line), problems_(problems) {}
+  // `verb`: whose keys alone are allowed; empty: all are.
+  Settings(std::vector<Field>& table, CommandLine& line, std::vector<std::string>& problems, const std::string& verb = "")
+      : table_(table), line_(line), problems_(problems), verb_(verb) {}
 
   void set(const std::string& place, const std::string& key, const std::string& value) {
     auto field = std::find_if(table_.begin(), table_.end(), [&](const Field& f) { return f.key == key; });
     if (field == table_.end()) return problems_.push_back(place + unknown_key(key));
+    if (std::string problem = not_of_verb(verb_, key); !problem.empty()) return problems_.push_back(place + problem);
     if (!seen_.insert(key).second) return problems_.push_back(str(place, key, " is given twice"));
     if (std::string problem = field->set(value); !problem.empty()) problems_.push_back(place + problem);
     if (!line_.is_given(key)) line_.given.push_back(key);
@@ -98,6 +118,7 @@ class Settings {
   std::vector<Field>& table_;
   CommandLine& line_;
   std::vector<std::string>& problems_;
+  const std::string verb_;
   std::set<std::string> seen_;
 };
 
@@ -163,7 +184,7 @@ CommandLine parse_command_line(int argc, const char* const* argv, Config& config
     else if (word == "--dry-run") line.dry_run = true;
     else if (word == "--print-config") line.print_config = true;
     else if (word.rfind("--", 0) == 0 && word.size() > 2) {
-      if (word.back() == '=') cleared.push_back(word.substr(2, word.size() - 3));  // Boost refuses an empty value
+      if (word.find('=') == word.size() - 1) cleared.push_back(word.substr(2, word.size() - 3));  // Boost refuses an empty value
       else if (word.find('=') != std::string::npos) options.push_back(word);
       else if (i + 1 < argc && std::string(argv[i + 1]).rfind("--", 0) != 0) options.push_back(str(word, "=", argv[++i]));
       else if (known.find_nothrow(word.substr(2), false))
@@ -189,7 +210,7 @@ CommandLine parse_command_line(int argc, const char* const* argv, Config& config
     }
   }
   if (!line.config_file.empty()) read_ini(line.config_file, Settings(table, line, problems), problems);
-  Settings from_line(table, line, problems);
+  Settings from_line(table, line, problems, line.print_config ? "" : line.verb);  // what is printed is a file
   for (const auto& key : cleared) from_line.set("", key, "");
   auto style = po::command_line_style::unix_style & ~po::command_line_style::allow_guessing;
   for (const po::option& o : po::command_line_parser(options).options(known).style(style).allow_unregistered().run().options)
@@ -221,7 +242,7 @@ std::string help_text(const std::string& verb) {
     for (const Verb& v : kVerbs) out += str("  ", v.name, std::string(10 - std::string(v.name).size(), ' '), v.what, "\n");
     return out + "\ntrireme VERB --help lists the keys of a verb.\n";
   }
-  const Verb& v = *std::find_if(kVerbs.begin(), kVerbs.end(), [&](const Verb& v) { return v.name == verb; });
+  const Verb& v = *find_verb(verb);
   out = str("trireme ", v.name, " [CONFIG.ini] [--section.key=value ...]: ", v.what, "\n\n");
   Config defaults;
   for (const auto& f : fields(defaults)) {
