@@ -58,6 +58,7 @@ install_packages() {
   local missing
   missing=$(missing_packages)
   [ -n "$missing" ] || return 0
+  check_memory
   local command="apt-get install -y --no-install-recommends $(echo $missing)"
   say "installing Debian packages: $(echo $missing)"
   if [ "$(id -u)" = 0 ]; then
@@ -103,6 +104,7 @@ install_wheels() {
     say "an earlier install in $env_folder was interrupted; starting it again"
     rm -rf --one-file-system "$env_folder"
   fi
+  check_memory
   if [ ! -e "$env_folder/.torch" ]; then
     check_python "$version" 3.10 3.11 3.12 3.13 3.14
     check_disk TRIREME_DEPS "$deps" 6 # what the wheels unpack to
@@ -176,15 +178,16 @@ configure() {
 }
 
 install_packages
-python=""
-if [ -n "${TRIREME_TORCH:-}" ]; then
-  torch=$TRIREME_TORCH
+python="" torch=${TRIREME_TORCH:-}
+if [ -n "$torch" ]; then
   check_torch
-  [ $tests = OFF ] || python=${TRIREME_PYTHON:-$(command -v python3)}
-else
+elif [ "$(uname -m)" = x86_64 ]; then
   install_wheels
   torch=$(echo "$env_folder"/lib/python3*/site-packages/torch)
+else
+  say "setup: the pinned wheels are for x86-64; here TRIREME_TORCH has to name the folder of a torch 2.11 package"
 fi
+[ -n "$python" ] || [ $tests = OFF ] || python=${TRIREME_PYTHON:-$(command -v python3)}
 nvcc=$(cuda_compiler)
 [ -n "$nvcc" ] || say "setup: no nvcc of CUDA 13 on the PATH; building for CPUs alone"
 configure

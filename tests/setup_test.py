@@ -125,7 +125,8 @@ def test_a_signal_while_it_starts_is_not_lost(binary, delay):
     time.sleep(delay)
     process.send_signal(signal.SIGTERM)
     out, err = process.communicate(timeout=30)
-    assert (process.returncode, out.count("saved")) in ((75, 2), (75, 0), (-15, 0)), err  # 0: nothing had begun
+    # -15: nothing had begun. mpirun ends the others when the first of these ranks, which do not agree, has left with 75.
+    assert process.returncode in (75, -15) and ("saved" in out) <= (process.returncode == 75), err
 
 
 @pytest.mark.parametrize("args, words", [(["-n", "x", "train"], "-n wants a number of ranks, found 'x'"),
@@ -257,6 +258,25 @@ def test_all_cores_build_whatever_openmp_is_told(machine):
     assert (machine.folder / "clone/build/release/.jobs").read_text() == f"{len(os.sched_getaffinity(0))}\n"
 
 
+@pytest.mark.parametrize("cores, memory_gb, jobs", [(8, 9, 4), (2, 9, 2), (8, 1, 1)])
+def test_memory_limits_the_jobs(machine, cores, memory_gb, jobs):
+    machine.program("nproc", f"echo {cores}")
+    machine.program("awk", f'case "$1" in *MemAvail*1048576*) echo {memory_gb} ;; *) cat >/dev/null; echo 9000 ;; esac')
+    assert machine.setup().returncode == 0
+    assert (machine.folder / "clone/build/release/.jobs").read_text() == f"{jobs}\n"
+
+
+@pytest.mark.parametrize("package", ["", "ninja-build"])
+def test_too_little_memory_is_found_before_anything_is_installed(machine, package):
+    machine.program("dpkg-query", f'[ "${{@: -1}}" = "{package}" ] || echo "install ok installed"')
+    machine.program("apt-get", f"echo apt-get >>{machine.log}")
+    machine.program("awk", 'case "$1" in *MemAvail*) echo 1500 ;; *) cat >/dev/null; echo 9000 ;; esac')
+    result = machine.setup()
+    assert (result.returncode, result.stderr) == (
+        1, "setup: 1500 MB of memory are free, compiling needs 2,000 MB; end other programs or add swap\n")
+    assert machine.installed() == []
+
+
 def test_an_unknown_python_is_refused(machine):
     machine.program("python3", "echo 3.9")
     result = machine.setup()
@@ -290,6 +310,30 @@ def test_another_processor_is_said_and_left_to_cmake(machine):
     result = machine.setup(TRIREME_TORCH=str(machine.folder))
     assert "this is not Debian or Ubuntu on x86-64; packages are left to you" in result.stderr
     assert "is not a torch package folder" in result.stderr
+
+
+def test_another_processor_has_no_wheels(machine):
+    machine.program("uname", "echo aarch64")
+    machine.program("cmake", "echo CMake Error: this is missing; exit 1")
+    result = machine.setup("--tests")
+    assert (result.returncode, result.stderr.splitlines()[1:]) == (1, [
+        "setup: the pinned wheels are for x86-64; here TRIREME_TORCH has to name the folder of a torch 2.11 package",
+        "configuring build/release", "CMake Error: this is missing", "setup: CMake could not configure; what is missing is named above"])
+    assert machine.installed() == []
+
+
+def test_a_torch_that_is_there_is_used(machine):
+    torch = machine.folder / "torch"
+    (torch / "include/ATen").mkdir(parents=True)
+    (torch / "version.py").write_text("__version__ = '2.11.0+cpu'\n")
+    machine.program("cmake", 'mkdir -p build/release; touch build/release/build.ninja; echo "$@" >build/arguments')
+    for _ in range(2):
+        result = machine.setup("--tests", TRIREME_TORCH=str(torch), TRIREME_PYTHON="/their/python")
+        assert result.returncode == 0, result.stderr
+    assert result.stderr == "" and machine.installed() == []
+    assert (machine.folder / "clone/build/arguments").read_text() == (
+        f"--preset release -DTRIREME_TORCH={torch} -DTRIREME_PYTHON=/their/python -DTRIREME_TESTS=ON -DTRIREME_CUDA=ON "
+        f"-DCMAKE_CUDA_COMPILER={machine.folder}/bin/nvcc\n")
 
 
 def test_remove_undoes_it_and_waits_for_nobody(machine):
