@@ -200,24 +200,33 @@ struct OutOfSteps : DataError {
 
 // Steps for the renderings of one chat. A chat of 400 messages takes 16,000 to 43,000 in the templates of the families (tests/
 // template_families.py), so that one rendering may take over twenty times as many (a tenth of a second), and one more for each
-// byte of the chat. All renderings that find what is learnt may take 40 times that; for those 400 messages it is 15 million.
+// byte of the chat. To find what is learnt, each assistant message takes up to 8 renderings of at most the whole chat: they
+// may take half as much again, and no more than 200 of the longest renderings (some seconds).
 struct ChatTemplate::Budget {
-  Budget(const Json& messages, const Json& tools) { limits.max_steps += text_bytes(messages) + text_bytes(tools); }
+  Budget(const Json& messages, const Json& tools) {
+    limits.max_steps += text_bytes(messages) + text_bytes(tools);
+    left = limits.max_steps;
+  }
+  void allow_to_find(size_t num_assistants) {
+    const uint64_t whole_chat = limits.max_steps - left + 10'000;
+    left = std::min(200 * limits.max_steps, 12 * num_assistants * whole_chat);
+  }
   jinja::Limits limits;
-  uint64_t left = 40 * limits.max_steps;
+  uint64_t left = 0;  // of all renderings
 };
 
 jinja::Rendering ChatTemplate::render_within(Budget& budget, const Json& messages, const Json& tools,
                                              bool add_generation_prompt, const Json& variables) const {
-  budget.limits.max_steps = std::min(budget.limits.max_steps, budget.left);
+  jinja::Limits limits = budget.limits;
+  limits.max_steps = std::min(limits.max_steps, budget.left);
   uint64_t steps = 0;
   try {
     jinja::Rendering rendering =
-        select(tools).render(variables_for(messages, tools, add_generation_prompt, variables), budget.limits, &steps);
+        select(tools).render(variables_for(messages, tools, add_generation_prompt, variables), limits, &steps);
     budget.left -= steps;
     return rendering;
   } catch (const DataError& error) {
-    if (steps > budget.limits.max_steps) throw OutOfSteps(error.what());
+    if (steps > limits.max_steps) throw OutOfSteps(error.what());
     budget.left -= steps;
     throw;
   }
@@ -355,6 +364,7 @@ RenderedChat ChatTemplate::render_learnt(const Json& messages, const Json& tools
   std::vector<size_t> assistants;
   for (size_t i = 0; i < messages.size(); ++i)
     if (messages[i].contains("role") && messages[i]["role"] == "assistant") assistants.push_back(i);
+  budget.allow_to_find(assistants.size());
 
   std::vector<LearntSpan> spans;
   bool blocks =
