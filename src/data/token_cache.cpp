@@ -15,14 +15,21 @@ void mark_token_file_used(const std::string& path) {
   fs::last_write_time(fs::path(path).replace_extension(".json"), fs::file_time_type::clock::now(), read_only);
 }
 
+// Files are named by a content hash (base/hash.h); whatever else is in the folder is not ours.
+bool is_ours(const fs::path& path) {
+  const std::string name = path.filename().string();
+  return name.find_first_not_of("0123456789abcdef") == 32 && name[32] == '.';
+}
+
 // Everything of one token file has its stem; the youngest of these files tells when it was made or used.
 TokenCacheUse prune_token_cache(const std::string& folder, std::chrono::seconds age) {
   TokenCacheUse use;
   std::set<fs::path> young, all;
   std::error_code error;
   const auto oldest = fs::file_time_type::clock::now() - age;
-  auto stem_of = [](const fs::path& path) { return path.filename().string().substr(0, path.filename().string().find('.')); };
+  auto stem_of = [](const fs::path& path) { return path.filename().string().substr(0, 32); };
   for (const auto& entry : fs::directory_iterator(folder, error)) {
+    if (!is_ours(entry.path())) continue;
     all.insert(entry.path());
     if (entry.last_write_time(error) >= oldest || error) young.insert(stem_of(entry.path()));
   }
