@@ -3,11 +3,11 @@
 
 #include <iostream>
 
-#include "base/file.h"
 #include "base/log.h"
 #include "checkpoint/safetensors.h"
 #include "comm/mesh.h"
 #include "eval/evaluate.h"
+#include "eval/token_ids.h"
 #include "launch/verbs.h"
 #include "tasks/task.h"
 #include "train/agreement.h"
@@ -16,34 +16,11 @@
 namespace trireme {
 namespace {
 
-// eval.token_ids: an array of arrays. Every next token is a target.
-std::vector<SequenceBatch> read_token_ids(const std::string& path, int64_t vocab_size) {
-  Json json = read_json_file(path);
-  if (!json.is_array() || json.empty()) throw DataError(str(path, ": an array of arrays of ids is expected"));
-  std::vector<SequenceBatch> out;
-  for (size_t i = 0; i < json.size(); ++i) {
-    if (!json[i].is_array() || json[i].empty()) throw DataError(str(path, ": element ", i, " is no array of ids, or empty"));
-    SequenceBatch batch;
-    for (const Json& id : json[i]) {
-      if (!id.is_number_integer() || id.get<double>() < 0 || id.get<double>() >= static_cast<double>(vocab_size))
-        throw DataError(str(path, ": element ", i, " has ", dump_json(id), "; ids are 0 to ", vocab_size - 1));
-      batch.tokens.push_back(id.get<int64_t>());
-      batch.positions.push_back(batch.num_tokens() - 1);
-    }
-    batch.targets.assign(batch.tokens.begin() + 1, batch.tokens.end());
-    batch.targets.push_back(kIgnoreTarget);
-    batch.cu_seqlens = {0, batch.num_tokens()};
-    batch.sample_ids = {static_cast<int64_t>(i)};
-    out.push_back(std::move(batch));
-  }
-  return out;
-}
-
 std::map<std::string, double> eval_token_ids(const Config& config, const ModelSource& source, Transformer& model, const Task& task) {
   at::NoGradGuard no_grad;
   std::map<std::string, double> sums;
   std::vector<TensorSource> logits;  // computed when they are written: one row's are in memory at a time
-  const auto batches = read_token_ids(config.eval.token_ids, source.config.vocab_size);
+  const auto batches = token_ids_from_json(read_json_file(config.eval.token_ids), source.config.vocab_size, config.eval.token_ids);
   for (const auto& batch : batches) {
     for (const auto& [name, value] : task.run(model, to_device(batch, model.device())).sums) sums[name] += value;
     logits.push_back({str("logits.", logits.size()), at::kFloat, {batch.num_tokens(), source.config.vocab_size},

@@ -43,12 +43,8 @@ Record read_prompt(const std::string& line, const std::string& place, const Conf
 std::vector<int64_t> end_ids(const Config& config, const ModelSource& source, const TextTools& tools) {
   std::vector<int64_t> ids = source.config.eos_ids;
   std::string file = source.folder + "/generation_config.json";
-  if (!source.folder.empty() && std::filesystem::exists(file)) {
-    Json json = read_json_file(file);
-    Json eos = json.is_object() ? json.value("eos_token_id", Json()) : Json();
-    for (const Json& id : eos.is_array() ? eos : Json::array({eos}))
-      if (id.is_number_integer()) ids.push_back(id.get<int64_t>());
-  }
+  if (!source.folder.empty() && std::filesystem::exists(file))
+    for (int64_t id : end_ids_from_json(read_json_file(file), file)) ids.push_back(id);
   if (tools.eos_id >= 0) ids.push_back(tools.eos_id);
   if (auto id = end_of_turn(config, tools)) ids.push_back(*id);
   return ids;

@@ -23,6 +23,18 @@
 #define LLVMFuzzerTestOneInput ini_fuzz
 #include "tests/fuzz/ini_fuzz.cpp"
 #undef LLVMFuzzerTestOneInput
+#define LLVMFuzzerTestOneInput chat_config_fuzz
+#include "tests/fuzz/chat_config_fuzz.cpp"
+#undef LLVMFuzzerTestOneInput
+#define LLVMFuzzerTestOneInput checkpoint_manifest_fuzz
+#include "tests/fuzz/checkpoint_manifest_fuzz.cpp"
+#undef LLVMFuzzerTestOneInput
+#define LLVMFuzzerTestOneInput generation_config_fuzz
+#include "tests/fuzz/generation_config_fuzz.cpp"
+#undef LLVMFuzzerTestOneInput
+#define LLVMFuzzerTestOneInput token_ids_fuzz
+#include "tests/fuzz/token_ids_fuzz.cpp"
+#undef LLVMFuzzerTestOneInput
 
 namespace {
 
@@ -42,6 +54,10 @@ TEST(FuzzCorpus, ModelConfig) { replay("model_config", model_config_fuzz); }
 TEST(FuzzCorpus, AdapterConfig) { replay("adapter_config", adapter_config_fuzz); }
 TEST(FuzzCorpus, ShardIndex) { replay("shard_index", shard_index_fuzz); }
 TEST(FuzzCorpus, TokenManifest) { replay("token_manifest", token_manifest_fuzz); }
+TEST(FuzzCorpus, ChatConfig) { replay("chat_config", chat_config_fuzz); }
+TEST(FuzzCorpus, CheckpointManifest) { replay("checkpoint_manifest", checkpoint_manifest_fuzz); }
+TEST(FuzzCorpus, GenerationConfig) { replay("generation_config", generation_config_fuzz); }
+TEST(FuzzCorpus, TokenIds) { replay("token_ids", token_ids_fuzz); }
 TEST(FuzzCorpus, Ini) { replay("ini", ini_fuzz); }
 
 }  // namespace

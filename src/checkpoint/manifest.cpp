@@ -33,6 +33,7 @@ const DtypeRow& row_of(at::ScalarType dtype) {
 Manifest parse_manifest(const Json& json) {
   Manifest manifest;
   manifest.step = json.at("step").get<int64_t>();
+  if (manifest.step < 0) throw std::runtime_error("its step is negative");
   for (const auto& [name, file] : json.at("files").items()) {
     if (name.find('/') != std::string::npos) throw std::runtime_error("a file outside the folder");
     manifest.files[name] = {file.at("bytes").get<uint64_t>(), file.at("hash").get<std::string>()};

@@ -223,6 +223,11 @@ ModelConfig model_config_from_json(const Json& json, const std::string& source) 
   return c;
 }
 
+std::vector<int64_t> end_ids_from_json(const Json& json, const std::string& source) {
+  if (!json.is_object()) throw DataError(str(source, ": an object is expected"));
+  return ids(Reader(json, source), "eos_token_id", source);
+}
+
 ModelConfig read_model_config(const std::string& path) {
   std::string file = std::filesystem::is_directory(path) ? path + "/config.json" : path;
   return model_config_from_json(read_json_file(file, 64 << 20), file);

@@ -58,6 +58,9 @@ ModelConfig model_config_from_json(const Json& json, const std::string& source);
 // Reads `path`: a config.json, or a folder that holds one.
 ModelConfig read_model_config(const std::string& path);
 
+// What ends an answer by a generation_config.json ("eos_token_id": an id, a list of ids, or nothing). DataError.
+std::vector<int64_t> end_ids_from_json(const Json& json, const std::string& source);
+
 // What to write into an exported config.json: the file as read with only the dtype of the saved weights replaced.
 Json model_config_to_json(const ModelConfig& config, const std::string& dtype);
 
