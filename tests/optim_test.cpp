@@ -192,10 +192,10 @@ TEST(Schedule, RatesOfAllKinds) {
   EXPECT_EQ(Schedule(ScheduleKind::kLinear, 2.0, 4)(1), 2.0);  // without warm-up the first step has the whole rate
 }
 
-TEST(Schedule, WarmupAsAFractionIsRoundedUp) {
+TEST(Schedule, WarmupAsAFractionIsRoundedUpButIsNeverAll) {
   EXPECT_EQ(Schedule(ScheduleKind::kLinear, 1.0, 99, 0.1).warmup_steps(), 10);
   EXPECT_EQ(Schedule(ScheduleKind::kLinear, 1.0, 99, 7).warmup_steps(), 7);
-  EXPECT_DOUBLE_EQ(Schedule(ScheduleKind::kLinear, 1.0, 5, 5)(5), 0.8);  // a warm-up until the end
+  EXPECT_EQ(Schedule(ScheduleKind::kLinear, 1.0, 1, 0.03)(1), 1.0);  // a run of one step learns
 }
 
 std::string refusal(const std::function<void()>& f) {
@@ -214,8 +214,8 @@ TEST(Schedule, RefusesByName) {
   EXPECT_EQ(
       refusal([] { Schedule(ScheduleKind::kLinear, 1.0, 10, 2.5); }),
       "schedule.warmup_steps = 2.5: it must be a number of steps (0, 1, 2, ...) or a fraction of the run below 1.");
-  EXPECT_EQ(refusal([] { Schedule(ScheduleKind::kLinear, 1.0, 4, 1000); }),
-            "schedule.warmup_steps = 1000: the run has only 4 steps and would end before its learning rate is reached; lower "
+  EXPECT_EQ(refusal([] { Schedule(ScheduleKind::kLinear, 1.0, 4, 4); }),
+            "schedule.warmup_steps = 4: the run has only 4 steps and would end before optim.lr is reached; lower "
             "it, or set a fraction of the run.");
   EXPECT_EQ(refusal([] { Schedule(ScheduleKind::kLinear, 1.0, 10, 0, 2.0); }),
             "schedule.min_lr = 2: it must lie between 0 and optim.lr = 1.");

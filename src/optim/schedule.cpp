@@ -25,13 +25,15 @@ Schedule::Schedule(ScheduleKind kind, double lr, int64_t total_steps, double war
   if (!(warmup >= 0.0) || warmup > 1e15 || (warmup >= 1.0 && warmup != std::floor(warmup)))
     throw ConfigError(str("schedule.warmup_steps = ", warmup,
                           ": it must be a number of steps (0, 1, 2, ...) or a fraction of the run below 1."));
-  if (warmup > static_cast<double>(total_steps))
+  if (warmup >= 1.0 && warmup >= static_cast<double>(total_steps))
     throw ConfigError(str("schedule.warmup_steps = ", warmup, ": the run has only ", total_steps,
-                          " steps and would end before its learning rate is reached; lower it, or set a fraction of the run."));
+                          " steps and would end before optim.lr is reached; lower it, or set a fraction of the run."));
   if (kind == ScheduleKind::kExponential && !(min_lr > 0.0))
     throw ConfigError(
         "schedule.kind = exponential falls from optim.lr to schedule.min_lr: set schedule.min_lr above 0.");
-  warmup_steps_ = static_cast<int64_t>(warmup < 1.0 ? std::ceil(warmup * static_cast<double>(total_steps)) : warmup);
+  // A fraction leaves one step to learn in: the first step of a warm-up has a rate of 0.
+  const double steps = static_cast<double>(total_steps);
+  warmup_steps_ = static_cast<int64_t>(warmup < 1.0 ? std::min(std::ceil(warmup * steps), steps - 1.0) : warmup);
 }
 
 double Schedule::operator()(int64_t step) const {

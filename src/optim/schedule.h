@@ -18,7 +18,7 @@ ScheduleKind parse_schedule_kind(const std::string& name);  // ConfigError lists
 
 class Schedule {
  public:
-  // warmup: a number of steps, or below 1 a fraction of total_steps (rounded up, as transformers). total_steps >= 1.
+  // warmup: a number of steps, or below 1 a fraction of total_steps (rounded up, as transformers, but never all). total_steps >= 1.
   // ConfigError: negative values, min_lr above lr, a warm-up that is no whole number of steps or longer than the
   // run, or an exponential schedule without min_lr.
   Schedule(ScheduleKind kind, double lr, int64_t total_steps, double warmup = 0.0, double min_lr = 0.0);
