@@ -31,18 +31,15 @@ ExitStatus run_verb(const Config& config, const CommandLine& line, const Process
   return verb_doctor(config, line, process);
 }
 
-// Words that every rank sees alike (command line, --help): no agreement is needed, rank 0 speaks.
 ExitStatus start(int argc, char** argv, const Process& process) {
   Config config;
   CommandLine line;
-  try {
+  agree_on(Communicator::world(), [&] {  // a rank on another host, or in another folder, may not find the files
     line = parse_command_line(argc, argv, config, [&](const CommandLine& given, std::vector<std::string>& problems) {
       if (trains(given)) find_conflicts(config, given, problems);
     });
     if (line.verb.empty() && !line.help && !line.version) throw ConfigError("no verb is given\n\n" + help_text(""));
-  } catch (const ConfigError& error) {
-    throw AgreedError(error.status(), error.what());
-  }
+  });
   if (line.version || line.help || line.print_config) {
     if (process.rank() == 0)
       std::cout << (line.version ? "trireme " TRIREME_VERSION "\n" : line.help ? help_text(line.verb) : config_to_ini(config, true));

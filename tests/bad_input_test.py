@@ -9,12 +9,13 @@ import shutil
 import signal
 import struct
 import subprocess
+import time
 
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from program import RUN_LOCAL, SOURCE, TRACES, TRAIN, assert_all_ended, command, environment, ranks_of, run, small_run, wait_for
+from program import RUN_LOCAL, SOURCE, TRACES, TRAIN, assert_all_ended, command, end_of, environment, ranks_of, run, small_run, start, wait_for
 
 QUICKSTART = SOURCE / "configs/quickstart/model"
 
@@ -36,7 +37,7 @@ def check_refusal(work, done, status, sentence):
     assert done.returncode == status, text
     assert not any(trace in text for trace in TRACES), text
     assert "step 1/" not in text, "it was not said before the first step"
-    assert_all_ended(work)
+    assert_all_ended(work, done)
 
 
 def refused(work, status, sentence, *keys, ranks=1, verb="train"):
@@ -256,14 +257,14 @@ def test_full_run_folder(tmp_path, ranks):
                     r"File too large \(\d+ bytes needed so far\)\. Once that is mended, the same command goes on\.")
     try:
         folder = disk / "run/checkpoints"
-        done = subprocess.run(command("train", *small_run(tmp_path, "disk/run", "--checkpoint.async=false"), ranks=ranks), cwd=SOURCE,
-                              preexec_fn=limit, capture_output=True, text=True, timeout=120, env=environment(tmp_path))
+        done = end_of(start(tmp_path, command("train", *small_run(tmp_path, "disk/run", "--checkpoint.async=false"), ranks=ranks),
+                            preexec_fn=limit))
         text = done.stdout + done.stderr
         said = text.split("error: ")
         assert len(said) == 2 and re.fullmatch(sentence.replace("FOLDER", re.escape(str(folder))), said[1].rstrip("\n")), text
         assert done.returncode == 1
         assert not any(trace in text for trace in TRACES), text
-        assert_all_ended(tmp_path)
+        assert_all_ended(tmp_path, done)
         assert [path.name for path in folder.iterdir() if path.suffix == ".tmp"] == []
         if limit is None:  # with room again it goes on from the checkpoint that it has
             subprocess.run(["mount", "-o", "remount,size=200m", disk], check=True)
@@ -324,19 +325,17 @@ def test_resume_with_other_weights(tmp_path, model):
 
 def test_a_rank_that_is_killed(tmp_path):
     keys = small_run(tmp_path, "run", "--checkpoint.every=1", "--train.steps=1000000", "--eval.every=0")
-    start = lambda *more: subprocess.Popen([RUN_LOCAL, "-n", "2", "train", *keys, *more], cwd=SOURCE, text=True,
-                                           env=environment(tmp_path), stderr=subprocess.PIPE)
-    job = start()
+    job = start(tmp_path, [RUN_LOCAL, "-n", "2", "train", *keys])
     wait_for(lambda: (tmp_path / "run/checkpoints/latest").exists(), job)
+    killed = time.monotonic()
     os.kill(ranks_of(tmp_path)[1], signal.SIGKILL)
-    text = job.communicate(timeout=60)[1]
-    assert job.returncode == 1, text
-    assert text.endswith("run_local: a rank was killed (SIGKILL), all ranks are ended; run the same command again to go on from the last "
-                         "checkpoint\n"), text
-    assert_all_ended(tmp_path)
-    job = start("--train.stop_after=1")
-    text = job.communicate(timeout=60)[1]
-    assert job.returncode == 75, text
-    saved = int(re.search(r"going on from .*/step-(\d+), step", text)[1])
+    done = end_of(job, killed)
+    assert done.returncode == 1, done.stderr
+    assert done.stderr.endswith("run_local: a rank was killed (SIGKILL), all ranks are ended; run the same command again to go on from the "
+                                "last checkpoint\n"), done.stderr
+    assert_all_ended(tmp_path, done)
+    done = end_of(start(tmp_path, [RUN_LOCAL, "-n", "2", "train", *keys, "--train.stop_after=1"]))
+    assert done.returncode == 75, done.stderr
+    saved = int(re.search(r"going on from .*/step-(\d+), step", done.stderr)[1])
     steps = [json.loads(line)["step"] for line in (tmp_path / "run/metrics.jsonl").read_text().splitlines()]
     assert steps == list(range(1, saved + 2))

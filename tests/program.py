@@ -3,6 +3,8 @@ import os
 import pathlib
 import signal
 import subprocess
+import tempfile
+import threading
 import time
 
 SOURCE = pathlib.Path(os.environ.get("TRIREME_SOURCE", pathlib.Path(__file__).parent.parent))
@@ -24,10 +26,40 @@ def command(verb, *keys, ranks=1):
     return [*launch, BINARY, verb, *map(str, keys)]
 
 
+def start(work, words, env={}, **more):
+    """Starts `words` (of command(), or others); end_of() waits for it."""
+    with tempfile.TemporaryFile() as out:  # not a pipe: nobody reads it before the end
+        job = subprocess.Popen(list(map(str, words)), cwd=SOURCE, stdout=out, stderr=subprocess.PIPE, text=True, errors="backslashreplace",
+                               env=environment(work, **env), **more)
+        job.out = os.dup(out.fileno())
+    job.work = work
+    return job
+
+
+def end_of(job, since=None, timeout=120):
+    """What the job said, its status, and the `seconds` from its first line with an error (or from the moment `since`) to its
+    end: the launcher has returned and no process holds its stderr any more. `timeout` only tells a hang from a slow machine."""
+    hangs = []
+    watch = threading.Timer(timeout, lambda: (hangs.append(True), job.kill(), kill_all(job.work)))
+    watch.start()
+    said = []
+    for line in job.stderr:
+        said.append(line)
+        if since is None and "error: " in line:
+            since = time.monotonic()
+    status = job.wait()
+    seconds = None if since is None else time.monotonic() - since
+    watch.cancel()
+    with os.fdopen(job.out, errors="backslashreplace") as out:
+        out.seek(0)
+        done = subprocess.CompletedProcess(job.args, status, out.read(), "".join(said))
+    assert not hangs, f"still running after {timeout} s: {done.stderr}"
+    done.seconds = seconds
+    return done
+
+
 def run(work, verb, *keys, ranks=1, timeout=120, **env):
-    """`timeout` only tells a hang from a slow machine."""
-    return subprocess.run(command(verb, *keys, ranks=ranks), cwd=SOURCE, capture_output=True, text=True, timeout=timeout,
-                          env=environment(work, **env), errors="backslashreplace")
+    return end_of(start(work, command(verb, *keys, ranks=ranks), env), timeout=timeout)
 
 
 def override(usual, keys):
@@ -55,13 +87,19 @@ def processes(work):
     return alive
 
 
-def assert_all_ended(work, seconds=5):
-    until = time.monotonic() + seconds
+def kill_all(work):
+    for pid in processes(work):
+        os.kill(pid, signal.SIGKILL)
+
+
+def assert_all_ended(work, done=None):
+    """Every process has ended; where `done` is given, within five seconds of its error (sanitizers look for leaks then)."""
+    until = time.monotonic() + 5
     while (alive := processes(work)) and time.monotonic() < until:
         time.sleep(0.05)
-    for pid in alive:
-        os.kill(pid, signal.SIGKILL)
+    kill_all(work)
     assert not alive, f"{len(alive)} processes live on"
+    assert done is None or "ASAN_OPTIONS" in os.environ or done.seconds < 5, f"{done.seconds} seconds from the error to the end of all ranks"
 
 
 def wait_for(condition, process=None, seconds=60):

@@ -138,11 +138,14 @@ std::optional<Checkpoint> CheckpointStore::open_together(const std::string& path
 // Folders named step-N, the highest first, as rank 0 sees them.
 std::vector<std::string> CheckpointStore::list_together() const {
   std::vector<int64_t> steps;
-  if (comm_.rank() == 0) {
+  std::string why = on_rank0([&] {
     std::error_code error;
-    for (const auto& entry : fs::directory_iterator(folder_, error))
-      if (int64_t step = step_of(entry.path().filename().string()); step >= 0) steps.push_back(step);
-  }
+    for (fs::directory_iterator entry(folder_, error), end; !error && entry != end; entry.increment(error))
+      if (int64_t step = step_of(entry->path().filename().string()); step >= 0) steps.push_back(step);
+    if (error && error != std::errc::no_such_file_or_directory)
+      throw SystemError(str("cannot read the folder ", folder_, ": ", error.message()));
+  });
+  if (!why.empty()) throw SystemError(why);
   std::sort(steps.rbegin(), steps.rend());
   Json list = parse_json(comm_.broadcast_bytes(dump_json(Json(steps))), "list of checkpoints");
   std::vector<std::string> names;

@@ -190,16 +190,17 @@ GradientReducer::GradientReducer(const std::vector<Parameter>& parameters, Commu
   TRIREME_CHECK(options.bucket_bytes > 0, options.bucket_bytes);
   impl_->data = std::move(data);
   impl_->options = options;
-  impl_->lay_out(parameters);
-
+  // Before anything that may fail on one rank alone, such as the memory for the gradients.
   std::string description;
-  for (const GradientSlice& s : impl_->slices)
-    description += trireme::str(s.name, " ", s.weight.sizes(), " ", s.weight.scalar_type(), "\n");
+  for (const Parameter& p : parameters)
+    if (p.value.requires_grad())
+      description += trireme::str(p.name, " ", p.value.sizes(), " ", p.value.scalar_type(), "\n");
   const std::string rank0 = impl_->data.broadcast_bytes(description);
   TRIREME_CHECK(impl_->data.agree(description != rank0) == 0,
                 "the ranks of a data-parallel group train different parameters; here:\n", description,
                 "on its rank 0:\n", rank0);
 
+  impl_->lay_out(parameters);
   for (size_t i = 0; i < impl_->slices.size(); ++i) {
     Impl* impl = impl_.get();
     torch::autograd::impl::set_post_acc_grad_hooks(impl->slices[i].weight,

@@ -66,7 +66,7 @@ class Run {
     if (!plan_only && already_finished()) return kExitDone;
     agree_on(world_, [&] { say_plan(); });
     if (plan_only) return kExitDone;
-    agree_on(world_, [&] { build(); });
+    build();
     agree_on(world_, [&] { start_branch(); });
     check_parameters_equal(worker_->model().parameters(), comms_.data);
     log_info(str("ready after ", duration_text(seconds_since(started_)), "; ", process_.size(), " ranks of ",
@@ -115,8 +115,8 @@ class Run {
     store_.emplace(config_.run.dir + "/checkpoints", world_, config_.checkpoint.keep);
     agree_on(world_, [&] {
       if (!rank0()) set_log_file(config_.run.dir + "/log.txt");  // their warnings and errors
-      store_->prepare();
     });
+    agree_on(world_, [&] { store_->prepare(); });
   }
 
   // Rank 0 tokenises (or finds it cached) while the others wait in the agreement; then all read the same file.
@@ -294,17 +294,23 @@ class Run {
   }
 
   void build() {
-    Loader loader(train_data_, shape_, config_.data.shuffle, options_.seed);
-    worker_ = std::make_unique<Worker>(config_, build_model(config_, source_, dtype_, true), std::move(task_),
-                                       std::move(loader), *schedule_, shape_.accumulation, comms_);
-    if (resumed_) {
+    std::unique_ptr<Transformer> model;
+    std::optional<Loader> loader;
+    agree_on(world_, [&] {
+      loader.emplace(train_data_, shape_, config_.data.shuffle, options_.seed);
+      model = build_model(config_, source_, dtype_, true);
+    });
+    agree_on(world_, [&] {
+      worker_ = std::make_unique<Worker>(config_, std::move(model), std::move(task_), std::move(*loader), *schedule_,
+                                         shape_.accumulation, comms_);
+      if (!resumed_) return;
       resumed_->load(worker_->tensors());
       worker_->set_num_steps(state_.step);
       worker_->loss_scale().value = state_.loss_scale;
       worker_->loss_scale().clean_steps = state_.clean_steps;
       worker_->loader().set_state(state_.position);
-      log_info(str("going on from ", resumed_->folder(), ", step ", state_.step, " of ", total_steps_));
-    }
+    });
+    if (resumed_) log_info(str("going on from ", resumed_->folder(), ", step ", state_.step, " of ", total_steps_));
   }
 
   // From here on the folder belongs to what comes after the checkpoint, and has what finish() needs.
