@@ -3,6 +3,7 @@
 #include "base/tensor.h"
 
 #include <filesystem>
+#include <optional>
 
 #include "base/log.h"
 #include "checkpoint/checkpoint.h"
@@ -10,6 +11,15 @@
 #include "train/build.h"
 
 namespace trireme {
+namespace {
+
+at::ScalarType trained_dtype(const Checkpoint& checkpoint) {
+  for (const auto& [name, tensor] : checkpoint.tensors())
+    if (name.starts_with("model/")) return tensor.dtype;
+  throw DataError(str(checkpoint.folder(), " holds no weights of a model"));
+}
+
+}  // namespace
 
 ExitStatus verb_export(const Config& config, const CommandLine& line, const Process& process) {
   check_config(config, line);
@@ -26,12 +36,14 @@ ExitStatus verb_export(const Config& config, const CommandLine& line, const Proc
   if (std::filesystem::exists(folder) && !std::filesystem::is_empty(folder))
     throw ConfigError(str("run.dir=", folder, " is not empty; name a new folder"));
   ModelSource source = find_model(config);
-  auto model = build_model(config, source, from_checkpoint ? train_dtype(config, source) : weight_dtype(config, source), from_checkpoint);
-  if (from_checkpoint) {  // it holds what was trained: all weights, or the adapters
+  std::optional<Checkpoint> checkpoint;
+  if (from_checkpoint) checkpoint = open_checkpoint(config.run.resume);
+  auto model = build_model(config, source, checkpoint ? trained_dtype(*checkpoint) : weight_dtype(config, source), from_checkpoint);
+  if (checkpoint) {  // it holds what was trained: all weights, or the adapters
     std::vector<NamedTensor> targets;
     for (auto& p : model->parameters())
       if (p.value.requires_grad()) targets.push_back({"model/" + p.name, p.value.detach(), p.shard});
-    open_checkpoint(config.run.resume).load(targets, true);
+    checkpoint->load(targets, true);
   }
   if (has_lora(*model) && !config.lora.merge) export_adapter(folder, *model, config, source);
   else export_model(folder, *model, config, source);

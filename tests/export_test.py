@@ -131,6 +131,12 @@ def test_what_an_adapter_cannot_have_is_refused_by_name(work, key, value):
                            "(merge_and_unload).\n")
 
 
+def test_a_checkpoint_is_exported_in_the_dtype_of_its_training(work):
+    run = train(work, "full-bf16", f"--model.path={work / 'base'}", "--train.dtype=bfloat16")
+    hf_models.succeed("export", f"--model.path={work / 'base'}", f"--run.resume={run}/checkpoints/step-4", f"--run.dir={work / 'bf16'}")
+    assert (work / "bf16/model.safetensors").read_bytes() == (run / "model/model.safetensors").read_bytes()
+
+
 def test_a_full_model_and_its_checkpoint_come_out_and_in_again(work):
     run = train(work, "full", f"--model.path={work / 'base'}")
     found = transformers.AutoModelForCausalLM.from_pretrained(run / "model")
