@@ -36,7 +36,9 @@ ExitStatus start(int argc, char** argv, const Process& process) {
   CommandLine line;
   agree_on(Communicator::world(), [&] {  // a rank on another host, or in another folder, may not find the files
     line = parse_command_line(argc, argv, config, [&](const CommandLine& given, std::vector<std::string>& problems) {
-      if (trains(given)) find_conflicts(config, given, problems);
+      if (!trains(given)) return;
+      find_conflicts(config, given, process.size(), problems);
+      find_missing(config, given, problems);
     });
     if (line.verb.empty() && !line.help && !line.version) throw ConfigError("no verb is given\n\n" + help_text(""));
   });

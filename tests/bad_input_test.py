@@ -197,16 +197,30 @@ def test_template(tmp_path, template, sentence):
 
 @pytest.mark.parametrize("keys, sentence", [
     (["--optim.lrr=1"], "unknown key optim.lrr; did you mean optim.lr?; trireme VERB --help lists all keys"),
-    (["--train.epochs=3", "--lora.alpha=3", "--data.eval_fraction=0.5", "--model.path=x"], "model.path and model.config are both set: set model.path to a Hugging Face folder, or model.config to a config.json for random "
+    (["--train.epochs=3", "--lora.alpha=3", "--data.eval_fraction=0.5", f"--model.path={QUICKSTART}"], "model.path and model.config are both set: set model.path to a Hugging Face folder, or model.config to a config.json for random "
      "weights\ntrain.steps and train.epochs are both set; set one\nlora.alpha is set, but lora.rank is 0: set lora.rank, or leave lora.alpha "
      "out\ndata.eval and data.eval_fraction are both set; set one"),
     (["--train.epochs=3", "--optim.lrr=1", "--task.kind=sfd"], "unknown key optim.lrr; did you mean optim.lr?; trireme VERB --help lists all keys\ntask.kind=sfd: allowed are sft, pretrain; did "
      "you mean sft?\ntrain.steps and train.epochs are both set; set one"),
     (["--lora.path=x", "--lora.rank=3", "--lora.dropout=0.5"], "lora.dropout and lora.path are both set: the adapter of lora.path brings its own; leave lora.dropout out\nlora.rank and lora.path "
-     "are both set: the adapter of lora.path has a rank; set one"),
-], ids=["unknown", "conflicts", "all together", "lora"])
+     "are both set: the adapter of lora.path has a rank; set one\nlora.path=x is no PEFT adapter: there is no adapter_config.json in it"),
+    (["--eval.metric=foo", "--parallel.data=3", "--data.train=no.jsonl:5"], "eval.metric=foo: this task has loss, perplexity, token_accuracy\n"
+     "parallel.data=3 x parallel.tensor=1 x parallel.pipeline=1 is 3, but the job has 2 ranks; use parallel.data=2 (or 0: all that are left) or "
+     "mpirun -n 3\ndata file 'no.jsonl' cannot be opened: No such file or directory"),
+], ids=["unknown", "conflicts", "all together", "lora", "ranks and files"])
 def test_keys(tmp_path, keys, sentence):
-    refused(tmp_path, 2, sentence, *small_run(tmp_path, "run", *keys), ranks=2 if len(keys) == 1 else 1)
+    refused(tmp_path, 2, sentence, *small_run(tmp_path, "run", *keys), ranks=2 if "parallel.data" in sentence or len(keys) == 1 else 1)
+    assert not (tmp_path / "run").exists()
+
+
+def test_files_that_are_not_there(tmp_path):
+    """All of them at once, before there is a run folder."""
+    missing = "No such file or directory"
+    refused(tmp_path, 3, f"cannot open /no/config.json: {missing}\nmodel folder /no/tokenizer does not exist.\nlora.path=/no/adapter is no PEFT "
+            "adapter: there is no adapter_config.json in it\ndata file '/no/train.jsonl' cannot be opened: "
+            f"{missing}\ndata file '/no/eval.jsonl' cannot be opened: {missing}",
+            *small_run(tmp_path, "run", "--model.config=/no/config.json", "--model.tokenizer=/no/tokenizer", "--lora.path=/no/adapter",
+                       "--data.train=/no/train.jsonl:5", "--data.eval=/no/eval.jsonl"))
     assert not (tmp_path / "run").exists()
 
 

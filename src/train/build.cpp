@@ -14,8 +14,12 @@
 #include "checkpoint/hf_hub.h"
 #include "checkpoint/load_weights.h"
 #include "checkpoint/peft.h"
+#include "comm/mesh.h"
 #include "data/masking.h"
+#include "data/records.h"
 #include "optim/schedule.h"
+#include "tasks/task.h"
+#include "train/run_folder.h"
 
 namespace trireme {
 namespace {
@@ -60,9 +64,14 @@ std::vector<TensorSource> sources(const std::vector<Parameter>& parameters) {
   return out;
 }
 
+void check_adapter(const std::string& path) {
+  if (!path.empty() && !fs::exists(path + "/adapter_config.json"))
+    throw DataError(str("lora.path=", path, " is no PEFT adapter: there is no adapter_config.json in it"));
+}
+
 }  // namespace
 
-void find_conflicts(const Config& c, const CommandLine& line, std::vector<std::string>& problems) {
+void find_conflicts(const Config& c, const CommandLine& line, int num_ranks, std::vector<std::string>& problems) {
   auto wrong = [&](const auto&... parts) { problems.push_back(str(parts...)); };
   const bool complete = problems.empty();  // else what seems missing may be what was misspelt
   if (c.model.path.empty() == c.model.config.empty() && (complete || !c.model.path.empty()))
@@ -91,20 +100,51 @@ void find_conflicts(const Config& c, const CommandLine& line, std::vector<std::s
     for (const auto& [key, every] : {std::pair("eval.every", c.eval.every), {"checkpoint.every", c.checkpoint.every}})
       if (every >= 1 && every != std::floor(every))
         wrong(key, "=", every, ": a whole number of steps is expected, or a fraction of the run below 1");
-    try {
+    auto check = [&](const auto& part) {
+      try {
+        part();
+      } catch (const ConfigError& error) {
+        wrong(error.what());
+      }
+    };
+    check([&] {
       Schedule(parse_schedule_kind(c.schedule.kind), c.optim.lr, c.train.steps > 0 ? c.train.steps : int64_t{1} << 50,
                c.schedule.warmup_steps, c.schedule.min_lr);  // of epochs the number of steps is not known yet
-    } catch (const ConfigError& error) {
-      wrong(error.what());
-    }
+    });
+    check([&] { (void)make_task(c.task.kind)->larger_is_better(c.eval.metric); });
+    check([&] {
+      Mesh(num_ranks, static_cast<int>(c.parallel.data), static_cast<int>(c.parallel.tensor), static_cast<int>(c.parallel.pipeline));
+    });
   }
   if (!c.data.eval.empty() && c.data.eval_fraction > 0) wrong("data.eval and data.eval_fraction are both set; set one");
 }
 
 void check_config(const Config& config, const CommandLine& line) {
   std::vector<std::string> problems;
-  find_conflicts(config, line, problems);
+  find_conflicts(config, line, 1, problems);
   if (!problems.empty()) throw ConfigError(joined(problems, "\n"));
+}
+
+void find_missing(const Config& c, const CommandLine& line, std::vector<std::string>& problems) {
+  bool only_files = problems.empty();
+  auto check = [&](const auto& open) {
+    try {
+      open();
+    } catch (const Error& error) {
+      problems.push_back(error.what());
+      only_files = only_files && error.status() == kExitData;
+    }
+  };
+  if (!c.model.path.empty()) check([&] { resolve_model_folder(c.model.path, c.model.revision, {true, c.model.tokenizer.empty()}); });
+  if (!c.model.config.empty()) check([&] { read_model_config(c.model.config); });
+  if (!c.model.tokenizer.empty()) check([&] { resolve_model_folder(c.model.tokenizer, "main", {false, true}); });
+  check([&] { check_adapter(c.lora.path); });
+  if (!c.data.chat_template.empty()) check([&] { ChatTemplate::find(c.data.chat_template, ""); });
+  const std::string folder = c.run.dir.empty() ? default_run_dir(line.config_file) : c.run.dir;
+  if (line.verb == "plan" || line.dry_run || !fs::exists(folder + "/finished.json"))  // a finished run needs no data
+    for (const auto& [key, files] : {std::pair("data.train", &c.data.train), {"data.eval", &c.data.eval}})
+      for (const std::string& file : *files) check([&] { RecordReader(parse_data_file(file, key)); });
+  if (only_files && !problems.empty()) throw DataError(joined(problems, "\n"));
 }
 
 ModelSource find_model(const Config& config) {
@@ -125,8 +165,7 @@ ModelSource find_model(const Config& config) {
     source.tokenizer_folder = fs::is_directory(path) ? path.string() : path.has_parent_path() ? path.parent_path().string() : ".";
   }
   if (!config.model.tokenizer.empty()) source.tokenizer_folder = resolve_model_folder(config.model.tokenizer, "main", {false, true});
-  if (!config.lora.path.empty() && !fs::exists(config.lora.path + "/adapter_config.json"))
-    throw DataError(str("lora.path=", config.lora.path, " is no PEFT adapter: there is no adapter_config.json in it"));
+  check_adapter(config.lora.path);
   std::string of = source.folder.empty() ? "random" : source.folder;
   if (!config.lora.path.empty()) of += " and " + config.lora.path;
   source.identity["config.json"] = source.config.raw;

@@ -20,9 +20,12 @@ struct ModelSource {
   Json identity;                 // what a run that goes on must share: config.json, hash of the weights and adapter
 };
 
-// Adds what contradicts each other and, where nothing was wrong before, what is missing. Touches no file.
-void find_conflicts(const Config& config, const CommandLine& line, std::vector<std::string>& problems);
-// The same, all in one ConfigError.
+// Adds what contradicts each other or the number of ranks and, where nothing was wrong before, what is missing. Touches no file.
+void find_conflicts(const Config& config, const CommandLine& line, int num_ranks, std::vector<std::string>& problems);
+// Adds the files and folders that a training run is to read and that are not there, in the words of those who read them.
+// DataError with all of them where nothing else is wrong.
+void find_missing(const Config& config, const CommandLine& line, std::vector<std::string>& problems);
+// What find_conflicts() finds for one rank, all in one ConfigError.
 void check_config(const Config& config, const CommandLine& line);
 
 // ConfigError: neither or both of model.path and model.config; DataError: what the files have wrong.
