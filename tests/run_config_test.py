@@ -11,7 +11,7 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
-from program import SOURCE, TRAIN, assert_all_ended, run, small_run
+from program import SOURCE, TRAIN, assert_all_ended, override, run, small_run
 
 DATA = os.environ.get("TRIREME_TEST_DATA")
 
@@ -73,6 +73,21 @@ def test_pretraining_learns_every_token(tmp_path):
 
 
 # --- the dry run checks all that the run would
+
+
+def test_the_dry_run_looks_at_the_run_folder_and_its_checkpoint(tmp_path):
+    """And changes nothing there."""
+    assert run(tmp_path, "train", *small_run(tmp_path, "run", "--train.stop_after=2")).returncode == 75
+    before = {path: path.stat().st_mtime_ns for path in (tmp_path / "run").rglob("*")}
+    dry = lambda *keys: run(tmp_path, "train", *override(small_run(tmp_path, "run", "--dry-run"), keys))
+    assert f"going on from {tmp_path}/run/checkpoints/step-2, step 2 of 4\n" in dry().stderr
+    for keys, status, words in [(["--optim.lr=5"], 2, "\n  optim.lr: 0.002 then, 5 now\n"),
+                                (["--run.resume=never"], 2, " holds a run and run.resume is never; set another run.dir\n"),
+                                (["--run.resume=nosuch"], 3, "error: nosuch is not a checkpoint: it has no manifest.json.\n"),
+                                ([f"--run.dir={TRAIN}/x"], 1, f"error: cannot create the run folder {TRAIN}/x: Not a directory; ")]:
+        done = dry(*keys)
+        assert done.returncode == status and words in done.stderr, done.stderr
+    assert before == {path: path.stat().st_mtime_ns for path in (tmp_path / "run").rglob("*")}
 
 
 def broken_models(small_model, folder):

@@ -14,15 +14,32 @@ namespace fs = std::filesystem;
 
 namespace {
 
+[[noreturn]] void cannot_create(const std::string& path, const std::string& why) {
+  throw SystemError(str("cannot create the run folder ", path, ": ", why, "; set run.dir to a folder that can be written"));
+}
+
 std::string created(const std::string& path) {
   std::error_code error;
   const bool is_new = fs::create_directories(path, error);
-  if (error) throw SystemError(str("cannot create the run folder ", path, ": ", error.message(), "; set run.dir to a folder that can be written"));
+  if (error) cannot_create(path, error.message());
   if (is_new) fsync_path(fs::canonical(path).parent_path().string());
   return path;
 }
 
 }  // namespace
+
+void check_run_folder(const std::string& path, bool fresh) {
+  fs::path there = fs::absolute(path);
+  std::error_code error;
+  while (!fs::exists(there, error) && there.has_relative_path()) there = there.parent_path();
+  if (!fs::is_directory(there, error)) cannot_create(path, "Not a directory");
+  if (access(there.c_str(), W_OK | X_OK) != 0) cannot_create(path, errno_text());
+  if (!fresh) return;
+  bool used = fs::exists(path + "/finished.json", error);
+  for (const auto& entry : fs::directory_iterator(path + "/checkpoints", error))
+    used |= entry.path().filename().string().starts_with("step-") && !entry.path().has_extension();
+  if (used) throw ConfigError(str("the run folder ", path, " holds a run and run.resume is never; set another run.dir"));
+}
 
 RunFolder::RunFolder(const std::string& path) : path_(created(path)), lock_(path_) {}
 
@@ -30,14 +47,6 @@ std::optional<Json> RunFolder::finished() const {
   std::string file = path_ + "/finished.json";
   if (!fs::exists(file)) return std::nullopt;
   return read_json_file(file);
-}
-
-bool RunFolder::was_used() const {
-  if (fs::exists(path_ + "/finished.json")) return true;
-  std::error_code none_yet;
-  for (const auto& entry : fs::directory_iterator(path_ + "/checkpoints", none_yet))
-    if (entry.path().filename().string().starts_with("step-") && !entry.path().has_extension()) return true;
-  return false;
 }
 
 void RunFolder::set_finished(const Json& state) const { write_file_atomic(path_ + "/finished.json", dump_json_pretty(state)); }

@@ -9,6 +9,9 @@
 
 namespace trireme {
 
+// Can it be made or written, and with `fresh`: does it hold no run yet? Changes nothing. SystemError, ConfigError.
+void check_run_folder(const std::string& path, bool fresh);
+
 // Rank 0's view of the folder.
 class RunFolder {
  public:
@@ -16,7 +19,6 @@ class RunFolder {
   explicit RunFolder(const std::string& path);
 
   const std::string& path() const { return path_; }
-  bool was_used() const;  // holds a finished run or a checkpoint
   std::optional<Json> finished() const;
   void set_finished(const Json& state) const;
   void clear_finished() const;

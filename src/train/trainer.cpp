@@ -58,10 +58,13 @@ class Run {
 
   ExitStatus run(bool plan_only) {
     agree_on(world_, [&] { read_files(); });
+    agree_on(world_, [&] { if (rank0()) check_run_folder(config_.run.dir, config_.run.resume == "never"); });
     if (!plan_only) open_folder();
     if (!plan_only && already_finished()) return kExitDone;  // whether its data are still there or not
     open_data();
-    if (!plan_only) find_checkpoint();
+    store_.emplace(config_.run.dir + "/checkpoints", world_, config_.checkpoint.keep);
+    if (!plan_only) agree_on(world_, [&] { store_->prepare(); });
+    find_checkpoint();
     agree_on(world_, [&] { make_shape(); });
     if (!plan_only && already_finished()) return kExitDone;
     agree_on(world_, [&] { say_plan(); });
@@ -108,15 +111,11 @@ class Run {
     agree_on(world_, [&] {
       if (!rank0()) return;
       folder_ = std::make_unique<RunFolder>(config_.run.dir);
-      if (config_.run.resume == "never" && folder_->was_used())
-        throw ConfigError(str("the run folder ", config_.run.dir, " holds a run and run.resume is never; set another run.dir"));
       set_log_file(config_.run.dir + "/log.txt");
     });
-    store_.emplace(config_.run.dir + "/checkpoints", world_, config_.checkpoint.keep);
     agree_on(world_, [&] {
       if (!rank0()) set_log_file(config_.run.dir + "/log.txt");  // their warnings and errors
     });
-    agree_on(world_, [&] { store_->prepare(); });
   }
 
   // Rank 0 tokenises (or finds it cached) while the others wait in the agreement; then all read the same file.
@@ -290,6 +289,7 @@ class Run {
     Plan plan = make_plan(config_, source_.config, dtype_, num_trained_, longest,
                           static_cast<double>(total) / static_cast<double>(rows), rows, shape_.rows_per_step(), total_steps_, process_.size());
     log_info(plan.text());
+    if (resumed_) log_info(str("going on from ", resumed_->folder(), ", step ", state_.step, " of ", total_steps_));
     check_memory(plan, process_.local_size());
   }
 
@@ -310,7 +310,6 @@ class Run {
       worker_->loss_scale().clean_steps = state_.clean_steps;
       worker_->loader().set_state(state_.position);
     });
-    if (resumed_) log_info(str("going on from ", resumed_->folder(), ", step ", state_.step, " of ", total_steps_));
   }
 
   // From here on the folder belongs to what comes after the checkpoint, and has what finish() needs.
