@@ -141,6 +141,13 @@ struct LinearCrossEntropy : Function<LinearCrossEntropy> {
 
 }  // namespace
 
+// Logits of about 32 MB: large enough for the matrix products, small enough for the caches. A trained head is read and
+// written once a chunk, so its chunks are larger.
+int64_t cross_entropy_chunk_rows(int64_t vocabulary, at::ScalarType dtype, bool trains) {
+  const int64_t row_bytes = std::max<int64_t>(1, vocabulary * static_cast<int64_t>(c10::elementSize(dtype)));
+  return std::clamp<int64_t>((trains ? 128ll << 20 : 32ll << 20) / row_bytes / 64, 1, 32) * 64;
+}
+
 LossSum linear_cross_entropy(const at::Tensor& hidden_TC, const at::Tensor& head_VC, const at::Tensor& targets_T,
                              int64_t chunk_rows, double gradient_scale) {
   TRIREME_CHECK(hidden_TC.dim() == 2 && head_VC.dim() == 2 && hidden_TC.size(1) == head_VC.size(1) &&
@@ -149,13 +156,7 @@ LossSum linear_cross_entropy(const at::Tensor& hidden_TC, const at::Tensor& head
                 hidden_TC.sizes(), head_VC.sizes(), targets_T.sizes());
   const Rows rows = learnt_rows(targets_T, head_VC.size(0));
   const bool want_hidden = wants_gradient(hidden_TC), want_head = wants_gradient(head_VC);
-  if (chunk_rows <= 0) {
-    // Logits of about 32 MB: large enough for the matrix products, small enough for the caches. A trained head is read
-    // and written once a chunk, so its chunks are larger.
-    const int64_t bytes = head_VC.size(0) * head_VC.element_size();
-    const int64_t fitting = (want_head ? 128ll << 20 : 32ll << 20) / std::max<int64_t>(1, bytes);
-    chunk_rows = std::clamp<int64_t>(fitting / 64, 1, 32) * 64;
-  }
+  if (chunk_rows <= 0) chunk_rows = cross_entropy_chunk_rows(head_VC.size(0), head_VC.scalar_type(), want_head);
   Computed computed = run(hidden_TC.detach().contiguous(), head_VC.detach(), rows, chunk_rows, want_hidden, want_head,
                           gradient_scale);
   LossSum result;

@@ -80,6 +80,8 @@ struct LossSum {
 // ones would vanish there). count == 0 gives a zero sum with zero gradients. A target outside 0 .. V-1 is an InternalError.
 LossSum linear_cross_entropy(const at::Tensor& hidden_TC, const at::Tensor& head_VC, const at::Tensor& targets_T,
                              int64_t chunk_rows = 0, double gradient_scale = 1);
+// The number of rows that chunk_rows = 0 stands for; `trains`: the head has a gradient.
+int64_t cross_entropy_chunk_rows(int64_t vocabulary, at::ScalarType dtype, bool trains);
 
 // Runs fn(inputs) without keeping anything but the inputs, and runs it again with gradients when backward comes (Chen
 // et al. 2016). Gradients are the same bits as without it (of a tensor captured by several fns: up to the order of the

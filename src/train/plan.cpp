@@ -1,6 +1,7 @@
 #include "train/plan.h"
 
 #include "base/check.h"
+#include "ops/ops.h"
 #include "optim/adamw.h"
 #include "train/progress.h"
 
@@ -22,10 +23,17 @@ Plan make_plan(const Config& config, const ModelConfig& m, at::ScalarType dtype,
   auto c = static_cast<uint64_t>(m.hidden_size), f = static_cast<uint64_t>(m.intermediate_size);
   auto heads = static_cast<uint64_t>((2 * m.num_heads + 2 * m.num_kv_heads) * m.head_dim);
   uint64_t layer = 5 * c + 2 * heads + 3 * f;
-  uint64_t kept = config.train.recompute == "full" ? c * static_cast<uint64_t>(m.num_layers) + 2 * layer
-                  : config.train.recompute == "selective" ? (2 * c + heads + 2 * f) * static_cast<uint64_t>(m.num_layers) + layer
-                                                          : layer * static_cast<uint64_t>(m.num_layers) + layer;
-  plan.activation_bytes = tokens * kept * bytes + 512 * static_cast<uint64_t>(m.vocab_size) * (bytes + wide);
+  // Beside them, a layer at work: more than one where what is kept leaves holes in the heap that are too small for it.
+  auto layers = static_cast<uint64_t>(m.num_layers);
+  uint64_t kept = config.train.recompute == "full"        ? c * layers + 3 * layer
+                  : config.train.recompute == "selective" ? (2 * c + heads + 2 * f) * layers + 3 * layer
+                                                          : layer * layers + layer;
+  // The loss: a chunk of logits (twice, where 16-bit products arrange it anew), and of a trained head the sum of its gradient,
+  // beside it first a chunk's part and then the copy that backward passes on.
+  auto vocabulary = static_cast<uint64_t>(m.vocab_size);
+  const auto chunk = static_cast<uint64_t>(cross_entropy_chunk_rows(m.vocab_size, dtype, !adapters));
+  uint64_t loss = std::min(tokens, chunk) * vocabulary * wide + (adapters ? 0 : vocabulary * c * (wide + bytes));
+  plan.activation_bytes = tokens * kept * bytes + loss;
   if (config.checkpoint.async)  // what is saved is shared out evenly among the ranks
     plan.checkpoint_bytes = (static_cast<uint64_t>(trainable) * bytes + plan.optimizer_bytes) / static_cast<uint64_t>(num_ranks);
   plan.base_bytes = 300ull << 20;

@@ -1,0 +1,32 @@
+"""What a run says before its first step that it will need, against what it took."""
+import json
+import re
+
+import pytest
+
+from program import SOURCE, TRAIN, run
+
+UNITS = {"KiB": 2**10, "MiB": 2**20, "GiB": 2**30}
+
+
+@pytest.mark.parametrize("keys, shape", [
+    # The head and its gradients: nearly all of the model.
+    (["--train.dtype=bfloat16", "--checkpoint.async=false", "--train.micro_batch_size=8"],
+     {"vocab_size": 50000, "hidden_size": 512, "tie_word_embeddings": True}),
+    # Activations.
+    (["--train.recompute=selective", "--train.micro_batch_size=24"], {"hidden_size": 256, "num_hidden_layers": 6}),
+    (["--lora.rank=4", "--train.micro_batch_size=24"], {"hidden_size": 256, "num_hidden_layers": 6}),
+], ids=["wide vocabulary", "selective", "lora"])
+def test_memory_is_at_most_what_the_plan_says_and_at_least_half(tmp_path, keys, shape):
+    config = json.loads((SOURCE / "configs/quickstart/model/config.json").read_text())
+    heads = shape["hidden_size"] // 64
+    config |= {"intermediate_size": 2 * shape["hidden_size"], "num_attention_heads": heads, "num_key_value_heads": heads, "head_dim": 64, **shape}
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    (tmp_path / "text.txt").write_text(TRAIN.read_text())
+    done = run(tmp_path, "train", f"--run.dir={tmp_path / 'run'}", f"--model.config={tmp_path / 'config.json'}", "--task.kind=pretrain",
+               f"--model.tokenizer={SOURCE / 'configs/quickstart/model'}", f"--data.train={tmp_path / 'text.txt'}", "--data.max_length=256",
+               "--train.steps=2", "--schedule.warmup_steps=0", "--checkpoint.every=1", *keys)
+    assert done.returncode == 0, done.stderr
+    number, unit = re.search(r"plan: memory of a rank: .*: ([0-9.]+) ([KMG]iB)\n", done.stderr).groups()
+    planned, taken = float(number) * UNITS[unit], json.loads((tmp_path / "run/metrics.jsonl").read_text().splitlines()[-1])["memory_bytes"]
+    assert planned / 2 <= taken <= planned, done.stderr
