@@ -1,11 +1,12 @@
 #!/usr/bin/env bash
 # Runs trireme on several ranks of this machine:  launch/run_local.sh -n RANKS VERB [CONFIG.ini] [--key=value ...]
-# SIGTERM, SIGINT (Ctrl-C), SIGHUP and SIGUSR1 let the run finish its step and save (status 75); a second one ends it at once.
+# SIGTERM, SIGINT (Ctrl-C), SIGHUP and SIGUSR1 let a training run finish its step and save (status 75); a second one ends it at
+# once, as the first one does with every other verb (status 1).
 set -euo pipefail
 top=$(cd "$(dirname "$0")/.." && pwd)
 ranks=1
 if [ "${1:-}" = -n ]; then ranks=${2:?how many ranks?}; shift 2; fi
-[ $# -gt 0 ] || { sed -n 2,3p "$0"; exit 2; }
+[ $# -gt 0 ] || { sed -n 2,4p "$0"; exit 2; }
 case "$ranks" in ''|*[!0-9]*|0) echo "run_local: -n wants a number of ranks, found '$ranks'" >&2; exit 2 ;; esac
 
 binary=${TRIREME_BINARY:-$top/build/release/trireme}
@@ -17,17 +18,18 @@ export TRIREME_PROGRESS=${TRIREME_PROGRESS:-$live}
 options=(-q --bind-to none --oversubscribe -n "$ranks")
 [ "$(id -u)" != 0 ] || export OMPI_ALLOW_RUN_AS_ROOT=1 OMPI_ALLOW_RUN_AS_ROOT_CONFIRM=1
 
-job="" stops=0 started=$(mktemp)
+saves="" job="" stops=0 started=$(mktemp)
+for word; do [ "$word" != train ] || saves=yes; done
 trap 'rm -f "$started"' EXIT
 on_signal() {
   stops=$((stops + 1))
   [ -n "$job" ] || exit 75 # nothing has begun
-  case $stops in
-    1)
+  case $stops$saves in
+    1yes)
       echo "run_local: stopping after this step; once more ends at once" >&2
       # Until it has begun, mpirun passes no signal on: it is told until it ends.
       while kill -USR1 "$job" 2>/dev/null; do sleep 1; done </dev/null >/dev/null 2>&1 & ;;
-    2) kill -TERM "$job" 2>/dev/null || true ;;
+    1 | 2yes) kill -TERM "$job" 2>/dev/null || true ;;
     *) kill -KILL "$job" 2>/dev/null || true ;;
   esac
 }
@@ -53,7 +55,7 @@ if [ "$status" -ne 0 ] && [ "$stops" -eq 0 ] && [ ! -s "$started" ]; then
 fi
 # 128 + signal: a rank that nobody asked to end is gone; what mpirun says about it is long and no help.
 if [ "$status" -gt 128 ]; then
-  echo "run_local: a rank was killed (SIG$(kill -l "$status")), all ranks are ended; run the same command again to go on from the last checkpoint" >&2
+  echo "run_local: a rank was killed (SIG$(kill -l "$status")), all ranks are ended${saves:+; run the same command again to go on from the last checkpoint}" >&2
   status=1
 fi
 exit "$status"

@@ -1,9 +1,10 @@
-"""A run that is told to stop finishes its step, saves, exits 75, and goes on to the same bits; a rank that hangs is named."""
+"""A run that is told to stop finishes its step, saves, exits 75, and goes on to the same bits; a rank that hangs is named; what saves nothing ends."""
 import json
 import os
 import re
 import shutil
 import signal
+import subprocess
 import time
 
 import pytest
@@ -149,3 +150,16 @@ def test_keep_never_deletes_the_best(work):
     assert kept() == ["step-12", "step-2"]
     losses = {m[0]: m[2] for m in metrics(work, "best") if m[1] == "eval"}
     assert min(losses, key=losses.get) == 2
+
+
+@pytest.mark.parametrize("sent", [signal.SIGTERM, signal.SIGINT, signal.SIGUSR1])
+def test_a_verb_that_has_nothing_to_save_ends_at_once(work, sent):
+    """Rank 0 reads lines from us, rank 1 waits for it."""
+    job = start(work, [RUN_LOCAL, "-n", "2", "tokenize", f"--model.path={work}/model"], stdin=subprocess.PIPE)
+    wait_for(lambda: len(ranks_of(work)) == 2, job)
+    told = time.monotonic()
+    job.send_signal(sent)
+    ended = end_of(job, told)
+    job.stdin.close()
+    assert ended.returncode == 1 and "run_local" not in ended.stderr, ended.stderr
+    assert_all_ended(work, ended)
