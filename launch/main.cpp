@@ -3,7 +3,7 @@
 
 #include <ATen/Parallel.h>
 
-#include <cstdio>
+#include <csignal>
 #include <cstdlib>
 #include <iostream>
 
@@ -65,6 +65,7 @@ ExitStatus start(int argc, char** argv, const Process& process) {
 
 int main(int argc, char** argv) {
   using namespace trireme;
+  std::signal(SIGXFSZ, SIG_IGN);  // a file beyond `ulimit -f` is then an error with words, like a full disk
   if (argc > 1 && std::string(argv[1]) == "train") install_stop_signals();  // MPI takes a while to start
   std::optional<Process> process;
   auto fail = [&](ExitStatus status, const std::string& message, bool agreed) -> int {
@@ -74,7 +75,9 @@ int main(int argc, char** argv) {
   };
   try {
     process.emplace(&argc, &argv);
-    return start(argc, argv, *process);
+    const ExitStatus status = start(argc, argv, *process);
+    if (!std::cout.flush()) throw SystemError("standard output cannot be written to its end: its disk is full, or its reader has gone");
+    return status;
   } catch (const AgreedError& error) {
     return fail(error.status(), error.what(), true);
   } catch (const Error& error) {

@@ -36,6 +36,14 @@ TEST(ParseJson, BuildsWhatTheLibraryBuilds) {
   EXPECT_EQ(words(R"({"a": 1, "b": {"a": 1, "a": 2}})"), "s: the key \"a\" stands twice in one object");
   EXPECT_EQ(words(R"([{"a": 1}, {"a": 2}])"), R"([{"a":1},{"a":2}])");
   EXPECT_EQ(words(std::string(101, '[')), "s: JSON nested deeper than 100 levels");
+  const std::string long_text = std::string(200, 'x') + std::string(5000, 'y');  // a quote is missing, or it is a key twice
+  EXPECT_EQ(words("[\"" + long_text), "s: not valid JSON at byte 5203: syntax error while parsing value - invalid string: missing closing quote; "
+                                      "last read: '\"" + std::string(113, 'x') + " ... " + std::string(59, 'y') + "'");
+  EXPECT_EQ(words("{\"" + long_text + "\": 1, \"" + long_text + "\": 2}"),
+            "s: the key \"" + std::string(200, 'x') + " ... " + std::string(60, 'y') + "\" stands twice in one object");
+  std::string wide = "[\"";
+  for (int i = 0; i < 3000; ++i) wide += "\u00e9";
+  EXPECT_NO_THROW(Json(words(wide)).dump()) << "cut within a character";
   EXPECT_EQ(words("[1]x").rfind("s: not valid JSON at byte 4: ", 0), 0u);
 }
 

@@ -8,6 +8,18 @@
 namespace trireme {
 namespace {
 
+// The library quotes what it read last: where a quote is missing, the rest of the file.
+std::string shortened(const std::string& text) {
+  constexpr size_t kBegin = 200, kEnd = 60;
+  if (text.size() <= kBegin + kEnd) return text;
+  auto within_character = [&](size_t at) { return (text[at] & 0xC0) == 0x80; };
+  size_t begin = kBegin, end = text.size() - kEnd;
+  while (begin > 0 && within_character(begin)) --begin;
+  while (end < text.size() && within_character(end)) ++end;
+  
+  return text.substr(0, begin) + " ... " + text.substr(end);
+}
+
 // nlohmann keeps the last of two equal keys and nests without limit; this builder refuses both. It also appends members
 // without looking for their key among those that are there, which the library's own does: a vocabulary of 128,000 tokens would
 // take it many seconds.
@@ -29,7 +41,7 @@ class StrictBuilder : public nlohmann::json_sax<Json> {
   bool start_array(std::size_t) override { return open(Json::array()); }
   bool key(std::string& name) override {
     if (!keys_.back().insert(name).second)
-      throw DataError(str(source_, ": the key \"", name, "\" stands twice in one object"));
+      throw DataError(str(source_, ": the key \"", shortened(name), "\" stands twice in one object"));
     auto& members = *open_.back()->get_ptr<Json::object_t*>();
     members.emplace_back(name, nullptr);
     member_ = &members.back().second;
@@ -48,7 +60,7 @@ class StrictBuilder : public nlohmann::json_sax<Json> {
     // Of a text of one line (a record, say, whose own line is in source_) the byte says all.
     if (size_t cut = why.find("] "); cut != std::string::npos) why.erase(0, cut + 2);
     if (size_t cut = why.find(": "); why.starts_with("parse error at line 1,") && cut != std::string::npos) why.erase(0, cut + 2);
-    throw DataError(str(source_, ": not valid JSON at byte ", position, ": ", why));
+    throw DataError(str(source_, ": not valid JSON at byte ", position, ": ", shortened(why)));
   }
 
  private:

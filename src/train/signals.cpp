@@ -38,7 +38,6 @@ void install_stop_signals() {
   action.sa_handler = on_stop;
   action.sa_flags = SA_RESTART;
   for (int signal : {SIGUSR1, SIGTERM, SIGINT}) sigaction(signal, &action, nullptr);
-  std::signal(SIGXFSZ, SIG_IGN);  // a file beyond `ulimit -f` is then an error with words, like a full disk
 }
 
 bool stop_requested() { return stop != 0; }

@@ -1,6 +1,5 @@
 // SIGUSR1, SIGTERM and SIGINT ask a run to finish its step, save and exit with status 75. The second SIGTERM, or
-// the second SIGINT, ends it at once if it comes more than a second after the first. A file that grows
-// beyond the process's limit is an error, no signal.
+// the second SIGINT, ends it at once if it comes more than a second after the first.
 #pragma once
 
 namespace trireme {
