@@ -72,6 +72,13 @@ def test_pretraining_learns_every_token(tmp_path):
     assert learnt["pretrain"] == [samples, tokens, tokens - samples] and some < tokens - samples  # the first token has none before it
 
 
+def test_a_step_of_more_rows_than_there_are_is_said(tmp_path):
+    said = lambda records: run(tmp_path, "plan", *small_run(tmp_path, "run", "--train.micro_batch_size=8", records=records)).stderr
+    assert ("warning: a step takes 8 rows, but the training data has 5: each is learnt more than once a step; lower train.accumulation or "
+            "train.micro_batch_size\n") in said(5)
+    assert "warning" not in said(8)
+
+
 # --- the dry run checks all that the run would
 
 

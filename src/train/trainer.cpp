@@ -289,6 +289,9 @@ class Run {
     Plan plan = make_plan(config_, source_.config, dtype_, num_trained_, longest,
                           static_cast<double>(total) / static_cast<double>(rows), rows, shape_.rows_per_step(), total_steps_, process_.size());
     log_info(plan.text());
+    if (rows < shape_.rows_per_step())
+      log_warn(str("a step takes ", shape_.rows_per_step(), " rows, but the training data has ", rows,
+                   ": each is learnt more than once a step; lower train.accumulation or train.micro_batch_size"));
     if (resumed_) log_info(str("going on from ", resumed_->folder(), ", step ", state_.step, " of ", total_steps_));
     check_memory(plan, process_.local_size());
   }
