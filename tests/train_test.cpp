@@ -96,7 +96,12 @@ TEST(Plan, CountsBytesOfWeightsGradientsAndOptimizer) {
   EXPECT_EQ(plan.tokens_per_step, 80);
   const uint64_t with_all_kept = plan.activation_bytes;
   config.train.recompute = "full";
-  EXPECT_LT(make_plan(config, tiny(), at::kFloat, n, 32, 20, 10, 4, 5).activation_bytes, with_all_kept);
+  EXPECT_LE(make_plan(config, tiny(), at::kFloat, n, 32, 20, 10, 4, 5).activation_bytes, with_all_kept);
+  ModelConfig deep = tiny();
+  deep.num_layers = 8;
+  const uint64_t recomputed = make_plan(config, deep, at::kFloat, n, 32, 20, 10, 4, 5).activation_bytes;
+  config.train.recompute = "none";
+  EXPECT_LT(recomputed, make_plan(config, deep, at::kFloat, n, 32, 20, 10, 4, 5).activation_bytes);
   config.lora.rank = 2;
   plan = make_plan(config, tiny(), at::kBFloat16, 50, 32, 20, 10, 4, 5);
   EXPECT_EQ(plan.weight_bytes, static_cast<uint64_t>(2 * (n + 50)));

@@ -25,9 +25,9 @@ Plan make_plan(const Config& config, const ModelConfig& m, at::ScalarType dtype,
   uint64_t layer = 5 * c + 2 * heads + 3 * f;
   // Beside them, a layer at work: more than one where what is kept leaves holes in the heap that are too small for it.
   auto layers = static_cast<uint64_t>(m.num_layers);
-  uint64_t kept = config.train.recompute == "full"        ? c * layers + 3 * layer
-                  : config.train.recompute == "selective" ? (2 * c + heads + 2 * f) * layers + 3 * layer
-                                                          : layer * layers + layer;
+  uint64_t kept = layer * layers + layer;
+  if (config.train.recompute == "selective") kept = std::min(kept, (2 * c + heads + 2 * f) * layers + 3 * layer);
+  if (config.train.recompute == "full") kept = std::min(kept, c * layers + 3 * layer);
   // The loss: a chunk of logits (twice, where 16-bit products arrange it anew), and of a trained head the sum of its gradient,
   // beside it first a chunk's part and then the copy that backward passes on.
   auto vocabulary = static_cast<uint64_t>(m.vocab_size);
