@@ -16,7 +16,6 @@ std::string shortened(const std::string& text) {
   size_t begin = kBegin, end = text.size() - kEnd;
   while (begin > 0 && within_character(begin)) --begin;
   while (end < text.size() && within_character(end)) ++end;
-  
   return text.substr(0, begin) + " ... " + text.substr(end);
 }
 
