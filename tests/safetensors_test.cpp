@@ -9,6 +9,7 @@
 
 #include "base/check.h"
 #include "checkpoint/load_weights.h"
+#include "support.h"
 
 namespace trireme {
 namespace {
@@ -310,16 +311,7 @@ TEST_F(Safetensors, LoadingNeedsNoMemoryBesideTheModel) {
   }
   std::vector<Parameter> targets;
   for (int i = 0; i < kTensors; ++i) targets.push_back(whole(str("t", i), at::empty({kRows})));
-  auto resident = [](const char* key) {
-    std::ifstream status("/proc/self/status");
-    for (std::string word; status >> word;)
-      if (word == key) return status >> word, std::stol(word) * 1024;
-    return 0l;
-  };
-  write_text("/proc/self/clear_refs", "5");  // resets the peak
-  long before = resident("VmRSS:");
-  load_weights(folder_, targets);
-  long grown = resident("VmHWM:") - before, model = kTensors * kRows * 4;
+  const int64_t grown = test::memory_grown([&] { load_weights(folder_, targets); }), model = kTensors * kRows * 4;
   EXPECT_GE(grown, model / 2);  // else this measured nothing
   EXPECT_LE(grown, model + kRows * 4);
 }

@@ -3,6 +3,8 @@
 
 #include <gtest/gtest.h>
 
+#include <fstream>
+
 #include "base/tensor.h"
 
 namespace trireme::test {
@@ -29,6 +31,21 @@ inline Tolerance tolerance(at::ScalarType dtype) {
     default:
       return {0.0, 0.0};  // integers are equal or wrong
   }
+}
+
+// How many bytes more than before this process held at most while f ran.
+template <typename F>
+int64_t memory_grown(const F& f) {
+  auto resident = [](const char* key) {
+    std::ifstream status("/proc/self/status");
+    for (std::string word; status >> word;)
+      if (word == key) return status >> word, int64_t{1024} * std::stol(word);
+    return int64_t{0};
+  };
+  std::ofstream("/proc/self/clear_refs") << "5";  // resets the peak
+  const int64_t before = resident("VmRSS:");
+  f();
+  return resident("VmHWM:") - before;
 }
 
 // Success where `actual` has the shape of `expected` and every element is close to it, by the tolerance of `dtype`

@@ -1,0 +1,57 @@
+// What attention and the loss never hold: a score matrix, the logits of all tokens.
+#include "support.h"
+
+#include <torch/csrc/autograd/autograd.h>
+
+#include "ops/ops.h"
+
+namespace trireme {
+namespace {
+
+constexpr int64_t kTokens = 4096;
+
+struct OpsMemory : testing::TestWithParam<at::ScalarType> {
+  void SetUp() override {
+#ifdef __SANITIZE_ADDRESS__
+    GTEST_SKIP() << "the sanitizer keeps freed memory";
+#endif
+  }
+  at::Tensor random(at::IntArrayRef shape) { return at::randn(shape).to(GetParam()).requires_grad_(); }
+  // Forward and backward; once before over few tokens, which loads and compiles what they need.
+  template <typename F>
+  int64_t grown(const F& loss_of) {
+    torch::autograd::backward({loss_of(128)}, {});
+    return test::memory_grown([&] { torch::autograd::backward({loss_of(kTokens)}, {}); });
+  }
+  int64_t bytes() const { return static_cast<int64_t>(c10::elementSize(GetParam())); }
+};
+
+TEST_P(OpsMemory, AttentionHoldsNoScoreMatrix) {
+  for (int64_t window : {int64_t{-1}, int64_t{1000}}) {
+    const int64_t size = grown([&](int64_t tokens) {
+      at::Tensor q = random({tokens, 2, 16}), k = random({tokens, 1, 16}), v = random({tokens, 1, 16});
+      return attention(q, k, v, {{0, tokens}, {0, tokens}, window}).sum();
+    });
+    EXPECT_GE(size, 4 * kTokens * 16 * bytes()) << window;  // q, k, v and the output, or this measured nothing
+    EXPECT_LE(size, kTokens * kTokens * bytes()) << window;  // the scores of one of two heads
+  }
+}
+
+TEST_P(OpsMemory, TheLossHoldsNotAllLogits) {
+  constexpr int64_t kVocabulary = 16384;
+  at::Tensor head = random({kVocabulary, 16});
+  for (bool trains : {false, true}) {
+    head.requires_grad_(trains);
+    const int64_t size = grown([&](int64_t tokens) {
+      return linear_cross_entropy(random({tokens, 16}), head, at::randint(kVocabulary, {tokens}, at::kLong)).sum;
+    });
+    EXPECT_GE(size, 64 * kVocabulary * bytes()) << trains;  // the smallest chunk
+    EXPECT_LE(size, 3 * kTokens * kVocabulary * bytes() / 4) << trains;
+  }
+}
+
+std::string name_of(const testing::TestParamInfo<at::ScalarType>& dtype) { return c10::toString(dtype.param); }
+INSTANTIATE_TEST_SUITE_P(Dtypes, OpsMemory, testing::Values(at::kFloat, at::kBFloat16), name_of);
+
+}  // namespace
+}  // namespace trireme
