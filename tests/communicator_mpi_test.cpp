@@ -4,9 +4,14 @@
 
 #include <gtest/gtest.h>
 
+#include <chrono>
 #include <cmath>
+#include <cstdlib>
 #include <cstring>
+#include <filesystem>
+#include <fstream>
 #include <limits>
+#include <thread>
 
 #include "base/check.h"
 #include "comm/mesh.h"
@@ -331,6 +336,31 @@ TEST(Communicator, SmallThings) {
   const std::vector<std::string> texts = world().gather_bytes(std::string(static_cast<size_t>(me) * 3, 'z'));
   ASSERT_EQ(texts.size(), me == 0 ? static_cast<size_t>(n) : 0u);
   for (size_t r = 0; r < texts.size(); ++r) EXPECT_EQ(texts[r], std::string(r * 3, 'z'));
+}
+
+// Whoever has passed sees that every rank had arrived: each leaves a file before. The last comes well after the first, once
+// from the front and once from the back.
+TEST(Communicator, NobodyPassesABarrierBeforeAllHaveArrived) {
+  namespace fs = std::filesystem;
+  std::string folder = (fs::temp_directory_path() / "barrier-XXXXXX").string();
+  if (world().rank() == 0) {
+    ASSERT_NE(::mkdtemp(folder.data()), nullptr);
+  }
+  folder = world().broadcast_bytes(folder);
+  const int n = world().size(), me = world().rank();
+  int round = 0;
+  for (bool blocking : {true, false})
+    for (int turn : {me, n - 1 - me}) {
+      auto file = [&](int rank) { return trireme::str(folder, "/", round, "-", rank); };
+      std::this_thread::sleep_for(std::chrono::milliseconds(50 * turn));
+      std::ofstream(file(me)).put('x');
+      if (blocking) world().barrier();
+      else world().start_barrier().wait();
+      for (int rank = 0; rank < n; ++rank) EXPECT_TRUE(fs::exists(file(rank))) << rank << (blocking ? "" : ", not blocking");
+      ++round;
+    }
+  world().sum(int64_t{1});  // none looks any more
+  if (me == 0) fs::remove_all(folder);
 }
 
 TEST(Communicator, StatisticsAndRecorder) {
