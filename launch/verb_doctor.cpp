@@ -59,7 +59,8 @@ void say_nccl() {
 std::string this_host(const Process& process) {
   const HostLoad& load = process.load();
   std::string text = line_of("host", str(process.host(), ": ", process.size(), " ranks in all, ", load.num_local_ranks, " here"));
-  text += line_of("cores", str(load.num_cores, " for ", load.num_local_ranks, " ranks of ", load.threads_per_rank, " threads"),
+  text += line_of("cores", str(load.num_cores, " for ", load.num_local_ranks, " ranks of ", load.threads_per_rank, " threads",
+                                mpi_yields_when_idle() ? "; a rank that waits gives its core away" : ""),
                   !load.oversubscribed() ? ""
                   : load.bound           ? "a rank is bound to fewer cores than it has threads: mpirun --bind-to none, or set OMP_NUM_THREADS"
                                          : "more threads than cores: set OMP_NUM_THREADS, or start fewer ranks");

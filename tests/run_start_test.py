@@ -1,7 +1,6 @@
 """A signal while the run starts is not lost. A run that goes on keeps its number of threads, and with it every bit."""
 import json
 import os
-import pathlib
 import re
 import signal
 import subprocess
@@ -9,8 +8,8 @@ import time
 
 import pytest
 
-SOURCE = pathlib.Path(os.environ.get("TRIREME_SOURCE", pathlib.Path(__file__).parent.parent))
-BINARY = os.environ.get("TRIREME_BINARY", str(SOURCE / "build/release/trireme"))
+from program import BINARY, SOURCE, environment
+
 DIFFER = "from here on the last bits differ from those of a run that was never stopped: "
 
 
@@ -68,3 +67,14 @@ def test_doctor_knows_cores_that_mpirun_has_bound():
         assert done.stdout.count("\nhost ") == 1
         assert "\nCUDA          not in this build" in done.stdout or re.search(
             r"\nCUDA          runtime 13\.\d+, (no driver|driver for up to \d+\.\d+), \d+ devices?(; training runs on the CPU)?\n", done.stdout)
+
+
+@pytest.mark.skipif(len(os.sched_getaffinity(0)) < 2, reason="one core")
+def test_mpi_is_told_to_give_cores_away_where_threads_are_more(tmp_path):
+    """Open MPI sees no more ranks than slots here, and would not do it by itself; doctor asks the MPI that runs."""
+    cores = len(os.sched_getaffinity(0))
+    done = subprocess.run(["mpirun", "-q", "--bind-to", "none", "-n", "2", BINARY, "doctor"], text=True, capture_output=True, timeout=60,
+                          env=environment(tmp_path, OMP_NUM_THREADS=str(cores)))
+    assert done.returncode == 0, done.stderr
+    assert (f"\ncores         {cores} for 2 ranks of {cores} threads; a rank that waits gives its core away\n  change: more threads than cores: "
+            "set OMP_NUM_THREADS, or start fewer ranks\n") in done.stdout, done.stdout

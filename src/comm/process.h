@@ -67,6 +67,9 @@ std::string launch_problem(const std::function<const char*(const char*)>& variab
 
 std::string host_name();
 
+// Whether a rank that waits gives its core away, as the MPI that runs says itself; false where none runs.
+bool mpi_yields_when_idle();
+
 // Name and number of the MPI library.
 std::string mpi_version();
 
