@@ -14,6 +14,7 @@
 #include "checkpoint/hf_hub.h"
 #include "checkpoint/load_weights.h"
 #include "checkpoint/peft.h"
+#include "data/file_hash.h"
 #include "comm/mesh.h"
 #include "data/masking.h"
 #include "data/records.h"
@@ -25,29 +26,6 @@ namespace trireme {
 namespace {
 
 namespace fs = std::filesystem;
-
-// Of the weight files: the size and 64 pieces of each. Reading all of a large model only to know that it is the same
-// would double the time of a start.
-std::string fingerprint_of(std::initializer_list<std::string> folders) {
-  std::string text;
-  for (const std::string& folder : folders) {
-    std::vector<fs::path> files;
-    if (fs::is_directory(folder))
-      for (const auto& entry : fs::directory_iterator(folder))
-        if (entry.path().extension() == ".safetensors") files.push_back(entry.path());
-    std::sort(files.begin(), files.end());
-    for (const auto& path : files) {
-      constexpr uint64_t kPieces = 64, kPiece = 16 << 10;
-      MappedFile file(path.string());
-      text += str("|", path.filename().string(), file.size());
-      for (uint64_t i = 0; i < kPieces; ++i) {
-        uint64_t at = file.size() / kPieces * i;
-        text += hash_bytes(file.data() + at, std::min(kPiece, file.size() - at));
-      }
-    }
-  }
-  return hash_bytes(text);
-}
 
 bool is_adapter(const Parameter& p) { return p.name.find(".lora_") != std::string::npos; }
 
@@ -169,8 +147,22 @@ ModelSource find_model(const Config& config) {
   std::string of = source.folder.empty() ? "random" : source.folder;
   if (!config.lora.path.empty()) of += " and " + config.lora.path;
   source.identity["config.json"] = source.config.raw;
-  source.identity["weights"] = {{"of", of}, {"hash", fingerprint_of({source.folder, config.lora.path})}};
+  source.identity["weights"] = {{"of", of}};
   return source;
+}
+
+std::string hash_of_weights(const Config& config, const ModelSource& source) {
+  std::string text;
+  for (const std::string& folder : {source.folder, config.lora.path}) {
+    std::vector<fs::path> files;
+    if (fs::is_directory(folder))
+      for (const auto& entry : fs::directory_iterator(folder))
+        if (entry.path().extension() == ".safetensors") files.push_back(entry.path());
+    std::sort(files.begin(), files.end());
+    for (const auto& path : files)
+      text += str("|", path.filename().string(), remembered_hash(path.string(), config.data.cache.empty() ? default_token_cache() : config.data.cache));
+  }
+  return hash_bytes(text);
 }
 
 at::ScalarType weight_dtype(const Config& config, const ModelSource& source) {

@@ -17,7 +17,7 @@ struct ModelSource {
   std::string name, revision;    // of the base in an adapter: the hub name as given, or the folder's absolute path
   std::string tokenizer_folder;  // "" where there is none
   ModelConfig config;
-  Json identity;                 // what a run that goes on must share: config.json, hash of the weights and adapter
+  Json identity;                 // what a run that goes on must share: config.json, and what the weights are "of"
 };
 
 // Adds what contradicts each other or the number of ranks and, where nothing was wrong before, what is missing. Touches no file.
@@ -30,6 +30,10 @@ void check_config(const Config& config, const CommandLine& line);
 
 // ConfigError: neither or both of model.path and model.config; DataError: what the files have wrong.
 ModelSource find_model(const Config& config);
+
+// Of the whole files of weights and adapter. Reading them takes as long as loading does: once, for it is remembered beside the
+// token files for as long as they stay untouched.
+std::string hash_of_weights(const Config& config, const ModelSource& source);
 
 // The dtype that weights have in this run.
 at::ScalarType weight_dtype(const Config& config, const ModelSource& source);

@@ -144,6 +144,9 @@ class Run {
 
   // run.resume=FOLDER is where the run began: started again by the same command it goes on from its own newest checkpoint.
   void find_checkpoint() {
+    std::string weights;
+    agree_on(world_, [&] { weights = rank0() ? hash_of_weights(config_, source_) : ""; });
+    source_.identity["weights"]["hash"] = world_.broadcast_bytes(weights);
     if (config_.run.resume == "never") return;
     agree_on(world_, [&] { resumed_ = store_->newest(); });
     if (config_.run.resume == "auto") return;
