@@ -18,10 +18,10 @@ def work(tmp_path_factory):
     return tmp_path_factory.mktemp("best")
 
 
-def train(work, name, *keys, status=0):
+def train(work, name, *keys, status=0, ranks=1):
     chosen = {key.split("=")[0] for key in keys}
     usual = (*KEYS, f"--data.eval={EVAL}:8", f"--run.dir={work / name}")
-    done = run(work, "train", *(key for key in usual if key.split("=")[0] not in chosen), *keys)
+    done = run(work, "train", *(key for key in usual if key.split("=")[0] not in chosen), *keys, ranks=ranks)
     assert done.returncode == status, done.stderr
     return done.stderr
 
@@ -87,6 +87,28 @@ def test_the_best_is_exported(work, whole):
     assert product(work, "short") == product(work, "whole")
     train(work, "last", "--eval.restore_best=false")
     assert product(work, "last") != product(work, "whole")
+
+
+def test_two_ranks_decide_together(work):
+    """Each evaluates a half; they stop at the same step, and export the best."""
+    keys = ("--train.micro_batch_size=1", "--checkpoint.every=1")
+    said = train(work, "two", "--eval.patience=4", *keys, ranks=2)
+    losses, done = series(work, "two"), finished(work, "two")
+    assert stop_of(losses, 4) == (5, 1) == (done["step"], done["best_step"]) and done["stopped_early"], losses
+    assert said.count("restored the best model, of step 1\n") == 1
+    train(work, "two-short", "--train.steps=1", *keys, ranks=2)
+    assert product(work, "two") == product(work, "two-short")
+
+
+@pytest.mark.parametrize("every, evaluated, every_save, saved", [("3", {3, 5}, "0", {3, 5}), ("0.3", {2, 4, 5}, "0.5", {3, 5}), ("0.01", {1, 2, 3, 4, 5}, "4", {4, 5})])
+def test_steps_and_fractions_of_the_run(work, every, evaluated, every_save, saved):
+    """Evaluation and saving at whole steps, at rounded fractions of five steps, and after the last one."""
+    name = f"every-{every}"
+    train(work, name, "--train.steps=5", f"--eval.every={every}", f"--checkpoint.every={every_save}")
+    losses = series(work, name)
+    assert set(losses) == evaluated
+    best = {step for step in losses if losses[step] == min(loss for s, loss in losses.items() if s <= step)}
+    assert checkpoints(work, name) == {f"step-{step}" for step in saved | best}
 
 
 @pytest.mark.parametrize("kind, keys", [
