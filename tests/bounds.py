@@ -13,6 +13,11 @@ CURVE_FP32 = 1e-5             # relative, over 50 steps: rounding grows in any p
 LAYOUT_LOSS = 5e-7            # relative, over ten steps
 LAYOUT_GRAD_NORM = 5e-6       # relative; a norm adds the roundings of all gradients
 
+RESUMED_ELSEWHERE = 1e-6      # relative, of loss and metrics after a few steps: what is promised of another number of ranks
+GRADIENT_NORM_FP32 = 1e-6     # relative: the square root of a sum that one side takes in fp64 over values that the file has in fp32
+# A gradient reduced over ranks against one rank's: relative, and of the largest of all gradients.
+REDUCED_GRADIENT_FP32 = (1e-5, 1e-6)
+
 # fp64 has 2^-53 = 1e-16 a rounding.
 LOSS_FP64 = 5e-13             # relative, of one step
 CURVE_FP64 = 5e-12            # relative, over 50 steps

@@ -10,6 +10,7 @@
 
 #include "base/check.h"
 #include "comm/process.h"
+#include "support.h"
 
 namespace trireme {
 namespace {
@@ -135,14 +136,14 @@ void backward_step(GradientReducer& reducer, const Net& net, int uses, int num_m
   }
 }
 
-void expect_near(const GradientReducer& reducer, const std::vector<at::Tensor>& right, double bound) {
+void expect_near(const GradientReducer& reducer, const std::vector<at::Tensor>& right) {
   ASSERT_EQ(reducer.slices().size(), right.size());
   for (size_t i = 0; i < right.size(); ++i) {
     const GradientSlice& s = reducer.slices()[i];
     ASSERT_EQ(s.gradient.sizes(), s.weight.sizes());
     EXPECT_FALSE(s.weight.grad().defined()) << s.name;
     const double error = (s.gradient - right[i]).abs().max().item<double>();
-    EXPECT_LE(error, bound * std::max(1.0, right[i].abs().max().item<double>())) << s.name;
+    EXPECT_LE(error, test::kSumFp64 * std::max(1.0, right[i].abs().max().item<double>())) << s.name;
   }
 }
 
@@ -162,7 +163,7 @@ TEST(GradientReducer, NRanksEqualOneRankWithNTimesTheBatch) {
         for (int step = 0; step < 3; ++step) {
           backward_step(reducer, net, uses, accumulation);
           reducer.finish();
-          expect_near(reducer, right, 1e-13);
+          expect_near(reducer, right);
           EXPECT_EQ(reducer.num_late_contributions(), 0);
           EXPECT_EQ(reducer.slices()[5].gradient.abs().max().item<double>(), 0);  // w4
         }
@@ -262,7 +263,7 @@ void late_contributions(bool by_caller) {
       reducer.finish([&](bool late) { return world().agree(late) != 0; });
     else
       reducer.finish();
-    expect_near(reducer, right, 1e-13);
+    expect_near(reducer, right);
     EXPECT_EQ(reducer.num_late_contributions(), world().rank() == last ? 2 : 0);  // learnt: none in the second step
   }
 }
@@ -289,7 +290,7 @@ TEST(GradientReducer, LastStepsGradientDoesNotStay) {
     at::Tensor right = at::zeros({kWidth, kWidth}, at::kDouble);
     for (int r = 0; r < last; ++r) plain.loss(rows(r, 0, at::kDouble), kPlain, 1).backward();
     if (last > 0) right = plain.w(1).grad();
-    EXPECT_LE((reducer.slices()[2].gradient - right).abs().max().item<double>(), 1e-12);
+    EXPECT_LE((reducer.slices()[2].gradient - right).abs().max().item<double>(), test::kSumFp64);
   }
 }
 
@@ -324,9 +325,9 @@ TEST(GradientReducer, ScaleAndNorm) {
   reducer.finish();
   double sum = 0;
   for (const GradientSlice& s : reducer.slices()) sum += s.gradient.to(at::kDouble).square().sum().item<double>();
-  EXPECT_NEAR(reducer.squared_norm(), sum, 1e-12 * sum);
+  EXPECT_NEAR(reducer.squared_norm(), sum, test::kSumFp64 * sum);
   reducer.scale(0.5);
-  EXPECT_NEAR(reducer.squared_norm(), sum / 4, 1e-12 * sum);
+  EXPECT_NEAR(reducer.squared_norm(), sum / 4, test::kSumFp64 * sum);
 }
 
 TEST(GradientReducer, TheHooksGoWithIt) {

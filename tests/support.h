@@ -48,6 +48,9 @@ int64_t memory_grown(const F& f) {
   return resident("VmHWM:") - before;
 }
 
+// Sums of some hundred fp64 terms in two orders, of the larger of 1 and the sum: 2^-53 = 1.1e-16 a rounding, a thousand of them.
+constexpr double kSumFp64 = 1e-12;
+
 // Success where `actual` has the shape of `expected` and every element is close to it, by the tolerance of `dtype`
 // (default: that of actual) times `factor`. NaN is close to nothing, infinity only to itself. The message names the
 // worst.
