@@ -21,10 +21,13 @@ std::map<std::string, double> eval_token_ids(const Config& config, const ModelSo
   std::map<std::string, double> sums;
   std::vector<TensorSource> logits;  // computed when they are written: one row's are in memory at a time
   const auto batches = token_ids_from_json(read_json_file(config.eval.token_ids), source.config.vocab_size, config.eval.token_ids);
-  for (const auto& batch : batches) {
-    for (const auto& [name, value] : task.run(model, to_device(batch, model.device())).sums) sums[name] += value;
-    logits.push_back({str("logits.", logits.size()), at::kFloat, {batch.num_tokens(), source.config.vocab_size},
-                      [&] { return model.logits(model.forward(to_device(batch, model.device()))); }});
+  SequenceBatch together;  // rows for one forward
+  for (const auto& row : batches) {
+    together.append(row);
+    if (together.num_tokens() >= kEvalTokens || &row == &batches.back())
+      for (const auto& [name, value] : task.run(model, to_model(std::exchange(together, {}), model)).sums) sums[name] += value;
+    logits.push_back({str("logits.", logits.size()), at::kFloat, {row.num_tokens(), source.config.vocab_size},
+                      [&] { return model.logits(model.forward(to_model(row, model))).narrow(0, 0, row.num_tokens()); }});
   }
   if (!config.eval.logits.empty()) write_safetensors(config.eval.logits, logits);
   // One-token rows have logits, but nothing to predict.
@@ -67,8 +70,7 @@ ExitStatus verb_eval(const Config& config, const CommandLine& line, const Proces
       if (process.rank() == 0) log_info(str("evaluation data: ", dataset->counts().text()));
       model = build_model(config, source, weight_dtype(config, source), false);
     });
-    int64_t rows = config.eval.micro_batch_size > 0 ? config.eval.micro_batch_size : config.train.micro_batch_size;
-    metrics = evaluate(*model, *task, dataset, rows, world, [&](const auto& part) { agree_on(world, part); });
+    metrics = evaluate(*model, *task, dataset, config.eval.micro_batch_size, world, [&](const auto& part) { agree_on(world, part); });
   }
   if (process.rank() == 0) {
     Json out;

@@ -199,7 +199,7 @@ TEST(Config, HelpOfAVerbNamesWhatItReads) {
   const std::vector<std::string> unread = {"generate", "tokenize", "data.show", "lora.merge", "eval.token_ids", "eval.logits"};
   const std::pair<const char*, std::vector<std::string>> reads[] = {
       {"train", {}}, {"plan", {}},
-      {"eval", {"run.seed", "model", "data", "task", "train.micro_batch_size", "train.threads", "lora.path", "eval.micro_batch_size",
+      {"eval", {"run.seed", "model", "data", "task", "train.threads", "lora.path", "eval.micro_batch_size",
                 "eval.token_ids", "eval.logits", "log"}},
       {"generate", {"run.seed", "model", "data", "train.threads", "lora.path", "generate", "log"}},
       {"prepare", {"run.seed", "model", "data", "task", "log"}},

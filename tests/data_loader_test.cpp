@@ -100,7 +100,7 @@ TEST_F(Loaders, RefusesAnotherOrder) {
 }
 
 TEST_F(Loaders, EvaluationTakesEveryRowOnce) {
-  for (int64_t micro : {1, 4, 50})
+  for (int64_t micro : {0, 1, 4, 50})
     for (int64_t ranks : {1, 2, 4}) {
       std::vector<int64_t> seen;
       for (int64_t r = 0; r < ranks; ++r) {
@@ -112,6 +112,22 @@ TEST_F(Loaders, EvaluationTakesEveryRowOnce) {
       ASSERT_EQ(seen.size(), 22u);
       for (int64_t i = 0; i < 22; ++i) EXPECT_EQ(seen[static_cast<size_t>(i)], i);
     }
+}
+
+TEST_F(Loaders, EvaluationTakesRowsTogetherUpToANumberOfTokens) {
+  for (int64_t ranks : {1, 4}) {
+    const int64_t most = dataset_->counts().tokens / ranks;
+    ASSERT_LT(dataset_->counts().tokens, kEvalTokens);
+    for (int64_t r = 0; r < ranks; ++r) {
+      EvalLoader loader(dataset_, 0, r, ranks);
+      ASSERT_GE(loader.num_batches(), 1) << r;
+      for (int64_t i = 0; i < loader.num_batches(); ++i) EXPECT_LE(loader.batch(i).num_tokens(), most);
+    }
+  }
+  write_pairs("train.jsonl", 45, [](int64_t) { return 190; });  // up to 195 tokens a row: 10 rows a batch
+  EvalLoader loader(build(), 0, 0, 1);
+  ASSERT_EQ(loader.num_batches(), 5);
+  for (int64_t i = 0; i < 5; ++i) EXPECT_EQ(loader.batch(i).num_segments(), i < 4 ? 10 : 5);
 }
 
 }  // namespace

@@ -55,7 +55,7 @@ const std::vector<std::string> kNotInRuns = {"data.show", "lora.merge", "eval.to
 const std::vector<Verb> kVerbs = {
     {"train", "train or fine-tune a model", kRunSections, kNotInRuns},
     {"eval", "loss, perplexity and accuracy; logits to a file",
-     {"run.seed", "model", "data", "task", "train.micro_batch_size", "train.threads", "lora.path", "eval.micro_batch_size",
+     {"run.seed", "model", "data", "task", "train.threads", "lora.path", "eval.micro_batch_size",
       "eval.token_ids", "eval.logits", "log"}},
     {"generate", "answer prompts", {"run.seed", "model", "data", "train.threads", "lora.path", "generate", "log"}},
     {"prepare", "tokenise data and report its lengths and masks", {"run.seed", "model", "data", "task", "log"}},

@@ -186,7 +186,7 @@ std::vector<Field> fields(Config& c) {
       {"eval.metric", &c.eval.metric, "", "that decides which model is best", {}},
       {"eval.patience", &c.eval.patience, "evaluations", "without a better metric before training stops; 0: never", {}, 0, 1e9},
       {"eval.restore_best", &c.eval.restore_best, "", "export the best model, not the last", {}},
-      {"eval.micro_batch_size", &c.eval.micro_batch_size, "rows", "0: train.micro_batch_size", {}, 0, 1e6},
+      {"eval.micro_batch_size", &c.eval.micro_batch_size, "rows", "in one forward of a rank; 0: as many as have 2,048 tokens together", {}, 0, 1e6},
       {"eval.token_ids", &c.eval.token_ids, "file", "JSON array of arrays of ids to evaluate, instead of data.eval", {}},
       {"eval.logits", &c.eval.logits, "file", "safetensors file for the logits of eval.token_ids", {}},
       {"generate.prompt", &c.generate.prompt, "text", "the prompt (also a plain argument)", {}},

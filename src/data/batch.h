@@ -19,6 +19,14 @@ struct SequenceBatch {
   int64_t num_tokens() const { return static_cast<int64_t>(tokens.size()); }
   int64_t num_segments() const { return cu_seqlens.empty() ? 0 : static_cast<int64_t>(cu_seqlens.size()) - 1; }
 
+  // Adds the segments of another batch.
+  void append(const SequenceBatch& other) {
+    if (cu_seqlens.empty()) cu_seqlens.push_back(0);
+    for (size_t s = 1; s < other.cu_seqlens.size(); ++s) cu_seqlens.push_back(num_tokens() + other.cu_seqlens[s]);
+    auto add = [](auto& to, const auto& from) { to.insert(to.end(), from.begin(), from.end()); };
+    add(tokens, other.tokens), add(targets, other.targets), add(positions, other.positions), add(sample_ids, other.sample_ids);
+  }
+
   // Fills up to a multiple of `multiple` tokens with one more segment, in which nothing is learnt. It adds zero to every
   // sum and every gradient. What it is for: matrix kernels that are compiled anew for each number of rows.
   void fill_up(int64_t multiple) {

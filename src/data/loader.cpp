@@ -47,23 +47,29 @@ void Loader::set_state(const DataPosition& position) {
   next_row_ = position.epoch * rows_per_epoch() + position.index;
 }
 
-EvalLoader::EvalLoader(std::shared_ptr<const Dataset> dataset, int64_t micro_batch_size, int64_t data_rank,
-                       int64_t data_size)
-    : dataset_(std::move(dataset)), micro_batch_size_(micro_batch_size), data_rank_(data_rank), data_size_(data_size) {
-  TRIREME_CHECK(dataset_ && micro_batch_size > 0 && data_rank >= 0 && data_rank < data_size);
+EvalLoader::EvalLoader(std::shared_ptr<const Dataset> dataset, int64_t rows_per_batch, int64_t data_rank, int64_t data_size)
+    : dataset_(std::move(dataset)), first_rows_{0}, data_rank_(data_rank), data_size_(data_size) {
+  TRIREME_CHECK(dataset_ && rows_per_batch >= 0 && data_rank >= 0 && data_rank < data_size);
+  const int64_t rows = dataset_->num_rows(), most = std::clamp<int64_t>(dataset_->counts().tokens / data_size, 1, kEvalTokens);
+  int64_t tokens = 0;
+  for (int64_t row = 0; row < rows; ++row) {
+    const int64_t own = dataset_->row_tokens(row);
+    const bool full = rows_per_batch > 0 ? row - first_rows_.back() == rows_per_batch : tokens + own > most;
+    if (full && row > first_rows_.back()) first_rows_.push_back(row), tokens = 0;
+    tokens += own;
+  }
+  first_rows_.push_back(rows);
 }
 
 int64_t EvalLoader::num_batches() const {
-  int64_t all = (dataset_->num_rows() + micro_batch_size_ - 1) / micro_batch_size_;
-  return (all - data_rank_ + data_size_ - 1) / data_size_;
+  return (static_cast<int64_t>(first_rows_.size()) - 1 - data_rank_ + data_size_ - 1) / data_size_;
 }
 
 SequenceBatch EvalLoader::batch(int64_t i) const {
   TRIREME_CHECK(i >= 0 && i < num_batches(), i);
   SequenceBatch batch;
-  int64_t first = (i * data_size_ + data_rank_) * micro_batch_size_;
-  for (int64_t row = first; row < std::min(first + micro_batch_size_, dataset_->num_rows()); ++row)
-    dataset_->append_row(row, 0, batch);
+  const auto which = static_cast<size_t>(i * data_size_ + data_rank_);
+  for (int64_t row = first_rows_[which]; row < first_rows_[which + 1]; ++row) dataset_->append_row(row, 0, batch);
   return batch;
 }
 

@@ -52,16 +52,21 @@ class Loader {
   int64_t next_row_ = 0;
 };
 
+constexpr int64_t kEvalTokens = 2048;  // of a batch: enough for matrix products at full speed
+
 // Every row of a dataset once, in batches dealt to the ranks in turn (some ranks may have one batch fewer, or none).
 class EvalLoader {
  public:
-  EvalLoader(std::shared_ptr<const Dataset> dataset, int64_t micro_batch_size, int64_t data_rank, int64_t data_size);
+  // Batches of `rows_per_batch` rows; 0: of rows that together have at most kEvalTokens, or of one longer row, and fewer where
+  // a rank would be left without.
+  EvalLoader(std::shared_ptr<const Dataset> dataset, int64_t rows_per_batch, int64_t data_rank, int64_t data_size);
   int64_t num_batches() const;          // of this rank
   SequenceBatch batch(int64_t i) const;
 
  private:
   std::shared_ptr<const Dataset> dataset_;
-  int64_t micro_batch_size_, data_rank_, data_size_;
+  std::vector<int64_t> first_rows_;  // of all ranks' batches, and the number of rows
+  int64_t data_rank_, data_size_;
 };
 
 }  // namespace trireme

@@ -30,13 +30,13 @@ std::map<std::string, double> sum_over_ranks(const std::map<std::string, double>
 }
 
 std::map<std::string, double> evaluate(Transformer& model, const Task& task, std::shared_ptr<const Dataset> dataset,
-                                       int64_t micro_batch_size, const Communicator& data, const Phase& phase) {
+                                       int64_t rows_per_batch, const Communicator& data, const Phase& phase) {
   at::NoGradGuard no_grad;
   bool was_training = model.training();
   model.set_training(false);
   std::map<std::string, double> sums, metrics;
   phase([&] {
-    EvalLoader loader(std::move(dataset), micro_batch_size, data.rank(), data.size());
+    EvalLoader loader(std::move(dataset), rows_per_batch, data.rank(), data.size());
     for (int64_t i = 0; i < loader.num_batches(); ++i) {
       TaskResult result = task.run(model, to_model(loader.batch(i), model));
       for (const auto& [name, value] : result.sums) sums[name] += value;

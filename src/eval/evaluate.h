@@ -10,10 +10,10 @@ namespace trireme {
 // Runs a part in which a rank may fail alone; collective.
 using Phase = std::function<void(const std::function<void()>& part)>;
 
-// Every row once, dealt over the ranks of `data`; the task's metrics from the sums of all. No dropout, no gradients.
+// Every row once, in the batches of EvalLoader, dealt over the ranks of `data`; the task's metrics from the sums of all. No dropout, no gradients.
 // Collective. `phase` lets the ranks agree on errors before they meet in sums.
 std::map<std::string, double> evaluate(Transformer& model, const Task& task, std::shared_ptr<const Dataset> dataset,
-                                       int64_t micro_batch_size, const Communicator& data, const Phase& phase);
+                                       int64_t rows_per_batch, const Communicator& data, const Phase& phase);
 
 // Adds the sums of all ranks. The names must be the same on every rank that has any.
 std::map<std::string, double> sum_over_ranks(const std::map<std::string, double>& sums, const Communicator& comm);

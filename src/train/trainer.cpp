@@ -390,8 +390,7 @@ class Run {
   // Evaluates and decides: is it the best so far, is patience at its end?
   bool evaluate_now() {
     CommTimeoutPause pause;
-    int64_t rows = config_.eval.micro_batch_size > 0 ? config_.eval.micro_batch_size : config_.train.micro_batch_size;
-    auto metrics = evaluate(worker_->model(), worker_->task(), eval_data_, rows, comms_.data,
+    auto metrics = evaluate(worker_->model(), worker_->task(), eval_data_, config_.eval.micro_batch_size, comms_.data,
                             [&](const auto& part) { agree_on(world_, part); });
     double value = metrics.at(config_.eval.metric);
     bool better = !std::isnan(value) && (std::isnan(state_.best) || (larger_is_better_ ? value > state_.best : value < state_.best));
