@@ -26,7 +26,7 @@ def contents(work):
             if path.is_file() and path.name not in ("log.txt", "run.lock") and work / "cache" not in path.parents}
 
 
-def check_refusal(work, done, status, sentence):
+def check_refusal(work, done, status, sentence, started=False):
     text = done.stdout + done.stderr
     assert text.count("error: ") == 1, text
     said = text.split("error: ")[1].rstrip("\n")
@@ -36,7 +36,7 @@ def check_refusal(work, done, status, sentence):
         assert said == sentence, text
     assert done.returncode == status, text
     assert not any(trace in text for trace in TRACES), text
-    assert "step 1/" not in text, "it was not said before the first step"
+    assert started or "step 1/" not in text, "it was not said before the first step"
     assert_all_ended(work, done)
 
 
@@ -286,7 +286,41 @@ def test_full_run_folder(tmp_path, ranks):
             assert again.returncode == 0, again.stderr
             assert f"going on from {folder}/step-2, step 2 of 4" in again.stderr
     finally:
-        subprocess.run(["umount", disk], capture_output=True)
+        subprocess.run(["umount", "-l", disk], capture_output=True)
+
+
+def test_a_disk_that_fills_up_between_two_steps(tmp_path):
+    """Rank 0 alone cannot write its line of metrics.jsonl."""
+    disk = tmp_path / "disk"
+    disk.mkdir()
+    if os.geteuid() != 0 or subprocess.run(["mount", "-t", "tmpfs", "-o", "size=50m", "tmpfs", disk], capture_output=True).returncode != 0:
+        pytest.skip("only root may mount a small disk")
+    try:
+        keys = small_run(tmp_path, "disk/run", "--train.steps=1000000", "--schedule.kind=constant", "--eval.every=0")
+        metrics, fill = disk / "run/metrics.jsonl", disk / "fill"
+        assert run(tmp_path, "train", *keys, "--train.stop_after=2", ranks=2).returncode == 75
+        job = start(tmp_path, command("train", *keys, ranks=2))
+        wait_for(lambda: metrics.read_text().count("\n") > 4, job)
+        subprocess.run(["dd", "if=/dev/zero", f"of={fill}", "bs=4k"], capture_output=True)
+        check_refusal(tmp_path, end_of(job), 1, f"cannot write {metrics}: No space left on device", started=True)
+        fill.unlink()
+        again = run(tmp_path, "train", *keys, "--train.stop_after=1", ranks=2)
+        assert again.returncode == 75 and f"going on from {disk}/run/checkpoints/step-2" in again.stderr, again.stderr
+        assert [json.loads(line)["step"] for line in metrics.read_text().splitlines()] == [1, 2, 3]
+    finally:
+        subprocess.run(["umount", "-l", disk], capture_output=True)
+
+
+def test_a_product_that_cannot_be_written(tmp_path):
+    """The run is saved all the same, and the same command ends it."""
+    keys = small_run(tmp_path)
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run/model").write_text("a file")
+    check_refusal(tmp_path, run(tmp_path, "train", *keys, ranks=2), 1, f"cannot create {tmp_path}/run/model: Not a directory.", started=True)
+    (tmp_path / "run/model").unlink()
+    again = run(tmp_path, "train", *keys, ranks=2)
+    assert again.returncode == 0 and f"going on from {tmp_path}/run/checkpoints/step-4, step 4 of 4" in again.stderr, again.stderr
+    assert (tmp_path / "run/model/model.safetensors").exists()
 
 
 def test_a_second_run_on_the_folder_of_a_living_one(tmp_path):
