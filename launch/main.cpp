@@ -65,6 +65,7 @@ ExitStatus start(int argc, char** argv, const Process& process) {
 
 int main(int argc, char** argv) {
   using namespace trireme;
+  std::ios::sync_with_stdio(false);  // lines of standard input are otherwise read a character at a time
   std::signal(SIGXFSZ, SIG_IGN);  // a file beyond `ulimit -f` is then an error with words, like a full disk
   if (argc > 1 && std::string(argv[1]) == "train") install_stop_signals();  // MPI takes a while to start
   std::optional<Process> process;

@@ -3,6 +3,7 @@
 
 #include "base/tensor.h"
 
+#include <charconv>
 #include <iostream>
 
 #include "base/log.h"
@@ -53,6 +54,22 @@ Json ids_of(const Tokenizer& tokenizer, const Json& ids, const std::string& plac
   return out;
 }
 
+void append(std::string& out, int64_t value) {
+  char digits[20];
+  out.append(digits, std::to_chars(digits, digits + sizeof digits, value).ptr);
+}
+void append(std::string& out, const std::pair<int64_t, int64_t>& range) {
+  append(out += '[', range.first);
+  append(out += ',', range.second);
+  out += ']';
+}
+// As JSON, straight into the text: a tree of JSON values of as many numbers takes longer to make than the tokens.
+void append_list(std::string& out, const auto& values) {
+  out += '[';
+  for (size_t i = 0; i < values.size(); ++i) append(i ? out += ',' : out, values[i]);
+  out += ']';
+}
+
 }  // namespace
 
 ExitStatus verb_tokenize(const Config& config, const CommandLine&, const Process& process) {
@@ -68,6 +85,7 @@ ExitStatus verb_tokenize(const Config& config, const CommandLine&, const Process
   options.special = config.tokenize.special;
   RecordEncoder encoder(tools.tokenizer, tools.chat ? &*tools.chat : nullptr, options);
   int64_t number = 0;
+  std::string out;
   for (std::string text; std::getline(std::cin, text);) {
     std::string place = str("standard input:", ++number);
     check_utf8(text, place);
@@ -94,9 +112,11 @@ ExitStatus verb_tokenize(const Config& config, const CommandLine&, const Process
     } else {
       record = encoder.encode(make_record(json, records, place), place);
     }
-    Json out = {{"text", record.text}, {"ids", record.ids}, {"loss", record.learnt}};
-    if (config.tokenize.offsets) out["offsets"] = record.offsets;
-    std::cout << dump_json(out) << "\n";
+    out.assign("{\"text\":").append(dump_json(Json(record.text))).append(",\"ids\":");
+    append_list(out, record.ids);
+    append_list(out.append(",\"loss\":"), record.learnt);
+    if (config.tokenize.offsets) append_list(out.append(",\"offsets\":"), record.offsets);
+    std::cout << out.append("}\n");
   }
   std::cout.flush();
   return kExitDone;
