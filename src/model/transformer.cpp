@@ -132,7 +132,11 @@ std::vector<Linear*> Transformer::linears() {
 Transformer::Pass Transformer::prepare(const ModelInput& input, KvCache* cache) const {
   Pass pass;
   pass.cu_seqlens_q = input.cu_seqlens;
-  pass.cu_seqlens_k = cache ? cache->cu_seqlens_after(input.cu_seqlens) : input.cu_seqlens;
+  pass.cu_seqlens_k = input.cu_seqlens;
+  if (cache) {
+    TRIREME_CHECK(input.cu_seqlens.size() == 2, input.cu_seqlens.size());
+    pass.cu_seqlens_k.back() += cache->length();
+  }
   pass.cache = cache;
   at::Tensor angles = input.positions_T.to(inv_freq_.scalar_type()).unsqueeze(1) * inv_freq_.unsqueeze(0);
   angles = at::cat({angles, angles}, 1);
@@ -176,7 +180,7 @@ at::Tensor Transformer::attention(const Block& b, const at::Tensor& x_TC, const 
     q_THD = rope(q_THD, pass.cos_TR, pass.sin_TR);
     k_TKD = rope(k_TKD, pass.cos_TR, pass.sin_TR);
   }
-  if (pass.cache) std::tie(k_TKD, v_TKD) = pass.cache->append(b.index, k_TKD, v_TKD, pass.cu_seqlens_q);
+  if (pass.cache) std::tie(k_TKD, v_TKD) = pass.cache->append(b.index, k_TKD, v_TKD);
   AttentionSpec spec;
   spec.cu_seqlens_q = pass.cu_seqlens_q;
   spec.cu_seqlens_k = pass.cu_seqlens_k;
@@ -226,7 +230,7 @@ at::Tensor Transformer::run(const ModelInput& input, Pass& pass) {
 at::Tensor Transformer::forward(const ModelInput& input, KvCache* cache) {
   Pass pass = prepare(input, cache);
   at::Tensor hidden_TC = run(input, pass);
-  if (cache) cache->advance(input.cu_seqlens);
+  if (cache) cache->advance(input.tokens_T.size(0));
   return hidden_TC;
 }
 

@@ -83,7 +83,6 @@ class Kept : public torch::CustomClassHolder {
  public:
   explicit Kept(const at::Tensor& value);
   at::Tensor take();
-  bool has_recipe() const { return recipe_ != nullptr; }
 
  private:
   at::Tensor value_;

@@ -41,7 +41,7 @@ Answer generate(Transformer& model, const Tokenizer& tokenizer, const std::vecto
     if (s.empty()) throw ConfigError("generate.stop has an empty text");
   at::NoGradGuard no_grad;
   model.set_training(false);
-  KvCache cache(model.config().num_layers, 1);
+  KvCache cache(model.config().num_layers);
   StreamDecoder decoder(tokenizer, true);
   Answer answer;
   answer.finish_reason = "length";
@@ -62,7 +62,7 @@ Answer generate(Transformer& model, const Tokenizer& tokenizer, const std::vecto
   };
   bool stop = false;
   while (!stop && static_cast<int64_t>(answer.ids.size()) < std::min(options.max_tokens, room)) {
-    at::Tensor hidden = model.forward(continuation(next, cache.length(0), model.device()), &cache);
+    at::Tensor hidden = model.forward(continuation(next, cache.length(), model.device()), &cache);
     at::Tensor logits = model.logits(hidden.narrow(0, hidden.size(0) - 1, 1)).view({-1}).cpu();
     int64_t id = sample(logits, seen, options.sampling, prompt_index, answer.ids.size());
     if (std::find(options.end_ids.begin(), options.end_ids.end(), id) != options.end_ids.end()) {
