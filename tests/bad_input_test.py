@@ -239,26 +239,6 @@ def test_what_cannot_fit_memory(tmp_path, keys):
             f"--model.config={tmp_path / 'long/config.json'}", *keys)
 
 
-# --- other verbs
-
-
-@pytest.mark.parametrize("verb, keys, status, sentence", [
-    ("eval", [f"--model.config={QUICKSTART}"], 2, "nothing to evaluate: set data.eval to record files, or eval.token_ids to a JSON file of ids"),
-    ("eval", [f"--model.config={QUICKSTART}", "--data.eval=/no/eval.jsonl"], 3, "data file '/no/eval.jsonl' cannot be opened: No such file or directory"),
-    ("eval", [f"--model.config={QUICKSTART}", "--eval.token_ids=/no/ids.json"], 3, "cannot open /no/ids.json: No such file or directory"),
-    ("generate", [f"--model.config={QUICKSTART}", "--generate.prompt=a", "--generate.file=b"], 2, "generate.file and a prompt are both given; give one"),
-    ("generate", [f"--model.config={QUICKSTART}", "--generate.file=/no/file"], 3, "cannot open /no/file: No such file or directory"),
-    ("export", ["--model.path=/no/model"], 2, "run.dir is not set: the folder to write"),
-    ("export", ["--model.path=/no/model", "--run.dir=/no/product"], 3, "model folder /no/model does not exist."),
-    ("tokenize", [], 2, "model.path is not set: name a folder with a tokenizer.json"),
-    ("tokenize", ["--model.path=/no/model"], 3, "model folder /no/model does not exist."),
-    ("prepare", [f"--model.config={QUICKSTART}", "--data.train=/no/train.jsonl"], 3, "data file '/no/train.jsonl' cannot be opened: No such file or directory"),
-])
-def test_verbs(tmp_path, verb, keys, status, sentence):
-    """What rank 0 finds alone, and what all find."""
-    refused(tmp_path, status, sentence, *keys, ranks=2, verb=verb)
-
-
 # --- the run folder
 
 
