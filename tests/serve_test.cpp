@@ -253,6 +253,35 @@ TEST(Generate, TheContextEndsTheAnswerAndALongerPromptIsRefused) {
   EXPECT_THROW(script.answer(stopping_at({""})), ConfigError);
 }
 
+// In 16 bits prompts are filled up to a number of rows; nothing of that may be seen afterwards.
+TEST(Generate, AnswersAreTheLikeliestOfTheWholeForward) {
+  const Tokenizer tokenizer = Tokenizer::load(std::string(std::getenv("TRIREME_SOURCE")) + "/configs/quickstart/model");
+  const ModelConfig config = model_config_from_json(
+      {{"model_type", "llama"}, {"vocab_size", tokenizer.vocab_size()}, {"hidden_size", 64}, {"intermediate_size", 96}, {"num_hidden_layers", 2},
+       {"num_attention_heads", 4}, {"max_position_embeddings", 128}, {"initializer_range", 0.3}}, "config.json");
+  for (at::ScalarType dtype : {at::kFloat, at::kBFloat16, at::kHalf})
+    for (int64_t length : {1, 5, 70}) {
+      Transformer model(config, dtype, 1);
+      std::vector<int64_t> ids;
+      for (int64_t i = 0; i < length; ++i) ids.push_back(100 + i * 7 % 500);
+      GenerateOptions options;
+      options.max_tokens = 8;
+      for (int64_t id : generate(model, tokenizer, ids, 0, options).ids) {
+        at::NoGradGuard no_grad;
+        const auto n = static_cast<int64_t>(ids.size());
+        ModelInput input;
+        input.tokens_T = at::tensor(ids, at::kLong);
+        input.positions_T = at::arange(n, at::kLong);
+        input.cu_seqlens = {0, n};
+        at::Tensor logits = model.logits(model.forward(input))[n - 1];
+        // Logits are of size 3 to 10; what is rounded away may turn two that are nearly the same.
+        const double lost = logits.max().item<double>() - logits[id].item<double>();
+        EXPECT_LE(lost, dtype == at::kFloat ? 1e-4 : 0.25) << dtype << " after " << n;
+        ids.push_back(id);
+      }
+    }
+}
+
 TEST(Generate, ADamagedModelIsRefused) {
   Scripted script(kText);
   at::NoGradGuard no_grad;

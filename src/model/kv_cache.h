@@ -17,6 +17,7 @@ class KvCache {
   // advance(), once all layers have appended.
   std::pair<at::Tensor, at::Tensor> append(int64_t layer, const at::Tensor& k_TKD, const at::Tensor& v_TKD);
   void advance(int64_t num_tokens) { length_ += num_tokens; }
+  void forget_last(int64_t num_tokens) { length_ -= num_tokens; }
 
  private:
   struct Store {

@@ -5,6 +5,7 @@
 #include <algorithm>
 
 #include "base/check.h"
+#include "tasks/task.h"
 
 namespace trireme {
 namespace {
@@ -62,8 +63,12 @@ Answer generate(Transformer& model, const Tokenizer& tokenizer, const std::vecto
   };
   bool stop = false;
   while (!stop && static_cast<int64_t>(answer.ids.size()) < std::min(options.max_tokens, room)) {
+    // No token sees the ones behind it: a prompt is filled up with any, which are forgotten again.
+    const auto own = static_cast<int64_t>(next.size()), multiple = own > 1 ? row_multiple(model) : 1;
+    next.resize(static_cast<size_t>((own + multiple - 1) / multiple * multiple), next.back());
     at::Tensor hidden = model.forward(continuation(next, cache.length(), model.device()), &cache);
-    at::Tensor logits = model.logits(hidden.narrow(0, hidden.size(0) - 1, 1)).view({-1}).cpu();
+    cache.forget_last(hidden.size(0) - own);
+    at::Tensor logits = model.logits(hidden.narrow(0, own - 1, 1)).view({-1}).cpu();
     int64_t id = sample(logits, seen, options.sampling, prompt_index, answer.ids.size());
     if (std::find(options.end_ids.begin(), options.end_ids.end(), id) != options.end_ids.end()) {
       answer.finish_reason = "stop";

@@ -49,11 +49,12 @@ ModelInput to_device(const SequenceBatch& batch, at::Device device) {
   return input;
 }
 
+int64_t row_multiple(const Transformer& model) {
+  return model.device().is_cpu() && (model.dtype() == at::kBFloat16 || model.dtype() == at::kHalf) ? 64 : 1;
+}
+
 ModelInput to_model(SequenceBatch batch, const Transformer& model) {
-  // Half-precision products on a CPU are compiled anew for each number of rows: some 30 ms for those of a model.
-  constexpr int64_t kCompiledRows = 64;
-  const bool compiles = model.device().is_cpu() && (model.dtype() == at::kBFloat16 || model.dtype() == at::kHalf);
-  if (compiles) batch.fill_up(kCompiledRows);
+  batch.fill_up(row_multiple(model));
   return to_device(batch, model.device());
 }
 
