@@ -24,7 +24,7 @@ const std::map<std::string, std::set<std::string>> kMayInclude = {
     {"parallel", {"model", "optim", "comm", "base"}},
     {"tasks", {"model", "ops", "data", "base"}},
     {"eval", {"tasks", "model", "data", "comm", "base"}},
-    {"serve", {"model", "data", "ops", "base"}},
+    {"serve", {"tasks", "model", "data", "ops", "base"}},
     {"train", {"eval", "serve", "tasks", "parallel", "checkpoint", "optim", "model", "data", "comm", "config", "ops", "base"}},
 };
 
