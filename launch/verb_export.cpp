@@ -2,6 +2,7 @@
 // model and lora keys), as a Hugging Face folder, or as a PEFT folder where the checkpoint holds adapters.
 #include "base/tensor.h"
 
+#include <algorithm>
 #include <filesystem>
 #include <optional>
 
@@ -39,6 +40,10 @@ ExitStatus verb_export(const Config& config, const CommandLine& line, const Proc
   std::optional<Checkpoint> checkpoint;
   if (from_checkpoint) checkpoint = open_checkpoint(config.run.resume);
   auto model = build_model(config, source, checkpoint ? trained_dtype(*checkpoint) : weight_dtype(config, source), from_checkpoint);
+  if (checkpoint && !has_lora(*model) &&
+      std::any_of(checkpoint->tensors().begin(), checkpoint->tensors().end(), [](const auto& t) { return t.first.find(".lora_") != std::string::npos; }))
+    throw ConfigError(str("the checkpoint ", checkpoint->folder(), " holds adapters, but lora.rank is 0: name the run's config.ini, as in "
+                          "trireme export RUN/config.ini --run.resume=", config.run.resume, " --run.dir=OUT"));
   if (checkpoint) {  // it holds what was trained: all weights, or the adapters
     std::vector<NamedTensor> targets;
     for (auto& p : model->parameters())

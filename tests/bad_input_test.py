@@ -315,6 +315,7 @@ def test_a_product_that_cannot_be_written(tmp_path):
     """The run is saved all the same, and the same command ends it."""
     keys = small_run(tmp_path)
     (tmp_path / "run").mkdir()
+    (tmp_path / "run/run.lock").touch()
     (tmp_path / "run/model").write_text("a file")
     check_refusal(tmp_path, run(tmp_path, "train", *keys, ranks=2), 1, f"cannot create {tmp_path}/run/model: Not a directory.", started=True)
     (tmp_path / "run/model").unlink()

@@ -90,7 +90,7 @@ def test_the_dry_run_looks_at_the_run_folder_and_its_checkpoint(tmp_path):
     assert f"going on from {tmp_path}/run/checkpoints/step-2, step 2 of 4\n" in dry().stderr
     for keys, status, words in [(["--optim.lr=5"], 2, "\n  optim.lr: 0.002 then, 5 now\n"),
                                 (["--run.resume=never"], 2, " holds a run and run.resume is never; set another run.dir\n"),
-                                (["--run.resume=nosuch"], 3, "error: nosuch is not a checkpoint: it has no manifest.json.\n"),
+                                (["--run.resume=nosuch"], 2, "error: run.resume=nosuch is not there: allowed are auto, never, "),
                                 ([f"--run.dir={TRAIN}/x"], 1, f"error: cannot create the run folder {TRAIN}/x: Not a directory; ")]:
         done = dry(*keys)
         assert done.returncode == status and words in done.stderr, done.stderr

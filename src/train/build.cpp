@@ -44,7 +44,25 @@ std::vector<TensorSource> sources(const std::vector<Parameter>& parameters) {
 
 void check_adapter(const std::string& path) {
   if (!path.empty() && !fs::exists(path + "/adapter_config.json"))
-    throw DataError(str("lora.path=", path, " is no PEFT adapter: there is no adapter_config.json in it"));
+    throw DataError(str("lora.path=", path, " is no PEFT adapter: there is no adapter_config.json in it",
+                        fs::exists(path + "/adapter/adapter_config.json") ? str("; the run's adapter is ", path, "/adapter") : ""));
+}
+
+// What else a folder without config.json may be.
+std::string instead_of_model(const std::string& folder) {
+  if (fs::is_empty(folder)) return " is empty; model.path wants a Hugging Face model folder";
+  if (fs::exists(folder + "/adapter_config.json"))
+    return " holds a PEFT adapter: set lora.path to it, and model.path to its base model";
+  return str(" has no config.json; ", fs::exists(folder + "/model/config.json") ? str("the run's model is ", folder, "/model")
+                                                                                : "model.path wants a Hugging Face model folder");
+}
+
+// The product of a run, model/ or adapter/, never replaces what the run begins with.
+void check_product(const Config& c, const std::string& run_dir, std::vector<std::string>& problems) {
+  std::error_code none;
+  for (const auto& [key, begin, product] : {std::tuple("model.path", c.model.path, "model"), {"lora.path", c.lora.path, "adapter"}})
+    if (!begin.empty() && fs::equivalent(begin, fs::path(run_dir) / product, none))
+      problems.push_back(str("run.dir=", run_dir, ": the run would write ", product, "/ over ", key, "=", begin, "; set another run.dir"));
 }
 
 }  // namespace
@@ -54,9 +72,16 @@ void find_conflicts(const Config& c, const CommandLine& line, int num_ranks, std
   const bool complete = problems.empty();  // else what seems missing may be what was misspelt
   if (c.model.path.empty() == c.model.config.empty() && (complete || !c.model.path.empty()))
     wrong(c.model.path.empty() ? "neither model.path nor model.config is set" : "model.path and model.config are both set",
-          ": set model.path to a Hugging Face folder, or model.config to a config.json for random weights");
+          ": set model.path to a Hugging Face folder, or model.config to a config.json for random weights",
+          line.verb == "prepare" || line.verb == "tokenize" ? ", or model.tokenizer to a folder with a tokenizer.json" : "");
+  const std::string& resume = c.run.resume;
+  // A checkpoint that is gone may be where a run began that goes on from its own.
+  if (resume != "auto" && resume != "never" && !fs::is_directory(resume) && !fs::path(resume).filename().string().starts_with("step-"))
+    wrong("run.resume=", resume, " is ", fs::exists(resume) ? "no folder" : "not there", ": allowed are auto, never, and the folder of a "
+          "checkpoint, RUN/checkpoints/step-N");
   bool trains = line.verb == "train" || line.verb == "plan";
   if (trains) {
+    check_product(c, c.run.dir.empty() ? default_run_dir(line.config_file) : c.run.dir, problems);
     if (complete && c.data.train.empty()) wrong("data.train is not set: name one or more .jsonl, .json or .txt files");
     if ((c.train.steps > 0) == (c.train.epochs > 0) && (complete || c.train.steps > 0))
       wrong(c.train.steps > 0 ? "train.steps and train.epochs are both set; set one"
@@ -130,8 +155,7 @@ ModelSource find_model(const Config& config) {
   if (!config.model.path.empty()) {
     source.folder = resolve_model_folder(config.model.path, config.model.revision, {true, config.model.tokenizer.empty()});
     if (!fs::exists(source.folder + "/config.json"))
-      throw DataError(str("model folder ", source.folder, fs::is_empty(source.folder) ? " is empty" : " has no config.json",
-                          "; model.path wants a Hugging Face model folder"));
+      throw DataError(str("model folder ", source.folder, instead_of_model(source.folder)));
     source.config = read_model_config(source.folder);
     source.tokenizer_folder = source.folder;
     const bool is_folder = fs::is_directory(config.model.path);

@@ -34,6 +34,11 @@ void check_run_folder(const std::string& path, bool fresh) {
   while (!fs::exists(there, error) && there.has_relative_path()) there = there.parent_path();
   if (!fs::is_directory(there, error)) cannot_create(path, "Not a directory");
   if (access(there.c_str(), W_OK | X_OK) != 0) cannot_create(path, errno_text());
+  if (!fs::exists(path + "/run.lock", error))
+    for (const char* ours : {"config.ini", "metrics.jsonl", "log.txt", "finished.json", "checkpoints", "model", "adapter", "config.json"})
+      if (fs::exists(path + "/" + ours, error))
+        throw ConfigError(str("run.dir=", path, " is no run folder (it has no run.lock), and the run would overwrite the ", ours,
+                              " that is in it; name a new folder"));
   if (!fresh) return;
   bool used = fs::exists(path + "/finished.json", error);
   for (const auto& entry : fs::directory_iterator(path + "/checkpoints", error))

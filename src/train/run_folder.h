@@ -9,7 +9,8 @@
 
 namespace trireme {
 
-// Can it be made or written, and with `fresh`: does it hold no run yet? Changes nothing. SystemError, ConfigError.
+// Can it be made or written, does it hold nothing of somebody else that a run would overwrite, and with `fresh`: does it hold
+// no run yet? Changes nothing. SystemError, ConfigError.
 void check_run_folder(const std::string& path, bool fresh);
 
 // Rank 0's view of the folder.

@@ -60,13 +60,13 @@ class Run {
     agree_on(world_, [&] { read_files(); });
     agree_on(world_, [&] { if (rank0()) check_run_folder(config_.run.dir, config_.run.resume == "never"); });
     if (!plan_only) open_folder();
-    if (!plan_only && already_finished()) return kExitDone;  // whether its data are still there or not
+    if (!plan_only && !names_checkpoint() && already_finished()) return kExitDone;  // whether its data are still there or not
     open_data();
     store_.emplace(config_.run.dir + "/checkpoints", world_, config_.checkpoint.keep);
     if (!plan_only) agree_on(world_, [&] { store_->prepare(); });
     find_checkpoint();
     agree_on(world_, [&] { make_shape(); });
-    if (!plan_only && already_finished()) return kExitDone;
+    if (!plan_only && !origin_.is_object() && already_finished()) return kExitDone;
     agree_on(world_, [&] { say_plan(); });
     if (plan_only) return kExitDone;
     build();
@@ -94,6 +94,7 @@ class Run {
 
  private:
   bool rank0() const { return process_.rank() == 0; }
+  bool names_checkpoint() const { return config_.run.resume != "auto" && config_.run.resume != "never"; }
 
   void read_files() {
     source_ = find_model(config_);
@@ -149,7 +150,7 @@ class Run {
     source_.identity["weights"]["hash"] = world_.broadcast_bytes(weights);
     if (config_.run.resume == "never") return;
     agree_on(world_, [&] { resumed_ = store_->newest(); });
-    if (config_.run.resume == "auto") return;
+    if (!names_checkpoint()) return;
     agree_on(world_, [&] {
       fs::path given = config_.run.resume;
       if (!given.has_filename()) given = given.parent_path();  // "step-4/"
@@ -271,9 +272,13 @@ class Run {
       std::string file = config_.run.dir + "/finished.json";
       auto step = json_get<int64_t>(*finished, "step", file);
       bool early = json_get<bool>(*finished, "stopped_early", file);
+      const char* product = config_.lora.rank > 0 || !config_.lora.path.empty() ? "/adapter" : "/model";
       if (early || (total > 0 && total <= step))
         text = str(config_.run.dir, " is finished (step ", step, early ? ", stopped early" : "",
-                   early ? "); set another run.dir to train again" : "); raise train.steps to go on, or set another run.dir");
+                   early ? "); set another run.dir to train again" : "); raise train.steps to go on, or set another run.dir",
+                   fs::exists(config_.run.dir + product) ? ""
+                       : str("; its ", product + 1, " is gone: trireme export ", config_.run.dir, "/config.ini --run.resume=", config_.run.dir,
+                             "/checkpoints/step-N --run.dir=OUT writes it again"));
       else if (total_steps_ > 0 && !resumed_)
         throw ConfigError(str("the run folder ", config_.run.dir, " holds a finished run of ", step,
                               " steps without its checkpoints: it cannot go on; set another run.dir"));
@@ -292,7 +297,7 @@ class Run {
     Plan plan = make_plan(config_, source_.config, dtype_, num_trained_, longest,
                           static_cast<double>(total) / static_cast<double>(rows), rows, shape_.rows_per_step(), total_steps_, process_.size());
     log_info(plan.text());
-    if (rows < shape_.rows_per_step())
+    if (rank0() && rows < shape_.rows_per_step())
       log_warn(str("a step takes ", shape_.rows_per_step(), " rows, but the training data has ", rows,
                    ": each is learnt more than once a step; lower train.accumulation or train.micro_batch_size"));
     if (resumed_) log_info(str("going on from ", resumed_->folder(), ", step ", state_.step, " of ", total_steps_));
