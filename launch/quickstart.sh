@@ -1,7 +1,11 @@
 #!/usr/bin/env bash
 # From a fresh clone to a model that answers: sets up, builds, trains on 4 ranks, evaluates, exports, asks.
+# Takes no arguments. The run goes into runs/quickstart, or runs/quickstart-2 and so on where that is there.
 set -euo pipefail
 cd "$(dirname "$0")/.."
+usage() { sed -n '2,/^[^#]/s/^# \{0,1\}//p' launch/quickstart.sh; }
+case "${1:-}" in -h | --help) usage; exit 0 ;; esac
+[ $# -eq 0 ] || { echo "quickstart: unknown argument '$1'" >&2; usage >&2; exit 2; }
 stage() { printf '\n== %s\n' "$*"; }
 
 stage "setting up (packages, libtorch; the first time takes some minutes)"

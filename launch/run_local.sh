@@ -4,9 +4,11 @@
 # once, as the first one does with every other verb (status 1).
 set -euo pipefail
 top=$(cd "$(dirname "$0")/.." && pwd)
+usage() { sed -n '2,/^[^#]/s/^# \{0,1\}//p' "$0"; }
+case "${1:-}" in -h | --help) usage; exit 0 ;; esac
 ranks=1
 if [ "${1:-}" = -n ]; then ranks=${2:?how many ranks?}; shift 2; fi
-[ $# -gt 0 ] || { sed -n 2,4p "$0"; exit 2; }
+[ $# -gt 0 ] || { usage; exit 2; }
 case "$ranks" in ''|*[!0-9]*|0) echo "run_local: -n wants a number of ranks, found '$ranks'" >&2; exit 2 ;; esac
 
 binary=${TRIREME_BINARY:-$top/build/release/trireme}
@@ -42,20 +44,23 @@ mpirun "${options[@]}" sh -c 'trap "" USR1; echo started >>"$0"; exec "$@"' "$st
 job=$!
 set +m
 trap on_signal USR1
-# A signal ends `wait` before mpirun has ended; 127 says that its status was given already.
-status=0 seen=-1
+# A signal ends `wait` before mpirun has ended; 127 then says that its status was given already.
+status="" seen=-1
 while [ $seen -ne $stops ]; do
   seen=$stops
   answer=0; wait "$job" || answer=$?
-  [ $answer -eq 127 ] || status=$answer
+  [ $answer -eq 127 ] && [ -n "$status" ] || status=$answer
 done
 if [ "$status" -ne 0 ] && [ "$stops" -eq 0 ] && [ ! -s "$started" ]; then
   echo "run_local: mpirun could not start a rank (status $status); this is what it says:" >&2
   mpirun "${options[@]:1}" true >&2 || true
 fi
-# 128 + signal: a rank that nobody asked to end is gone; what mpirun says about it is long and no help.
-if [ "$status" -gt 128 ]; then
-  echo "run_local: a rank was killed (SIG$(kill -l "$status")), all ranks are ended${saves:+; run the same command again to go on from the last checkpoint}" >&2
-  status=1
-fi
-exit "$status"
+case $status in
+  0 | 1 | 2 | 3 | 75) exit "$status" ;;
+  126 | 127) echo "run_local: $binary could not be started (see above); launch/setup.sh puts right what is missing" >&2 ;;
+  # 128 + signal: a rank that nobody asked to end is gone; what mpirun says about it is long and no help.
+  *) how="ended with status $status"
+    if [ "$status" -gt 128 ] && name=$(kill -l "$status" 2>/dev/null); then how="was killed (SIG$name)"; fi
+    echo "run_local: a rank $how, all ranks are ended${saves:+; run the same command again to go on from the last checkpoint}" >&2 ;;
+esac
+exit 1

@@ -17,8 +17,11 @@ tests=OFF
 say() { printf '%s\n' "$*" >&2; }
 die() { say "setup: $*"; exit 1; }
 
+usage() { sed -n '2,/^[^#]/s/^# \{0,1\}//p' launch/setup.sh; }
+[ $# -le 1 ] || { say "setup: one argument at most, found $#"; usage >&2; exit 2; }
 case "${1:-}" in
   "") ;;
+  -h | --help) usage; exit 0 ;;
   --tests) tests=ON ;;
   --remove)
     for lock in "$deps"/env-*.lock; do
@@ -32,7 +35,7 @@ case "${1:-}" in
     rmdir "$(dirname "$tokens")" "$deps" 2>/dev/null || true
     say "removed libtorch and the Python packages from $deps, the token cache $tokens, and build/; the system's packages stay"
     exit 0 ;;
-  *) sed -n 2,9p "$0"; exit 2 ;;
+  *) say "setup: unknown argument '$1'"; usage >&2; exit 2 ;;
 esac
 
 build_jobs() { # one compiler process takes up to 2 GB

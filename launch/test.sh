@@ -3,6 +3,7 @@
 # Arguments go to ctest, e.g. launch/test.sh -R tokenizer
 set -euo pipefail
 cd "$(dirname "$0")/.."
+case "${1:-}" in -h | --help) sed -n '2,/^[^#]/s/^# \{0,1\}//p' launch/test.sh; exit 0 ;; esac
 launch/setup.sh --tests
 echo "building"
 cmake --build build/release -j "$(cat build/release/.jobs)" >build/release/build.log 2>&1 ||

@@ -86,6 +86,39 @@ def test_status_of_the_ranks_is_returned(binary, status):
     assert process.returncode == status
 
 
+@pytest.mark.parametrize("status", [4, 255])
+def test_another_status_of_a_rank_is_a_failure(binary, status):
+    process = start(binary, "-n", "2", "status", str(status))
+    _, err = process.communicate(timeout=30)
+    assert process.returncode == 1
+    assert f"run_local: a rank ended with status {status}, all ranks are ended\n" in err
+
+
+def test_a_program_that_cannot_start_is_a_failure(binary):
+    """As when a shared library is missing: the loader ends it with 127."""
+    binary.write_text("#!/bin/sh\necho 'error while loading shared libraries' >&2\nexit 127\n")
+    process = start(binary, "-n", "2", "train")
+    _, err = process.communicate(timeout=30)
+    assert process.returncode == 1
+    assert err.endswith(f"run_local: {binary} could not be started (see above); launch/setup.sh puts right what is missing\n")
+
+
+@pytest.mark.parametrize("option", ["-h", "--help"])
+@pytest.mark.parametrize("script", sorted(path.name for path in (SOURCE / "launch").glob("*.sh")))
+def test_help_is_the_comment_at_the_head_and_does_nothing(script, option):
+    done = subprocess.run([f"./{script}", option], cwd=SOURCE / "launch", text=True, capture_output=True, timeout=20)
+    head = (SOURCE / "launch" / script).read_text().split("\nset ")[0].splitlines()[1:]
+    assert (done.returncode, done.stderr) == (0, "")
+    assert done.stdout.splitlines() == [line.removeprefix("#").removeprefix(" ") for line in head]
+
+
+@pytest.mark.parametrize("script", ["quickstart", "setup"])
+def test_unknown_arguments_are_refused(script):
+    done = subprocess.run([SOURCE / f"launch/{script}.sh", "--fast"], text=True, capture_output=True, timeout=20)
+    assert (done.returncode, done.stdout) == (2, "")
+    assert done.stderr.startswith(f"{script}: unknown argument '--fast'\n")
+
+
 def test_ranks_are_told_threads_progress_and_arguments(binary):
     process = start(binary, "-n", "2", "echo", "a b")
     out, _ = process.communicate("typed\n", timeout=30)
