@@ -178,9 +178,8 @@ TEST(Watchdog, ACollectiveThatHangsEndsTheJobAndIsNamed) {
         std::this_thread::sleep_for(std::chrono::seconds(20));
       },
       testing::ExitedWithCode(1),
-      "#2 all_reduce of group data, 4096 bytes, in flight for 0\\.[3-9].* s, more than comm.timeout_s=0\\.3: a peer is "
-      "gone(.|\n)*#1 "
-      "barrier of group data, 0 bytes, took 0");
+      "#1 barrier of group data, 0 bytes, took 0(.|\n)*error: rank 0 on .*: #2 all_reduce of group data, 4096 bytes, in flight for "
+      "0\\.[3-9].* s, more than comm.timeout_s=0\\.3: a peer is gone.*when the same command is run again\n");
 }
 
 TEST(Watchdog, FinishedCollectivesAndNoTimeoutAreLeftAlone) {

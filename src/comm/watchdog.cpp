@@ -91,8 +91,10 @@ void watch() {
     std::string peers;
     if (operation)
       for (int rank : operation->awaited()) peers += str(peers.empty() ? ": it waits for rank " : ", ", rank);
-    log_message(LogLevel::kError, str(message, peers, peers.empty() ? ": a peer" : ", which", " is gone, stopped or does something else. ",
-                                      "All ranks are ended. The last collectives:\n", dump_tail()));
+    log_warn("the last collectives:\n" + dump_tail());  // first: the sentence is to be seen at the end
+    log_message(LogLevel::kError, str(message, peers, peers.empty() ? ": a peer" : ", which",
+                                      " is gone, stopped or does something else. All ranks are ended; a training run goes on "
+                                      "from its last checkpoint when the same command is run again"));
     Process::abort(kExitFailure);
   }
 }
