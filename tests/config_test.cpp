@@ -47,6 +47,19 @@ TEST(Config, RefusesUnknownKeysAndAbbreviationsWithTheNearest) {
   EXPECT_NE(refusal({"train", "--optim.weight=1"}).find("unknown key optim.weight"), std::string::npos);
   EXPECT_NE(refusal({"train", "--train.micro_batch=1"}).find("did you mean train.micro_batch_size?"), std::string::npos);
   EXPECT_NE(refusal({"train", "--lr=1"}).find("unknown key lr; did you mean optim.lr?"), std::string::npos);
+  for (const char* elsewhere : {"learning_rate", "lr_scheduler_type", "lr_scheduler", "warmup_ratio", "batch_size", "per_device_train_batch_size",
+                                "per_device_eval_batch_size", "gradient_accumulation_steps", "num_train_epochs", "num_epochs", "max_steps",
+                                "gradient_checkpointing", "bf16", "fp16", "output_dir", "max_seq_length", "sequence_len", "sample_packing",
+                                "eval_steps", "save_steps", "save_total_limit", "logging_steps", "early_stopping_patience",
+                                "resume_from_checkpoint", "lora_r", "lora_alpha", "lora_dropout", "target_modules", "lora_target_modules",
+                                "use_rslora", "base_model", "model_name_or_path", "max_new_tokens"}) {
+    const std::string text = refusal({"train", (std::string("--") + elsewhere + "=1").c_str()});
+    const size_t begin = text.find("; did you mean ") + 15;
+    ASSERT_LT(begin, text.size()) << text;
+    const std::string key = text.substr(begin, text.find('?') - begin);
+    EXPECT_EQ(refusal({"train", ("--" + key + "=@").c_str()}).find("unknown key"), std::string::npos) << text;
+  }
+  EXPECT_NE(refusal({"train", "--optim.learning_rate=1"}).find("unknown key optim.learning_rate; did you mean optim.lr?"), std::string::npos);
   EXPECT_NE(refusal({"trian"}).find("unknown verb trian; did you mean train?"), std::string::npos);
 }
 
@@ -56,6 +69,7 @@ TEST(Config, ReportsAllMistakesTogetherWithFileAndLine) {
   EXPECT_NE(text.find(path + ":2: train.steps=many: an integer is expected"), std::string::npos) << text;
   EXPECT_NE(text.find(path + ":5: unknown key data.max_lenght; did you mean data.max_length?"), std::string::npos) << text;
   EXPECT_NE(text.find("optim.beta1=2: must be from 0 to 0.9999999"), std::string::npos) << text;
+  EXPECT_NE(refusal({"train", "--parallel.tensor=2"}).find("parallel.tensor=2: only 1 is possible in this version"), std::string::npos);
   EXPECT_NE(text.find("task.kind=sfd: allowed are sft, pretrain; did you mean sft?"), std::string::npos) << text;
 }
 

@@ -3,8 +3,10 @@
 
 #include <algorithm>
 #include <boost/program_options.hpp>
+#include <map>
 #include <optional>
 #include <set>
+#include <string_view>
 
 #include "base/check.h"
 #include "base/file.h"
@@ -89,10 +91,24 @@ std::vector<std::string> known_keys() {
 }
 
 std::string unknown_key(const std::string& key) {
+  // What the keys are called in transformers, PEFT, TRL and Axolotl.
+  static const std::map<std::string_view, const char*> kElsewhere = {
+      {"learning_rate", "optim.lr"}, {"lr_scheduler_type", "schedule.kind"}, {"lr_scheduler", "schedule.kind"},
+      {"warmup_ratio", "schedule.warmup_steps"}, {"batch_size", "train.micro_batch_size"},
+      {"per_device_train_batch_size", "train.micro_batch_size"}, {"per_device_eval_batch_size", "eval.micro_batch_size"},
+      {"gradient_accumulation_steps", "train.accumulation"}, {"num_train_epochs", "train.epochs"}, {"num_epochs", "train.epochs"},
+      {"max_steps", "train.steps"}, {"gradient_checkpointing", "train.recompute"}, {"bf16", "train.dtype"}, {"fp16", "train.dtype"},
+      {"output_dir", "run.dir"}, {"max_seq_length", "data.max_length"}, {"sequence_len", "data.max_length"},
+      {"sample_packing", "data.packing"}, {"eval_steps", "eval.every"}, {"save_steps", "checkpoint.every"},
+      {"save_total_limit", "checkpoint.keep"}, {"logging_steps", "log.every"}, {"early_stopping_patience", "eval.patience"},
+      {"resume_from_checkpoint", "run.resume"}, {"lora_r", "lora.rank"}, {"lora_alpha", "lora.alpha"}, {"lora_dropout", "lora.dropout"},
+      {"target_modules", "lora.targets"}, {"lora_target_modules", "lora.targets"}, {"use_rslora", "lora.rslora"},
+      {"base_model", "model.path"}, {"model_name_or_path", "model.path"}, {"max_new_tokens", "generate.max_tokens"}};
   std::vector<std::string> known = known_keys(), named;  // named: who knows the name may not know the section
   for (const auto& k : known)
     if (k.substr(k.find('.')) == "." + key.substr(key.rfind('.') + 1)) named.push_back(k);
-  std::string near = nearest(key, named.empty() ? known : named);
+  const auto elsewhere = kElsewhere.find(std::string_view(key).substr(key.rfind('.') + 1));
+  std::string near = elsewhere != kElsewhere.end() ? elsewhere->second : nearest(key, named.empty() ? known : named);
   if (near.empty() && !named.empty()) near = named.front();
   return str("unknown key ", key.substr(0, 80), near.empty() ? "" : str("; did you mean ", near, "?"),
              "; trireme VERB --help lists all keys");
