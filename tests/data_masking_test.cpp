@@ -179,7 +179,9 @@ TEST_F(Masking, Refusals) {
   EXPECT_EQ(words(R"({"text": ""})"), "f:1: nothing to learn: the text is empty");
   ChatTemplate chatml = ChatTemplate::load("chatml", "");
   EXPECT_EQ(words(R"({"messages": [{"role": "user", "content": "a"}]})", &chatml),
-            "f:1: nothing to learn: no message has the role 'assistant'");
+            "f:1: nothing to learn: no message has the role 'assistant'; found: 'user'");
+  EXPECT_EQ(words(R"({"messages": [{"role": "human", "content": "a"}, {"role": "bot", "content": "b"}, {"role": "bot", "content": "c"}]})", &chatml),
+            "f:1: nothing to learn: no message has the role 'assistant'; found: 'bot', 'human'");
   ChatTemplate endless = ChatTemplate::from_text("{% for m in messages %}{{ m.role }}:{{ m.content }}\n{% endfor %}", "test");
   EXPECT_EQ(words(kChat, &endless),
             "f:1: no end token to learn: the chat template (test) writes nothing after the assistant's text; set eos_token in "

@@ -261,6 +261,27 @@ TEST_F(Records, BrokenFiles) {
   EXPECT_EQ(words("long.json").rfind("long.json:2: a record of more than 10 MB", 0), 0u) << words("long.json");
 }
 
+TEST_F(Records, FilesOfAnotherKind) {
+  auto words = [](const std::string& name, const std::string& bytes) {
+    write(name, bytes);
+    return error_of([&] { read_all({name, -1}); });
+  };
+  for (const char* name : {"a.jsonl", "a.txt"}) {
+    std::string is = str("data file '", name, "' is ");
+    EXPECT_EQ(words(name, "\x1F\x8B\x08 x"), is + "compressed by gzip; unpack it first (gunzip)");
+    EXPECT_EQ(words(name, "PK\x03\x04 x"), is + "a zip archive; unpack it first");
+    EXPECT_EQ(words(name, "\x28\xB5\x2F\xFDx"), is + "compressed by zstd; unpack it first");
+    EXPECT_EQ(words(name, "PAR1\x15 x"), is + "a Parquet file; write its rows to a .jsonl file, one JSON object a line");
+    for (const char* mark : {"\xFF\xFE", "\xFE\xFF"})
+      EXPECT_EQ(words(name, std::string(mark) + "{"), is + "UTF-16 text; convert it, for example with iconv -f UTF-16 -t UTF-8");
+    EXPECT_EQ(words(name, "version https://git-lfs.github.com/spec/v1\n"),
+              is + "a pointer of git-lfs, the data itself was not downloaded; run git lfs pull");
+  }
+  EXPECT_EQ(words("a.csv", "text\n1\n"), "data file 'a.csv' is a table; what is read is .jsonl (a JSON object a line), .json (an "
+                                         "array of objects) and .txt (one document)");
+  EXPECT_EQ(words("b.csv", "{\"text\": \"a\"}\n"), "no error");
+}
+
 TEST_F(Records, Utf8) {
   auto bad = [](const std::string& text) { return error_of([&] { check_utf8(text, "f:1"); }) != "no error"; };
   EXPECT_FALSE(bad("a\xC3\xA9\xE2\x82\xAC\xF0\x9F\x98\x80\xEF\xBF\xBF"));
@@ -281,6 +302,8 @@ TEST_F(Records, WrongTypesAndFields) {
   EXPECT_EQ(first_error(R"({"messages": [1]})"), "f.jsonl:1: messages[0] is a number; it must be an object");
   EXPECT_EQ(first_error(R"({"messages": [{"content": "a"}]})"), "f.jsonl:1: messages[0] has no 'role' (or 'from')");
   EXPECT_EQ(first_error(R"({"messages": [{"role": "user"}]})"), "f.jsonl:1: messages[0] has no 'content'");
+  EXPECT_EQ(first_error(R"({"messages": [{"role": "user", "content": null}]})"),
+            "f.jsonl:1: messages[0] has 'content' null and no 'tool_calls'");
   EXPECT_EQ(first_error(R"({"messages": [{"role": "user", "content": 3}]})"),
             "f.jsonl:1: messages[0]: field 'content' is a number; it must be a string");
   EXPECT_EQ(first_error(R"({"messages": [{"role": "user", "content": [{"type": "image"}]}]})"),

@@ -102,6 +102,8 @@ TEST_F(Safetensors, RefusesBrokenFilesWithTheRightWords) {
   write_text(path_, "abc");
   EXPECT_EQ(refusal(),
             path_ + ": too short for a safetensors file: 3 bytes, but the first 8 give the header's length.");
+  write_text(path_, "version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 9\n");
+  EXPECT_EQ(refusal(), path_ + ": a pointer of git-lfs, the file itself was not downloaded; run git lfs pull in its folder.");
   write_text(path_, std::string("\1\xe1\xf5\5\0\0\0\0{}", 10));
   EXPECT_EQ(refusal(),
             path_ + ": not a safetensors file: its header would have 100000001 bytes; 100000000 are allowed.");

@@ -16,6 +16,9 @@ void write_file_atomic(const std::string& path, std::string_view bytes);
 
 void fsync_path(const std::string& path);  // a file or a folder
 
+// How a file begins that git left in place of one that git-lfs was to download.
+inline constexpr char kGitLfsPointer[] = "version https://git-lfs";
+
 // A file mapped read-only. Movable. DataError where it cannot be opened or is empty.
 class MappedFile {
  public:

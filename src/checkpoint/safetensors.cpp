@@ -100,6 +100,8 @@ SafetensorsFile::SafetensorsFile(const std::string& path)
   if (size < 8)
     throw DataError(
         str(path, ": too short for a safetensors file: ", size, " bytes, but the first 8 give the header's length."));
+  if (file_->view().starts_with(kGitLfsPointer))
+    throw DataError(str(path, ": a pointer of git-lfs, the file itself was not downloaded; run git lfs pull in its folder."));
   uint64_t header_bytes = read_length(file_->data());
   if (header_bytes > kMaxHeaderBytes)
     throw DataError(str(path, ": not a safetensors file: its header would have ", header_bytes, " bytes; ",

@@ -1,6 +1,7 @@
 #include "data/masking.h"
 
 #include <algorithm>
+#include <set>
 
 #include "base/check.h"
 #include "data/chat_template.h"
@@ -139,9 +140,15 @@ EncodedRecord RecordEncoder::encode_chat(const Record& record, const std::string
   bool any = false, any_assistant = false;
   for (size_t i = 0; i < messages.size(); ++i)
     if (messages[i].value("role", Json()) == "assistant") any_assistant = true, any |= wanted[i] != 0;
-  if (!any && !options_.learn_all)
-    throw DataError(str(source, ": nothing to learn: ", any_assistant ? "every message of the assistant says that it is not learnt"
-                                                                      : "no message has the role 'assistant'"));
+  if (!any && !options_.learn_all) {
+    if (any_assistant) throw DataError(str(source, ": nothing to learn: every message of the assistant says that it is not learnt"));
+    std::set<std::string> roles;
+    for (const Json& m : messages)
+      if (roles.size() < 8) roles.insert(m.value("role", std::string()).substr(0, 40));
+    std::string found;
+    for (const std::string& role : roles) found += str(found.empty() ? "'" : ", '", role, "'");
+    throw DataError(str(source, ": nothing to learn: no message has the role 'assistant'; found: ", found));
+  }
 
   RenderedChat chat = template_->render_learnt(messages, record.tools, template_args_, wanted);
   EncodedRecord encoded = tokenized(std::move(chat.text), true);

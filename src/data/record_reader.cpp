@@ -16,6 +16,26 @@ bool is_blank(std::string_view line) {
   return true;
 }
 
+// Refuses what is known by its first bytes or its name, before a line of it is called broken.
+void check_kind(const std::string& path, std::string_view bytes) {
+  struct Kind {
+    const char *begin, *what;
+  };
+  constexpr const char* kUtf16 = "UTF-16 text; convert it, for example with iconv -f UTF-16 -t UTF-8";
+  constexpr Kind kKinds[] = {{"\x1F\x8B", "compressed by gzip; unpack it first (gunzip)"},
+                             {"PK\x03\x04", "a zip archive; unpack it first"},
+                             {"\x28\xB5\x2F\xFD", "compressed by zstd; unpack it first"},
+                             {"PAR1\x15", "a Parquet file; write its rows to a .jsonl file, one JSON object a line"},
+                             {"\xFF\xFE", kUtf16},
+                             {"\xFE\xFF", kUtf16},
+                             {kGitLfsPointer, "a pointer of git-lfs, the data itself was not downloaded; run git lfs pull"}};
+  for (const Kind& kind : kKinds)
+    if (bytes.starts_with(kind.begin)) throw DataError(str("data file '", path, "' is ", kind.what));
+  if ((path.ends_with(".csv") || path.ends_with(".tsv")) && !bytes.starts_with('{') && !bytes.starts_with('['))
+    throw DataError(str("data file '", path, "' is a table; what is read is .jsonl (a JSON object a line), .json (an array of "
+                        "objects) and .txt (one document)"));
+}
+
 }  // namespace
 
 RecordReader::RecordReader(const DataFile& file) : file_(file) {
@@ -27,6 +47,7 @@ RecordReader::RecordReader(const DataFile& file) : file_(file) {
   if (info.st_size == 0) throw DataError(str("data file '", file.path, "' is empty"));
   map_.emplace(file.path);
   view_ = map_->view();
+  check_kind(file.path, view_);
   if (view_.starts_with("\xEF\xBB\xBF")) at_ = 3;
   plain_text_ = file.path.ends_with(".txt");
   if (is_blank(view_.substr(at_))) throw DataError(str("data file '", file.path, "' holds no record, only blank lines"));

@@ -128,7 +128,7 @@ void read_messages(const Json& record_json, const std::string& field, const std:
       else
         string_field(entry, "content", where);
     } else if (!has(entry, "tool_calls")) {
-      throw DataError(str(where, " has no 'content'"));
+      throw DataError(str(where, entry.contains("content") ? " has 'content' null and no 'tool_calls'" : " has no 'content'"));
     }
     add(record, std::move(copy), this_learnt);
   }
