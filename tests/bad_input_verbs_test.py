@@ -54,7 +54,8 @@ def work(tmp_path):
     ("export", [RANDOM], 2, "run.dir is not set: the folder to write", 2),
     ("export", [RANDOM, "--run.dir=WORK"], 2, "run.dir=WORK is not empty; name a new folder", 2),
     ("export", [f"--model.path={MODEL}", "--run.dir=WORK/out"], 3, f"{MODEL} has neither model.safetensors nor model.safetensors.index.json.", 2),
-    ("export", [RANDOM, "--run.dir=WORK/out", "--run.resume=WORK/none"], 3, "WORK/none is not a checkpoint: it has no manifest.json.", 1),
+    ("export", [RANDOM, "--run.dir=WORK/out", "--run.resume=WORK/none"], 2,
+     "run.resume=WORK/none is not there: allowed are auto, never, and the folder of a checkpoint, RUN/checkpoints/step-N", 1),
     ("export", [RANDOM, "--run.dir=WORK/out", "--lora.path=x"], 2, "lora.path is set: say lora.merge=true to write the merged model (the adapter "
      "itself is exported already)", 1),
     ("export", [RANDOM, "--run.dir=WORK/out", "--lora.path=WORK", "--lora.merge=true"], 3, "lora.path=WORK is no PEFT adapter: there is no "
