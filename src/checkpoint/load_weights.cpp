@@ -267,7 +267,8 @@ void load_weights(const std::string& folder_path, const std::vector<Parameter>& 
   }
 
   std::exception_ptr failure;
-#pragma omp parallel for schedule(dynamic, 4)
+  // One stretch of the files for each thread: the kernel reads ahead of it.
+#pragma omp parallel for schedule(static)
   for (size_t i = 0; i < pieces.size(); ++i) {
     try {
       read_piece(pieces[i], *descriptors.at(pieces[i].match->file));
