@@ -75,7 +75,8 @@ def test_data_files(tmp_path, content, sentence, ranks):
 
 def test_a_line_of_10_mb_is_read(tmp_path):
     (tmp_path / "data.jsonl").write_text('{"text": "' + "a word " * 1_490_000 + '"}\n')
-    assert run(tmp_path, "train", "configs/quickstart.ini", f"--data.train={tmp_path / 'data.jsonl'}", "--dry-run").returncode == 0
+    assert run(tmp_path, "train", "configs/quickstart.ini", f"--data.train={tmp_path / 'data.jsonl'}", f"--run.dir={tmp_path / 'run'}",
+               "--dry-run").returncode == 0
 
 
 # --- model folders
@@ -265,6 +266,8 @@ def test_full_run_folder(tmp_path, ranks):
     if os.geteuid() == 0 and subprocess.run(["mount", "-t", "tmpfs", "-o", "size=30m", "tmpfs", disk], capture_output=True).returncode == 0:
         sentence = (r"checkpoint of step 4 was not saved; the earlier ones are untouched: cannot write FOLDER/step-4\.tmp/shard-0000\d\.h5: "
                     r"No space left on device \(\d+ bytes needed so far\)\. Once that is mended, the same command goes on\.")
+    elif ranks > 1:
+        pytest.skip("a small disk needs root, and mpirun itself does not start where files may not grow")
     else:
         limit = lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (1 << 20, 1 << 20))
         sentence = (r"checkpoint of step 2 was not saved; the earlier ones are untouched: cannot write FOLDER/step-2\.tmp/shard-0000\d\.h5: "

@@ -70,7 +70,7 @@ def test_text_files(trireme, tmp_path):
     out = trireme("prepare", *keys, "--task.kind=pretrain").stdout
     assert out.count("1 records cut into several samples") == 2 and "evaluation data\n1 records, " in out, out
     plan = trireme("train", SOURCE / "configs/pretrain.ini", f"--model.config={SOURCE}/configs/models/llama_25m.json", *keys,
-                   "--dry-run").stderr
+                   f"--run.dir={tmp_path / 'run'}", "--dry-run").stderr
     assert "evaluation data: 1 records, " in plan and "plan: " in plan
     text.write_bytes(b"fine\n" * 3 + b"caf\xe9\n")
     error = trireme("prepare", *keys, status=3).stderr

@@ -221,7 +221,7 @@ def test_a_finished_run_needs_no_data(work, whole):
 
 def test_the_plan_counts_the_copy_for_a_checkpoint(work):
     def plan(*keys):
-        done = run(work, "plan", *KEYS, *keys)
+        done = run(work, "plan", *KEYS, f"--run.dir={work / 'planned'}", *keys)
         assert done.returncode == 0, done.stderr
         return done.stderr
 

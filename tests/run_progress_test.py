@@ -12,6 +12,15 @@ LINE = (r"step (\d+)/6  epoch \d+\.\d\d  loss \d+\.\d{4}  lr \d\.\d\de[-+]\d\d  
 LIVE = "\r\x1b[K\x1b[?7l"
 
 
+@pytest.fixture(autouse=True)
+def terminal():
+    try:
+        for end in pty.openpty():
+            os.close(end)
+    except OSError as error:  # a root without /dev/pts
+        pytest.skip(f"no terminal to be had: {error}")
+
+
 def keys(work, *more):
     return small_run(work, "run", *override(["--train.steps=6", "--log.every=3"], more))
 
