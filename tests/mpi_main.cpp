@@ -36,7 +36,7 @@ int main(int argc, char** argv) {
   int provided = 0, rank = 0;
   MPI_Init_thread(&argc, &argv, MPI_THREAD_MULTIPLE, &provided);
   MPI_Comm_rank(MPI_COMM_WORLD, &rank);
-  if (rank != 0) unsetenv("GTEST_OUTPUT");  // before InitGoogleTest reads it
+  if (rank != 0) GTEST_FLAG_SET(output, "");  // read from the environment already; InitGoogleTest acts on it
   testing::InitGoogleTest(&argc, argv);
   auto& listeners = testing::UnitTest::GetInstance()->listeners();
   if (rank != 0) delete listeners.Release(listeners.default_result_printer());

@@ -420,6 +420,11 @@ def test_counter_counts_a_crash_and_refuses_nothing(tmp_path):
     assert (status, lines[-1]) == (1, "0 passed, 1 failed, 0 skipped")
 
 
+def test_counter_loses_no_case_of_a_file_that_two_programs_wrote(tmp_path):
+    status, lines = count(tmp_path, {"x": CASES.format("") + "tes>\n", "y": CASES.format("")})
+    assert (status, lines[-1]) == (1, "1 passed, 1 failed, 1 skipped")
+
+
 def test_counter_refuses_no_tests(tmp_path):
     status, lines = count(tmp_path, {})
     assert (status, lines[-1]) == (1, "0 passed, 0 failed, 0 skipped")
