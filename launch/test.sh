@@ -15,5 +15,11 @@ if [ -z "${TRIREME_TEST_DATA:-}" ] && [ -d ../shared/data ]; then
   TRIREME_TEST_DATA=$(cd ../shared/data && pwd)
   export TRIREME_TEST_DATA
 fi
+# Whatever a test leaves behind, because it fails or is killed, is removed: at the end, or when this is run again.
+scratch=${TMPDIR:-/tmp}/trireme-tests-$(id -u)-$(pwd | cksum | cut -d' ' -f1)
+rm -rf --one-file-system "$scratch"
+mkdir -m 700 "$scratch"
+trap 'rm -rf --one-file-system "$scratch"' EXIT
+export TMPDIR=$scratch
 ctest --test-dir build/release --output-on-failure -j 2 "$@" || true
 python3 launch/count_results.py build/release/results build/release/Testing/Temporary

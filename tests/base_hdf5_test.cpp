@@ -10,6 +10,8 @@
 #include <filesystem>
 #include <numeric>
 
+#include "scratch.h"
+
 namespace trireme {
 namespace {
 
@@ -18,8 +20,7 @@ namespace fs = std::filesystem;
 class Hdf5Test : public testing::Test {
  protected:
   void SetUp() override {
-    char pattern[] = "/tmp/trireme-hdf5-XXXXXX";
-    folder_ = mkdtemp(pattern);
+    folder_ = scratch_folder();
     path_ = folder_ + "/a.h5";
   }
   void TearDown() override { fs::remove_all(folder_); }

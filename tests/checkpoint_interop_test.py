@@ -106,7 +106,7 @@ def test_h5py_reads_the_whole_tensors_of_a_checkpoint(tmp_path, ranks):
 
 def test_killed_saves_leave_a_whole_checkpoint(tmp_path):
     folder = tmp_path / "checkpoints"
-    env = dict(os.environ, TRIREME_INTEROP=str(folder), TRIREME_NUM_SAVES="1000000", OMP_NUM_THREADS="1")
+    env = dict(os.environ, TRIREME_INTEROP=str(folder), TRIREME_NUM_SAVES="1000000", OMP_NUM_THREADS="1", TMPDIR=str(tmp_path))
     env.pop("GTEST_OUTPUT", None)
     command = [str(BUILD / "checkpoint_mpi_test"), "--gtest_filter=CheckpointTest.GoesOnAfterAnotherProcess"]
     last_seen, num_leftovers = 0, 0

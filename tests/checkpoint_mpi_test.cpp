@@ -10,6 +10,7 @@
 #include <functional>
 
 #include "base/check.h"
+#include "scratch.h"
 
 namespace trireme {
 namespace {
@@ -65,10 +66,7 @@ class CheckpointTest : public testing::Test {
  protected:
   void SetUp() override {
     std::string name;
-    if (comm_.rank() == 0) {
-      char pattern[] = "/tmp/trireme-checkpoint-XXXXXX";
-      name = mkdtemp(pattern);
-    }
+    if (comm_.rank() == 0) name = scratch_folder();
     root_ = comm_.broadcast_bytes(name);
     folder_ = root_ + "/checkpoints";
   }

@@ -10,6 +10,7 @@
 #include "checkpoint/hf_hub.h"
 #include "checkpoint/peft.h"
 #include "checkpoint/run_lock.h"
+#include "scratch.h"
 
 namespace trireme {
 namespace {
@@ -19,8 +20,7 @@ namespace fs = std::filesystem;
 class CheckpointFiles : public testing::Test {
  protected:
   void SetUp() override {
-    char pattern[] = "/tmp/trireme-files-XXXXXX";
-    folder_ = mkdtemp(pattern);
+    folder_ = scratch_folder();
   }
   void TearDown() override { fs::remove_all(folder_); }
   static void write_text(const std::string& path, const std::string& text) {

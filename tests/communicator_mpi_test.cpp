@@ -6,7 +6,6 @@
 
 #include <chrono>
 #include <cmath>
-#include <cstdlib>
 #include <cstring>
 #include <filesystem>
 #include <fstream>
@@ -18,6 +17,7 @@
 #include "comm/process.h"
 #include "comm/progress.h"
 #include "comm/watchdog.h"
+#include "scratch.h"
 
 namespace trireme {
 namespace {
@@ -342,11 +342,7 @@ TEST(Communicator, SmallThings) {
 // from the front and once from the back.
 TEST(Communicator, NobodyPassesABarrierBeforeAllHaveArrived) {
   namespace fs = std::filesystem;
-  std::string folder = (fs::temp_directory_path() / "barrier-XXXXXX").string();
-  if (world().rank() == 0) {
-    ASSERT_NE(::mkdtemp(folder.data()), nullptr);
-  }
-  folder = world().broadcast_bytes(folder);
+  const std::string folder = world().broadcast_bytes(world().rank() == 0 ? scratch_folder() : "");
   const int n = world().size(), me = world().rank();
   int round = 0;
   for (bool blocking : {true, false})

@@ -3,9 +3,11 @@
 #include <gtest/gtest.h>
 
 #include <algorithm>
+#include <filesystem>
 #include <fstream>
 
 #include "base/check.h"
+#include "scratch.h"
 
 namespace trireme {
 namespace {
@@ -26,7 +28,11 @@ std::string refusal(std::vector<const char*> words) {
 }
 
 std::string ini(const std::string& text) {
-  std::string path = testing::TempDir() + "trireme_config_test.ini";
+  static const struct Folder {
+    std::string path = scratch_folder();
+    ~Folder() { std::filesystem::remove_all(path); }
+  } folder;
+  std::string path = folder.path + "/test.ini";
   std::ofstream(path) << text;
   return path;
 }

@@ -9,6 +9,7 @@
 #include "base/check.h"
 #include "base/file.h"
 #include "data/chat_template.h"
+#include "scratch.h"
 
 namespace trireme {
 namespace {
@@ -176,8 +177,7 @@ TEST(Jinja, FuzzCorpus) {
 class Folder : public testing::Test {
  protected:
   void SetUp() override {
-    char pattern[] = "/tmp/trireme-template-XXXXXX";
-    folder_ = mkdtemp(pattern);
+    folder_ = scratch_folder();
   }
   void TearDown() override { fs::remove_all(folder_); }
   void write(const std::string& name, const std::string& text) { std::ofstream(folder_ + "/" + name) << text; }

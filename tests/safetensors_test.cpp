@@ -9,6 +9,7 @@
 
 #include "base/check.h"
 #include "checkpoint/load_weights.h"
+#include "scratch.h"
 #include "support.h"
 
 namespace trireme {
@@ -19,8 +20,7 @@ namespace fs = std::filesystem;
 class Safetensors : public testing::Test {
  protected:
   void SetUp() override {
-    char pattern[] = "/tmp/trireme-safetensors-XXXXXX";
-    folder_ = mkdtemp(pattern);
+    folder_ = scratch_folder();
     path_ = folder_ + "/model.safetensors";
   }
   void TearDown() override { fs::remove_all(folder_); }

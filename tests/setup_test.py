@@ -211,11 +211,11 @@ class Machine:
         (self.folder / "bin" / name).write_text("#!/bin/bash\n" + body + "\n")
         (self.folder / "bin" / name).chmod(0o755)
 
-    def setup(self, *args, **env):
+    def setup(self, *args, script="setup", **env):
         base = {key: value for key, value in os.environ.items() if not key.startswith(("TRIREME_", "XDG_"))}
         base["HOME"] = str(self.folder / "home")
         path = f"{self.folder / 'bin'}:{os.environ['PATH']}"
-        return subprocess.run([self.folder / "clone/launch/setup.sh", *args], text=True, capture_output=True, timeout=60,
+        return subprocess.run([self.folder / f"clone/launch/{script}.sh", *args], text=True, capture_output=True, timeout=60,
                               env=base | {"TRIREME_DEPS": str(self.folder / "deps"), "PATH": path, "PIP_FAILS": ""} | env)
 
     def installed(self):
@@ -266,11 +266,25 @@ def test_a_build_for_another_torch_is_made_anew(machine):
 
 
 def test_a_full_disk_is_found_first(machine):
-    machine.program("df", "printf 'head\\nx 1 1 1048576 1 x\\n'")
+    machine.program("df", "printf 'head\\nx 1 1 2097152 1 x\\n'")
     result = machine.setup()
     assert result.returncode == 1
-    assert f"{machine.folder / 'deps'} has 1 GB free, 6 GB are needed; set TRIREME_DEPS" in result.stderr
+    assert f"{machine.folder / 'deps'} has 2 GB free, 6 GB are needed; set TRIREME_DEPS" in result.stderr
     assert machine.installed() == []
+
+
+@pytest.mark.parametrize("args, free, built, words", [
+    ([], 1199, 0, "1199 MB free, the build needs 1200 MB"), ([], 1200, 0, ""), (["--tests"], 4199, 0, "4199 MB free, the build and its tests need 4200 MB"),
+    (["--tests"], 3500, 800, "")])
+def test_a_disk_that_cannot_hold_the_build_is_found_before_anything_is_installed(machine, args, free, built, words):
+    machine.program("df", f'[ "$2" = . ] && mb={free} || mb=20000; printf "head\\nx 1 1 $((mb * 1024)) 1 x\\n"')
+    (machine.folder / "clone/build").mkdir()
+    machine.program("stat", "echo one disk for all")
+    machine.program("du", f"printf '{built}\\tbuild\\n'")
+    result = machine.setup(*args)
+    assert (result.returncode == 0, machine.installed() != []) == (words == "", words == ""), result.stderr
+    if words:
+        assert result.stderr == f"setup: {machine.folder}/clone has {words}; make room there or clone to a larger disk\n"
 
 
 def test_the_disk_of_temporary_files_is_looked_at_too(machine):
@@ -384,6 +398,17 @@ def test_remove_undoes_it_and_waits_for_nobody(machine):
     assert not tokens.exists()
     assert not (machine.folder / "deps").exists()
     assert not (machine.folder / "clone/build").exists()
+
+
+def test_what_tests_leave_is_removed_at_the_end_or_by_the_next_run(machine):
+    """ctest is the stand-in: its first run is killed with the script."""
+    scratch = machine.folder / "tmp"
+    scratch.mkdir()
+    machine.program("ctest", f'ls "$TMPDIR" >>{machine.folder}/found; touch "$TMPDIR/left"; [ -e {machine.folder}/once ] || '
+                             f'{{ touch {machine.folder}/once; kill -KILL $PPID; }}')
+    status = [machine.setup(script="test", TMPDIR=str(scratch)).returncode for _ in range(2)]
+    assert status == [-signal.SIGKILL, 0]
+    assert (machine.folder / "found").read_text() == "" and os.listdir(scratch) == []
 
 
 def count(tmp_path, xml, failed_entries=""):

@@ -10,6 +10,7 @@
 #include <thread>
 
 #include "base/error_text.h"
+#include "scratch.h"
 #include "train/agreement.h"
 #include "train/build.h"
 #include "train/memory.h"
@@ -25,8 +26,7 @@ namespace fs = std::filesystem;
 class Machine {
  public:
   Machine() {
-    char name[] = "/tmp/trireme-memory-XXXXXX";
-    root_ = ::mkdtemp(name);
+    root_ = scratch_folder();
     write("proc/meminfo", "MemTotal:  16000 kB\nMemFree:  10 kB\nMemAvailable:  8000 kB\n");
   }
   ~Machine() { fs::remove_all(root_); }
