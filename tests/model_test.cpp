@@ -1,6 +1,7 @@
 // The model room on one device: config.json, initial weights, LoRA, the KV cache. Logits are compared with transformers in
 // parity_model_test.py.
 #include "support.h"
+#include "tiny_model.h"
 
 #include <ATen/Parallel.h>
 
@@ -15,19 +16,13 @@
 namespace trireme {
 namespace {
 
+using test::config_of;
+using test::input_of;
+using test::learnt;
 using test::near;
+using test::random_row;
 using test::same_bits;
-
-Json small_config(const std::string& type, const Json& more = Json::object()) {
-  Json json = {{"model_type", type},       {"vocab_size", 61},         {"hidden_size", 32},
-               {"intermediate_size", 40},  {"num_hidden_layers", 2},   {"num_attention_heads", 4},
-               {"num_key_value_heads", 2}, {"rms_norm_eps", 1e-5},     {"max_position_embeddings", 64},
-               {"head_dim", 8},            {"initializer_range", 0.3}};
-  json.update(more);
-  return json;
-}
-
-ModelConfig config_of(const Json& json) { return model_config_from_json(json, "config.json"); }
+using test::small_config;
 
 template <typename E, typename F>
 std::string error_of(const F& f) {
@@ -40,29 +35,6 @@ std::string error_of(const F& f) {
 }
 
 std::string refusal(const Json& json) { return error_of<DataError>([&] { config_of(json); }); }
-
-ModelInput input_of(const std::vector<std::vector<int64_t>>& rows, int64_t start = 0) {
-  std::vector<int64_t> tokens, positions;
-  ModelInput input;
-  input.cu_seqlens = {0};
-  for (size_t s = 0; s < rows.size(); ++s) {
-    for (size_t i = 0; i < rows[s].size(); ++i) {
-      tokens.push_back(rows[s][i]);
-      positions.push_back(start + static_cast<int64_t>(i));
-    }
-    input.cu_seqlens.push_back(static_cast<int64_t>(tokens.size()));
-    input.sample_ids.push_back(static_cast<int64_t>(s));
-  }
-  input.tokens_T = at::tensor(tokens, at::kLong);
-  input.positions_T = at::tensor(positions, at::kLong);
-  return input;
-}
-
-std::vector<int64_t> random_row(int64_t length, int64_t seed, int64_t vocabulary = 61) {
-  std::vector<int64_t> row;
-  for (int64_t i = 0; i < length; ++i) row.push_back((i * 7919 + seed * 104729 + i * i * 31) % vocabulary);
-  return row;
-}
 
 at::Tensor logits_of(Transformer& model, const ModelInput& input, KvCache* cache = nullptr) {
   at::NoGradGuard no_grad;
@@ -296,7 +268,7 @@ TEST(InitialWeights, AreAFunctionOfSeedNameAndPlace) {
 
 TEST(InitialWeights, UniformStaysWithinItsBound) {
   at::Tensor w = at::empty({200, 50});
-  fill_uniform(w, 3, "w", 0.25);
+  fill_uniform({"w", w, ShardSpec::whole(w)}, 3, 0.25);
   EXPECT_LT(w.max().item<double>(), 0.25);
   EXPECT_GE(w.min().item<double>(), -0.25);
   EXPECT_NEAR(w.mean().item<double>(), 0.0, 6 * 0.25 / std::sqrt(3.0 * 10000));
@@ -388,7 +360,7 @@ TEST(Lora, AdaptersAreAFunctionOfSeedAndLayerInTheModelsDtype) {
 void randomise_adapters(Transformer& model) {
   at::NoGradGuard no_grad;
   for (auto& p : model.parameters())
-    if (p.name.find(".lora_") != std::string::npos) fill_normal(p.value, 11, p.name, 0.2);
+    if (p.name.find(".lora_") != std::string::npos) fill_normal(p, 11, 0.2);
 }
 
 TEST(Lora, MergedIsUnmergedAndTheScaleCounts) {
@@ -449,17 +421,6 @@ class FamilyTest : public testing::TestWithParam<Family> {
   }
 };
 
-// Every next token is learnt.
-ModelInput learnt(ModelInput input) {
-  std::vector<at::Tensor> targets;
-  for (size_t s = 0; s + 1 < input.cu_seqlens.size(); ++s) {
-    at::Tensor row = input.tokens_T.slice(0, input.cu_seqlens[s], input.cu_seqlens[s + 1]);
-    targets.insert(targets.end(), {row.slice(0, 1), at::full({1}, -100, at::kLong)});
-  }
-  input.targets_T = at::cat(targets);
-  return input;
-}
-
 struct Gradients {
   double loss = 0;
   std::vector<at::Tensor> of;  // parameters(), where they are trained
@@ -470,7 +431,7 @@ Gradients gradients(Transformer& model, const std::vector<ModelInput>& inputs) {
   for (auto& p : model.parameters()) p.value.mutable_grad().reset();
   Gradients out;
   for (const auto& input : inputs) {
-    LossSum loss = linear_cross_entropy(model.forward(input), model.head_weight(), input.targets_T);
+    LossSum loss = model.cross_entropy(model.forward(input), input.targets_T);
     loss.sum.backward();
     out.loss += loss.sum.item<double>();
   }
@@ -502,7 +463,7 @@ TEST_P(FamilyTest, RecomputationChangesNoBit) {
         attach_lora(one, {4, 8.0, 0.2, false, {"all-linear"}}, 1);
         at::NoGradGuard no_grad;
         for (auto& p : one.parameters())
-          if (p.name.ends_with(".lora_B.weight")) fill_normal(p.value, 11, p.name, 0.2);
+          if (p.name.ends_with(".lora_B.weight")) fill_normal(p, 11, 0.2);
       }
       const std::vector<ModelInput> input = {learnt(input_of({random_row(9, 1), random_row(70, 2)}))};
       one.set_recompute(Recompute::kNone);

@@ -160,7 +160,7 @@ class Scripted {
     at::NoGradGuard no_grad;
     model_->blocks()[0].o.weight_OI.zero_();
     model_->blocks()[0].down.weight_OI.zero_();
-    at::Tensor embedding = model_->parameters().front().value, head = model_->head_weight();
+    at::Tensor embedding = model_->parameters().front().value, head = model_->parameters().back().value;  // lm_head: no adapters
     head.zero_();
     std::vector<int64_t> chain = {kPrompt};
     chain.insert(chain.end(), ids_.begin(), ids_.end());

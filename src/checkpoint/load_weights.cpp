@@ -142,8 +142,11 @@ std::vector<Match> match_targets(const SafetensorsFolder& folder, const std::vec
                               shape_text(target.shard.global_shape)));
     matches.push_back({&target, name, &file});
   }
+  auto elsewhere = [&](const std::string& name) {
+    return options.elsewhere && (options.elsewhere(name) || options.elsewhere(options.optional_prefix + name));
+  };
   for (const std::string& name : folder.names())
-    if (!used.count(name) && std::none_of(options.tolerated.begin(), options.tolerated.end(),
+    if (!used.count(name) && !elsewhere(name) && std::none_of(options.tolerated.begin(), options.tolerated.end(),
                                           [&](const std::string& end) { return ends_with(name, end); }))
       surplus.push_back(name);
 

@@ -36,6 +36,7 @@ struct LoadOptions {
   std::string optional_prefix = "model.";
   // Surplus tensors whose names end so are passed over: a stored copy of a tied head, and rotary buffers of old files.
   std::vector<std::string> tolerated = {"lm_head.weight", "rotary_emb.inv_freq"};
+  std::function<bool(const std::string&)> elsewhere;  // surplus tensors that other ranks hold; empty: none
   bool headers_only = false;  // names and shapes are checked, nothing is read
 };
 

@@ -139,9 +139,7 @@ void write_adapter(const std::string& folder, const Json& config, const std::vec
   write_file_atomic(folder + "/adapter_config.json", dump_json_pretty(config));
 }
 
-void load_adapter(const std::string& folder, const std::vector<Parameter>& targets, bool headers_only) {
-  LoadOptions options;
-  options.headers_only = headers_only;
+void load_adapter(const std::string& folder, const std::vector<Parameter>& targets, LoadOptions options) {
   options.stem = "adapter_model";
   options.optional_prefix.clear();
   options.tolerated.clear();

@@ -34,6 +34,6 @@ std::vector<std::string> adapter_modules(const std::vector<std::string>& tensor_
 void write_adapter(const std::string& folder, const Json& config, const std::vector<TensorSource>& tensors);
 
 // Fills the targets, which carry PEFT's names. DataError as load_weights(); also where only adapter_model.bin is there.
-void load_adapter(const std::string& folder, const std::vector<Parameter>& targets, bool headers_only = false);
+void load_adapter(const std::string& folder, const std::vector<Parameter>& targets, LoadOptions options = {});
 
 }  // namespace trireme

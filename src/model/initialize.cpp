@@ -18,23 +18,29 @@ uint64_t name_key(const std::string& name) {  // FNV-1a: stable across builds, u
   return h;
 }
 
+// element(i) at the place whose index in the whole tensor, row-major, is i.
 template <typename F>
-void fill(at::Tensor weight, const F& element) {
-  TRIREME_CHECK(weight.is_contiguous());
+void fill(const Parameter& p, const F& element) {
+  at::Tensor weight = p.value;
+  TRIREME_CHECK(weight.is_contiguous() && weight.dim() >= 1 && weight.dim() <= 2, p.name, " ", weight.sizes());
   at::NoGradGuard no_grad;
+  const bool matrix = weight.dim() == 2;
+  const int64_t rows = matrix ? weight.size(0) : 1, columns = weight.size(-1), whole_columns = p.shard.global_shape.back();
+  const int64_t first = (matrix ? p.shard.offset[0] * whole_columns : 0) + p.shard.offset.back();
   AT_DISPATCH_FLOATING_TYPES_AND2(at::kBFloat16, at::kHalf, weight.scalar_type(), "fill", [&] {
     auto* data = weight.data_ptr<scalar_t>();
-    at::parallel_for(0, weight.numel(), 1 << 14, [&](int64_t begin, int64_t end) {
-      for (int64_t i = begin; i < end; ++i) data[i] = static_cast<scalar_t>(element(static_cast<uint64_t>(i)));
+    at::parallel_for(0, rows * columns, 1 << 14, [&](int64_t begin, int64_t end) {
+      for (int64_t i = begin; i < end; ++i)
+        data[i] = static_cast<scalar_t>(element(static_cast<uint64_t>(first + i / columns * whole_columns + i % columns)));
     });
   });
 }
 
 }  // namespace
 
-void fill_normal(at::Tensor weight, uint64_t seed, const std::string& name, double standard_deviation) {
-  uint64_t key = name_key(name);
-  fill(weight, [=](uint64_t i) {
+void fill_normal(const Parameter& p, uint64_t seed, double standard_deviation) {
+  uint64_t key = name_key(p.name);
+  fill(p, [=](uint64_t i) {
     auto r = philox(seed ^ (static_cast<uint64_t>(RandomStream::kInit) << 56), key, i);
     // Box-Muller; the first uniform is in (0, 1], so its logarithm is finite.
     double u = (static_cast<double>(r[0]) + 1.0) * 0x1.0p-32;
@@ -43,9 +49,21 @@ void fill_normal(at::Tensor weight, uint64_t seed, const std::string& name, doub
   });
 }
 
-void fill_uniform(at::Tensor weight, uint64_t seed, const std::string& name, double bound) {
-  uint64_t key = name_key(name);
-  fill(weight, [=](uint64_t i) { return bound * (2 * random_uniform(seed, RandomStream::kInit, key, i) - 1); });
+void fill_uniform(const Parameter& p, uint64_t seed, double bound) {
+  uint64_t key = name_key(p.name);
+  fill(p, [=](uint64_t i) { return bound * (2 * random_uniform(seed, RandomStream::kInit, key, i) - 1); });
+}
+
+void fill_initial(const Parameter& p, uint64_t seed, double initializer_range) {
+  at::NoGradGuard no_grad;
+  if (p.name.ends_with(".lora_A.weight"))
+    fill_uniform(p, seed, 1.0 / std::sqrt(static_cast<double>(p.shard.global_shape[1])));
+  else if (p.name.ends_with(".lora_B.weight") || p.name.ends_with(".bias"))
+    p.value.detach().zero_();
+  else if (p.value.dim() == 1)
+    p.value.detach().fill_(1.0);
+  else
+    fill_normal(p, seed, initializer_range);
 }
 
 }  // namespace trireme

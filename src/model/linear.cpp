@@ -7,17 +7,16 @@
 namespace trireme {
 
 at::Tensor Linear::forward(const at::Tensor& x_TI, const DropoutContext& dropout) const {
-  at::Tensor x = before ? before(x_TI) : x_TI;
   // Behind an `after` the bias is added to what it returns: a row-parallel layer adds it once, not once a rank.
   at::Tensor fused_bias = after ? at::Tensor() : bias_O;
   at::Tensor y;
   if (lora) {
     DropoutKey key;
     if (dropout.active && lora->dropout > 0)
-      key = {lora->dropout, dropout.seed, static_cast<uint64_t>(index), dropout.row_ids_T, 0};
-    y = lora_linear(x, weight_OI, fused_bias, lora->a_RI, lora->b_OR, lora->scale, key);
+      key = {lora->dropout, dropout.seed, static_cast<uint64_t>(index), dropout.row_ids_T, first_feature};
+    y = lora_linear(x_TI, weight_OI, fused_bias, lora->a_RI, lora->b_OR, lora->scale, key);
   } else {
-    y = trireme::linear(x, weight_OI, fused_bias);
+    y = trireme::linear(x_TI, weight_OI, fused_bias);
   }
   if (!after) return y;
   y = after(y);

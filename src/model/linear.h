@@ -20,9 +20,9 @@ struct LoraAdapter {
   double dropout = 0.0;
 };
 
-// forward(x) = after(before(x) W^T + lora) + bias. Weight [O, I] as in Hugging Face files. `before` and `after` are empty
-// (identity) on one device; parallel/ slices weight_OI and sets one of them (column: before; row: after). The bias has
-// the width of what `after` returns.
+// forward(x) = after(x W^T + lora) + bias. Weight [O, I] as in Hugging Face files. `after` is empty (identity) on one
+// device; where parallel/ has sliced the inputs (a row-parallel layer) it sums over the ranks. The bias has the width of
+// what `after` returns.
 class Linear {
  public:
   std::string path;      // model.layers.0.self_attn.q_proj
@@ -30,7 +30,8 @@ class Linear {
   at::Tensor weight_OI;  // leaf
   at::Tensor bias_O;     // leaf, or undefined
   std::unique_ptr<LoraAdapter> lora;
-  std::function<at::Tensor(const at::Tensor&)> before, after;
+  std::function<at::Tensor(const at::Tensor&)> after;
+  int64_t first_feature = 0;  // of x in the whole layer's inputs, where they are sliced; keys the dropout masks
 
   at::Tensor forward(const at::Tensor& x_TI, const DropoutContext& dropout) const;
   int64_t out_features() const { return weight_OI.size(0); }

@@ -13,8 +13,6 @@
 namespace trireme {
 namespace {
 
-constexpr const char* kPrefix = "base_model.model.";
-
 std::string last_name(const std::string& path) { return path.substr(path.rfind('.') + 1); }
 
 bool is_plain(const std::string& target) {
@@ -60,16 +58,15 @@ void attach_lora(Transformer& model, const LoraConfig& config, uint64_t seed, We
     if (!chosen.count(l)) continue;
     auto adapter = std::make_unique<LoraAdapter>();
     auto options = l->weight_OI.options().requires_grad(false);
-    adapter->a_RI = at::empty({config.rank, l->in_features()}, options);
-    adapter->b_OR = at::zeros({l->out_features(), config.rank}, options);
-    if (weights == Weights::kRandom)
-      fill_uniform(adapter->a_RI, seed, kPrefix + l->path + ".lora_A.weight", 1.0 / std::sqrt(static_cast<double>(l->in_features())));
-    adapter->a_RI.requires_grad_(true);
-    adapter->b_OR.requires_grad_(true);
+    adapter->a_RI = at::empty({config.rank, l->in_features()}, options).requires_grad_(true);
+    adapter->b_OR = at::empty({l->out_features(), config.rank}, options).requires_grad_(true);
     adapter->scale = config.scale();
     adapter->dropout = config.dropout;
     l->lora = std::move(adapter);
   }
+  if (weights == Weights::kUninitialized || model.device().is_meta()) return;
+  for (const auto& p : model.parameters())
+    if (p.value.requires_grad()) fill_initial(p, seed, 0.0);
 }
 
 bool has_lora(Transformer& model) {

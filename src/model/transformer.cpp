@@ -41,27 +41,19 @@ Recompute parse_recompute(const std::string& name) {
 }
 
 Transformer::Transformer(const ModelConfig& config, at::ScalarType dtype, uint64_t seed, Weights weights, at::Device device)
-    : config_(config), dtype_(dtype), device_(device) {
-  auto options = at::TensorOptions().dtype(dtype).device(device);
-  bool random = weights == Weights::kRandom;
-  auto matrix = [&](const std::string& path, int64_t rows, int64_t columns) {
-    at::Tensor w = at::empty({rows, columns}, options);
-    if (random) fill_normal(w, seed, path + ".weight", config.initializer_range);
-    return w.requires_grad_(true);
-  };
-  auto vector = [&](int64_t size, double value) {
-    at::Tensor v = random ? at::full({size}, value, options) : at::empty({size}, options);
-    return v.requires_grad_(true);
-  };
+    : config_(config), dtype_(dtype), device_(at::kMeta) {
+  auto options = at::TensorOptions().dtype(dtype).device(at::kMeta);
+  auto matrix = [&](int64_t rows, int64_t columns) { return at::empty({rows, columns}, options).requires_grad_(true); };
+  auto vector = [&](int64_t size) { return at::empty({size}, options).requires_grad_(true); };
   const auto& c = config;
-  embedding_VC_ = matrix("model.embed_tokens", c.vocab_size, c.hidden_size);
+  embedding_VC_ = matrix(c.vocab_size, c.hidden_size);
   int64_t count = 0, q_size = c.num_heads * c.head_dim, kv_size = c.num_kv_heads * c.head_dim;
   auto linear_layer = [&](const std::string& path, int64_t out, int64_t in, bool bias) {
     Linear l;
     l.path = path;
     l.index = count++;
-    l.weight_OI = matrix(path, out, in);
-    if (bias) l.bias_O = vector(out, 0.0);
+    l.weight_OI = matrix(out, in);
+    if (bias) l.bias_O = vector(out);
     return l;
   };
   for (int64_t i = 0; i < c.num_layers; ++i) {
@@ -75,51 +67,89 @@ Transformer::Transformer(const ModelConfig& config, at::ScalarType dtype, uint64
     b.v = linear_layer(p + ".self_attn.v_proj", kv_size, c.hidden_size, c.qkv_bias);
     b.o = linear_layer(p + ".self_attn.o_proj", c.hidden_size, q_size, c.output_bias);
     if (c.qk_norm) {
-      b.q_norm = {p + ".self_attn.q_norm", vector(c.head_dim, 1.0)};
-      b.k_norm = {p + ".self_attn.k_norm", vector(c.head_dim, 1.0)};
+      b.q_norm = {p + ".self_attn.q_norm", vector(c.head_dim)};
+      b.k_norm = {p + ".self_attn.k_norm", vector(c.head_dim)};
     }
     b.gate = linear_layer(p + ".mlp.gate_proj", c.intermediate_size, c.hidden_size, c.mlp_bias);
     b.up = linear_layer(p + ".mlp.up_proj", c.intermediate_size, c.hidden_size, c.mlp_bias);
     b.down = linear_layer(p + ".mlp.down_proj", c.hidden_size, c.intermediate_size, c.mlp_bias);
-    b.input_norm = {p + ".input_layernorm", vector(c.hidden_size, 1.0)};
-    b.post_attention_norm = {p + ".post_attention_layernorm", vector(c.hidden_size, 1.0)};
+    b.input_norm = {p + ".input_layernorm", vector(c.hidden_size)};
+    b.post_attention_norm = {p + ".post_attention_layernorm", vector(c.hidden_size)};
     blocks_.push_back(std::move(b));
   }
-  final_norm_ = {"model.norm", vector(c.hidden_size, 1.0)};
-  head_weight_VC_ = c.tie_embeddings ? embedding_VC_ : matrix("lm_head", c.vocab_size, c.hidden_size);
+  final_norm_ = {"model.norm", vector(c.hidden_size)};
+  head_weight_VC_ = c.tie_embeddings ? embedding_VC_ : matrix(c.vocab_size, c.hidden_size);
   RopeFrequencies rope = rope_frequencies(c.rope, c.head_dim, dtype);
-  inv_freq_ = rope.inv_freq.to(device);
+  inv_freq_ = rope.inv_freq;
   rope_scale_ = rope.scale;
+  const bool random = weights == Weights::kRandom;
+  if (!device.is_meta()) materialize(device, seed, [=](const std::string&) { return random; });
+}
+
+void Transformer::for_each_leaf(const std::function<void(const std::string& name, at::Tensor& leaf)>& fn) {
+  auto visit = [&](const std::string& name, at::Tensor& leaf) {
+    if (leaf.defined()) fn(name, leaf);
+  };
+  auto visit_linear = [&](Linear& l) {
+    visit(l.path + ".weight", l.weight_OI);
+    visit(l.path + ".bias", l.bias_O);
+  };
+  auto visit_norm = [&](Norm& n) { visit(n.path + ".weight", n.weight_C); };
+  const bool tied = config_.tie_embeddings;
+  if (has_embedding_ || (tied && has_head_)) visit("model.embed_tokens.weight", embedding_VC_);
+  for (auto& b : blocks_) {
+    for (Linear* l : {&b.q, &b.k, &b.v, &b.o}) visit_linear(*l);
+    visit_norm(b.q_norm);
+    visit_norm(b.k_norm);
+    for (Linear* l : {&b.gate, &b.up, &b.down}) visit_linear(*l);
+    visit_norm(b.input_norm);
+    visit_norm(b.post_attention_norm);
+  }
+  if (has_head_) visit_norm(final_norm_);
+  if (has_head_ && !tied) visit("lm_head.weight", head_weight_VC_);
+  for (Linear* l : linears()) {
+    if (!l->lora) continue;
+    visit("base_model.model." + l->path + ".lora_A.weight", l->lora->a_RI);
+    visit("base_model.model." + l->path + ".lora_B.weight", l->lora->b_OR);
+  }
+  if (tied) head_weight_VC_ = embedding_VC_;
 }
 
 std::vector<Parameter> Transformer::parameters() const {
   std::vector<Parameter> out;
-  auto add = [&](const std::string& name, const at::Tensor& value) {
-    if (value.defined()) out.push_back({name, value, ShardSpec::whole(value)});
-  };
-  auto add_linear = [&](const Linear& l) {
-    add(l.path + ".weight", l.weight_OI);
-    add(l.path + ".bias", l.bias_O);
-  };
-  auto add_norm = [&](const Norm& n) { add(n.path + ".weight", n.weight_C); };
-  add("model.embed_tokens.weight", embedding_VC_);
-  for (const auto& b : blocks_) {
-    for (const Linear* l : {&b.q, &b.k, &b.v, &b.o}) add_linear(*l);
-    add_norm(b.q_norm);
-    add_norm(b.k_norm);
-    for (const Linear* l : {&b.gate, &b.up, &b.down}) add_linear(*l);
-    add_norm(b.input_norm);
-    add_norm(b.post_attention_norm);
-  }
-  add_norm(final_norm_);
-  if (!config_.tie_embeddings) add("lm_head.weight", head_weight_VC_);
-  for (const auto& b : blocks_)
-    for (const Linear* l : {&b.q, &b.k, &b.v, &b.o, &b.gate, &b.up, &b.down}) {
-      if (!l->lora) continue;
-      add("base_model.model." + l->path + ".lora_A.weight", l->lora->a_RI);
-      add("base_model.model." + l->path + ".lora_B.weight", l->lora->b_OR);
-    }
+  const_cast<Transformer*>(this)->for_each_leaf([&](const std::string& name, at::Tensor& leaf) {
+    auto slice = slices_.find(name);
+    out.push_back({name, leaf, slice == slices_.end() ? ShardSpec::whole(leaf) : slice->second});
+  });
   return out;
+}
+
+void Transformer::keep_layers(int64_t first, int64_t end, bool embedding, bool head) {
+  TRIREME_CHECK(0 <= first && first <= end && end <= static_cast<int64_t>(blocks_.size()), first, " ", end);
+  blocks_.erase(blocks_.begin() + end, blocks_.end());
+  blocks_.erase(blocks_.begin(), blocks_.begin() + first);
+  has_embedding_ = embedding, has_head_ = head;
+}
+
+void Transformer::slice(const std::function<std::pair<at::Tensor, ShardSpec>(const Parameter&)>& cut) {
+  TRIREME_CHECK(device_.is_meta(), "only a model without memory is cut");
+  at::NoGradGuard no_grad;
+  for_each_leaf([&](const std::string& name, at::Tensor& leaf) {
+    const bool trained = leaf.requires_grad();
+    auto [part, place] = cut({name, leaf, ShardSpec::whole(leaf)});
+    if (part.sizes() != leaf.sizes()) slices_[name] = place;
+    leaf = part.detach().requires_grad_(trained);
+  });
+}
+
+void Transformer::materialize(at::Device device, uint64_t seed, const std::function<bool(const std::string&)>& fill) {
+  for_each_leaf([&](const std::string&, at::Tensor& leaf) {
+    leaf = at::empty(leaf.sizes(), leaf.options().requires_grad(false).device(device)).requires_grad_(leaf.requires_grad());
+  });
+  device_ = device;
+  inv_freq_ = inv_freq_.to(device);
+  for (const auto& p : parameters())
+    if (fill(p.name)) fill_initial(p, seed, config_.initializer_range);
 }
 
 std::vector<Linear*> Transformer::linears() {
@@ -167,7 +197,7 @@ at::Tensor Transformer::attention(const Block& b, const at::Tensor& x_TC, const 
     if (pass.observe) pass.observe(path, out);
     return out;
   };
-  int64_t t = x_TC.size(0), d = config_.head_dim;
+  int64_t t = pass.cos_TR.size(0), d = config_.head_dim;
   // Head counts come from the weights: under tensor parallelism a rank has some of the heads.
   at::Tensor q_THD = see(b.q.path, b.q.forward(x_TC, pass.dropout)).view({t, -1, d});
   at::Tensor k_TKD = see(b.k.path, b.k.forward(x_TC, pass.dropout)).view({t, -1, d});
@@ -203,15 +233,19 @@ at::Tensor Transformer::mlp(const Block& b, const at::Tensor& x_TC, const Pass& 
 at::Tensor Transformer::run_block(const Block& b, const at::Tensor& x_TC, const Pass& pass) const {
   at::Tensor normed = rms_norm(x_TC, b.input_norm.weight_C, config_.rms_norm_eps);
   if (pass.observe) pass.observe(b.input_norm.path, normed);
-  at::Tensor attended = attention(b, normed, pass);
+  at::Tensor attended = attention(b, all_rows(normed), pass);
   auto [sum_TC, normed_sum] = add_rms_norm(attended, x_TC, b.post_attention_norm.weight_C, config_.rms_norm_eps);
   if (pass.observe) pass.observe(b.post_attention_norm.path, normed_sum);
-  return sum_TC + mlp(b, normed_sum, pass);
+  return sum_TC + mlp(b, all_rows(normed_sum), pass);
 }
 
 at::Tensor Transformer::run(const ModelInput& input, Pass& pass) {
-  at::Tensor x_TC = trireme::embedding(embedding_VC_, input.tokens_T);
-  if (pass.observe) pass.observe("model.embed_tokens", x_TC);
+  at::Tensor x_TC = input.hidden_TC;
+  if (has_embedding_) {
+    x_TC = seams_.embed ? seams_.embed(embedding_VC_, input.tokens_T) : trireme::embedding(embedding_VC_, input.tokens_T);
+    if (pass.observe) pass.observe("model.embed_tokens", x_TC);
+  }
+  TRIREME_CHECK(x_TC.defined(), "a model without its embedding wants hidden_TC");
   SelectiveRecompute selective(recompute_ == Recompute::kSelective);
   bool full = recompute_ == Recompute::kFull && at::GradMode::is_enabled() && !pass.cache && !pass.observe;
   auto shared = std::make_shared<Pass>(pass);  // recomputation reads it again in backward
@@ -222,6 +256,7 @@ at::Tensor Transformer::run(const ModelInput& input, Pass& pass) {
     }
     x_TC = recompute([this, &b, shared](const std::vector<at::Tensor>& in) { return run_block(b, in[0], *shared); }, {x_TC});
   }
+  if (!has_head_) return x_TC;
   x_TC = rms_norm(x_TC, final_norm_.weight_C, config_.rms_norm_eps);
   if (pass.observe) pass.observe(final_norm_.path, x_TC);
   return x_TC;
@@ -236,13 +271,19 @@ at::Tensor Transformer::forward(const ModelInput& input, KvCache* cache) {
 
 at::Tensor Transformer::logits(const at::Tensor& hidden_TC, int64_t chunk_rows) const {
   at::NoGradGuard no_grad;
-  at::Tensor out = at::empty({hidden_TC.size(0), head_weight_VC_.size(0)},
+  at::Tensor out = at::empty({hidden_TC.size(0), config_.vocab_size},
                              hidden_TC.options().dtype(dtype_ == at::kDouble ? at::kDouble : at::kFloat));
   for (int64_t row = 0; row < hidden_TC.size(0); row += chunk_rows) {
     int64_t n = std::min(chunk_rows, hidden_TC.size(0) - row);
-    out.narrow(0, row, n).copy_(trireme::linear(hidden_TC.narrow(0, row, n), head_weight_VC_));
+    at::Tensor part = trireme::linear(hidden_TC.narrow(0, row, n), head_weight_VC_);
+    out.narrow(0, row, n).copy_(seams_.all_logits ? seams_.all_logits(part) : part);
   }
   return out;
+}
+
+LossSum Transformer::cross_entropy(const at::Tensor& hidden_TC, const at::Tensor& targets_T, double gradient_scale) const {
+  return linear_cross_entropy(all_rows(hidden_TC), head_weight_VC_, targets_T, 0, gradient_scale,
+                              seams_.vocabulary ? &*seams_.vocabulary : nullptr);
 }
 
 std::string Transformer::first_nonfinite(const ModelInput& input) {
@@ -254,7 +295,8 @@ std::string Transformer::first_nonfinite(const ModelInput& input) {
     if (bad > 0) first = str(path, ": ", bad, " of ", value.numel(), " values are not finite");
   };
   for (const auto& p : parameters()) look(p.name, p.value);
-  if (!first.empty()) return first;
+  // Where ranks share the rows all of them run: they meet in the seams.
+  if (!has_embedding_ || (!first.empty() && !seams_.all_rows)) return first;
   bool was_training = training_;
   training_ = false;
   Pass pass = prepare(input, nullptr);

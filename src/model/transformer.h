@@ -7,6 +7,7 @@
 #include "model/hf_config.h"
 #include "model/kv_cache.h"
 #include "model/linear.h"
+#include "ops/ops.h"
 
 namespace trireme {
 
@@ -16,6 +17,7 @@ struct ModelInput {
   std::vector<int64_t> cu_seqlens;              // [segments + 1]
   std::vector<int64_t> sample_ids;              // [segments] keys the dropout masks; may be empty without dropout
   uint64_t dropout_seed = 0;                    // of the run; new masks in each epoch come from sample_ids, which tell the epoch
+  at::Tensor hidden_TC;  // what the pipeline stage before has sent; undefined where the model holds the embedding
 };
 
 // What backward computes again instead of keeping it. full: a block's input only is kept. selective: what is cheap is
@@ -40,6 +42,16 @@ struct Block {
   bool uses_rope = true;
 };
 
+// What lies between the parts of a model whose weights are sliced over ranks: all empty on one device, set by parallel/.
+// The residual stream, the norms and the output of forward() have a share of the rows there, in the order of the ranks.
+struct ModelSeams {
+  std::function<at::Tensor(const at::Tensor& w_VC, const at::Tensor& ids_T)> embed;
+  std::function<at::Tensor(const at::Tensor& x_TC)> all_rows;      // of what lies spread over the ranks by rows
+  std::function<at::Tensor(const at::Tensor& part_TV)> all_logits;  // from every rank's part of the vocabulary
+  std::optional<VocabularyPart> vocabulary;  // that the head has here
+  int64_t row_multiple = 1;                    // number of rows of which T is a multiple
+};
+
 class Transformer {
  public:
   // kRandom: matrices normal(0, initializer_range), norms 1, biases 0; an element is a function of (seed, parameter, its
@@ -51,15 +63,30 @@ class Transformer {
   at::ScalarType dtype() const { return dtype_; }
   at::Device device() const { return device_; }
 
-  // [T, C] after the final norm. Dropout acts only while training() is true.
+  // [T, C] after the final norm; where the head is on a later stage: after the last layer here. Dropout acts only while
+  // training() is true.
   at::Tensor forward(const ModelInput& input, KvCache* cache = nullptr);
-  // fp32 (fp64 for fp64) logits of hidden states, without gradients, chunk by chunk.
+  // fp32 (fp64 for fp64) logits of hidden states (all_rows() of them), without gradients, chunk by chunk.
   at::Tensor logits(const at::Tensor& hidden_TC, int64_t chunk_rows = 512) const;
-  at::Tensor head_weight() const { return head_weight_VC_; }  // the embedding itself where tied
+  // Of what forward() returns: every row, on every rank.
+  at::Tensor all_rows(const at::Tensor& hidden_TC) const { return seams_.all_rows ? seams_.all_rows(hidden_TC) : hidden_TC; }
+  // Next-token loss of what forward() returned; see linear_cross_entropy() in ops/ops.h.
+  LossSum cross_entropy(const at::Tensor& hidden_TC, const at::Tensor& targets_T, double gradient_scale = 1) const;
 
   // All leaves in Hugging Face order and names (a tied head appears once, as the embedding), then the adapters under
   // PEFT names. Values share storage with the model: fill them to load.
   std::vector<Parameter> parameters() const;
+
+  // To cut a model to what one rank of many holds, while it is on the meta device (parallel/), and to give it memory then.
+  void keep_layers(int64_t first, int64_t end, bool embedding, bool head);  // of the pipeline stage
+  // Replaces every leaf by the slice that `cut` returns: {the slice, its place}.
+  void slice(const std::function<std::pair<at::Tensor, ShardSpec>(const Parameter& whole)>& cut);
+  void set_seams(ModelSeams seams) { seams_ = std::move(seams); }
+  const ModelSeams& seams() const { return seams_; }
+  // Memory on `device` for all leaves; those that `fill` names have their initial values, the others what was there.
+  void materialize(at::Device device, uint64_t seed, const std::function<bool(const std::string& name)>& fill);
+  bool has_embedding() const { return has_embedding_; }
+  bool has_head() const { return has_head_; }
   std::vector<Linear*> linears();  // q, k, v, o, gate, up, down of every block, in order; not the head
   std::vector<Block>& blocks() { return blocks_; }
 
@@ -87,12 +114,18 @@ class Transformer {
   at::Tensor attention(const Block& block, const at::Tensor& x_TC, const Pass& pass) const;
   at::Tensor mlp(const Block& block, const at::Tensor& x_TC, const Pass& pass) const;
 
+  // fn(name, leaf), in the order of parameters(); leaves may be replaced.
+  void for_each_leaf(const std::function<void(const std::string& name, at::Tensor& leaf)>& fn);
+
   ModelConfig config_;
   at::ScalarType dtype_;
   at::Device device_;
   at::Tensor embedding_VC_, head_weight_VC_;
   std::vector<Block> blocks_;
   Norm final_norm_;
+  bool has_embedding_ = true, has_head_ = true;
+  std::map<std::string, ShardSpec> slices_;  // of leaves that are no longer whole
+  ModelSeams seams_;
   at::Tensor inv_freq_;  // fp32 [D / 2] (fp64 in an fp64 model)
   double rope_scale_ = 1.0;
   Recompute recompute_ = Recompute::kNone;

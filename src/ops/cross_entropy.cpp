@@ -33,6 +33,35 @@ Rows learnt_rows(const at::Tensor& targets_T, int64_t vocabulary) {
   return rows;
 }
 
+// Rows of logits [N, V] that go on at other ranks: losses and hits of the whole rows; the logits become their gradients.
+void cross_entropy_of_part(at::Tensor logits_NV, const int64_t* target, const VocabularyPart& part, double* losses, uint8_t* correct,
+                           bool want_gradient) {
+  const int64_t n = logits_NV.size(0), size = logits_NV.size(1);
+  at::Tensor z = logits_NV.to(compute_dtype(logits_NV.scalar_type()), false, /*copy=*/true).contiguous();
+  auto [largest, place] = z.max(1);
+  at::Tensor maximum = largest.clone();
+  part.combine(maximum, true);
+  // The first of equals: the largest of the negative ids.
+  at::Tensor first = at::where(largest == maximum, -(place + part.first), std::numeric_limits<int64_t>::min());
+  part.combine(first, true);
+  at::Tensor sums = at::zeros({2, n}, at::kDouble);  // of exponentials; the target's logit less the maximum
+  at::Tensor local = at::from_blob(const_cast<int64_t*>(target), {n}, at::kLong) - part.first;
+  at::Tensor here = at::nonzero((local >= 0).logical_and(local < size)).view({-1}), column = local.index_select(0, here);
+  z.sub_(maximum.unsqueeze(1));
+  sums[1].index_copy_(0, here, z.index({here, column}).to(at::kDouble));
+  z.exp_();
+  at::Tensor exponentials = sums[0];
+  at::sum_out(exponentials, z, at::IntArrayRef{1}, false, at::kDouble);
+  part.combine(sums, false);
+  const double *sum = sums.const_data_ptr<double>(), *logit = sum + n;
+  const int64_t* hit = first.const_data_ptr<int64_t>();
+  for (int64_t i = 0; i < n; ++i) losses[i] = std::log(sum[i]) - logit[i], correct[i] = -hit[i] == target[i];
+  if (!want_gradient) return;
+  z.div_(sums[0].to(z.scalar_type()).unsqueeze(1));
+  z.index_put_({here, column}, at::scalar_tensor(-1.0, z.options()), /*accumulate=*/true);
+  logits_NV.copy_(z);
+}
+
 struct Computed {
   double loss = 0.0;
   int64_t correct = 0;
@@ -40,7 +69,7 @@ struct Computed {
 };
 
 Computed run(const at::Tensor& hidden_TC, const at::Tensor& head_VC, const Rows& rows, int64_t chunk_rows,
-             bool want_hidden, bool want_head, double gradient_scale) {
+             bool want_hidden, bool want_head, double gradient_scale, const VocabularyPart* part) {
   at::NoGradGuard no_grad;
   const int64_t count = static_cast<int64_t>(rows.index.size()), size = hidden_TC.size(1), vocabulary = head_VC.size(0);
   const auto dtype = hidden_TC.scalar_type();
@@ -71,7 +100,10 @@ Computed run(const at::Tensor& hidden_TC, const at::Tensor& head_VC, const Rows&
     }
     at::Tensor logits = buffer.slice(0, 0, padded);
     at::mm_out(logits, hidden, head_VC.t());
-    dispatch_floating(dtype, [&](auto zero) {
+    if (part)
+      cross_entropy_of_part(logits.slice(0, 0, n), rows.target.data() + begin, *part, losses.data() + begin, correct.data() + begin,
+                            want_hidden || want_head);
+    else dispatch_floating(dtype, [&](auto zero) {
       using T = decltype(zero);
       at::parallel_for(0, n, 1, [&](int64_t from, int64_t to) {
         for (int64_t row = from; row < to; ++row)
@@ -149,16 +181,17 @@ int64_t cross_entropy_chunk_rows(int64_t vocabulary, at::ScalarType dtype, bool 
 }
 
 LossSum linear_cross_entropy(const at::Tensor& hidden_TC, const at::Tensor& head_VC, const at::Tensor& targets_T,
-                             int64_t chunk_rows, double gradient_scale) {
+                             int64_t chunk_rows, double gradient_scale, const VocabularyPart* part) {
   TRIREME_CHECK(hidden_TC.dim() == 2 && head_VC.dim() == 2 && hidden_TC.size(1) == head_VC.size(1) &&
                     hidden_TC.scalar_type() == head_VC.scalar_type() && targets_T.dim() == 1 &&
                     targets_T.size(0) == hidden_TC.size(0) && targets_T.scalar_type() == at::kLong,
                 hidden_TC.sizes(), head_VC.sizes(), targets_T.sizes());
-  const Rows rows = learnt_rows(targets_T, head_VC.size(0));
+  const int64_t vocabulary = part ? part->num_ids : head_VC.size(0);
+  const Rows rows = learnt_rows(targets_T, vocabulary);
   const bool want_hidden = wants_gradient(hidden_TC), want_head = wants_gradient(head_VC);
-  if (chunk_rows <= 0) chunk_rows = cross_entropy_chunk_rows(head_VC.size(0), head_VC.scalar_type(), want_head);
+  if (chunk_rows <= 0) chunk_rows = cross_entropy_chunk_rows(vocabulary, head_VC.scalar_type(), want_head);
   Computed computed = run(hidden_TC.detach().contiguous(), head_VC.detach(), rows, chunk_rows, want_hidden, want_head,
-                          gradient_scale);
+                          gradient_scale, part);
   LossSum result;
   result.count = static_cast<int64_t>(rows.index.size());
   result.correct = at::scalar_tensor(computed.correct, at::kLong);

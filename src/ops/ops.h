@@ -72,14 +72,23 @@ struct LossSum {
   at::Tensor correct;  // int64 scalar: rows whose largest logit (the first of equals) is the target's
 };
 
+// Where the head's rows are sliced over ranks: the rank holds ids first .. first + V - 1 of num_ids. `combine` leaves the
+// sum or the maximum over the ranks in the tensor (contiguous; fp32, fp64 or int64). All of them call it in the same order.
+struct VocabularyPart {
+  int64_t first = 0, num_ids = 0;
+  std::function<void(at::Tensor x, bool maximum)> combine;
+};
+
 // Cross-entropy of the logits hidden head^T over the rows whose target is not kIgnoreTarget (-100); other rows are not
 // computed. Logits exist chunk_rows rows at a time (0: chosen by size), rounded to the dtype as Hugging Face's, never
 // all at once: gradients of hidden and head (where it is trained) are computed in forward and scaled in backward by the
 // incoming scalar. Without gradients (nothing requires them, or under NoGradGuard) only the sums are computed.
 // Gradients come out times gradient_scale, multiplied before they are first rounded to the products' dtype (float16: small
 // ones would vanish there). count == 0 gives a zero sum with zero gradients. A target outside 0 .. V-1 is an InternalError.
+// With a `part` no rank ever holds a whole row of logits: maximum, sum and the target's logit of each row are combined. The
+// results are those of the whole on every rank, the gradient of hidden is this rank's part of the sum over the ranks.
 LossSum linear_cross_entropy(const at::Tensor& hidden_TC, const at::Tensor& head_VC, const at::Tensor& targets_T,
-                             int64_t chunk_rows = 0, double gradient_scale = 1);
+                             int64_t chunk_rows = 0, double gradient_scale = 1, const VocabularyPart* part = nullptr);
 // The number of rows that chunk_rows = 0 stands for; `trains`: the head has a gradient.
 int64_t cross_entropy_chunk_rows(int64_t vocabulary, at::ScalarType dtype, bool trains);
 

@@ -3,6 +3,7 @@
 #include "tasks/language_model.h"
 
 #include <cmath>
+#include <numeric>
 
 #include "base/check.h"
 #include "ops/ops.h"
@@ -10,7 +11,7 @@
 namespace trireme {
 
 TaskResult LanguageModelTask::run(Transformer& model, const ModelInput& input, double gradient_scale) const {
-  LossSum loss = linear_cross_entropy(model.forward(input), model.head_weight(), input.targets_T, 0, gradient_scale);
+  LossSum loss = model.cross_entropy(model.forward(input), input.targets_T, gradient_scale);
   TaskResult result;
   result.loss_sum = loss.sum;
   result.count = loss.count;
@@ -50,7 +51,8 @@ ModelInput to_device(const SequenceBatch& batch, at::Device device) {
 }
 
 int64_t row_multiple(const Transformer& model) {
-  return model.device().is_cpu() && (model.dtype() == at::kBFloat16 || model.dtype() == at::kHalf) ? 64 : 1;
+  const bool compiled = model.device().is_cpu() && (model.dtype() == at::kBFloat16 || model.dtype() == at::kHalf);
+  return std::lcm(compiled ? int64_t{64} : int64_t{1}, model.seams().row_multiple);
 }
 
 ModelInput to_model(SequenceBatch batch, const Transformer& model) {

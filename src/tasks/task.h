@@ -31,7 +31,7 @@ std::unique_ptr<Task> make_task(const std::string& kind);
 // A batch as tensors on the device of the model. The copy is safe to keep while the batch goes.
 ModelInput to_device(const SequenceBatch& batch, at::Device device);
 // The number of rows of which products of this model want a multiple: 64 in 16 bits on a CPU, where each new number is compiled
-// (some 30 ms for a model) and the code kept (some 3 MB); else 1.
+// (some 30 ms for a model) and the code kept (some 3 MB); and what its seams want, where ranks share the rows.
 int64_t row_multiple(const Transformer& model);
 // The same for a sum over the batch, filled up to a number of tokens that the model's kernels want.
 ModelInput to_model(SequenceBatch batch, const Transformer& model);

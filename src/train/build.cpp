@@ -219,17 +219,12 @@ LoraConfig lora_config(const Config& config) {
 }
 
 std::unique_ptr<Transformer> build_model(const Config& config, const ModelSource& source, at::ScalarType dtype, bool attach,
-                                         bool shapes_only) {
-  auto seed = static_cast<uint64_t>(config.run.seed);
-  const bool random = source.folder.empty();
-  const Weights fresh = shapes_only ? Weights::kUninitialized : Weights::kRandom;
-  auto model = std::make_unique<Transformer>(source.config, dtype, seed, random ? fresh : Weights::kUninitialized,
-                                             shapes_only ? at::kMeta : at::kCPU);
+                                         bool shapes_only, const ModelCut& cut) {
+  const auto seed = static_cast<uint64_t>(config.run.seed);
   at::NoGradGuard no_grad;
-  LoadOptions options;
-  options.headers_only = shapes_only;
-  if (!random) load_weights(source.folder, model->parameters(), options);
-  if (!config.lora.path.empty()) {
+  auto model = std::make_unique<Transformer>(source.config, dtype, seed, Weights::kUninitialized, at::kMeta);
+  const bool stored_adapter = !config.lora.path.empty();
+  if (stored_adapter) {
     LoraConfig lora = lora_config(config);
     std::set<std::string> paths;
     for (Linear* l : model->linears()) paths.insert(l->path);
@@ -237,11 +232,21 @@ std::unique_ptr<Transformer> build_model(const Config& config, const ModelSource
       if (!paths.count(target))
         throw DataError(str(config.lora.path, ": the adapter changes ", target, ", which is no linear layer of a block of ",
                             source.config.source, "; Trireme has adapters on those only"));
-    attach_lora(*model, lora, seed, Weights::kUninitialized);
-    load_adapter(config.lora.path, only(*model, true), shapes_only);
+    attach_lora(*model, lora, seed);
   } else if (attach && config.lora.rank > 0) {
-    attach_lora(*model, lora_config(config), seed, fresh);
+    attach_lora(*model, lora_config(config), seed);
   }
+  std::set<std::string> whole;
+  for (const auto& p : model->parameters()) whole.insert(p.name);
+  if (cut) cut(*model);
+  const bool random = source.folder.empty();
+  if (!shapes_only)
+    model->materialize(at::kCPU, seed, [&](const std::string& name) { return name.find(".lora_") == std::string::npos ? random : !stored_adapter; });
+  LoadOptions options;
+  options.headers_only = shapes_only;
+  options.elsewhere = [&](const std::string& name) { return whole.count(name) != 0; };
+  if (!random) load_weights(source.folder, only(*model, false), options);
+  if (stored_adapter) load_adapter(config.lora.path, only(*model, true), options);
   return model;
 }
 

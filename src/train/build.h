@@ -41,9 +41,11 @@ at::ScalarType weight_dtype(const Config& config, const ModelSource& source);
 at::ScalarType train_dtype(const Config& config, const ModelSource& source);
 
 // The model on the CPU, with weights read or random, then the adapter of lora.path, or (`attach`) new adapters by lora.*.
-// `shapes_only`: nothing is allocated or read but headers; every file and key is checked all the same.
+// `shapes_only`: nothing is allocated or read but headers; every file and key is checked all the same. `cut`: leaves of the
+// model, which has no memory yet, what this rank is to hold; no more than that is allocated and read.
+using ModelCut = std::function<void(Transformer& model)>;
 std::unique_ptr<Transformer> build_model(const Config& config, const ModelSource& source, at::ScalarType dtype,
-                                         bool attach, bool shapes_only = false);
+                                         bool attach, bool shapes_only = false, const ModelCut& cut = {});
 
 // Of the adapter in lora.path, else of the lora.* keys. DataError: what the adapter's files have wrong.
 LoraConfig lora_config(const Config& config);
