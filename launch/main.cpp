@@ -5,6 +5,7 @@
 
 #include <csignal>
 #include <cstdlib>
+#include <fstream>
 #include <iostream>
 
 #include "base/error_text.h"
@@ -60,6 +61,12 @@ ExitStatus start(int argc, char** argv, const Process& process) {
   }
 }
 
+// For run_local.sh: an mpirun that is told to stop while its ranks save or end returns a status of its own.
+void tell_launcher(ExitStatus status) {
+  const char* file = std::getenv("TRIREME_STATUS_FILE");
+  if (file != nullptr && status == kExitStopped) std::ofstream(file, std::ios::app) << status << "\n";
+}
+
 }  // namespace
 }  // namespace trireme
 
@@ -72,12 +79,14 @@ int main(int argc, char** argv) {
   auto fail = [&](ExitStatus status, const std::string& message, bool agreed) -> int {
     if (!agreed || !process || process->rank() == 0) log_message(LogLevel::kError, message);
     if (!agreed && process && process->size() > 1) Process::abort(status);
+    if (process && process->rank() == 0) tell_launcher(status);
     return status;
   };
   try {
     process.emplace(&argc, &argv);
     const ExitStatus status = start(argc, argv, *process);
     if (!std::cout.flush()) throw SystemError("standard output cannot be written to its end: its disk is full, or its reader has gone");
+    if (process->rank() == 0) tell_launcher(status);
     return status;
   } catch (const AgreedError& error) {
     return fail(error.status(), error.what(), true);

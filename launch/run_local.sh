@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # Runs trireme on several ranks of this machine:  launch/run_local.sh -n RANKS VERB [CONFIG.ini] [--key=value ...]
 # SIGTERM, SIGINT (Ctrl-C), SIGHUP and SIGUSR1 let a training run finish its step and save (status 75); a second one ends it at
-# once, as the first one does with every other verb (status 1).
+# once (status 1, or 75 where it had saved), as the first one does with every other verb (status 1).
 set -euo pipefail
 top=$(cd "$(dirname "$0")/.." && pwd)
 usage() { sed -n '2,/^[^#]/s/^# \{0,1\}//p' "$0"; }
@@ -21,16 +21,19 @@ options=(-q --bind-to none --oversubscribe -n "$ranks")
 [ "$(id -u)" != 0 ] || export OMPI_ALLOW_RUN_AS_ROOT=1 OMPI_ALLOW_RUN_AS_ROOT_CONFIRM=1
 
 saves="" job="" stops=0 started=$(mktemp)
+export TRIREME_STATUS_FILE=$started # rank 0 writes 75 when all ranks have saved and end
 for word; do [ "$word" != train ] || saves=yes; done
 trap 'rm -f "$started"' EXIT
+saved() { grep -qx 75 "$started"; }
 on_signal() {
   stops=$((stops + 1))
   [ -n "$job" ] || exit 75 # nothing has begun
+  [ $stops -gt 2 ] || ! saved || return 0 # they are ending; mpirun may crash when it is told now
   case $stops$saves in
     1yes)
       echo "run_local: stopping after this step; once more ends at once" >&2
       # Until it has begun, mpirun passes no signal on: it is told until it ends.
-      while kill -USR1 "$job" 2>/dev/null; do sleep 1; done </dev/null >/dev/null 2>&1 & ;;
+      while ! saved && kill -USR1 "$job"; do sleep 1; done </dev/null >/dev/null 2>&1 & ;;
     1 | 2yes) kill -TERM "$job" 2>/dev/null || true ;;
     *) kill -KILL "$job" 2>/dev/null || true ;;
   esac
@@ -51,6 +54,7 @@ while [ $seen -ne $stops ]; do
   answer=0; wait "$job" || answer=$?
   [ $answer -eq 127 ] && [ -n "$status" ] || status=$answer
 done
+! saved || status=75
 if [ "$status" -ne 0 ] && [ "$stops" -eq 0 ] && [ ! -s "$started" ]; then
   echo "run_local: mpirun could not start a rank (status $status); this is what it says:" >&2
   mpirun "${options[@]:1}" true >&2 || true

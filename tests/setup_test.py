@@ -79,6 +79,25 @@ def test_a_second_signal_ends_at_once(binary):
     assert "saved" not in out
 
 
+@pytest.mark.parametrize("second", ["while it saves", "while it ends"])
+def test_a_second_signal_does_not_hide_that_it_was_saved(binary, second):
+    """mpirun ends with a status of its own then, or crashes; what rank 0 has written counts."""
+    write = 'open(os.environ["TRIREME_STATUS_FILE"], "a").write("75\\n"); '
+    body = {"while it saves": "time.sleep(0.5); " + write + 'print("saved", flush=True)',
+            "while it ends": write + 'print("saved", flush=True); time.sleep(0.7)'}[second]
+    binary.write_text(RANK.replace("time.sleep(1.5)", "signal.signal(signal.SIGTERM, signal.SIG_IGN)").replace('print("saved", flush=True)', body))
+    process = start(binary, "-n", "1", "train")
+    wait_ready(process, 1)
+    process.send_signal(signal.SIGINT)
+    if second == "while it ends":
+        assert process.stdout.readline() == "saved\n"
+    else:
+        time.sleep(0.2)
+    process.send_signal(signal.SIGINT)
+    _, err = process.communicate(timeout=30)
+    assert (process.returncode, err) == (75, "run_local: stopping after this step; once more ends at once\n")
+
+
 @pytest.mark.parametrize("status", [0, 1, 2, 3, 75])
 def test_status_of_the_ranks_is_returned(binary, status):
     process = start(binary, "-n", "2", "status", str(status))
