@@ -2,13 +2,13 @@
 #include <algorithm>
 
 #include "base/check.h"
-#include "parallel/schedule.h"
+#include "parallel/pipeline_schedule.h"
 
 namespace trireme {
 namespace {
 
 // Forward, then input gradient, then weight gradient (or both at once), once each on every chunk.
-std::string check_order(const Schedule& s) {
+std::string check_order(const PipelineSchedule& s) {
   enum State { kNothing, kForwarded, kInputDone, kDone };
   std::vector<int> states(static_cast<size_t>(s.num_chunks() * s.micro_batches), kNothing);
   auto wanted = [](ActionKind kind) {
@@ -33,7 +33,7 @@ std::string check_order(const Schedule& s) {
 }
 
 // Plays sends that block until the receiver has posted its receive.
-std::string check_progress(const Schedule& s) {
+std::string check_progress(const PipelineSchedule& s) {
   struct Channel {                   // what comes to a chunk in one direction
     std::vector<int> micro_batches;  // in the order of the receives
     size_t num_consumed = 0;
@@ -89,7 +89,7 @@ std::string check_progress(const Schedule& s) {
 
 }  // namespace
 
-std::string check_schedule(const Schedule& schedule) {
+std::string check_schedule(const PipelineSchedule& schedule) {
   const std::string wrong = check_order(schedule);
   return wrong.empty() ? check_progress(schedule) : wrong;
 }
@@ -100,7 +100,7 @@ double Simulation::bubble() const {
   return seconds > 0 ? 1 - sum / (seconds * static_cast<double>(busy.size())) : 0;
 }
 
-Simulation simulate(const Schedule& s, const ActionCosts& costs) {
+Simulation simulate(const PipelineSchedule& s, const ActionCosts& costs) {
   const size_t stages = s.actions.size();
   Simulation out{0, std::vector<double>(stages), std::vector<double>(stages), std::vector<double>(stages),
                  std::vector<int>(stages)};

@@ -1,4 +1,4 @@
-#include "parallel/schedule.h"
+#include "parallel/pipeline_schedule.h"
 
 #include <algorithm>
 #include <array>
@@ -11,7 +11,7 @@ namespace {
 constexpr std::array kNames = {"gpipe", "1f1b", "interleaved", "zb-h1", "zb-v"};
 
 // The k-th forward (or backward) of a stage: groups of p micro-batches go through all its chunks before the next group.
-Action nth(const Schedule& s, int stage, int k, ActionKind kind) {
+Action nth(const PipelineSchedule& s, int stage, int k, ActionKind kind) {
   const int p = s.stages, v = s.virtual_stages, round = k / p % v;
   const int local = kind == ActionKind::kForward ? round : v - 1 - round;
   return {kind, v == 1 ? k : k / (p * v) * p + k % p, stage + local * p};
@@ -19,7 +19,7 @@ Action nth(const Schedule& s, int stage, int k, ActionKind kind) {
 
 // `warm_up` forwards, then forward and backward in turn, then the backwards that are left. Where backward is split, the
 // weight gradient comes `delay` backwards late.
-std::vector<Action> in_turn(const Schedule& s, int stage, int warm_up, bool split, int delay) {
+std::vector<Action> in_turn(const PipelineSchedule& s, int stage, int warm_up, bool split, int delay) {
   const int total = s.micro_batches * s.virtual_stages;
   std::vector<Action> out;
   for (int k = 0; k < std::min(warm_up, total); ++k) out.push_back(nth(s, stage, k, ActionKind::kForward));
@@ -35,7 +35,7 @@ std::vector<Action> in_turn(const Schedule& s, int stage, int warm_up, bool spli
 
 // Chunk `down` goes from the first stage to the last, chunk `up` back. In the steady state every stage repeats F B W of
 // the one and F B W of the other; weight gradients are kept only for the end, where a stage would wait.
-std::vector<Action> v_shape(const Schedule& s, int stage) {
+std::vector<Action> v_shape(const PipelineSchedule& s, int stage) {
   const int p = s.stages, down = stage, up = 2 * p - 1 - stage;
   const int m = std::max(s.micro_batches, 2 * p - 1);  // a shorter step is a longer one with actions left out
   std::vector<Action> out;
@@ -66,13 +66,13 @@ std::vector<Action> v_shape(const Schedule& s, int stage) {
 
 }  // namespace
 
-ScheduleKind parse_schedule(const std::string& name) {
+PipelineKind parse_pipeline_kind(const std::string& name) {
   for (size_t i = 0; i < kNames.size(); ++i)
-    if (name == kNames[i]) return static_cast<ScheduleKind>(i);
+    if (name == kNames[i]) return static_cast<PipelineKind>(i);
   throw ConfigError("parallel.schedule=" + name + ": must be gpipe, 1f1b, interleaved, zb-h1 or zb-v");
 }
 
-const char* schedule_name(ScheduleKind kind) { return kNames.at(static_cast<size_t>(kind)); }
+const char* pipeline_kind_name(PipelineKind kind) { return kNames.at(static_cast<size_t>(kind)); }
 
 const char* action_name(ActionKind kind) {
   static constexpr std::array names = {"forward", "backward", "backward_input", "backward_weight"};
@@ -83,57 +83,57 @@ std::string action_text(const Action& a) {
   return str(action_name(a.kind), " of micro-batch ", a.micro_batch, " on chunk ", a.chunk);
 }
 
-int Schedule::stage_of(int chunk) const {
-  return kind == ScheduleKind::kZbV && chunk >= stages ? num_chunks() - 1 - chunk : chunk % stages;
+int PipelineSchedule::stage_of(int chunk) const {
+  return kind == PipelineKind::kZbV && chunk >= stages ? num_chunks() - 1 - chunk : chunk % stages;
 }
 
-std::vector<int> Schedule::chunks_of(int stage) const {
+std::vector<int> PipelineSchedule::chunks_of(int stage) const {
   std::vector<int> out;
   for (int c = 0; c < num_chunks(); ++c)
     if (stage_of(c) == stage) out.push_back(c);
   return out;
 }
 
-int Schedule::source(const Action& a) const {
+int PipelineSchedule::source(const Action& a) const {
   if (a.kind == ActionKind::kBackwardWeight) return -1;
   const int from = a.chunk + (a.kind == ActionKind::kForward ? -1 : 1);
   return from < 0 || from == num_chunks() || stage_of(from) == stage_of(a.chunk) ? -1 : stage_of(from);
 }
 
-bool Schedule::consumer(const Action& a, Action* waiting) const {
+bool PipelineSchedule::consumer(const Action& a, Action* waiting) const {
   *waiting = a;
   waiting->chunk += a.kind == ActionKind::kForward ? 1 : -1;
   return a.kind != ActionKind::kBackwardWeight && waiting->chunk >= 0 && waiting->chunk < num_chunks() &&
          stage_of(waiting->chunk) != stage_of(a.chunk);
 }
 
-Schedule make_schedule(ScheduleKind kind, int stages, int virtual_stages, int micro_batches) {
+PipelineSchedule make_pipeline_schedule(PipelineKind kind, int stages, int virtual_stages, int micro_batches) {
   TRIREME_CHECK(stages >= 1 && virtual_stages >= 0 && micro_batches >= 1, stages, " ", virtual_stages, " ",
                 micro_batches);
-  const bool v_shaped = kind == ScheduleKind::kZbV, interleaved = kind == ScheduleKind::kInterleaved;
+  const bool v_shaped = kind == PipelineKind::kZbV, interleaved = kind == PipelineKind::kInterleaved;
   if (virtual_stages == 0) virtual_stages = v_shaped || interleaved ? 2 : 1;
   if (v_shaped && virtual_stages != 2)
     throw ConfigError(str("parallel.virtual_stages=", virtual_stages,
                           " with parallel.schedule=zb-v: a V has exactly 2 chunks a rank; leave the key out or set 2"));
   if (!v_shaped && !interleaved && virtual_stages != 1)
     throw ConfigError(
-        str("parallel.virtual_stages=", virtual_stages, " with parallel.schedule=", schedule_name(kind),
+        str("parallel.virtual_stages=", virtual_stages, " with parallel.schedule=", pipeline_kind_name(kind),
             ": this schedule has 1 chunk a rank; set parallel.schedule=interleaved, or leave the key out"));
   if (interleaved && virtual_stages > 1 && micro_batches % stages != 0)
     throw ConfigError(str("train.accumulation=", micro_batches, " with parallel.schedule=interleaved on ", stages,
                           " pipeline ranks: micro-batches go round in groups of ", stages, "; set train.accumulation=",
                           (micro_batches + stages - 1) / stages * stages, ", or another parallel.schedule"));
-  Schedule s{kind, stages, virtual_stages, micro_batches, {}};
+  PipelineSchedule s{kind, stages, virtual_stages, micro_batches, {}};
   for (int stage = 0; stage < stages; ++stage) {
     const int behind = stages - 1 - stage;
     if (v_shaped)
       s.actions.push_back(v_shape(s, stage));
-    else if (kind == ScheduleKind::kGpipe)
+    else if (kind == PipelineKind::kGpipe)
       s.actions.push_back(in_turn(s, stage, micro_batches, false, 0));
     else if (interleaved && virtual_stages > 1)
       s.actions.push_back(in_turn(s, stage, 2 * behind + (virtual_stages - 1) * stages, false, 0));
     else  // one delayed weight gradient for each forward that this stage has started less than the first one
-      s.actions.push_back(in_turn(s, stage, behind, kind == ScheduleKind::kZbH1, stage));
+      s.actions.push_back(in_turn(s, stage, behind, kind == PipelineKind::kZbH1, stage));
   }
   return s;
 }

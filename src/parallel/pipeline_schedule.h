@@ -10,7 +10,7 @@
 //
 // With equal costs of stages, t_f, t_b (input gradient), t_w (weight gradient) a stage and micro-batch, p stages, m
 // micro-batches and transfers that take no time (simulate() agrees with the published figures;
-// tests/schedule_test.cpp):
+// tests/pipeline_schedule_test.cpp):
 //                idle time of the pipeline                     chunks' activations kept at once on stage r
 //   gpipe        (p-1) (t_f + t_b + t_w)                       m
 //   1f1b         (p-1) (t_f + t_b + t_w)                       min(m, p - r)
@@ -27,9 +27,9 @@
 
 namespace trireme {
 
-enum class ScheduleKind { kGpipe, k1F1B, kInterleaved, kZbH1, kZbV };
-ScheduleKind parse_schedule(const std::string& name);  // the names above; ConfigError names parallel.schedule
-const char* schedule_name(ScheduleKind kind);
+enum class PipelineKind { kGpipe, k1F1B, kInterleaved, kZbH1, kZbV };
+PipelineKind parse_pipeline_kind(const std::string& name);  // the names above; ConfigError names parallel.schedule
+const char* pipeline_kind_name(PipelineKind kind);
 
 enum class ActionKind { kForward, kBackward, kBackwardInput, kBackwardWeight };  // kBackward: the latter two together
 const char* action_name(ActionKind kind);
@@ -42,8 +42,8 @@ struct Action {
 };
 std::string action_text(const Action& action);  // "forward of micro-batch 3 on chunk 1"
 
-struct Schedule {
-  ScheduleKind kind = ScheduleKind::k1F1B;
+struct PipelineSchedule {
+  PipelineKind kind = PipelineKind::k1F1B;
   int stages = 1, virtual_stages = 1, micro_batches = 1;
   std::vector<std::vector<Action>> actions;  // by stage
 
@@ -59,7 +59,7 @@ struct Schedule {
 
 // virtual_stages 0: what the schedule takes by itself, 2 for interleaved and zb-v, else 1. ConfigError where the
 // schedule cannot be made of these numbers; it names parallel.schedule, parallel.virtual_stages, train.accumulation.
-Schedule make_schedule(ScheduleKind kind, int stages, int virtual_stages, int micro_batches);
+PipelineSchedule make_pipeline_schedule(PipelineKind kind, int stages, int virtual_stages, int micro_batches);
 
 // How the runner transfers, and what check_schedule() assumes: of what comes to a chunk in one direction (activations
 // or gradients) one receive is always posted, for the micro-batch that the stage needs next; an action waits for its
@@ -68,7 +68,7 @@ Schedule make_schedule(ScheduleKind kind, int stages, int virtual_stages, int mi
 
 // "" for a schedule in which every micro-batch goes forward and backward (input and weight) once through every chunk,
 // in legal order on the right stage, and no stage waits for ever. Else one sentence about the first thing wrong.
-std::string check_schedule(const Schedule& schedule);
+std::string check_schedule(const PipelineSchedule& schedule);
 
 struct ActionCosts {  // seconds a chunk and micro-batch; a combined backward takes both
   double forward = 1, backward_input = 1, backward_weight = 1, transfer = 0;
@@ -82,7 +82,7 @@ struct Simulation {
   double bubble() const;            // share of all stages' time that no action fills
 };
 // What check_schedule() accepts, timed: an action starts when its stage is free and its input has arrived.
-Simulation simulate(const Schedule& schedule, const ActionCosts& costs);
+Simulation simulate(const PipelineSchedule& schedule, const ActionCosts& costs);
 
 struct LayerRange {
   int64_t begin = 0, end = 0;
