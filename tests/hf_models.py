@@ -33,7 +33,8 @@ CASES = {
     "llama_head_dim": ("llama", {"head_dim": 16}),
     "llama_rope_llama3": ("llama", {"rope_parameters": LLAMA3}),
     "llama_rope_yarn": ("llama", {"rope_parameters": YARN}),
-    "llama_rope_yarn_factor": ("llama", {"rope_parameters": {**YARN, "attention_factor": 1.3, "truncate": False}}),
+    # Borders of the ramp that lie between two dims: only there truncation counts.
+    "llama_rope_yarn_factor": ("llama", {"head_dim": 32, "rope_parameters": {**YARN, "attention_factor": 1.3, "truncate": False}}),
     "llama_rope_yarn_mscale": ("llama", {"rope_parameters": {**YARN, "mscale": 0.7, "mscale_all_dim": 1.2}}),
     "llama_rope_yarn_ratio": ("llama", {"rope_parameters": {**YARN, "factor": 3.0}}),
     "llama_rope_linear": ("llama", {"rope_parameters": LINEAR}),
@@ -45,6 +46,7 @@ CASES = {
     "qwen2_layer_types": ("qwen2", {**WINDOW, "layer_types": ["sliding_attention", "full_attention"]}),
     "qwen3": ("qwen3", {"head_dim": 16}),
     "qwen3_tied": ("qwen3", {**heads(9, 1), "head_dim": 8, "tie_word_embeddings": True}),
+    "qwen3_epsilon": ("qwen3", {"head_dim": 16, "rms_norm_eps": 0.01}),
     "qwen3_bias_window": ("qwen3", {**WINDOW, "head_dim": 16, "attention_bias": True}),
     "smollm3": ("smollm3", {**heads(9, 3), "no_rope_layer_interval": 2, "tie_word_embeddings": False}),
     "smollm3_tied_layers": ("smollm3", {**heads(3, 1), "no_rope_layers": [0, 1]}),

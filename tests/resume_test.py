@@ -69,6 +69,14 @@ def test_a_finished_run_goes_on_with_more_steps(work):
     assert "is finished (step 8); raise train.steps to go on" in fewer.stderr
 
 
+def test_a_stopped_run_gets_no_shorter(work):
+    assert train(work, "shorter", "--train.stop_after=1").returncode == 75
+    fewer = train(work, "shorter", "--train.steps=6")
+    assert fewer.returncode == 2
+    assert fewer.stderr.endswith(f"error: cannot go on from {work}/shorter/checkpoints/step-1: its run has 8 steps, this one 6; train.steps and "
+                                 "train.epochs may only grow\n"), fewer.stderr
+
+
 def damage(work, name, step):
     shard = next((work / name / f"checkpoints/step-{step}").glob("shard-*.h5"))
     data = bytearray(shard.read_bytes())
@@ -151,3 +159,13 @@ def test_recomputation_changes_no_bit(work, mode):
         assert train(work, "whole-lora", *LORA).returncode == 0
     assert train(work, mode, f"--train.recompute={mode}", *LORA).returncode == 0
     assert metrics(work, mode) == metrics(work, "whole-lora")
+
+
+def test_evaluation_drops_nothing(work):
+    """What a run with dropout says of its adapter is what the verb says of the merged model, which has no dropout."""
+    assert train(work, "dropped", "--lora.rank=4", "--lora.dropout=0.5", "--lora.alpha=64", "--optim.lr=0.02").returncode == 0
+    merged = run(work, "export", work / "dropped/config.ini", f"--run.resume={work}/dropped/checkpoints/step-8", f"--run.dir={work / 'merged'}",
+                 "--lora.merge=true")
+    assert merged.returncode == 0, merged.stderr
+    again = run(work, "eval", "configs/quickstart.ini", "--model.config=", f"--model.path={work / 'merged'}")
+    assert json.loads(again.stdout)["loss"] == pytest.approx(evaluations(work, "dropped")[-1]["loss"], rel=bounds.LOSS_FP32)
