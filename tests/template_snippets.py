@@ -446,6 +446,7 @@ floats|tojson
 none|tojson ~ true|tojson ~ 1|tojson ~ 1.0|tojson ~ ''|tojson
 []|tojson(indent=2) ~ {}|tojson(indent=2) ~ [[], {}]|tojson(indent=2)
 (1, 2)|tojson
+'\x00\x01\x1e\x1f\x20\x7e\x7f'|tojson
 {1: 2, none: 3, true: 4}|tojson
 missing|tojson
 range(3)|tojson
@@ -569,10 +570,12 @@ TEMPLATES = [
     "{% for x in l %}{{ loop.index }}{{ loop.index0 }}{{ loop.revindex }}{{ loop.revindex0 }}{{ loop.first }}{{ loop.last }}{{ loop.length }}{{ loop.depth }};{% endfor %}",
     "{% for x in l %}{{ loop.previtem }}|{{ loop.nextitem }}|{{ loop.previtem is defined }};{% endfor %}",
     "{% for x in l %}{{ loop.cycle('a', 'b') }}{{ loop.changed(x > 1) }}{% endfor %}",
+    "{% for x in l %}{{ loop.changed(x > 0) }}{% endfor %}",
     "{% for x in l %}{{ loop.cycle() }}{% endfor %}",
     "{% for x in l %}{{ loop.nosuch }}{{ loop.nosuch is defined }}{% endfor %}",
     "{% for x in l %}{{ loop }}{% endfor %}",
     "{% for x in l if x > 1 %}{{ x }}{{ loop.length }}{{ loop.last }}{{ loop.index }}{% endfor %}",
+    "{% for x in l if x > 1 %}{{ loop.last }}{{ loop.length }}{{ loop.nextitem }}{% endfor %}",
     "{% for x in e %}x{% else %}none{% endfor %}|{% for x in l if x > 5 %}x{% else %}none{% endfor %}",
     "{% for k, v in d.items() %}{{ k }}={{ v }};{% endfor %}{{ k is defined }}",
     "{% for k, v in d|dictsort %}{{ k }}={{ v }};{% endfor %}",
