@@ -19,6 +19,7 @@ def work(tmp_path):
     (tmp_path / "broken.jsonl").write_text('{"text": "good"}\n' * 6 + '{"text":\n')
     (tmp_path / "ids.json").write_text("[[1, 2], [5, 5000]]")
     (tmp_path / "row.json").write_text("[[1, 2], []]")
+    (tmp_path / "no-rows.json").write_text("[]")
     (tmp_path / "latin.txt").write_bytes(b"caf\xe9\n")
     (tmp_path / "role.jsonl").write_text('{"messages": [{"role": 5}]}\n')
     (tmp_path / "bare").mkdir()
@@ -32,6 +33,7 @@ def work(tmp_path):
     ("eval", [RANDOM, "--data.eval=x", "--eval.logits=y"], 2, "eval.logits needs eval.token_ids", 1),
     ("eval", [RANDOM, "--eval.token_ids=WORK/ids.json"], 3, "WORK/ids.json: element 1 has 5000; ids are 0 to 1151", 2),
     ("eval", [RANDOM, "--eval.token_ids=WORK/row.json"], 3, "WORK/row.json: element 1 is no array of ids, or empty", 1),
+    ("eval", [RANDOM, "--eval.token_ids=WORK/no-rows.json"], 3, "WORK/no-rows.json: an array of arrays of ids is expected", 1),
     ("eval", [RANDOM, "--data.eval=WORK/none.jsonl"], 3, "data file 'WORK/none.jsonl' cannot be opened: No such file or directory", 1),
     ("eval", [RANDOM, "--data.eval=WORK/broken.jsonl"], 3, BROKEN, 2),
     ("eval", ["--model.path=WORK/none", "--data.eval=x"], 3, "model folder WORK/none does not exist.", 2),

@@ -51,6 +51,22 @@ def test_other_chat_forms_give_the_same(tokenizer):
     assert tokenizer.decode(learnt) == answer + "<|im_end|>"
 
 
+@pytest.mark.parametrize("trims", [False, True])
+def test_a_token_over_the_border_is_learnt_and_so_is_space_at_the_end(tmp_path, trims):
+    """Whether offsets of tokens hold their white space or not."""
+    from tokenizers import Tokenizer
+
+    model = json.loads((QUICKSTART / "model/tokenizer.json").read_text())
+    step = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True, "use_regex": True}
+    (tmp_path / "tokenizer.json").write_text(json.dumps(model | {"post_processor": step if trims else None}))
+    prompt, completion = "What is data paral", "lelism  "
+    (out,) = tokenize([{"prompt": prompt, "completion": completion}], tmp_path)
+    plain = Tokenizer.from_str(json.dumps(model | {"post_processor": None})).encode(prompt + completion)
+    assert any(begin < len(prompt) < end for begin, end in plain.offsets) and plain.tokens[-1].strip("Ġ") == ""
+    assert out["ids"][:-1] == plain.ids
+    assert out["loss"] == [int(end > len(prompt)) for _, end in plain.offsets] + [1]
+
+
 def test_without_template():
     from transformers import AutoTokenizer
 

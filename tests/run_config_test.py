@@ -18,7 +18,7 @@ DATA = os.environ.get("TRIREME_TEST_DATA")
 
 def test_printed_configuration_reads_back_to_itself(tmp_path):
     keys = ["--optim.lr=0.1234567890123456789", "--data.train=a b.jsonl,c\\,d.jsonl:7", '--data.template_args={"x": "# \\" é"}',
-            "--generate.stop=\n", "--generate.system= # ", "--run.seed=9000000000000000000", "--eval.every=0.3333333333333333", "--model.path=x"]
+            "--generate.stop=\n", "--generate.system= # ", "--data.separator=  ", "--run.seed=9000000000000000000", "--eval.every=0.3333333333333333", "--model.path=x"]
     first = run(tmp_path, "train", *keys, "--print-config")
     assert first.returncode == 0 and first.stderr == ""
     (tmp_path / "printed.ini").write_text(first.stdout)
