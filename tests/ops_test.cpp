@@ -206,6 +206,32 @@ TEST(Linear, EqualsFormula) {
           [](const Tensors& t) { return at::linear(t[0], t[1]); }, {random({5, 8}, 0.3), random({3, 8}, 0.3)}, 4);
 }
 
+// In 16 bits up to 4 rows take loops of our own: blocks of features and lanes with rests, slices, a bias of every kind.
+TEST(Linear, FewRowsEqualTheFormula) {
+  for (int64_t rows : {1, 4, 5})
+    for (auto [features, size] : {std::pair<int64_t, int64_t>{1, 5}, {7, 16}, {21, 33}, {40, 1100}}) {
+      compare([](const Tensors& t) { return trireme::linear(t[0].slice(1, 3), t[1], t[2]); },
+              [](const Tensors& t) { return at::linear(t[0].slice(1, 3), t[1], t[2]); },
+              {random({rows, size + 3}, 0.1), random({features, size}, 0.3), random({features})}, 4);
+      compare([](const Tensors& t) { return trireme::linear(t[0], t[1].t()); },
+              [](const Tensors& t) { return at::linear(t[0], t[1].t()); },
+              {random({rows, size}, 0.1), random({size, features}, 0.3)}, 4);
+    }
+  EXPECT_EQ(trireme::linear(at::ones({0, 4}, at::kBFloat16), at::ones({3, 4}, at::kBFloat16)).sizes(),
+            (std::vector<int64_t>{0, 3}));
+}
+
+TEST(Linear, FewRowsDoNotDependOnThreads) {
+  at::Tensor x = random({1, 301}).to(at::kBFloat16), w = random({1003, 301}).to(at::kBFloat16);
+  const int before = at::get_num_threads();
+  at::set_num_threads(1);
+  at::Tensor one = trireme::linear(x, w);
+  at::set_num_threads(3);
+  at::Tensor three = trireme::linear(x, w);
+  at::set_num_threads(before);
+  EXPECT_TRUE(same_bits(three, one));
+}
+
 TEST(Linear, ComputesOnlyTheGradientsAskedFor) {
   at::Tensor x = at::ones({3, 4}), w = at::ones({2, 4}).requires_grad_();
   torch::autograd::backward({trireme::linear(x, w).sum()}, {});
@@ -258,9 +284,9 @@ TEST(Dropout, DropsTheAskedShare) {
 }
 
 TEST(LoraLinear, EqualsFormula) {
-  for (double p : {0.0, 0.4}) {
-    DropoutKey key = key_of(p, 23);
-    at::Tensor mask = p == 0.0 ? at::ones({23, 70}, at::kDouble) : plain_mask(key, 70);
+  for (auto [p, rows] : {std::pair<double, int64_t>{0.0, 23}, {0.4, 23}, {0.0, 1}, {0.4, 4}}) {
+    DropoutKey key = key_of(p, rows);
+    at::Tensor mask = p == 0.0 ? at::ones({rows, 70}, at::kDouble) : plain_mask(key, 70);
     at::Tensor w = random({30, 70}, 0.2), bias = random({30});
     compare(
         [&](const Tensors& t) {
@@ -269,7 +295,7 @@ TEST(LoraLinear, EqualsFormula) {
         [&](const Tensors& t) {
           return at::linear(t[0], w, bias) + 0.5 * at::linear(at::linear(t[0] * mask, t[1]), t[2]);
         },
-        {random({23, 70}, 0.3), random({8, 70}, 0.2), random({30, 8}, 0.3)}, 5);
+        {random({rows, 70}, 0.3), random({8, 70}, 0.2), random({30, 8}, 0.3)}, 5);
   }
 }
 
@@ -534,6 +560,10 @@ std::vector<std::pair<std::string, at::Tensor>> outputs_of(const Loops<T>& loops
   }
   loops.add_rows(kRows, kSize, t(x), a(output("add_rows", sums)));
   loops.scale_from(kSize, a(sums), 0.3, t(output("scale_from", weight)));
+  const at::Tensor few = x * 0.05, matrix = values({7, kSize}, dtype);
+  at::Tensor y = output("product", values({kRows, 7}, dtype));
+  for (const T* plus : {static_cast<const T*>(nullptr), static_cast<const T*>(t(y))})
+    loops.product(kRows, 7, kSize, t(few), t(matrix), 0.5, plus, 7, t(y), 7);
   return out;
 }
 

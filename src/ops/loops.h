@@ -53,6 +53,10 @@ struct Loops {
   void (*add_rows)(int64_t rows, int64_t size, const T* x, A* sum);
   // y[i] = x[i] * scale
   void (*scale_from)(int64_t count, const A* x, double scale, T* y);
+  // y[r][o] = scale * sum_i x[r][i] w[o][i] + plus[r][o] (null: 0), rounded once, for x [rows, size] and w [features,
+  // size]: reads w once. Rows of y and of `plus` (may be y) stand `stride_y` and `stride_plus` apart.
+  void (*product)(int64_t rows, int64_t features, int64_t size, const T* x, const T* w, double scale, const T* plus,
+                  int64_t stride_plus, T* y, int64_t stride_y);
 };
 
 // level: -1 the best of this processor, else 0 .. vector_level().
