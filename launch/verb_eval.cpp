@@ -9,6 +9,7 @@
 #include "eval/evaluate.h"
 #include "eval/token_ids.h"
 #include "launch/verbs.h"
+#include "parallel/tensor_parallel.h"
 #include "tasks/task.h"
 #include "train/agreement.h"
 #include "train/build.h"
@@ -16,7 +17,8 @@
 namespace trireme {
 namespace {
 
-std::map<std::string, double> eval_token_ids(const Config& config, const ModelSource& source, Transformer& model, const Task& task) {
+std::map<std::string, double> eval_token_ids(const Config& config, const ModelSource& source, Transformer& model, const Task& task,
+                                             bool writes) {
   at::NoGradGuard no_grad;
   std::map<std::string, double> sums;
   std::vector<TensorSource> logits;  // computed when they are written: one row's are in memory at a time
@@ -27,9 +29,9 @@ std::map<std::string, double> eval_token_ids(const Config& config, const ModelSo
     if (together.num_tokens() >= kEvalTokens || &row == &batches.back())
       for (const auto& [name, value] : task.run(model, to_model(std::exchange(together, {}), model)).sums) sums[name] += value;
     logits.push_back({str("logits.", logits.size()), at::kFloat, {row.num_tokens(), source.config.vocab_size},
-                      [&] { return model.logits(model.forward(to_model(row, model))).narrow(0, 0, row.num_tokens()); }});
+                      [&] { return model.logits(model.all_rows(model.forward(to_model(row, model)))).narrow(0, 0, row.num_tokens()); }});
   }
-  if (!config.eval.logits.empty()) write_safetensors(config.eval.logits, logits);
+  if (!config.eval.logits.empty()) write_safetensors(config.eval.logits, logits, {}, writes);
   // One-token rows have logits, but nothing to predict.
   if (sums["count"] == 0 && !config.eval.logits.empty()) return {{"tokens", 0.0}};
   return task.metrics(sums);
@@ -43,6 +45,8 @@ ExitStatus verb_eval(const Config& config, const CommandLine& line, const Proces
     throw ConfigError("nothing to evaluate: set data.eval to record files, or eval.token_ids to a JSON file of ids");
   if (!config.eval.logits.empty() && config.eval.token_ids.empty()) throw ConfigError("eval.logits needs eval.token_ids");
   Communicator world = Communicator::world();
+  const MeshComms comms(mesh_of(config, process.size()), world);
+  const ModelCut cut = [&](Transformer& whole) { apply_tensor_parallel(whole, comms.tensor); };
   ModelSource source;
   std::unique_ptr<Transformer> model;
   std::map<std::string, double> metrics;
@@ -50,9 +54,9 @@ ExitStatus verb_eval(const Config& config, const CommandLine& line, const Proces
   agree_on(world, [&] { source = find_model(config); });
   if (!config.eval.token_ids.empty()) {
     agree_on(world, [&] {
-      if (process.rank() != 0) return;
-      model = build_model(config, source, weight_dtype(config, source), false);
-      metrics = eval_token_ids(config, source, *model, *task);
+      if (comms.coords.data != 0) return;
+      model = build_model(config, source, weight_dtype(config, source), false, false, cut);
+      metrics = eval_token_ids(config, source, *model, *task, process.rank() == 0);
     });
   } else {
     DataOptions options;
@@ -68,9 +72,9 @@ ExitStatus verb_eval(const Config& config, const CommandLine& line, const Proces
     agree_on(world, [&] {
       dataset = Dataset::open(options, Split::kEval, file);
       if (process.rank() == 0) log_info(str("evaluation data: ", dataset->counts().text()));
-      model = build_model(config, source, weight_dtype(config, source), false);
+      model = build_model(config, source, weight_dtype(config, source), false, false, cut);
     });
-    metrics = evaluate(*model, *task, dataset, config.eval.micro_batch_size, world, [&](const auto& part) { agree_on(world, part); });
+    metrics = evaluate(*model, *task, dataset, config.eval.micro_batch_size, comms.data, [&](const auto& part) { agree_on(world, part); });
   }
   if (process.rank() == 0) {
     Json out;

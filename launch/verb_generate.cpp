@@ -1,4 +1,5 @@
-// trireme generate: answers to prompts from the command line, a file, or standard input. Rank 0 alone.
+// trireme generate: answers to prompts from the command line, a file, or standard input. One copy of the
+// model answers: rank 0, with the ranks that hold the other parts of it under tensor parallelism.
 #include "base/tensor.h"
 
 #include <filesystem>
@@ -10,7 +11,9 @@
 #include "base/file.h"
 #include "data/masking.h"
 #include "launch/verbs.h"
+#include "parallel/tensor_parallel.h"
 #include "serve/generate.h"
+#include "train/agreement.h"
 #include "train/build.h"
 
 namespace trireme {
@@ -50,34 +53,67 @@ std::vector<int64_t> end_ids(const Config& config, const ModelSource& source, co
   return ids;
 }
 
-}  // namespace
+// Rank 0 reads the prompts; the ranks that share its model are told each, and what ends them.
+class SharedPrompts {
+ public:
+  explicit SharedPrompts(const Communicator& ranks) : ranks_(ranks) {}
+  void give(const std::vector<int64_t>& ids) { ranks_.broadcast_bytes(dump_json({{"ids", ids}})); }
+  void end(const Error* error) {
+    ranks_.broadcast_bytes(dump_json(error ? Json{{"status", static_cast<int>(error->status())}, {"error", error->what()}} : Json::object()));
+  }
+  // The next prompt, none after the last. AgreedError: what went wrong on rank 0.
+  std::optional<std::vector<int64_t>> next() {
+    const Json turn = parse_json(ranks_.broadcast_bytes(""), "a prompt from rank 0");
+    if (turn.contains("error")) throw AgreedError(static_cast<ExitStatus>(turn["status"].get<int>()), turn["error"].get<std::string>());
+    if (!turn.contains("ids")) return std::nullopt;
+    return turn["ids"].get<std::vector<int64_t>>();
+  }
 
-ExitStatus verb_generate(const Config& config, const CommandLine& line, const Process& process) {
-  check_config(config, line);
+ private:
+  Communicator ranks_;
+};
+
+void answer_prompts(const Config& config, const CommandLine& line, const Communicator& tensor) {
   const auto& g = config.generate;
-  if (!g.file.empty() && (!g.prompt.empty() || !line.arguments.empty()))
-    throw ConfigError("generate.file and a prompt are both given; give one");
-  if (process.rank() != 0) return kExitDone;
-  ModelSource source = find_model(config);
-  TextTools tools = load_text_tools(config, source.tokenizer_folder, &source.config);
-  if (g.chat && !tools.chat)
-    throw ConfigError("generate.chat needs a chat template and the model has none: set data.chat_template to alpaca, chatml, "
-                      "gemma, llama3, mistral, phi3, or a file");
-  auto model = build_model(config, source, weight_dtype(config, source), false);
+  ModelSource source;
+  std::optional<TextTools> tools;
+  std::unique_ptr<Transformer> model;
+  agree_on(tensor, [&] {
+    source = find_model(config);
+    tools.emplace(load_text_tools(config, source.tokenizer_folder, &source.config));
+    if (g.chat && !tools->chat)
+      throw ConfigError("generate.chat needs a chat template and the model has none: set data.chat_template to alpaca, chatml, "
+                        "gemma, llama3, mistral, phi3, or a file");
+    model = build_model(config, source, weight_dtype(config, source), false, false,
+                        [&](Transformer& whole) { apply_tensor_parallel(whole, tensor); });
+  });
 
   GenerateOptions options;
   options.sampling = {g.temperature, g.top_k, g.top_p, g.min_p, g.repetition_penalty, static_cast<uint64_t>(config.run.seed)};
   options.max_tokens = g.max_tokens;
-  options.end_ids = end_ids(config, source, tools);
+  options.end_ids = end_ids(config, source, *tools);
   options.stop = g.stop;
-  DataOptions data = data_options(config, tools, 0);
-  RecordOptions records = record_options(data);
-  RecordEncoder encoder(tools.tokenizer, tools.chat ? &*tools.chat : nullptr, encode_options(data));
+  SharedPrompts shared(tensor);
   uint64_t index = 0;
+  auto generate_next = [&](const std::vector<int64_t>& ids, const std::function<void(const std::string&)>& on_text) {
+    try {
+      return generate(*model, tools->tokenizer, ids, index++, options, on_text);
+    } catch (const Error& error) {  // of all ranks
+      throw AgreedError(error.status(), error.what());
+    }
+  };
+  if (tensor.rank() != 0) {
+    while (auto ids = shared.next()) generate_next(*ids, {});
+    return;
+  }
+  DataOptions data = data_options(config, *tools, 0);
+  RecordOptions records = record_options(data);
+  RecordEncoder encoder(tools->tokenizer, tools->chat ? &*tools->chat : nullptr, encode_options(data));
   auto answer = [&](const Record& prompt, const std::string& place) {
     bool streams = g.format == "text" && g.stream;
-    Answer a = generate(*model, tools.tokenizer, encoder.encode_prompt(prompt, place).ids, index++, options,
-                        streams ? [](const std::string& text) { std::cout << text << std::flush; } : std::function<void(const std::string&)>());
+    const std::vector<int64_t> ids = encoder.encode_prompt(prompt, place).ids;
+    shared.give(ids);
+    Answer a = generate_next(ids, streams ? [](const std::string& text) { std::cout << text << std::flush; } : std::function<void(const std::string&)>());
     if (g.format == "json") {
       Json out;
       out["prompt"] = prompt.is_chat() ? prompt.messages : Json(prompt.text.empty() ? prompt.prompt : prompt.text);
@@ -90,20 +126,43 @@ ExitStatus verb_generate(const Config& config, const CommandLine& line, const Pr
       std::cout << (streams ? "" : a.text) << std::endl;
     }
   };
-  if (!line.arguments.empty() || !g.prompt.empty()) {
-    if (!g.prompt.empty()) answer(text_prompt(g.prompt, config), "generate.prompt");
-    for (const auto& text : line.arguments) answer(text_prompt(text, config), "the prompt");
-    return kExitDone;
+  auto answer_all = [&] {
+    if (!line.arguments.empty() || !g.prompt.empty()) {
+      if (!g.prompt.empty()) answer(text_prompt(g.prompt, config), "generate.prompt");
+      for (const auto& text : line.arguments) answer(text_prompt(text, config), "the prompt");
+      return;
+    }
+    std::istringstream file(g.file.empty() ? "" : read_file(g.file));
+    std::istream& in = g.file.empty() ? std::cin : file;
+    bool asks = g.file.empty() && ::isatty(0) == 1;
+    std::string text;
+    for (int64_t number = 1; (asks ? (std::cerr << "> " << std::flush, true) : true) && std::getline(in, text); ++number) {
+      if (!text.empty() && text.back() == '\r') text.pop_back();
+      std::string place = str(g.file.empty() ? "standard input" : g.file, ":", number);
+      if (!text.empty()) answer(read_prompt(text, place, config, records), place);
+    }
+  };
+  try {
+    answer_all();
+  } catch (const AgreedError&) {
+    throw;
+  } catch (const Error& error) {
+    shared.end(&error);
+    throw;
   }
-  std::istringstream file(g.file.empty() ? "" : read_file(g.file));
-  std::istream& in = g.file.empty() ? std::cin : file;
-  bool asks = g.file.empty() && ::isatty(0) == 1;
-  std::string text;
-  for (int64_t number = 1; (asks ? (std::cerr << "> " << std::flush, true) : true) && std::getline(in, text); ++number) {
-    if (!text.empty() && text.back() == '\r') text.pop_back();
-    std::string place = str(g.file.empty() ? "standard input" : g.file, ":", number);
-    if (!text.empty()) answer(read_prompt(text, place, config, records), place);
-  }
+  shared.end(nullptr);
+}
+
+}  // namespace
+
+ExitStatus verb_generate(const Config& config, const CommandLine& line, const Process& process) {
+  check_config(config, line);
+  if (!config.generate.file.empty() && (!config.generate.prompt.empty() || !line.arguments.empty()))
+    throw ConfigError("generate.file and a prompt are both given; give one");
+  const MeshComms comms(mesh_of(config, process.size()), Communicator::world());
+  agree_on(comms.world, [&] {
+    if (comms.coords.data == 0) answer_prompts(config, line, comms.tensor);
+  });
   return kExitDone;
 }
 

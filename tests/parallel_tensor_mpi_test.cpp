@@ -11,6 +11,7 @@
 #include "model/initialize.h"
 #include "model/lora.h"
 #include "ops/ops.h"
+#include "parallel/gather.h"
 #include "parallel/placement.h"
 #include "parallel/tensor_parallel.h"
 
@@ -122,6 +123,22 @@ TEST_P(TensorParallel, ARankHoldsItsShareOfEveryMatrix) {
     sliced += replicated ? p.value.numel() * n : p.value.numel() * (key ? std::max<int64_t>(1, n / cut->config().num_kv_heads) : 1);
   }
   EXPECT_EQ(world().sum(held), sliced);
+}
+
+// What rank 0 writes is the whole model, and nobody else is handed a tensor.
+TEST_P(TensorParallel, IsGatheredIntoTheWholeModel) {
+  auto whole = build(GetParam(), at::kDouble, Communicator::self()), cut = build(GetParam(), at::kDouble, world());
+  const auto sources = whole_tensors(cut->parameters(), world());
+  const auto expected = whole->parameters();
+  ASSERT_EQ(sources.size(), expected.size());
+  for (size_t i = 0; i < sources.size(); ++i) {
+    const at::Tensor got = sources[i].get();
+    EXPECT_EQ(got.defined(), world().rank() == 0);
+    EXPECT_EQ(sources[i].name, expected[i].name);
+    if (got.defined()) {
+      EXPECT_TRUE(test::same_bits(got, expected[i].value.detach())) << expected[i].name;
+    }
+  }
 }
 
 const Case kCases[] = {

@@ -47,7 +47,8 @@ void copy_tokenizer_files(const std::string& source, const std::string& folder, 
 }
 
 void export_model_folder(const std::string& folder, const std::string& model, const std::string& tokenizer, const Json& config,
-                         const std::vector<TensorSource>& tensors, const ExportedChat& chat, uint64_t max_shard_bytes) {
+                         const std::vector<TensorSource>& tensors, const ExportedChat& chat, bool writes, uint64_t max_shard_bytes) {
+  if (!writes) return write_safetensors_folder(folder, tensors, max_shard_bytes, false);
   std::error_code error;
   for (const std::string& source : {model, tokenizer})
     if (!source.empty() && fs::equivalent(source, folder, error))

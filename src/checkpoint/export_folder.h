@@ -18,9 +18,9 @@ void copy_tokenizer_files(const std::string& source, const std::string& folder, 
 
 // Writes the weights (safetensors.h), then config.json (as given), and copies what is there of generation_config.json and
 // licence from `model` and of tokenizer and chat template from `tokenizer` ("": nothing). Into one of these folders is
-// refused (ConfigError).
+// refused (ConfigError). With `writes` false it only calls every get(), for ranks that take part in gathering.
 void export_model_folder(const std::string& folder, const std::string& model, const std::string& tokenizer, const Json& config,
-                         const std::vector<TensorSource>& tensors, const ExportedChat& chat = {},
+                         const std::vector<TensorSource>& tensors, const ExportedChat& chat = {}, bool writes = true,
                          uint64_t max_shard_bytes = 5'000'000'000);
 
 }  // namespace trireme

@@ -132,10 +132,11 @@ std::vector<std::string> adapter_modules(const std::vector<std::string>& tensor_
   return modules;
 }
 
-void write_adapter(const std::string& folder, const Json& config, const std::vector<TensorSource>& tensors) {
+void write_adapter(const std::string& folder, const Json& config, const std::vector<TensorSource>& tensors, bool writes) {
   for (const TensorSource& tensor : tensors)
     TRIREME_CHECK(tensor.name.rfind("base_model.model.", 0) == 0, tensor.name, " is not a name of PEFT");
-  write_safetensors_folder(folder, tensors, ~0ull, true, "adapter_model");
+  write_safetensors_folder(folder, tensors, ~0ull, writes, "adapter_model");
+  if (!writes) return;
   write_file_atomic(folder + "/adapter_config.json", dump_json_pretty(config));
 }
 

@@ -30,8 +30,8 @@ PeftConfig read_peft_config(const std::string& folder);
 // The modules that have an adapter, from the names of its tensors.
 std::vector<std::string> adapter_modules(const std::vector<std::string>& tensor_names);
 
-// Writes the folder. The tensors carry PEFT's names.
-void write_adapter(const std::string& folder, const Json& config, const std::vector<TensorSource>& tensors);
+// Writes the folder. The tensors carry PEFT's names. `writes` as write_safetensors_folder().
+void write_adapter(const std::string& folder, const Json& config, const std::vector<TensorSource>& tensors, bool writes = true);
 
 // Fills the targets, which carry PEFT's names. DataError as load_weights(); also where only adapter_model.bin is there.
 void load_adapter(const std::string& folder, const std::vector<Parameter>& targets, LoadOptions options = {});

@@ -159,10 +159,11 @@ bool belongs_to(const std::string& stem, const std::string& file) {
 }  // namespace
 
 void write_safetensors(const std::string& path, const std::vector<TensorSource>& tensors,
-                       const std::map<std::string, std::string>& metadata) {
+                       const std::map<std::string, std::string>& metadata, bool writes) {
   std::exception_ptr failure;
-  std::unique_ptr<PendingFile> file = write_pending(path, tensors, metadata, true, failure);
+  std::unique_ptr<PendingFile> file = write_pending(path, tensors, metadata, writes, failure);
   if (failure) std::rethrow_exception(failure);
+  if (!writes) return;
   file->commit();
   fs::path folder = fs::path(path).parent_path();
   fsync_path(folder.empty() ? "." : folder.string());

@@ -64,9 +64,9 @@ Answer generate(Transformer& model, const Tokenizer& tokenizer, const std::vecto
   bool stop = false;
   while (!stop && static_cast<int64_t>(answer.ids.size()) < std::min(options.max_tokens, room)) {
     // No token sees the ones behind it: a prompt is filled up with any, which are forgotten again.
-    const auto own = static_cast<int64_t>(next.size()), multiple = own > 1 ? row_multiple(model) : 1;
+    const auto own = static_cast<int64_t>(next.size()), multiple = own > 1 ? row_multiple(model) : model.seams().row_multiple;
     next.resize(static_cast<size_t>((own + multiple - 1) / multiple * multiple), next.back());
-    at::Tensor hidden = model.forward(continuation(next, cache.length(), model.device()), &cache);
+    at::Tensor hidden = model.all_rows(model.forward(continuation(next, cache.length(), model.device()), &cache));
     cache.forget_last(hidden.size(0) - own);
     at::Tensor logits = model.logits(hidden.narrow(0, own - 1, 1)).view({-1}).cpu();
     int64_t id = sample(logits, seen, options.sampling, prompt_index, answer.ids.size());

@@ -22,7 +22,8 @@ struct Answer {
 
 // `prompt_index` (from 0) keys the random numbers and names the prompt in messages. `on_text` is told text as soon as no later
 // token can change it; all that it was told is the answer's text. The model is left in evaluation mode. DataError: a prompt
-// without ids, or one that fills the context (max_position_embeddings).
+// without ids, or one that fills the context (max_position_embeddings). A model that is cut over ranks: collective, with the
+// same answer on every rank.
 Answer generate(Transformer& model, const Tokenizer& tokenizer, const std::vector<int64_t>& prompt, uint64_t prompt_index,
                 const GenerateOptions& options, const std::function<void(const std::string&)>& on_text = {});
 

@@ -15,10 +15,10 @@
 #include "checkpoint/load_weights.h"
 #include "checkpoint/peft.h"
 #include "data/file_hash.h"
-#include "comm/mesh.h"
 #include "data/masking.h"
 #include "data/records.h"
 #include "optim/schedule.h"
+#include "parallel/gather.h"
 #include "tasks/task.h"
 #include "train/run_folder.h"
 
@@ -33,12 +33,6 @@ std::vector<Parameter> only(const Transformer& model, bool adapters) {
   std::vector<Parameter> out;
   for (auto& p : model.parameters())
     if (is_adapter(p) == adapters) out.push_back(p);
-  return out;
-}
-
-std::vector<TensorSource> sources(const std::vector<Parameter>& parameters) {
-  std::vector<TensorSource> out;
-  for (const auto& p : parameters) out.push_back(TensorSource::of(p.name, p.value.detach()));
   return out;
 }
 
@@ -115,11 +109,13 @@ void find_conflicts(const Config& c, const CommandLine& line, int num_ranks, std
                c.schedule.warmup_steps, c.schedule.min_lr);  // of epochs the number of steps is not known yet
     });
     check([&] { (void)make_task(c.task.kind)->larger_is_better(c.eval.metric); });
-    check([&] {
-      Mesh(num_ranks, static_cast<int>(c.parallel.data), static_cast<int>(c.parallel.tensor), static_cast<int>(c.parallel.pipeline));
-    });
+    check([&] { mesh_of(c, num_ranks); });
   }
   if (!c.data.eval.empty() && c.data.eval_fraction > 0) wrong("data.eval and data.eval_fraction are both set; set one");
+}
+
+Mesh mesh_of(const Config& c, int num_ranks) {
+  return Mesh(num_ranks, static_cast<int>(c.parallel.data), static_cast<int>(c.parallel.tensor), static_cast<int>(c.parallel.pipeline));
 }
 
 void check_config(const Config& config, const CommandLine& line) {
@@ -261,7 +257,8 @@ ExportedChat exported_chat(const Config& config, const ModelSource& source) {
   return chat;
 }
 
-void export_model(const std::string& folder, Transformer& model, const Config& config, const ModelSource& source) {
+void export_model(const std::string& folder, Transformer& model, const Config& config, const ModelSource& source,
+                  const Communicator& world) {
   at::NoGradGuard no_grad;
   if (has_lora(model)) merge_lora(model);
   std::string dtype = dtype_name(model.dtype());
@@ -271,15 +268,17 @@ void export_model(const std::string& folder, Transformer& model, const Config& c
     for (const auto& [key, value] : source.config.raw.items())
       if (!json.contains(key)) json[key] = value;
   std::string files = source.folder.empty() ? fs::path(source.config.source).parent_path().string() : source.folder;
-  export_model_folder(folder, files, source.tokenizer_folder, json, sources(only(model, false)), exported_chat(config, source));
+  export_model_folder(folder, files, source.tokenizer_folder, json, whole_tensors(only(model, false), world),
+                      exported_chat(config, source), world.rank() == 0);
 }
 
-void export_adapter(const std::string& folder, Transformer& model, const Config& config, const ModelSource& source) {
+void export_adapter(const std::string& folder, Transformer& model, const Config& config, const ModelSource& source,
+                    const Communicator& world) {
   at::NoGradGuard no_grad;
   LoraConfig lora = lora_config(config);
   PeftConfig peft{lora.rank, lora.alpha, lora.dropout, lora.rank_stabilized, lora_targets(model), false, source.name, source.revision};
-  write_adapter(folder, peft_config_to_json(peft), sources(only(model, true)));
-  if (!source.tokenizer_folder.empty()) copy_tokenizer_files(source.tokenizer_folder, folder, exported_chat(config, source));
+  write_adapter(folder, peft_config_to_json(peft), whole_tensors(only(model, true), world), world.rank() == 0);
+  if (world.rank() == 0 && !source.tokenizer_folder.empty()) copy_tokenizer_files(source.tokenizer_folder, folder, exported_chat(config, source));
 }
 
 TextTools load_text_tools(const Config& config, const std::string& folder, const ModelConfig* model) {

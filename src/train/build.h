@@ -3,6 +3,7 @@
 
 #include <optional>
 
+#include "comm/mesh.h"
 #include "config/config.h"
 #include "data/chat_template.h"
 #include "data/dataset.h"
@@ -25,6 +26,9 @@ void find_conflicts(const Config& config, const CommandLine& line, int num_ranks
 // Adds the files and folders that a training run is to read and that are not there, in the words of those who read them.
 // DataError with all of them where nothing else is wrong.
 void find_missing(const Config& config, const CommandLine& line, std::vector<std::string>& problems);
+// The mesh of parallel.*; ConfigError where it does not fit the ranks.
+Mesh mesh_of(const Config& config, int num_ranks);
+
 // What find_conflicts() finds for one rank, all in one ConfigError.
 void check_config(const Config& config, const CommandLine& line);
 
@@ -51,9 +55,12 @@ std::unique_ptr<Transformer> build_model(const Config& config, const ModelSource
 LoraConfig lora_config(const Config& config);
 
 // Writes the model's weights (adapters merged) as a Hugging Face folder, or the adapter as a PEFT folder. With
-// data.chat_template, the product has that template, and its end of turn among its end tokens. Rank 0 only.
-void export_model(const std::string& folder, Transformer& model, const Config& config, const ModelSource& source);
-void export_adapter(const std::string& folder, Transformer& model, const Config& config, const ModelSource& source);
+// data.chat_template, the product has that template, and its end of turn among its end tokens. Collective over `world`, whose
+// ranks may each hold a part of the model; its rank 0 writes.
+void export_model(const std::string& folder, Transformer& model, const Config& config, const ModelSource& source,
+                  const Communicator& world = Communicator::self());
+void export_adapter(const std::string& folder, Transformer& model, const Config& config, const ModelSource& source,
+                    const Communicator& world = Communicator::self());
 
 struct TextTools {
   Tokenizer tokenizer;

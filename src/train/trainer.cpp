@@ -14,6 +14,7 @@
 #include "base/log.h"
 #include "comm/watchdog.h"
 #include "eval/evaluate.h"
+#include "parallel/tensor_parallel.h"
 #include "train/agreement.h"
 #include "train/memory.h"
 #include "train/plan.h"
@@ -50,8 +51,7 @@ class Run {
  public:
   Run(const Config& config, const CommandLine& line, const Process& process)
       : config_(config), process_(process), world_(Communicator::world()),
-        mesh_(process.size(), static_cast<int>(config.parallel.data), static_cast<int>(config.parallel.tensor),
-              static_cast<int>(config.parallel.pipeline)),
+        mesh_(mesh_of(config, process.size())),
         comms_(mesh_, world_) {
     if (config_.run.dir.empty()) config_.run.dir = default_run_dir(line.config_file);
   }
@@ -98,6 +98,7 @@ class Run {
 
   void read_files() {
     source_ = find_model(config_);
+    check_tensor_parallel(source_.config, mesh_.num_tensor());
     tools_.emplace(load_text_tools(config_, source_.tokenizer_folder, &source_.config));
     task_ = make_task(config_.task.kind);
     larger_is_better_ = task_->larger_is_better(config_.eval.metric);
@@ -309,7 +310,7 @@ class Run {
     std::optional<Loader> loader;
     agree_on(world_, [&] {
       loader.emplace(train_data_, shape_, config_.data.shuffle, options_.seed);
-      model = build_model(config_, source_, dtype_, true);
+      model = build_model(config_, source_, dtype_, true, false, [&](Transformer& whole) { apply_tensor_parallel(whole, comms_.tensor); });
     });
     agree_on(world_, [&] {
       worker_ = std::make_unique<Worker>(config_, std::move(model), std::move(task_), std::move(*loader), *schedule_,
@@ -455,12 +456,11 @@ class Run {
       });
       log_info(str("restored the best model, of step ", state_.best_step));
     }
+    const bool adapter = has_lora(worker_->model());
+    const std::string folder = config_.run.dir + (adapter ? "/adapter" : "/model");
+    agree_on(world_, [&] { (adapter ? export_adapter : export_model)(folder, worker_->model(), config_, source_, world_); });
     agree_on(world_, [&] {
       if (!rank0()) return;
-      bool adapter = has_lora(worker_->model());
-      std::string folder = config_.run.dir + (adapter ? "/adapter" : "/model");
-      if (adapter) export_adapter(folder, worker_->model(), config_, source_);
-      else export_model(folder, worker_->model(), config_, source_);
       Json done;
       done["step"] = state_.step;
       done["stopped_early"] = state_.stopped_early;

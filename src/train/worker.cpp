@@ -10,6 +10,7 @@
 #include "base/log.h"
 #include "checkpoint/safetensors.h"
 #include "optim/clip.h"
+#include "parallel/gather.h"
 #include "train/agreement.h"
 
 namespace trireme {
@@ -122,15 +123,12 @@ void Worker::report_nonfinite(int64_t step, const std::vector<ModelInput>& input
 }
 
 void Worker::write_gradients(const std::string& path) const {
+  std::vector<Parameter> gradients;
+  for (const auto& slice : reducer_->slices()) gradients.push_back({slice.name, slice.gradient, slice.shard});
   agree_on(comms_.world, [&] {
-    if (comms_.world.rank() != 0) return;
-    std::vector<TensorSource> tensors;
-    for (const auto& slice : reducer_->slices()) {
-      TensorSource source = TensorSource::of(slice.name, slice.gradient);
-      source.dtype = at::kFloat;
-      tensors.push_back(std::move(source));
-    }
-    write_safetensors(path, tensors);
+    std::vector<TensorSource> tensors = whole_tensors(gradients, comms_.world);
+    for (auto& tensor : tensors) tensor.dtype = at::kFloat;
+    write_safetensors(path, tensors, {}, comms_.world.rank() == 0);
   });
 }
 
