@@ -217,6 +217,9 @@ def test_float16_resumes_with_its_loss_scale(work):
     repeats = [[line[20:] for line in (work / run / "log.txt").read_text().splitlines() if "computing it again" in line]
                for run in ("whole", "cut")]
     assert repeats[0] == repeats[1]  # it went on with the scale that was found before
+    overflowed = max(int(line.split("step ")[1].split(":")[0]) for line in repeats[0])
+    state = json.loads((work / "cut/checkpoints/step-6/manifest.json").read_text())["state"]
+    assert state["clean_steps"] == 6 - overflowed + 1
     lines = [json.loads(line) for line in (work / "cut/metrics.jsonl").read_text().splitlines()]
     for key in ("loss", "grad_norm", "loss_scale"):
         assert [line[key] for line in lines] == [line[key] for line in whole]
