@@ -151,6 +151,17 @@ TEST_F(CheckpointTest, LoadsOntoTheSameLayoutAndAnyOther) {
   EXPECT_TRUE(at::equal(columns, up.narrow(1, 3, 2)));
 }
 
+// The form of optimizer state before it had the shape of its weight.
+TEST_F(CheckpointTest, AFlatTensorLoadsIntoSlicesOfItsShape) {
+  CheckpointStore saved = store();
+  at::Tensor flat = at::arange(30, at::kFloat);
+  saved.save(1, {{"optimizer/exp_avg/w", flat, ShardSpec::whole(flat)}}, {});
+  at::Tensor columns = at::zeros({5, 2});
+  saved.newest()->load({{"optimizer/exp_avg/w", columns, {{5, 6}, {0, 3}, false}}});
+  EXPECT_TRUE(at::equal(columns, flat.view({5, 6}).narrow(1, 3, 2)));
+  EXPECT_THROW(saved.newest()->load({{"optimizer/exp_avg/w", columns, {{5, 7}, {0, 3}, false}}}), DataError);
+}
+
 TEST_F(CheckpointTest, EveryTensorIsWrittenOnceAndTheWorkIsShared) {
   CheckpointStore saved = store();
   std::vector<NamedTensor> tensors;

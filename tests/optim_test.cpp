@@ -160,6 +160,25 @@ TEST(Clip, SquaredNorm) {
   EXPECT_TRUE(std::isnan(squared_norm(x)));
 }
 
+// However values are cut into tensors, and in whatever order these are added.
+TEST(Clip, ASquareSumDoesNotDependOnOrder) {
+  for (auto dtype : {at::kDouble, at::kFloat}) {
+    at::Tensor x = (random(200001) * at::exp(random(200001) * 20)).to(dtype);  // 60 orders of magnitude
+    const double whole = squared_norm(x);
+    EXPECT_NEAR(whole, x.to(at::kDouble).square().sum().item<double>(), test::kSumFp64 * whole);
+    SquareSum sum(largest_magnitude(x));
+    for (int64_t end = x.size(0); end > 0; end = end * 2 / 3) sum.add(x.slice(0, end * 2 / 3, end));
+    EXPECT_EQ(sum.total(), whole) << dtype;
+  }
+  at::Tensor x = at::ones({40});
+  for (double value : {std::numeric_limits<double>::infinity(), std::nan("")}) {
+    x[33] = value;
+    EXPECT_EQ(std::isnan(largest_magnitude(x)), std::isnan(value));
+    EXPECT_EQ(std::isinf(squared_norm(x)), std::isinf(value));
+  }
+  EXPECT_EQ(squared_norm(at::zeros({3})), 0);
+}
+
 TEST(Clip, Scale) {
   EXPECT_DOUBLE_EQ(clip_scale(4.0, 1.0), 1.0 / (4.0 + 1e-6));
   EXPECT_EQ(clip_scale(0.5, 1.0), 1.0);

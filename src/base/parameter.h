@@ -1,6 +1,7 @@
 // A named tensor of the training state, and which part of the whole this rank holds.
 #pragma once
 
+#include <functional>
 #include <string>
 #include <vector>
 
@@ -25,5 +26,8 @@ struct Parameter {
   at::Tensor value;  // leaf; requires_grad() says whether it is trained
   ShardSpec shard;
 };
+
+// Writes the values of parameters: initial ones, or those of a file.
+using WeightFill = std::function<void(const std::vector<Parameter>& parameters)>;
 
 }  // namespace trireme

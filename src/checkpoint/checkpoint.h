@@ -16,6 +16,7 @@
 #pragma once
 
 #include <functional>
+#include <set>
 #include <thread>
 
 #include "base/parameter.h"
@@ -37,8 +38,9 @@ class Checkpoint {
   const std::map<std::string, StoredTensor>& tensors() const { return manifest_.tensors; }
 
   // Fills the targets, bit for bit. Local: no communication. DataError lists names that are missing, names that no
-  // target asks for (unless `partial`), and shapes and dtypes that differ.
-  void load(const std::vector<NamedTensor>& targets, bool partial = false) const;
+  // target and no other rank asks for (unless `partial`), and shapes and dtypes that differ. Optimizer state of checkpoints
+  // that hold it flat is taken too.
+  void load(const std::vector<NamedTensor>& targets, bool partial = false, const std::set<std::string>& of_others = {}) const;
 
  private:
   friend class CheckpointStore;
@@ -48,6 +50,9 @@ class Checkpoint {
   std::string folder_;
   Manifest manifest_;
 };
+
+// The names that any rank has: for load() where ranks hold different tensors. Collective.
+std::set<std::string> names_of_all(const std::vector<NamedTensor>& tensors, const Communicator& comm);
 
 // Reads and verifies one checkpoint folder without communication (for export and the like). DataError says what is
 // wrong.

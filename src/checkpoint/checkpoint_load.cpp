@@ -1,5 +1,7 @@
 #include <algorithm>
 #include <filesystem>
+#include <functional>
+#include <numeric>
 #include <set>
 
 #include "base/error_text.h"
@@ -69,9 +71,18 @@ int64_t copy_overlap(const Hdf5Dataset& dataset, const StoredPiece& piece, at::S
   return count;
 }
 
+int64_t product(const std::vector<int64_t>& shape) {
+  return std::accumulate(shape.begin(), shape.end(), int64_t{1}, std::multiplies<>());
+}
+
+// Checkpoints written before ZeRO hold the optimizer's state as flat tensors, whole.
+bool is_flat_form(const StoredTensor& stored, const std::vector<int64_t>& shape) {
+  return stored.shape.size() == 1 && shape.size() > 1 && stored.shape[0] == product(shape) && stored.pieces.size() == 1;
+}
+
 }  // namespace
 
-void Checkpoint::load(const std::vector<NamedTensor>& targets, bool partial) const {
+void Checkpoint::load(const std::vector<NamedTensor>& targets, bool partial, const std::set<std::string>& of_others) const {
   Complaint missing{"Missing", {}}, surplus{"Not asked for", {}}, differing{"Different", {}};
   std::set<std::string> asked;
   for (const NamedTensor& target : targets) {
@@ -79,7 +90,8 @@ void Checkpoint::load(const std::vector<NamedTensor>& targets, bool partial) con
     auto found = manifest_.tensors.find(target.name);
     if (found == manifest_.tensors.end()) {
       missing.items.push_back(target.name);
-    } else if (found->second.shape != target.shard.global_shape || found->second.dtype != target.value.scalar_type()) {
+    } else if ((found->second.shape != target.shard.global_shape && !is_flat_form(found->second, target.shard.global_shape)) ||
+               found->second.dtype != target.value.scalar_type()) {
       differing.items.push_back(str(target.name, " is ", c10::str(at::IntArrayRef(found->second.shape)), " ",
                                     stored_dtype_name(found->second.dtype), " in the checkpoint, ",
                                     c10::str(at::IntArrayRef(target.shard.global_shape)), " ",
@@ -87,7 +99,7 @@ void Checkpoint::load(const std::vector<NamedTensor>& targets, bool partial) con
     }
   }
   for (const auto& [name, tensor] : manifest_.tensors)
-    if (!partial && !asked.count(name)) surplus.items.push_back(name);
+    if (!partial && !asked.count(name) && !of_others.count(name)) surplus.items.push_back(name);
   std::string complaints = missing.text() + surplus.text() + differing.text();
   if (!complaints.empty())
     throw DataError(str(folder_, ": the tensors of the checkpoint are not those of this run.", complaints));
@@ -95,6 +107,9 @@ void Checkpoint::load(const std::vector<NamedTensor>& targets, bool partial) con
   std::map<std::string, Hdf5File> files;
   for (const NamedTensor& target : targets) {
     const StoredTensor& tensor = manifest_.tensors.at(target.name);
+    NamedTensor flat = target;
+    const bool is_flat = is_flat_form(tensor, target.shard.global_shape);
+    if (is_flat) flat = {target.name, at::empty({tensor.shape[0]}, target.value.options()), {tensor.shape, {0}, false}};
     int64_t copied = 0;
     for (const StoredPiece& piece : tensor.pieces) {
       auto file = files.find(piece.file);
@@ -103,12 +118,27 @@ void Checkpoint::load(const std::vector<NamedTensor>& targets, bool partial) con
       if (dataset.type() != hdf5_type_for(tensor.dtype) ||
           dataset.shape() != std::vector<uint64_t>(piece.shape.begin(), piece.shape.end()))
         throw DataError(str(folder_, "/", piece.file, ": dataset ", piece.dataset, " is not what the manifest says."));
-      copied += copy_overlap(dataset, piece, tensor.dtype, target);
+      copied += copy_overlap(dataset, piece, tensor.dtype, flat);
     }
-    if (copied != target.value.numel())
-      throw DataError(str(folder_, ": the pieces of ", target.name, " hold ", copied, " of its ", target.value.numel(),
+    if (copied != flat.value.numel())
+      throw DataError(str(folder_, ": the pieces of ", target.name, " hold ", copied, " of its ", flat.value.numel(),
                           " values."));
+    if (!is_flat) continue;
+    at::Tensor slice = flat.value.view(target.shard.global_shape);
+    for (size_t d = 0; d < target.shard.offset.size(); ++d) {
+      const auto dim = static_cast<int64_t>(d);
+      slice = slice.narrow(dim, target.shard.offset[d], target.value.size(dim));
+    }
+    target.value.detach().copy_(slice);
   }
+}
+
+std::set<std::string> names_of_all(const std::vector<NamedTensor>& tensors, const Communicator& comm) {
+  std::set<std::string> names;
+  for (const NamedTensor& tensor : tensors) names.insert(tensor.name);
+  for (const std::string& text : comm.gather_bytes(dump_json(Json(names))))
+    for (const Json& name : parse_json(text, "names of tensors")) names.insert(name.get<std::string>());
+  return parse_json(comm.broadcast_bytes(dump_json(Json(names))), "names of tensors").get<std::set<std::string>>();
 }
 
 Checkpoint open_checkpoint(const std::string& folder) {

@@ -37,7 +37,14 @@ std::map<std::string, double> evaluate(Transformer& model, const Task& task, std
   std::map<std::string, double> sums, metrics;
   phase([&] {
     EvalLoader loader(std::move(dataset), rows_per_batch, data.rank(), data.size());
-    for (int64_t i = 0; i < loader.num_batches(); ++i) {
+    // Weights that come from all ranks come to all at once: a rank without a batch computes on a token that counts nothing.
+    const auto mine = static_cast<double>(loader.num_batches());
+    const auto rounds = static_cast<int64_t>(model.block_weights() ? data.max(mine) : mine);
+    for (int64_t i = 0; i < rounds; ++i) {
+      if (i >= loader.num_batches()) {
+        model.forward(to_model({.tokens = {0}, .targets = {kIgnoreTarget}, .positions = {0}, .cu_seqlens = {0, 1}, .sample_ids = {0}}, model));
+        continue;
+      }
       TaskResult result = task.run(model, to_model(loader.batch(i), model));
       for (const auto& [name, value] : result.sums) sums[name] += value;
     }

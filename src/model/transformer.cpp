@@ -240,6 +240,16 @@ at::Tensor Transformer::run_block(const Block& b, const at::Tensor& x_TC, const 
 }
 
 at::Tensor Transformer::run(const ModelInput& input, Pass& pass) {
+  BlockWeights* weights = block_weights_;
+  if (weights) weights->acquire(-1, false);
+  // Between two blocks backward leaves the later and enters the earlier one.
+  auto on_backward = [&](const at::Tensor& x_TC, int64_t leaves, int64_t enters) {
+    if (!weights || !x_TC.requires_grad()) return;
+    x_TC.register_hook([weights, leaves, enters](const at::Tensor&) {
+      if (leaves >= 0) weights->release(leaves, true);
+      if (enters >= 0) weights->acquire(enters, true);
+    });
+  };
   at::Tensor x_TC = input.hidden_TC;
   if (has_embedding_) {
     x_TC = seams_.embed ? seams_.embed(embedding_VC_, input.tokens_T) : trireme::embedding(embedding_VC_, input.tokens_T);
@@ -249,13 +259,16 @@ at::Tensor Transformer::run(const ModelInput& input, Pass& pass) {
   SelectiveRecompute selective(recompute_ == Recompute::kSelective);
   bool full = recompute_ == Recompute::kFull && at::GradMode::is_enabled() && !pass.cache && !pass.observe;
   auto shared = std::make_shared<Pass>(pass);  // recomputation reads it again in backward
+  int64_t before = -1;
   for (const auto& b : blocks_) {
-    if (!full) {
-      x_TC = run_block(b, x_TC, pass);
-      continue;
-    }
-    x_TC = recompute([this, &b, shared](const std::vector<at::Tensor>& in) { return run_block(b, in[0], *shared); }, {x_TC});
+    on_backward(x_TC, b.index, before);
+    if (weights) weights->acquire(b.index, false);
+    if (full) x_TC = recompute([this, &b, shared](const std::vector<at::Tensor>& in) { return run_block(b, in[0], *shared); }, {x_TC});
+    else x_TC = run_block(b, x_TC, pass);
+    if (weights) weights->release(b.index, false);
+    before = b.index;
   }
+  on_backward(x_TC, -1, before);
   if (!has_head_) return x_TC;
   x_TC = rms_norm(x_TC, final_norm_.weight_C, config_.rms_norm_eps);
   if (pass.observe) pass.observe(final_norm_.path, x_TC);

@@ -52,6 +52,16 @@ struct ModelSeams {
   int64_t row_multiple = 1;                    // number of rows of which T is a multiple
 };
 
+// Provides weights that are not always in memory. Told before and after a block computes, in forward and in backward; there
+// a block is released when the gradient of its input is known, which nobody asks for where nothing before it is trained.
+class BlockWeights {
+ public:
+  virtual ~BlockWeights() = default;
+  // `block` -1: all that is outside of the blocks; once a forward, and never released.
+  virtual void acquire(int64_t block, bool backward) = 0;
+  virtual void release(int64_t block, bool backward) = 0;
+};
+
 class Transformer {
  public:
   // kRandom: matrices normal(0, initializer_range), norms 1, biases 0; an element is a function of (seed, parameter, its
@@ -91,6 +101,8 @@ class Transformer {
   std::vector<Block>& blocks() { return blocks_; }
 
   void set_recompute(Recompute mode) { recompute_ = mode; }
+  void set_block_weights(BlockWeights* weights) { block_weights_ = weights; }  // outlives every backward; null: all are there
+  BlockWeights* block_weights() const { return block_weights_; }
   void set_training(bool training) { training_ = training; }
   bool training() const { return training_; }
 
@@ -130,6 +142,7 @@ class Transformer {
   double rope_scale_ = 1.0;
   Recompute recompute_ = Recompute::kNone;
   bool training_ = false;
+  BlockWeights* block_weights_ = nullptr;
 };
 
 // float32 | bfloat16 | float16 | float64 and the short fp32, bf16, ...; ConfigError lists them. `key` is named in it.

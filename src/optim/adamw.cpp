@@ -51,9 +51,9 @@ void AdamW::step(double lr, double grad_scale) {
 std::vector<OptimState> AdamW::state() const {
   std::vector<OptimState> all;
   for (size_t i = 0; i < tensors_.size(); ++i) {
-    all.push_back({tensors_[i].name, "exp_avg", moments_[i].exp_avg});
-    all.push_back({tensors_[i].name, "exp_avg_sq", moments_[i].exp_avg_sq});
-    if (moments_[i].master.defined()) all.push_back({tensors_[i].name, "master", moments_[i].master});
+    all.push_back({i, tensors_[i].name, "exp_avg", moments_[i].exp_avg});
+    all.push_back({i, tensors_[i].name, "exp_avg_sq", moments_[i].exp_avg_sq});
+    if (moments_[i].master.defined()) all.push_back({i, tensors_[i].name, "master", moments_[i].master});
   }
   return all;
 }

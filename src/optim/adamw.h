@@ -19,7 +19,8 @@ struct OptimTensor {
 
 // One tensor of the optimizer's state; shares storage with the optimizer: read it to save, fill it to load.
 struct OptimState {
-  std::string parameter;  // OptimTensor::name
+  size_t tensor = 0;      // number of the OptimTensor
+  std::string parameter;  // its name
   std::string kind;       // exp_avg | exp_avg_sq | master (low-precision weights only)
   at::Tensor value;       // flat [N], fp32 (fp64 for fp64 weights)
 };

@@ -4,29 +4,76 @@
 #include "optim/update_loops.h"
 
 namespace trireme {
+namespace {
 
-double squared_norm(const at::Tensor& x) {
-  constexpr int64_t kChunk = 1 << 16;  // the cut does not depend on threads
+constexpr int64_t kChunk = 1 << 16;  // so many parts of up to 2^26 steps add up exactly in a double
+constexpr int kLevelBits = 26;
+
+// f(loops, data, number of the chunk, first element, elements) over the chunks on all threads.
+template <typename F>
+void for_chunks(const at::Tensor& x, const F& f) {
   TRIREME_CHECK(x.is_contiguous(), x.sizes());
-  const int64_t size = x.numel(), num_chunks = (size + kChunk - 1) / kChunk;
-  std::vector<double> sums(static_cast<size_t>(num_chunks));
+  const int64_t size = x.numel();
   dispatch_floating(x.scalar_type(), [&](auto zero) {
     using T = decltype(zero);
-    at::parallel_for(0, num_chunks, 1, [&](int64_t first, int64_t last) {
+    at::parallel_for(0, (size + kChunk - 1) / kChunk, 1, [&](int64_t first, int64_t last) {
       for (int64_t c = first; c < last; ++c)
-        sums[static_cast<size_t>(c)] = update_loops<T>().sum_of_squares(std::min(size, (c + 1) * kChunk) - c * kChunk,
-                                                                        x.data_ptr<T>() + c * kChunk);
+        f(update_loops<T>(), x.data_ptr<T>() + c * kChunk, static_cast<size_t>(c), std::min(kChunk, size - c * kChunk));
     });
   });
-  double sum = 0.0;
-  for (double s : sums) sum += s;
-  return sum;
+}
+
+size_t num_chunks(const at::Tensor& x) { return static_cast<size_t>((x.numel() + kChunk - 1) / kChunk); }
+
+// The exponent of a level's step: every square is below 2^top.
+int step_exponent(double largest, int level) {
+  int top = 0;
+  std::frexp(largest * largest, &top);
+  return top - kLevelBits * (level + 1);
+}
+
+}  // namespace
+
+double largest_magnitude(const at::Tensor& x) {
+  std::vector<double> most(num_chunks(x));
+  for_chunks(x, [&](const auto& loops, auto* data, size_t c, int64_t count) { most[c] = loops.largest(count, data); });
+  double result = 0;
+  for (double m : most) result = m > result || std::isnan(m) ? m : result;  // nothing is larger than a NaN
+  return result;
+}
+
+SquareSum::SquareSum(double largest_of_all) : largest(largest_of_all) {}
+
+void SquareSum::add(const at::Tensor& x) {
+  static_assert(kSquareLevels == std::tuple_size_v<decltype(sums)>);
+  if (!std::isfinite(largest * largest) || largest == 0) return;
+  double shifts[kSquareLevels];
+  for (int level = 0; level < kSquareLevels; ++level) shifts[level] = std::ldexp(1.5, 52 + step_exponent(largest, level));
+  std::vector<std::array<double, kSquareLevels>> parts(num_chunks(x));
+  for_chunks(x, [&](const auto& loops, auto* data, size_t c, int64_t count) {
+    loops.square_sums(count, data, shifts, parts[c].data());
+  });
+  for (const auto& part : parts)
+    for (int level = 0; level < kSquareLevels; ++level)
+      sums[static_cast<size_t>(level)] +=
+          static_cast<int64_t>(std::ldexp(part[static_cast<size_t>(level)], -step_exponent(largest, level)));
+}
+
+double SquareSum::total() const {
+  if (!std::isfinite(largest * largest)) return largest * largest;
+  double total = 0;
+  for (int level = kSquareLevels; level-- > 0;)
+    total += std::ldexp(static_cast<double>(sums[static_cast<size_t>(level)]), step_exponent(largest, level));
+  return total;
 }
 
 double squared_norm(const std::vector<at::Tensor>& tensors) {
-  double sum = 0.0;
-  for (const auto& x : tensors) sum += squared_norm(x);
-  return sum;
+  double largest = 0;
+  for (const auto& x : tensors)
+    if (const double m = largest_magnitude(x); m > largest || std::isnan(m)) largest = m;
+  SquareSum sum(largest);
+  for (const auto& x : tensors) sum.add(x);
+  return sum.total();
 }
 
 double clip_scale(double norm, double max_norm) {

@@ -1,14 +1,32 @@
 // Clipping by the global norm of the gradients, as torch.nn.utils.clip_grad_norm_.
 #pragma once
 
+#include <array>
+
 #include "base/tensor.h"
 
 namespace trireme {
 
-// Sum of the squares of a contiguous tensor, in fp64. Shards add up: all-reduce the sums, then take the root. The same
-// bits on any number of threads. NaN and infinity come through.
-double squared_norm(const at::Tensor& x);
+// The largest magnitude of a contiguous tensor; NaN or infinity where one is.
+double largest_magnitude(const at::Tensor& x);
+
+// A sum of squares that has the same bits however the values are cut into tensors, parts, ranks and threads, and in
+// whatever order these are added: every square is cut into multiples of three fixed steps (after Demmel & Nguyen 2013,
+// "Fast reproducible floating-point summation"), whose sums are exact integers. The steps follow from the largest
+// magnitude of all values, which everybody must know first; what is below 2^-78 of its square is dropped.
+// For at most 2^37 values in all. Adds to others by adding `sums`.
+struct SquareSum {
+  explicit SquareSum(double largest);  // of all values, not only of those that are added here
+  void add(const at::Tensor& x);       // contiguous
+  double total() const;                // NaN or infinity where `largest` is
+
+  double largest;
+  std::array<int64_t, 3> sums{};
+};
+
+// Of all tensors together.
 double squared_norm(const std::vector<at::Tensor>& tensors);
+inline double squared_norm(const at::Tensor& x) { return squared_norm(std::vector<at::Tensor>{x}); }
 
 // What gradients are multiplied by so that their norm is at most max_norm: min(1, max_norm / (norm + 1e-6)).
 // max_norm <= 0: 1, no clipping. NaN where the norm is.

@@ -10,12 +10,16 @@ struct AdamWStep {
   double correction1, correction2;  // 1 - beta^t
 };
 
+constexpr int kSquareLevels = 3;
+
 template <typename T>
 struct UpdateLoops {
   using A = typename ComputeType<T>::type;
   // master may be null: then the weight itself, of type A, is the master.
   void (*adamw)(int64_t count, T* weight, A* master, const A* grad, A* exp_avg, A* exp_avg_sq, const AdamWStep& step);
-  double (*sum_of_squares)(int64_t count, const T* x);
+  double (*largest)(int64_t count, const T* x);  // magnitude; infinity or NaN where one is among the values
+  // Sums of the squares' parts, see SquareSum in clip.h.
+  void (*square_sums)(int64_t count, const T* x, const double* shifts, double* sums);
 };
 
 template <typename T>

@@ -17,6 +17,7 @@
 #include "data/file_hash.h"
 #include "data/masking.h"
 #include "data/records.h"
+#include "model/initialize.h"
 #include "optim/schedule.h"
 #include "parallel/gather.h"
 #include "tasks/task.h"
@@ -108,8 +109,16 @@ void find_conflicts(const Config& c, const CommandLine& line, int num_ranks, std
       Schedule(parse_schedule_kind(c.schedule.kind), c.optim.lr, c.train.steps > 0 ? c.train.steps : int64_t{1} << 50,
                c.schedule.warmup_steps, c.schedule.min_lr);  // of epochs the number of steps is not known yet
     });
+    if (c.parallel.reduce != "step" && c.parallel.zero < 2)
+      wrong("parallel.reduce=", c.parallel.reduce, " needs parallel.zero=2 or 3: other ranks' sums would have nowhere to add up");
     check([&] { (void)make_task(c.task.kind)->larger_is_better(c.eval.metric); });
-    check([&] { mesh_of(c, num_ranks); });
+    check([&] {
+      const Mesh mesh = mesh_of(c, num_ranks);
+      const int64_t within = c.parallel.shard_within;
+      if (within > 0 && (c.parallel.zero == 0 || mesh.num_data() % within != 0))
+        throw ConfigError(str("parallel.shard_within=", within, c.parallel.zero == 0 ? " needs parallel.zero=1, 2 or 3" : str(" does not divide the ",
+                              mesh.num_data(), " copies of the model: use a divisor of that, or 0: all share out")));
+    });
   }
   if (!c.data.eval.empty() && c.data.eval_fraction > 0) wrong("data.eval and data.eval_fraction are both set; set one");
 }
@@ -215,7 +224,7 @@ LoraConfig lora_config(const Config& config) {
 }
 
 std::unique_ptr<Transformer> build_model(const Config& config, const ModelSource& source, at::ScalarType dtype, bool attach,
-                                         bool shapes_only, const ModelCut& cut) {
+                                         bool shapes_only, const ModelCut& cut, WeightFill* fill) {
   const auto seed = static_cast<uint64_t>(config.run.seed);
   at::NoGradGuard no_grad;
   auto model = std::make_unique<Transformer>(source.config, dtype, seed, Weights::kUninitialized, at::kMeta);
@@ -235,14 +244,25 @@ std::unique_ptr<Transformer> build_model(const Config& config, const ModelSource
   std::set<std::string> whole;
   for (const auto& p : model->parameters()) whole.insert(p.name);
   if (cut) cut(*model);
-  const bool random = source.folder.empty();
-  if (!shapes_only)
-    model->materialize(at::kCPU, seed, [&](const std::string& name) { return name.find(".lora_") == std::string::npos ? random : !stored_adapter; });
-  LoadOptions options;
-  options.headers_only = shapes_only;
-  options.elsewhere = [&](const std::string& name) { return whole.count(name) != 0; };
-  if (!random) load_weights(source.folder, only(*model, false), options);
-  if (stored_adapter) load_adapter(config.lora.path, only(*model, true), options);
+  if (!shapes_only) model->materialize(at::kCPU, seed, [](const std::string&) { return false; });
+  const WeightFill fill_now = [whole, seed, stored_adapter, shapes_only, folder = source.folder, adapter = config.lora.path,
+                               range = source.config.initializer_range](const std::vector<Parameter>& parameters) {
+    at::NoGradGuard no_grad;
+    std::vector<Parameter> of_kind[2];  // base, adapters
+    for (const auto& p : parameters) of_kind[is_adapter(p)].push_back(p);
+    LoadOptions options;
+    options.headers_only = shapes_only;
+    options.elsewhere = [&](const std::string& name) { return whole.count(name) != 0; };
+    for (const bool adapters : {false, true}) {
+      if (adapters ? stored_adapter : !folder.empty()) {
+        adapters ? load_adapter(adapter, of_kind[1], options) : load_weights(folder, of_kind[0], options);
+      } else if (!shapes_only) {
+        for (const auto& p : of_kind[adapters]) fill_initial(p, seed, range);
+      }
+    }
+  };
+  if (fill) *fill = fill_now;
+  else fill_now(model->parameters());
   return model;
 }
 

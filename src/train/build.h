@@ -47,9 +47,10 @@ at::ScalarType train_dtype(const Config& config, const ModelSource& source);
 // The model on the CPU, with weights read or random, then the adapter of lora.path, or (`attach`) new adapters by lora.*.
 // `shapes_only`: nothing is allocated or read but headers; every file and key is checked all the same. `cut`: leaves of the
 // model, which has no memory yet, what this rank is to hold; no more than that is allocated and read.
+// `fill`: the leaves' memory is reserved, but not written, which costs none; the function put there fills those it is given.
 using ModelCut = std::function<void(Transformer& model)>;
 std::unique_ptr<Transformer> build_model(const Config& config, const ModelSource& source, at::ScalarType dtype,
-                                         bool attach, bool shapes_only = false, const ModelCut& cut = {});
+                                         bool attach, bool shapes_only = false, const ModelCut& cut = {}, WeightFill* fill = nullptr);
 
 // Of the adapter in lora.path, else of the lora.* keys. DataError: what the adapter's files have wrong.
 LoraConfig lora_config(const Config& config);

@@ -7,6 +7,30 @@
 
 namespace trireme {
 
+namespace {
+
+// ZeRO: what of weights, gradients and optimizer state a copy of the model keeps.
+void share_out(Plan& plan, const Config& config, const ModelConfig& m, uint64_t weight_size, int num_ranks) {
+  const auto zero = config.parallel.zero;
+  const int64_t all = num_ranks / (config.parallel.tensor * config.parallel.pipeline);
+  const auto copies = static_cast<uint64_t>(std::max<int64_t>(1, config.parallel.shard_within > 0 ? config.parallel.shard_within : all));
+  if (zero >= 1) plan.optimizer_bytes /= copies;
+  const auto outside = static_cast<uint64_t>(m.vocab_size * m.hidden_size * (m.tie_embeddings ? 1 : 2) + m.hidden_size) * weight_size;
+  const auto block = plan.weight_bytes > outside && m.num_layers > 0 ? (plan.weight_bytes - outside) / static_cast<uint64_t>(m.num_layers) : 0;
+  if (zero >= 2) {  // a part, and three whole buckets: one that fills and two on their way
+    const uint64_t whole = plan.gradient_bytes, limit = static_cast<uint64_t>(config.comm.bucket_mb * (1 << 20));
+    const uint64_t bucket = std::max(std::min(limit, std::max<uint64_t>(64 << 10, whole / 8)),
+                                     config.lora.rank > 0 || !config.lora.path.empty() ? 0 : outside / weight_size * 4);
+    const bool adds_up = config.train.accumulation > 1 && config.parallel.reduce == "step";  // micro-batches add up in whole buckets
+    plan.gradient_bytes = whole / copies + (adds_up ? whole : std::min(whole, 3 * bucket));
+  }
+  if (zero == 3) {  // a part, and whole: what is outside of the blocks, a block at work and the next
+    plan.weight_bytes = plan.weight_bytes / copies + outside + std::min(plan.weight_bytes - std::min(plan.weight_bytes, outside), 2 * block);
+  }
+}
+
+}  // namespace
+
 Plan make_plan(const Config& config, const ModelConfig& m, at::ScalarType dtype, int64_t trainable, int64_t row_tokens,
                double mean_row_tokens, int64_t rows_per_epoch, int64_t rows_per_step, int64_t steps,
                int num_ranks) {
@@ -18,6 +42,7 @@ Plan make_plan(const Config& config, const ModelConfig& m, at::ScalarType dtype,
   plan.weight_bytes = static_cast<uint64_t>(plan.parameters + (adapters ? trainable : 0)) * bytes;
   plan.gradient_bytes = static_cast<uint64_t>(trainable) * wide;
   plan.optimizer_bytes = static_cast<uint64_t>(trainable) * AdamW::state_bytes_per_element(dtype);
+  share_out(plan, config, m, bytes, num_ranks);
   // Kept for backward, a token and layer: block input, two norms, q, k, v, attention output, gate, up and their product.
   auto tokens = static_cast<uint64_t>(config.train.micro_batch_size * row_tokens);
   auto c = static_cast<uint64_t>(m.hidden_size), f = static_cast<uint64_t>(m.intermediate_size);
@@ -35,7 +60,7 @@ Plan make_plan(const Config& config, const ModelConfig& m, at::ScalarType dtype,
   uint64_t loss = std::min(tokens, chunk) * vocabulary * wide + (adapters ? 0 : vocabulary * c * (wide + bytes));
   plan.activation_bytes = tokens * kept * bytes + loss;
   if (config.checkpoint.async)  // what is saved is shared out evenly among the ranks
-    plan.checkpoint_bytes = (static_cast<uint64_t>(trainable) * bytes + plan.optimizer_bytes) / static_cast<uint64_t>(num_ranks);
+    plan.checkpoint_bytes = static_cast<uint64_t>(trainable) * (bytes + AdamW::state_bytes_per_element(dtype)) / static_cast<uint64_t>(num_ranks);
   plan.base_bytes = 300ull << 20;
   plan.rows_per_step = rows_per_step;
   plan.rows_per_epoch = rows_per_epoch;

@@ -71,7 +71,8 @@ class Run {
     if (plan_only) return kExitDone;
     build();
     agree_on(world_, [&] { start_branch(); });
-    check_parameters_equal(worker_->model().parameters(), comms_.data);
+    worker_->weights_changed();
+    worker_->check_ranks_equal();
     log_info(str("ready after ", duration_text(seconds_since(started_)), "; ", process_.size(), " ranks of ",
                  at::get_num_threads(), " threads"));
     set_comm_timeout(config_.comm.timeout_s);
@@ -307,16 +308,21 @@ class Run {
 
   void build() {
     std::unique_ptr<Transformer> model;
+    WeightFill fill;
     std::optional<Loader> loader;
     agree_on(world_, [&] {
       loader.emplace(train_data_, shape_, config_.data.shuffle, options_.seed);
-      model = build_model(config_, source_, dtype_, true, false, [&](Transformer& whole) { apply_tensor_parallel(whole, comms_.tensor); });
+      model = build_model(config_, source_, dtype_, true, false, [&](Transformer& whole) { apply_tensor_parallel(whole, comms_.tensor); },
+                          config_.parallel.zero == 3 ? &fill : nullptr);
     });
     agree_on(world_, [&] {
       worker_ = std::make_unique<Worker>(config_, std::move(model), std::move(task_), std::move(*loader), *schedule_,
-                                         shape_.accumulation, comms_);
-      if (!resumed_) return;
-      resumed_->load(worker_->tensors());
+                                         shape_.accumulation, comms_, fill);
+    });
+    if (!resumed_) return;
+    agree_on(world_, [&] {
+      const auto tensors = worker_->tensors();
+      resumed_->load(tensors, false, names_of_all(tensors, world_));
       worker_->set_num_steps(state_.step);
       worker_->loss_scale().value = state_.loss_scale;
       worker_->loss_scale().clean_steps = state_.clean_steps;
@@ -456,6 +462,7 @@ class Run {
       });
       log_info(str("restored the best model, of step ", state_.best_step));
     }
+    worker_->gather_weights();
     const bool adapter = has_lora(worker_->model());
     const std::string folder = config_.run.dir + (adapter ? "/adapter" : "/model");
     agree_on(world_, [&] { (adapter ? export_adapter : export_model)(folder, worker_->model(), config_, source_, world_); });

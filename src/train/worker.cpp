@@ -14,19 +14,9 @@
 #include "train/agreement.h"
 
 namespace trireme {
-namespace {
-
-std::vector<Parameter> trainable(const Transformer& model) {
-  std::vector<Parameter> out;
-  for (auto& p : model.parameters())
-    if (p.value.requires_grad()) out.push_back(p);
-  return out;
-}
-
-}  // namespace
 
 Worker::Worker(const Config& config, std::unique_ptr<Transformer> model, std::unique_ptr<Task> task, Loader loader,
-               const Schedule& schedule, int64_t accumulation, const MeshComms& comms)
+               const Schedule& schedule, int64_t accumulation, const MeshComms& comms, const WeightFill& fill)
     : config_(config), model_(std::move(model)), task_(std::move(task)), loader_(std::move(loader)), schedule_(schedule),
       accumulation_(accumulation), comms_(comms), loss_scale_(LossScale::of(model_->dtype() == at::kHalf)) {
   model_->set_training(true);
@@ -34,13 +24,39 @@ Worker::Worker(const Config& config, std::unique_ptr<Transformer> model, std::un
   GradientReducerOptions options;
   options.bucket_bytes = static_cast<int64_t>(config.comm.bucket_mb * (1 << 20));
   options.overlap = config.comm.overlap;
-  reducer_ = std::make_unique<GradientReducer>(trainable(*model_), comms_.data, options);
+  options.zero = static_cast<int>(config.parallel.zero);
+  options.every_backward = config.parallel.reduce == "micro_batch";
+  if (config.parallel.shard_within > 0)
+    options.num_replicas = comms_.data.size() / static_cast<int>(config.parallel.shard_within);
+  const std::vector<Parameter> parameters = model_->parameters();
+  holders_ = find_holders(parameters, comms_);
+  reducer_ = std::make_unique<GradientReducer>(parameters, holders_, options);
+  if (options.zero > 0)
+    weights_ = std::make_unique<ShardedWeights>(parameters, holders_, *reducer_, options.zero, options.bucket_bytes, fill);
+  if (options.zero == 3) model_->set_block_weights(weights_.get());
   std::vector<OptimTensor> tensors;
-  for (const auto& slice : reducer_->slices())
-    tensors.push_back({slice.name, slice.weight.detach().view({-1}), slice.gradient.view({-1}),
-                       slice.weight.dim() >= 2 ? config.optim.weight_decay : 0.0});
+  for (const auto& part : reducer_->parts())
+    tensors.push_back({part.name, flat_weight(part), part.gradient, part.weight.dim() >= 2 ? config.optim.weight_decay : 0.0});
   AdamWOptions adam{config.optim.beta1, config.optim.beta2, config.optim.epsilon};
   optimizer_ = std::make_unique<AdamW>(std::move(tensors), adam);
+}
+
+at::Tensor Worker::flat_weight(const GradientPart& part) const {
+  return weights_ ? weights_->part(part.bucket).narrow(0, part.offset, part.end - part.begin) : part.weight.detach().view({-1});
+}
+
+void Worker::check_ranks_equal() const {
+  if (config_.parallel.zero < 3) check_parameters_equal(model_->parameters(), holders_);
+}
+
+void Worker::weights_changed() {
+  if (weights_) weights_->updated();
+}
+
+void Worker::gather_weights() {
+  if (!weights_) return;
+  weights_->updated();
+  weights_->acquire_all();
 }
 
 // This rank's part of the step: its gradients are on their way through the reducer.
@@ -91,15 +107,17 @@ StepResult Worker::run(int64_t step, bool stop, bool save_ready) {
     else if (!std::isfinite(out.loss) || !std::isfinite(out.grad_norm)) report_nonfinite(step, inputs);
   }
   loss_scale_.count_clean_step();
-  out.bytes_reduced = comms_.data.size() > 1 ? reducer_->bytes_reduced() : 0;
+  out.bytes_reduced = comms_.world.size() > 1 ? reducer_->bytes_reduced() : 0;
   if (step == 1 && !config_.train.gradients.empty()) write_gradients(config_.train.gradients);
   out.learning_rate = schedule_(step);
   optimizer_->step(out.learning_rate, clip_scale(out.grad_norm, config_.train.max_grad_norm));
+  weights_changed();
   loader_.advance();
   return out;
 }
 
 void Worker::report_nonfinite(int64_t step, const std::vector<ModelInput>& inputs) {
+  gather_weights();
   std::string where;
   for (const auto& input : inputs)
     if (where.empty()) where = model_->first_nonfinite(input);
@@ -108,7 +126,8 @@ void Worker::report_nonfinite(int64_t step, const std::vector<ModelInput>& input
     if (first.empty()) first = text;
   first = comms_.world.broadcast_bytes(first);
   // Every output is finite, so it was in backward, which goes from the last parameter to the first.
-  for (auto slice = reducer_->slices().rbegin(); first.empty() && slice != reducer_->slices().rend(); ++slice) {
+  const auto gradients = first.empty() ? reducer_->gathered() : std::vector<GradientSlice>();
+  for (auto slice = gradients.rbegin(); first.empty() && slice != gradients.rend(); ++slice) {
     const int64_t bad = slice->gradient.numel() - at::isfinite(slice->gradient).sum().item<int64_t>();
     if (bad > 0) first = str("the gradient of ", slice->name, ": ", bad, " of ", slice->gradient.numel(), " values are not finite");
   }
@@ -124,7 +143,7 @@ void Worker::report_nonfinite(int64_t step, const std::vector<ModelInput>& input
 
 void Worker::write_gradients(const std::string& path) const {
   std::vector<Parameter> gradients;
-  for (const auto& slice : reducer_->slices()) gradients.push_back({slice.name, slice.gradient, slice.shard});
+  for (const auto& slice : reducer_->gathered()) gradients.push_back({slice.name, slice.gradient, slice.shard});
   agree_on(comms_.world, [&] {
     std::vector<TensorSource> tensors = whole_tensors(gradients, comms_.world);
     for (auto& tensor : tensors) tensor.dtype = at::kFloat;
@@ -134,14 +153,20 @@ void Worker::write_gradients(const std::string& path) const {
 
 std::vector<NamedTensor> Worker::weights() const {
   std::vector<NamedTensor> out;
-  for (const auto& slice : reducer_->slices()) out.push_back({"model/" + slice.name, slice.weight.detach(), slice.shard});
+  for (const auto& part : reducer_->parts())
+    for (auto& piece : rectangles("model/" + part.name, flat_weight(part), part.weight.sizes(), part.shard, part.begin, part.end))
+      out.push_back(std::move(piece));
   return out;
 }
 
 std::vector<NamedTensor> Worker::tensors() {
   std::vector<NamedTensor> out = weights();
-  for (auto& state : optimizer_->state())
-    out.push_back({str("optimizer/", state.kind, "/", state.parameter), state.value, ShardSpec::whole(state.value)});
+  for (const auto& state : optimizer_->state()) {
+    const GradientPart& part = reducer_->parts()[state.tensor];
+    for (auto& piece : rectangles(str("optimizer/", state.kind, "/", part.name), state.value, part.weight.sizes(), part.shard,
+                                  part.begin, part.end))
+      out.push_back(std::move(piece));
+  }
   return out;
 }
 

@@ -7,7 +7,7 @@
 #include "optim/adamw.h"
 #include "optim/loss_scale.h"
 #include "optim/schedule.h"
-#include "parallel/data_parallel.h"
+#include "parallel/sharded_weights.h"
 #include "tasks/task.h"
 #include "train/build.h"
 
@@ -27,8 +27,9 @@ struct StepResult {
 
 class Worker {
  public:
+  // `fill`: of a model whose leaves have no values yet, with ZeRO-3. Collective.
   Worker(const Config& config, std::unique_ptr<Transformer> model, std::unique_ptr<Task> task, Loader loader,
-         const Schedule& schedule, int64_t accumulation, const MeshComms& comms);
+         const Schedule& schedule, int64_t accumulation, const MeshComms& comms, const WeightFill& fill = {});
 
   // Step `step` (from 1). `stop` and `save_ready` travel with the step's one small all-reduce. SystemError (on every
   // rank) where the loss or its gradient is not finite (float16: at the smallest loss scale): it names the first layer where that appeared; nothing was updated.
@@ -38,6 +39,12 @@ class Worker {
   std::vector<NamedTensor> tensors();
   // The trained weights alone, under the same names.
   std::vector<NamedTensor> weights() const;
+  // Collective: SystemError where ranks that hold the same differ. Under ZeRO-3 none do.
+  void check_ranks_equal() const;
+  // The weights changed from outside, such as by loading the state's tensors. Collective.
+  void weights_changed();
+  // The same, and all weights are whole on every rank until the next step.
+  void gather_weights();
   void set_num_steps(int64_t steps) { optimizer_->set_num_steps(steps); }
   LossScale& loss_scale() { return loss_scale_; }  // part of the state
 
@@ -53,6 +60,7 @@ class Worker {
   Sums accumulate(std::vector<ModelInput>& inputs);
   [[noreturn]] void report_nonfinite(int64_t step, const std::vector<ModelInput>& inputs);
   void write_gradients(const std::string& path) const;
+  at::Tensor flat_weight(const GradientPart& part) const;  // [end - begin], a view of where the optimizer works
 
   const Config& config_;
   std::unique_ptr<Transformer> model_;
@@ -62,7 +70,9 @@ class Worker {
   int64_t accumulation_;
   const MeshComms& comms_;
   LossScale loss_scale_;
+  Holders holders_;  // of the model's parameters
   std::unique_ptr<GradientReducer> reducer_;
+  std::unique_ptr<ShardedWeights> weights_;  // with ZeRO
   std::unique_ptr<AdamW> optimizer_;
 };
 

@@ -1,0 +1,99 @@
+#include "parallel/buckets.h"
+
+#include <algorithm>
+#include <cstdlib>
+
+#include "base/check.h"
+
+namespace trireme {
+
+int64_t block_of(const std::string& name) {
+  constexpr std::string_view kBlocks = "model.layers.";
+  const size_t found = name.find(kBlocks);
+  return found == std::string::npos ? -1 : std::strtoll(name.c_str() + found + kBlocks.size(), nullptr, 10);
+}
+
+std::vector<Bucket> cut_buckets(const std::vector<Parameter>& parameters, const std::vector<size_t>& chosen,
+                                const Holders& holders, int64_t bucket_bytes, bool by_unit) {
+  constexpr int64_t kNumBuckets = 8, kSmallest = 64 << 10;
+  auto bytes_of = [&](size_t i) {
+    const at::Tensor& value = parameters[i].value;
+    return value.numel() * static_cast<int64_t>(c10::elementSize(gradient_type(value.scalar_type())));
+  };
+  std::vector<Bucket> buckets;
+  for (size_t g = 0; g < holders.groups.size(); ++g) {
+    std::vector<size_t> members;
+    int64_t total = 0, used = 0;
+    for (size_t i : chosen)
+      if (holders.group_of[i] == g) members.push_back(i), total += bytes_of(i);
+    const int64_t limit = std::min(bucket_bytes, std::max(kSmallest, total / kNumBuckets));
+    for (auto i = members.rbegin(); i != members.rend(); ++i) {
+      const at::Tensor& value = parameters[*i].value;
+      const int64_t unit = by_unit ? block_of(parameters[*i].name) : -1;
+      if (i == members.rbegin() || used + bytes_of(*i) > limit || buckets.back().unit != unit ||
+          buckets.back().options.dtype() != value.dtype()) {
+        buckets.push_back({g, unit, {}, {}, 0, value.options().requires_grad(false)});
+        used = 0;
+      }
+      Bucket& bucket = buckets.back();
+      bucket.parameters.push_back(*i);
+      bucket.offsets.push_back(bucket.num_elements);
+      bucket.num_elements += value.numel();
+      used += bytes_of(*i);
+    }
+  }
+  for (Bucket& bucket : buckets) {
+    const int64_t size = holders.groups[bucket.group].size();
+    bucket.num_elements = (bucket.num_elements + size - 1) / size * size;
+  }
+  return buckets;
+}
+
+std::vector<PartRange> ranges_of_part(const Bucket& bucket, const std::vector<Parameter>& parameters, int part, int num_parts) {
+  const int64_t size = bucket.num_elements / num_parts, first = part * size, last = first + size;
+  std::vector<PartRange> ranges;
+  for (size_t k = 0; k < bucket.parameters.size(); ++k) {
+    const int64_t start = bucket.offsets[k];
+    const int64_t begin = std::max(first, start), end = std::min(last, start + parameters[bucket.parameters[k]].value.numel());
+    if (begin < end) ranges.push_back({bucket.parameters[k], begin - start, end - start, begin - first});
+  }
+  return ranges;
+}
+
+std::vector<Parameter> rectangles(const std::string& name, const at::Tensor& flat, at::IntArrayRef slice_shape,
+                                  const ShardSpec& slice, int64_t begin, int64_t end) {
+  TRIREME_CHECK(flat.dim() == 1 && flat.numel() == end - begin, name, flat.sizes(), begin, end);
+  std::vector<Parameter> out;
+  int64_t done = 0;  // of flat
+  while (begin < end) {
+    // The largest block of whole sub-tensors at `begin`: dim `d` takes some, those behind it are whole.
+    const auto dims = static_cast<int64_t>(slice_shape.size());
+    int64_t d = 0, inner = 1;  // elements of one index of dim d
+    for (int64_t k = dims - 1; k > 0; --k) inner *= slice_shape[static_cast<size_t>(k)];
+    while (d + 1 < dims && (begin % inner != 0 || begin + inner > end)) inner /= slice_shape[static_cast<size_t>(++d)];
+    const auto at = static_cast<size_t>(d);
+    Parameter piece{name, at::Tensor(), slice};
+    piece.shard.replicated = false;
+    std::vector<int64_t> shape(slice_shape.begin(), slice_shape.end());
+    int64_t count = dims == 0 ? 1 : (end - begin) / inner;
+    if (dims > 0) {
+      int64_t place = begin / inner;  // in rows of dim d
+      count = std::min(count, slice_shape[at] - place % slice_shape[at]);
+      shape[at] = count;
+      for (size_t k = at;; --k) {
+        const int64_t size = slice_shape[k];
+        piece.shard.offset[k] += place % size;
+        place /= size;
+        if (k < at) shape[k] = 1;
+        if (k == 0) break;
+      }
+    }
+    const int64_t length = count * inner;
+    piece.value = flat.narrow(0, done, length).view(shape);
+    out.push_back(std::move(piece));
+    begin += length, done += length;
+  }
+  return out;
+}
+
+}  // namespace trireme

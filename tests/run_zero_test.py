@@ -1,0 +1,71 @@
+"""parallel.zero changes where a run keeps its state, and nothing of what it computes: metrics, gradients and the finished
+product are those of plain data parallelism, bit for bit."""
+import json
+
+import pytest
+
+from program import run, small_run
+
+LORA = ("--lora.rank=4", "--lora.dropout=0.1")
+KEYS = {"full": ("--train.accumulation=2", "--comm.bucket_mb=0.1"), "lora": (*LORA, "--train.recompute=full", "--checkpoint.async=false")}
+PRODUCT = {"full": "model/model.safetensors", "lora": "adapter/adapter_model.safetensors"}
+
+
+def train(work, name, kind, zero, ranks, *keys, status=0):
+    done = run(work, "train", *small_run(work, name, *KEYS[kind], "--train.max_grad_norm=0.1", f"--parallel.zero={zero}", *keys), ranks=ranks)
+    assert done.returncode == status, done.stderr
+    return done.stderr
+
+
+def outcome(work, name, kind):
+    timed = {"seconds", "tokens_per_second", "memory_bytes", "bytes_reduced"}
+    lines = [json.loads(line) for line in (work / name / "metrics.jsonl").read_text().splitlines()]
+    metrics = [{key: value for key, value in line.items() if key not in timed} for line in lines]
+    return metrics, (work / name / PRODUCT[kind]).read_bytes()
+
+
+@pytest.mark.parametrize("kind, ranks", [("full", 2), ("lora", 2), ("lora", 4)])
+def test_no_stage_changes_a_bit(tmp_path, kind, ranks):
+    def train_with(zero):
+        train(tmp_path, f"zero{zero}", kind, zero, ranks, f"--train.gradients={tmp_path}/zero{zero}.safetensors")
+
+    train_with(0)
+    plain, gradients = outcome(tmp_path, "zero0", kind), (tmp_path / "zero0.safetensors").read_bytes()
+    assert len(plain[0]) == 6 and min(line["grad_norm"] for line in plain[0] if line["split"] == "train") > 0.1  # clipped
+    for zero in (1, 2, 3):
+        train_with(zero)
+        assert outcome(tmp_path, f"zero{zero}", kind) == plain, zero
+        assert (tmp_path / f"zero{zero}.safetensors").read_bytes() == gradients, zero
+
+
+def test_a_run_goes_on_in_another_stage(tmp_path):
+    train(tmp_path, "whole", "full", 0, 2)
+    for zero in (3, 1, 2, 0):
+        train(tmp_path, "cut", "full", zero, 2, "--train.stop_after=1", status=0 if zero == 0 else 75)
+    assert outcome(tmp_path, "cut", "full") == outcome(tmp_path, "whole", "full")
+
+
+def test_the_plan_says_what_is_shared_out(tmp_path):
+    plans = [train(tmp_path, f"plan{zero}", "full", zero, 2, "--dry-run") for zero in (0, 1)]
+    share = [float(plan.split("optimizer ")[1].split(" MiB")[0]) for plan in plans]
+    assert share[0] == pytest.approx(2 * share[1], abs=0.02)
+
+
+def test_reducing_every_micro_batch_needs_a_place_for_the_sums(tmp_path):
+    assert "error: parallel.reduce=micro_batch needs parallel.zero=2 or 3" in train(
+        tmp_path, "refused", "full", 1, 1, "--parallel.reduce=micro_batch", status=2)
+    losses = []
+    for keys in [(0,), (2, "--parallel.reduce=micro_batch")]:
+        train(tmp_path, f"each{keys[0]}", "full", keys[0], 2, *keys[1:])
+        losses.append([line["loss"] for line in outcome(tmp_path, f"each{keys[0]}", "full")[0]])
+    assert losses[0] == pytest.approx(losses[1], rel=1e-5)  # fp32 sums in another order, four steps
+
+
+def test_neighbours_share_out_and_groups_of_them_repeat(tmp_path):
+    train(tmp_path, "plain", "lora", 0, 4)
+    train(tmp_path, "pairs", "lora", 3, 4, "--parallel.shard_within=2")
+    losses = [[line["loss"] for line in outcome(tmp_path, name, "lora")[0]] for name in ("plain", "pairs")]
+    assert losses[0] == pytest.approx(losses[1], rel=1e-5)  # fp32 sums in another order, four steps
+    for keys, wrong in [((1, 4, "--parallel.shard_within=3"), "parallel.shard_within=3 does not divide the 4 copies of the model"),
+                        ((0, 1, "--parallel.shard_within=1"), "parallel.shard_within=1 needs parallel.zero=1, 2 or 3")]:
+        assert wrong in train(tmp_path, "refused", "lora", *keys, status=2)
