@@ -57,9 +57,9 @@ const std::vector<std::string> kNotInRuns = {"data.show", "lora.merge", "eval.to
 const std::vector<Verb> kVerbs = {
     {"train", "train or fine-tune a model", kRunSections, kNotInRuns},
     {"eval", "loss, perplexity and accuracy; logits to a file",
-     {"run.seed", "model", "data", "task", "train.threads", "lora.path", "eval.micro_batch_size",
+     {"run.seed", "model", "data", "task", "train.threads", "lora.path", "parallel.data", "parallel.tensor", "eval.micro_batch_size",
       "eval.token_ids", "eval.logits", "log"}},
-    {"generate", "answer prompts", {"run.seed", "model", "data", "train.threads", "lora.path", "generate", "log"}},
+    {"generate", "answer prompts", {"run.seed", "model", "data", "train.threads", "lora.path", "parallel.data", "parallel.tensor", "generate", "log"}},
     {"prepare", "tokenise data and report its lengths and masks", {"run.seed", "model", "data", "task", "log"}},
     {"tokenize", "text or records to ids, and back", {"model", "data", "task", "tokenize", "log"}},
     {"export", "write a checkpoint or adapter as a Hugging Face folder",

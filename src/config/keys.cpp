@@ -174,7 +174,7 @@ std::vector<Field> fields(Config& c) {
       {"lora.path", &c.lora.path, "folder", "PEFT adapter to start from", {}},
       {"quant.base", &c.quant.base, "", "storage of frozen weights", Words{"none"}},
       {"parallel.data", &c.parallel.data, "ranks", "copies of the model; 0: all ranks that are left", {}, 0, 1e6},
-      {"parallel.tensor", &c.parallel.tensor, "ranks", "a layer is cut over", {}, 1, 1},
+      {"parallel.tensor", &c.parallel.tensor, "ranks", "that a layer's matrices are cut over, and between them the rows; neighbours in rank", {}, 1, 1e6},
       {"parallel.pipeline", &c.parallel.pipeline, "ranks", "the layers are cut over", {}, 1, 1},
       {"parallel.zero", &c.parallel.zero, "", "what copies share out among them: 1 optimizer state, 2 gradients too, 3 weights too", {}, 0, 3},
       {"parallel.shard_within", &c.parallel.shard_within, "copies", "with parallel.zero: neighbours that share out, such as those of a host; the others have the same again; 0: all share out", {}, 0, 1e6},

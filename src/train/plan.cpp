@@ -33,32 +33,37 @@ void share_out(Plan& plan, const Config& config, const ModelConfig& m, uint64_t 
 
 Plan make_plan(const Config& config, const ModelConfig& m, at::ScalarType dtype, int64_t trainable, int64_t row_tokens,
                double mean_row_tokens, int64_t rows_per_epoch, int64_t rows_per_step, int64_t steps,
-               int num_ranks) {
+               int num_ranks, const HeldParameters& held) {
   Plan plan;
   uint64_t bytes = c10::elementSize(dtype), wide = std::max<uint64_t>(bytes, 4);
   plan.parameters = m.num_parameters();
   plan.trainable = trainable;
   bool adapters = config.lora.rank > 0 || !config.lora.path.empty();
-  plan.weight_bytes = static_cast<uint64_t>(plan.parameters + (adapters ? trainable : 0)) * bytes;
-  plan.gradient_bytes = static_cast<uint64_t>(trainable) * wide;
-  plan.optimizer_bytes = static_cast<uint64_t>(trainable) * AdamW::state_bytes_per_element(dtype);
+  const bool cut = held.all > 0;
+  const auto held_trained = static_cast<uint64_t>(cut ? held.trained : trainable);
+  plan.weight_bytes = static_cast<uint64_t>(cut ? held.all : plan.parameters + (adapters ? trainable : 0)) * bytes;
+  plan.gradient_bytes = held_trained * wide;
+  plan.optimizer_bytes = held_trained * AdamW::state_bytes_per_element(dtype);
   share_out(plan, config, m, bytes, num_ranks);
   // Kept for backward, a token and layer: block input, two norms, q, k, v, attention output, gate, up and their product.
   auto tokens = static_cast<uint64_t>(config.train.micro_batch_size * row_tokens);
   auto c = static_cast<uint64_t>(m.hidden_size), f = static_cast<uint64_t>(m.intermediate_size);
+  // Over tensor ranks each has its share, but two times a layer the rows of all of them, to multiply its part of a matrix with.
+  const auto t = static_cast<uint64_t>(config.parallel.tensor);
+  const uint64_t all_rows = t > 1 ? 2 * c : 0;
   auto heads = static_cast<uint64_t>((2 * m.num_heads + 2 * m.num_kv_heads) * m.head_dim);
-  uint64_t layer = 5 * c + 2 * heads + 3 * f;
+  uint64_t layer = (5 * c + 2 * heads + 3 * f) / t + all_rows;
   // Beside them, a layer at work: more than one where what is kept leaves holes in the heap that are too small for it.
   auto layers = static_cast<uint64_t>(m.num_layers);
   uint64_t kept = layer * layers + layer;
-  if (config.train.recompute == "selective") kept = std::min(kept, (2 * c + heads + 2 * f) * layers + 3 * layer);
-  if (config.train.recompute == "full") kept = std::min(kept, c * layers + 3 * layer);
+  if (config.train.recompute == "selective") kept = std::min(kept, ((2 * c + heads + 2 * f) / t + all_rows) * layers + 3 * layer);
+  if (config.train.recompute == "full") kept = std::min(kept, c / t * layers + 3 * layer);
   // The loss: a chunk of logits (twice, where 16-bit products arrange it anew), and of a trained head the sum of its gradient,
   // beside it first a chunk's part and then the copy that backward passes on.
-  auto vocabulary = static_cast<uint64_t>(m.vocab_size);
+  auto vocabulary = static_cast<uint64_t>(m.vocab_size) / t;
   const auto chunk = static_cast<uint64_t>(cross_entropy_chunk_rows(m.vocab_size, dtype, !adapters));
   uint64_t loss = std::min(tokens, chunk) * vocabulary * wide + (adapters ? 0 : vocabulary * c * (wide + bytes));
-  plan.activation_bytes = tokens * kept * bytes + loss;
+  plan.activation_bytes = tokens * (kept + all_rows / 2) * bytes + loss;
   if (config.checkpoint.async)  // what is saved is shared out evenly among the ranks
     plan.checkpoint_bytes = static_cast<uint64_t>(trainable) * (bytes + AdamW::state_bytes_per_element(dtype)) / static_cast<uint64_t>(num_ranks);
   plan.base_bytes = 300ull << 20;

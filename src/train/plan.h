@@ -21,9 +21,15 @@ struct Plan {
   std::string text() const;
 };
 
+// What a rank holds of a model that is cut over ranks, in elements; 0: all of it.
+struct HeldParameters {
+  int64_t all = 0, trained = 0;
+};
+
 // `row_tokens`: tokens of the longest row. Activations are an upper estimate from shapes.
 Plan make_plan(const Config& config, const ModelConfig& model, at::ScalarType dtype, int64_t trainable, int64_t row_tokens,
-               double mean_row_tokens, int64_t rows_per_epoch, int64_t rows_per_step, int64_t steps, int num_ranks = 1);
+               double mean_row_tokens, int64_t rows_per_epoch, int64_t rows_per_step, int64_t steps, int num_ranks = 1,
+               const HeldParameters& held = {});
 
 // ConfigError where `num_local_ranks` such ranks do not fit this host's free memory; names the keys to change.
 void check_memory(const Plan& plan, int num_local_ranks, uint64_t free_bytes = available_bytes());

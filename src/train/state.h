@@ -20,7 +20,7 @@ struct TrainState {
   std::string metric, eval_data;  // what `best` is: eval.metric, and the fingerprint of the data it was measured on
   double seconds = 0;        // of training, all starts together
   bool stopped_early = false;
-  int64_t ranks = 0, threads = 0;  // data-parallel ranks and threads of each, of the last start
+  int64_t ranks = 0, threads = 0;  // ranks and threads of each, of the last start
   std::string vectors;             // and its vector code
   double loss_scale = 1;     // optim/loss_scale.h
   int64_t clean_steps = 0;

@@ -95,6 +95,9 @@ class Run {
 
  private:
   bool rank0() const { return process_.rank() == 0; }
+  ModelCut cut() const {
+    return [this](Transformer& whole) { apply_tensor_parallel(whole, comms_.tensor); };
+  }
   bool names_checkpoint() const { return config_.run.resume != "auto" && config_.run.resume != "never"; }
 
   void read_files() {
@@ -108,6 +111,11 @@ class Run {
     options_.check();
     for (const auto& p : build_model(config_, source_, dtype_, true, true)->parameters())
       num_trained_ += p.value.requires_grad() ? p.value.numel() : 0;
+    if (mesh_.num_tensor() > 1)
+      for (const auto& p : build_model(config_, source_, dtype_, true, true, cut())->parameters()) {
+        held_.all += p.value.numel();
+        held_.trained += p.value.requires_grad() ? p.value.numel() : 0;
+      }
   }
 
   void open_folder() {
@@ -214,7 +222,7 @@ class Run {
     state_.accumulation = config_.train.accumulation;
     state_.rows_per_step = shape_.rows_per_step();
     state_.total_steps = total_steps_;
-    state_.ranks = mesh_.num_data();
+    state_.ranks = process_.size();
     state_.threads = at::get_num_threads();
     state_.vectors = at::get_cpu_capability();
   }
@@ -252,13 +260,13 @@ class Run {
   void keep_threads() {
     if (state_.threads == 0) return;  // an older checkpoint
     const bool told = config_.train.threads > 0 || std::getenv("OMP_NUM_THREADS");
-    if (!told && state_.ranks == mesh_.num_data() && static_cast<double>(state_.threads) <= process_.load().cores_of_rank + 1e-9)
+    if (!told && state_.ranks == process_.size() && static_cast<double>(state_.threads) <= process_.load().cores_of_rank + 1e-9)
       at::set_num_threads(static_cast<int>(state_.threads));
     std::string changes;
     auto compare = [&](const char* what, const auto& then, const auto& now) {
       if (then != now) changes += str(changes.empty() ? "" : "; ", what, " ", then, " then, ", now, " now");
     };
-    compare("ranks", state_.ranks, static_cast<int64_t>(mesh_.num_data()));
+    compare("ranks", state_.ranks, static_cast<int64_t>(process_.size()));
     compare("threads of a rank", state_.threads, static_cast<int64_t>(at::get_num_threads()));
     compare("vector code", state_.vectors, at::get_cpu_capability());
     if (!changes.empty()) log_info(str("from here on the last bits differ from those of a run that was never stopped: ", changes));
@@ -297,7 +305,7 @@ class Run {
       total += train_data_->row_tokens(r);
     }
     Plan plan = make_plan(config_, source_.config, dtype_, num_trained_, longest,
-                          static_cast<double>(total) / static_cast<double>(rows), rows, shape_.rows_per_step(), total_steps_, process_.size());
+                          static_cast<double>(total) / static_cast<double>(rows), rows, shape_.rows_per_step(), total_steps_, process_.size(), held_);
     log_info(plan.text());
     if (rank0() && rows < shape_.rows_per_step())
       log_warn(str("a step takes ", shape_.rows_per_step(), " rows, but the training data has ", rows,
@@ -312,8 +320,7 @@ class Run {
     std::optional<Loader> loader;
     agree_on(world_, [&] {
       loader.emplace(train_data_, shape_, config_.data.shuffle, options_.seed);
-      model = build_model(config_, source_, dtype_, true, false, [&](Transformer& whole) { apply_tensor_parallel(whole, comms_.tensor); },
-                          config_.parallel.zero == 3 ? &fill : nullptr);
+      model = build_model(config_, source_, dtype_, true, false, cut(), config_.parallel.zero == 3 ? &fill : nullptr);
     });
     agree_on(world_, [&] {
       worker_ = std::make_unique<Worker>(config_, std::move(model), std::move(task_), std::move(*loader), *schedule_,
@@ -495,6 +502,7 @@ class Run {
   std::shared_ptr<const Dataset> train_data_, eval_data_;
   BatchShape shape_;
   std::optional<Schedule> schedule_;
+  HeldParameters held_;
   int64_t num_trained_ = 0, total_steps_ = 0, eval_every_ = 0, save_every_ = 0;
   TrainState state_;
   std::optional<CheckpointStore> store_;

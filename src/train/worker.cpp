@@ -85,7 +85,8 @@ StepResult Worker::run(int64_t step, bool stop, bool save_ready) {
     const Sums mine = accumulate(inputs);
     // Small sums of the step: loss, learnt tokens, tokens, ranks that were asked to stop, ranks whose save is not ready, ranks
     // with gradients that came late.
-    at::Tensor small = at::tensor({mine.loss, static_cast<double>(mine.learnt), static_cast<double>(mine.tokens),
+    const double counts = comms_.coords.tensor == 0 ? 1.0 : 0.0;  // tensor ranks compute the same loss of the same rows
+    at::Tensor small = at::tensor({counts * mine.loss, counts * static_cast<double>(mine.learnt), counts * static_cast<double>(mine.tokens),
                                    stop ? 1.0 : 0.0, save_ready ? 0.0 : 1.0, 0.0}, at::kDouble);
     double* sums = small.data_ptr<double>();
     reducer_->finish([&](bool late) {
@@ -120,7 +121,7 @@ void Worker::report_nonfinite(int64_t step, const std::vector<ModelInput>& input
   gather_weights();
   std::string where;
   for (const auto& input : inputs)
-    if (where.empty()) where = model_->first_nonfinite(input);
+    if (std::string found = model_->first_nonfinite(input); where.empty()) where = found;  // tensor ranks meet in each
   std::string first;
   for (const auto& text : comms_.world.gather_bytes(where))
     if (first.empty()) first = text;

@@ -1,0 +1,143 @@
+"""A run on any mesh of ranks is the run on one: losses, gradients, weights, checkpoints, products, evaluation and answers.
+In float64, where rounding cannot hide a fault: sums in another order differ by some 1e-16, a fault by 1e-3 and more."""
+import json
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from program import SOURCE, run, override
+
+STEPS, ROWS = 20, 4
+QUICKSTART = SOURCE / "configs/quickstart"
+SHAPE = dict(model_type="qwen3", vocab_size=1152, hidden_size=32, intermediate_size=44, num_hidden_layers=2, num_attention_heads=4,
+             num_key_value_heads=2, head_dim=8, rms_norm_eps=1e-5, max_position_embeddings=256, initializer_range=0.02)
+# What a task learns and how: every value of every row of the table at least once with each way of cutting.
+KINDS = {
+    "full_untied_packed": (dict(tie_word_embeddings=False), ["--data.packing=true", "--data.max_length=96"], "model/model.safetensors"),
+    "full_tied_biases": (dict(model_type="qwen2", tie_word_embeddings=True), ["--train.recompute=full"], "model/model.safetensors"),
+    "lora_one_key_head": (dict(num_key_value_heads=1, tie_word_embeddings=False),
+                          ["--lora.rank=4", "--lora.dropout=0.2", "--train.recompute=selective"], "adapter/adapter_model.safetensors"),
+}
+MESHES = {
+    "dp2": (2, ["--train.accumulation=1"]),
+    "tp2": (2, ["--parallel.tensor=2"]),
+    "tp4": (4, ["--parallel.tensor=4"]),
+    "tp2_zero2": (2, ["--parallel.tensor=2", "--parallel.zero=2"]),
+    "dp2_tp2": (4, ["--parallel.tensor=2", "--train.accumulation=1"]),
+    "dp2_tp2_zero1": (4, ["--parallel.tensor=2", "--train.accumulation=1", "--parallel.zero=1"]),
+    "dp2_tp2_zero3": (4, ["--parallel.tensor=2", "--train.accumulation=1", "--parallel.zero=3"]),
+}
+
+
+@pytest.fixture(scope="module")
+def work(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("mesh")
+    for kind, (shape, _, _) in KINDS.items():
+        (folder / f"{kind}.json").write_text(json.dumps(SHAPE | shape))
+    return folder
+
+
+def keys_of(work, kind, name, *keys):
+    usual = [f"--run.dir={work / name}", f"--model.config={work / kind}.json", f"--model.tokenizer={QUICKSTART}/model", "--model.dtype=float64",
+             f"--data.train={QUICKSTART}/train.jsonl:90", f"--train.steps={STEPS}", f"--train.micro_batch_size={ROWS // 2}", "--train.accumulation=2",
+             "--optim.lr=1e-3", "--optim.weight_decay=0.01", "--schedule.warmup_steps=3", "--train.max_grad_norm=0.5"]
+    return override(usual, [*KINDS[kind][1], *keys])
+
+
+def train(work, kind, name, *keys, ranks=1, status=0):
+    done = run(work, "train", *keys_of(work, kind, name, *keys), ranks=ranks)
+    assert done.returncode == status, done.stderr
+    return done.stderr
+
+
+def losses(work, name):
+    lines = [json.loads(line) for line in (work / name / "metrics.jsonl").read_text().splitlines()]
+    assert [line["step"] for line in lines] == list(range(1, len(lines) + 1))
+    return [line["loss"] for line in lines], [line["grad_norm"] for line in lines]
+
+
+def assert_same_run(work, kind, name, whole):
+    for found, expected in zip(losses(work, name), losses(work, whole)):
+        assert len(found) == STEPS
+        assert found == pytest.approx(expected, rel=1e-12)
+    found, expected = (load_file(work / run / KINDS[kind][2]) for run in (name, whole))
+    assert found.keys() == expected.keys()
+    for key, value in expected.items():
+        assert value.dtype == torch.float64 and torch.allclose(found[key], value, rtol=0, atol=1e-10), key
+
+
+@pytest.fixture(scope="module")
+def whole(work):
+    """The run on one rank, by kind."""
+    for kind in KINDS:
+        train(work, kind, f"one_{kind}", f"--train.gradients={work}/one_{kind}.safetensors")
+    return {kind: f"one_{kind}" for kind in KINDS}
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("mesh", MESHES)
+def test_every_mesh_learns_the_same(work, whole, kind, mesh):
+    ranks, keys = MESHES[mesh]
+    name = f"{mesh}_{kind}"
+    train(work, kind, name, *keys, f"--train.gradients={work}/{name}.safetensors", ranks=ranks)
+    assert_same_run(work, kind, name, whole[kind])
+    found, expected = (load_file(f"{work}/{run}.safetensors") for run in (name, whole[kind]))
+    assert found.keys() == expected.keys()
+    for key, value in expected.items():  # written in float32: 2^-24 = 6e-8 a value
+        difference = (found[key].double() - value.double()).norm() / max(value.double().norm(), 1e-30)
+        assert value.norm() == 0 or difference < 1e-7, key
+
+
+def test_the_comparison_can_fail(work, whole):
+    with pytest.raises(AssertionError):
+        train(work, "full_tied_biases", "other", "--optim.lr=1.001e-3")
+        assert_same_run(work, "full_tied_biases", "other", whole["full_tied_biases"])
+
+
+@pytest.mark.parametrize("kind", ["full_tied_biases", "lora_one_key_head"])
+def test_a_checkpoint_of_one_mesh_goes_on_on_another(work, whole, kind):
+    chain = [("tp2", 0), ("dp2_tp2_zero3", 0), (None, 0), ("dp2_tp2", 0), ("tp4", 0), ("dp2", 1)]
+    for mesh, last in chain:
+        ranks, keys = MESHES[mesh] if mesh else (1, [])
+        stop = [] if last else ["--train.stop_after=3"]
+        train(work, kind, f"chain_{kind}", *keys, *stop, ranks=ranks, status=0 if last else 75)
+    assert_same_run(work, kind, f"chain_{kind}", whole[kind])
+
+
+def test_evaluation_and_answers_on_a_mesh(work, whole):
+    model = f"--model.path={work}/{whole['full_untied_packed']}/model"
+    (work / "ids.json").write_text(json.dumps([[5, 6, 7, 8, 9, 10, 11], [3, 1, 4]]))
+    found, answers = [], []
+    for ranks, keys in [(1, []), (2, ["--parallel.tensor=2"]), (4, ["--parallel.tensor=2"])]:
+        logits = work / f"logits{ranks}.safetensors"
+        done = run(work, "eval", model, f"--eval.token_ids={work}/ids.json", f"--eval.logits={logits}", *keys, ranks=ranks)
+        assert done.returncode == 0, done.stderr
+        data = run(work, "eval", model, f"--data.eval={QUICKSTART}/eval.jsonl:9", *keys, ranks=ranks)
+        assert data.returncode == 0, data.stderr
+        found.append((json.loads(done.stdout), json.loads(data.stdout), load_file(logits)))
+        said = run(work, "generate", model, "--generate.format=json", "--generate.max_tokens=12", *keys, "What is a rank?", "Why?", ranks=ranks)
+        assert said.returncode == 0, said.stderr
+        answers.append(said.stdout)
+    assert answers[0] == answers[1] == answers[2] and len(answers[0].splitlines()) == 2
+    for ids, data, logits in found[1:]:
+        assert ids == pytest.approx(found[0][0], rel=1e-12) and data == pytest.approx(found[0][1], rel=1e-12)
+        for key, value in found[0][2].items():
+            assert torch.allclose(logits[key], value, rtol=1e-6, atol=1e-6), key
+
+
+def test_what_a_mesh_cannot_do_is_refused_before_anything_is_read(work):
+    def refusal(ranks, *keys):
+        return train(work, "full_untied_packed", "refused", *keys, ranks=ranks, status=2)
+
+    assert ("error: parallel.tensor=3: the 4 heads, 2 key heads, 44 MLP units and 1152 ids of " in (said := refusal(3, "--parallel.tensor=3"))
+            and "cannot be shared out evenly over 3 ranks; sizes that can: 1, 2, 4" in said)
+    assert ("error: parallel.tensor=2 x parallel.pipeline=1 does not divide the 3 ranks of this job; start a multiple of 2 ranks "
+            "(mpirun -n 2 ...) or choose divisors of 3" in refusal(3, "--parallel.tensor=2"))
+    assert not (work / "refused").exists()
+
+
+def test_a_prompt_that_is_wrong_ends_every_rank(work, whole):
+    done = run(work, "generate", f"--model.path={work}/{whole['full_untied_packed']}/model", "--parallel.tensor=2", "fine", "a" * 4000, ranks=2)
+    assert done.returncode == 3
+    assert done.stderr.count("error: ") == 1 and "the model's context (max_position_embeddings) is 256" in done.stderr
