@@ -39,16 +39,16 @@ CASES = {
 }
 
 
-@pytest.mark.parametrize("ranks", [1, 2])
+@pytest.mark.parametrize("ranks, zero", [(1, 0), (2, 0), (2, 3)])
 @pytest.mark.parametrize("name", list(CASES))
-def test_the_first_place_is_named(work, name, ranks):
+def test_the_first_place_is_named(work, name, ranks, zero):
     change, where, way_out = CASES[name]
-    folder, run = work / f"{name}-{ranks}", work / f"run-{name}-{ranks}"
+    folder, run = work / f"{name}-{ranks}-{zero}", work / f"run-{name}-{ranks}-{zero}"
     shutil.copytree(work / "whole", folder)
     weights = load_file(folder / "model.safetensors")
     change(weights)
     save_file(weights, folder / "model.safetensors", {"format": "pt"})
-    done = hf_models.run("train", f"--run.dir={run}", f"--model.path={folder}", "--train.steps=3", "--train.micro_batch_size=2",
+    done = hf_models.run("train", f"--run.dir={run}", f"--model.path={folder}", "--train.steps=3", "--train.micro_batch_size=2", f"--parallel.zero={zero}",
                          f"--data.train={hf_models.SOURCE}/configs/quickstart/train.jsonl:8", ranks=ranks, cache=work / "cache")
     assert done.returncode == 1
     errors = [line for line in done.stderr.splitlines() if line.startswith("error")]
