@@ -10,6 +10,7 @@
 
 #include "base/error_text.h"
 #include "base/log.h"
+#include "comm/watchdog.h"
 #include "launch/verbs.h"
 #include "train/agreement.h"
 #include "train/build.h"
@@ -48,6 +49,7 @@ ExitStatus start(int argc, char** argv, const Process& process) {
       std::cout << (line.version ? "trireme " TRIREME_VERSION "\n" : line.help ? help_text(line.verb) : config_to_ini(config, true));
     return kExitDone;
   }
+  if (process.size() > 1) set_comm_timeout(config.comm.timeout_s);
   set_log_level(config.log.level == "warn" ? LogLevel::kWarn : config.log.level == "error" ? LogLevel::kError : LogLevel::kInfo);
   int threads = config.train.threads > 0 ? static_cast<int>(config.train.threads) : 0;
   if (threads == 0 && !std::getenv("OMP_NUM_THREADS")) threads = process.load().threads_per_rank;

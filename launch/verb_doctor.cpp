@@ -10,6 +10,7 @@
 #include <iostream>
 #include <set>
 
+#include "base/counted.h"
 #include "comm/communicator.h"
 #include "kernels/kernels.h"
 #include "data/token_file.h"
@@ -58,8 +59,8 @@ void say_nccl() {
 // The first line is the same on every rank of a host.
 std::string this_host(const Process& process) {
   const HostLoad& load = process.load();
-  std::string text = line_of("host", str(process.host(), ": ", process.size(), " ranks in all, ", load.num_local_ranks, " here"));
-  text += line_of("cores", str(load.num_cores, " for ", load.num_local_ranks, " ranks of ", load.threads_per_rank, " threads",
+  std::string text = line_of("host", str(process.host(), ": ", counted(process.size(), "rank"), " in all, ", load.num_local_ranks, " here"));
+  text += line_of("cores", str(load.num_cores, " for ", counted(load.num_local_ranks, "rank"), " of ", counted(load.threads_per_rank, "thread"),
                                 mpi_yields_when_idle() ? "; a rank that waits gives its core away" : ""),
                   !load.oversubscribed() ? ""
                   : load.bound           ? "a rank is bound to fewer cores than it has threads: mpirun --bind-to none, or set OMP_NUM_THREADS"

@@ -6,6 +6,7 @@
 #include "base/log.h"
 #include "checkpoint/safetensors.h"
 #include "comm/mesh.h"
+#include "comm/watchdog.h"
 #include "eval/evaluate.h"
 #include "eval/token_ids.h"
 #include "launch/verbs.h"
@@ -47,6 +48,7 @@ ExitStatus verb_eval(const Config& config, const CommandLine& line, const Proces
   Communicator world = Communicator::world();
   const MeshComms comms(mesh_of(config, process.size()), world);
   const ModelCut cut = [&](Transformer& whole) { apply_tensor_parallel(whole, comms.tensor); };
+  CommTimeoutPause pause(process.rank() != 0);  // rank 0 may tokenise for long
   ModelSource source;
   std::unique_ptr<Transformer> model;
   std::map<std::string, double> metrics;

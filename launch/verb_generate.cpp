@@ -9,6 +9,7 @@
 #include <unistd.h>
 
 #include "base/file.h"
+#include "comm/watchdog.h"
 #include "data/masking.h"
 #include "launch/verbs.h"
 #include "parallel/tensor_parallel.h"
@@ -136,11 +137,15 @@ void answer_prompts(const Config& config, const CommandLine& line, const Communi
     std::istream& in = g.file.empty() ? std::cin : file;
     bool asks = g.file.empty() && ::isatty(0) == 1;
     std::string text;
+    bool any = false;
     for (int64_t number = 1; (asks ? (std::cerr << "> " << std::flush, true) : true) && std::getline(in, text); ++number) {
       if (!text.empty() && text.back() == '\r') text.pop_back();
       std::string place = str(g.file.empty() ? "standard input" : g.file, ":", number);
-      if (!text.empty()) answer(read_prompt(text, place, config, records), place);
+      if (text.empty()) continue;
+      answer(read_prompt(text, place, config, records), place);
+      any = true;
     }
+    if (!any && !g.file.empty()) throw DataError(str(g.file, " holds no prompt: one a line is expected"));
   };
   try {
     answer_all();
@@ -160,6 +165,7 @@ ExitStatus verb_generate(const Config& config, const CommandLine& line, const Pr
   if (!config.generate.file.empty() && (!config.generate.prompt.empty() || !line.arguments.empty()))
     throw ConfigError("generate.file and a prompt are both given; give one");
   const MeshComms comms(mesh_of(config, process.size()), Communicator::world());
+  CommTimeoutPause pause(process.rank() != 0);  // rank 0 waits for whoever asks
   agree_on(comms.world, [&] {
     if (comms.coords.data == 0) answer_prompts(config, line, comms.tensor);
   });

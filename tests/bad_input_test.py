@@ -128,6 +128,8 @@ def move_the_last(header):
 @pytest.mark.parametrize("change, sentence", [
     (lambda f: f.write_bytes(f.read_bytes()[:-4]), "MODEL/model.safetensors: cut short: tensor 'model.norm.weight' ends at 7183104, but only 7183100 bytes of values are there. "
      "Download or copy it again."),
+    (lambda f: f.write_text("<!DOCTYPE html><html><body>Sign in</body></html>"), "MODEL/model.safetensors: not a safetensors file but a web page (HTML), as a server "
+     "sends one that asks to log in or reports an error; download the file again"),
     (lambda f: f.write_bytes(struct.pack("<Q", 1000) + b"{}"), "MODEL/model.safetensors: cut short: the header has 1000 bytes, but the file ends after 2 of them. Download or copy it again."),
     (lambda f: edit_header(f, begin_with_the_first), "MODEL/model.safetensors: tensor 'model.embed_tokens.weight' begins at 0, but the tensor before it ends at 768: they overlap."),
     (lambda f: edit_header(f, move_the_last), "MODEL/model.safetensors: tensor 'model.norm.weight' begins at 1000007182336, but the tensor before it ends at 7182336: there "
@@ -138,7 +140,7 @@ def move_the_last(header):
      "model.layers.9.mlp.up_proj.weight."),
     (lambda f: edit_tensors(f, lambda t: t.pop("model.norm.weight")), "MODEL: the tensors are not those of the model that config.json describes. Missing (1): model.norm.weight."),
     (lambda f: f.unlink(), "MODEL has neither model.safetensors nor model.safetensors.index.json."),
-], ids=["truncated", "header", "overlapping", "out of range", "shape", "surplus", "missing", "no file"])
+], ids=["truncated", "web page", "header", "overlapping", "out of range", "shape", "surplus", "missing", "no file"])
 def test_safetensors(tmp_path, model, change, sentence):
     change(model / "model.safetensors")
     refused(tmp_path, 3, sentence.replace("MODEL", str(model)), *with_model(tmp_path, model))
@@ -162,7 +164,8 @@ def test_empty_model_folder(tmp_path):
      "the model's own tokenizer"),
     ({"hidden_size": -1}, 'MODEL/config.json: "hidden_size" is -1; allowed are 1 to 1048576'),
     ({"hidden_size": "big"}, 'MODEL/config.json: "hidden_size" must be an integer, found "big"'),
-], ids=["family", "heads", "vocabulary", "size", "type"])
+    ({"eos_token_id": [2, 1152]}, "MODEL/config.json: eos_token_id 1152 is not below vocab_size 1152; a text would never end"),
+], ids=["family", "heads", "vocabulary", "size", "type", "end"])
 def test_config_json(tmp_path, model, change, sentence):
     config = json.loads((model / "config.json").read_text())
     (model / "config.json").write_text(json.dumps(config | change))
@@ -193,6 +196,16 @@ def test_template(tmp_path, template, sentence):
             *small_run(tmp_path, "run", f"--data.chat_template={tmp_path / 't.jinja'}"))
 
 
+def test_a_message_without_text_that_the_template_does_not_take(tmp_path):
+    call = {"role": "assistant", "content": None, "tool_calls": [{"type": "function", "function": {"name": "f", "arguments": {}}}]}
+    data = tmp_path / "calls.jsonl"
+    data.write_text("".join(json.dumps({"messages": [{"role": "user", "content": "Hi"}, answer]}) + "\n" for answer in
+                            ({"role": "assistant", "content": "Hello"}, call)))
+    refused(tmp_path, 3, f"{data}:2: configs/quickstart/model/tokenizer_config.json:chat_template line 2: can only concatenate str (not \"NoneType\") to str; "
+            "messages[1] has 'content' null: write \"content\": \"\" where the template wants a text",
+            *small_run(tmp_path, "run", f"--data.train={data}"))
+
+
 # --- configuration
 
 
@@ -212,6 +225,15 @@ def test_template(tmp_path, template, sentence):
 def test_keys(tmp_path, keys, sentence):
     refused(tmp_path, 2, sentence, *small_run(tmp_path, "run", *keys), ranks=2 if "parallel.data" in sentence or len(keys) == 1 else 1)
     assert not (tmp_path / "run").exists()
+
+
+def test_a_comma_in_the_name_of_a_file(tmp_path):
+    data = tmp_path / "a, b.jsonl"
+    data.write_text("".join(TRAIN.read_text().splitlines(True)[:40]))
+    says = "data.train names 2 files, for a comma separates them (\"\\,\" is one within a name): '{}' does not exist"
+    refused(tmp_path, 3, "\n".join(says.format(name) for name in (f"{tmp_path}/a", "b.jsonl")), *small_run(tmp_path, "run", f"--data.train={data}"))
+    escaped = str(data).replace(",", "\\,")
+    assert run(tmp_path, "train", *small_run(tmp_path, "run", f"--data.train={escaped}"), "--dry-run").returncode == 0
 
 
 def test_files_that_are_not_there(tmp_path):
@@ -234,7 +256,7 @@ def test_what_cannot_fit_memory(tmp_path, keys):
     (tmp_path / "long.jsonl").write_text(json.dumps({"text": "a word " * 50_000}) + "\n")
     amount = r"\d+\.\d\d GiB"
     refused(tmp_path, 2, re.compile(
-        rf"the run needs about {amount} of memory \(1 ranks of {amount}, of which activations {amount}\), but this host has {amount} "
+        rf"the run needs about {amount} of memory \(1 rank of {amount}, of which activations {amount}\), but this host has {amount} "
         r"free: lower train\.micro_batch_size or data\.max_length, set train\.recompute=full, lora\.rank or train\.dtype=bfloat16, "
         r"set checkpoint\.async=false, or start fewer ranks"), "configs/quickstart.ini", f"--run.dir={tmp_path / 'run'}", f"--data.train={tmp_path / 'long.jsonl'}",
             f"--model.config={tmp_path / 'long/config.json'}", *keys)

@@ -20,6 +20,7 @@ def work(tmp_path):
     (tmp_path / "ids.json").write_text("[[1, 2], [5, 5000]]")
     (tmp_path / "row.json").write_text("[[1, 2], []]")
     (tmp_path / "no-rows.json").write_text("[]")
+    (tmp_path / "blank.txt").write_text("\n\n")
     (tmp_path / "latin.txt").write_bytes(b"caf\xe9\n")
     (tmp_path / "role.jsonl").write_text('{"messages": [{"role": 5}]}\n')
     (tmp_path / "bare").mkdir()
@@ -44,6 +45,7 @@ def work(tmp_path):
      "config.json for random weights", 2),
     ("generate", [RANDOM, "--generate.file=x", "hello"], 2, "generate.file and a prompt are both given; give one", 1),
     ("generate", [RANDOM, "--generate.file=WORK/none"], 3, "cannot open WORK/none: No such file or directory", 2),
+    ("generate", [RANDOM, "--generate.file=WORK/blank.txt"], 3, "WORK/blank.txt holds no prompt: one a line is expected", 2),
     ("generate", [RANDOM, "--generate.file=WORK/latin.txt"], 3, "WORK/latin.txt:1: invalid UTF-8 (byte 0xe9 at position 4); convert the file, for "
      "example with iconv -f LATIN1 -t UTF-8", 1),
     ("generate", [RANDOM, "--generate.file=WORK/role.jsonl"], 3, "WORK/role.jsonl:1: messages[0]: field 'role' is a number; it must be a string", 1),

@@ -79,6 +79,18 @@ TEST(Config, ReportsAllMistakesTogetherWithFileAndLine) {
   EXPECT_NE(text.find("task.kind=sfd: allowed are sft, pretrain; did you mean sft?"), std::string::npos) << text;
 }
 
+TEST(Config, ASemicolonBeginsACommentOnlyOnALineOfItsOwn) {
+  EXPECT_EQ(refusal({"train", ini("; = why\n[optim]\n  ; lr = 3\nlr = 1e-3\n[data]\nseparator = \" ; \"\n[generate]\nstop = ;,a;b\n").c_str()}), "accepted");
+  const std::string path = ini("[optim]\nlr = 1e-3 ; why\n[run]\ndir = runs/a\t; b\n");
+  const std::string advice = ": a comment behind a value begins with #; where the ; belongs to the value, put it in double quotes";
+  EXPECT_EQ(refusal({"train", path.c_str()}), str(path, ":2: optim.lr=1e-3 ; why", advice, "\n", path, ":4: run.dir=runs/a\t; b", advice));
+  Config config;
+  config.data.separator = "a ; b";
+  Config again;
+  parse({"train", ini(config_to_ini(config, false)).c_str()}, again);
+  EXPECT_EQ(again.data.separator, "a ; b");
+}
+
 TEST(Config, RefusesTheKeysOfAnotherVerbOnTheCommandLineOnly) {
   EXPECT_EQ(refusal({"generate", "--optim.lr=3"}),
             "optim.lr is read by train, plan, not by generate: leave it out (a configuration file may hold it)");

@@ -42,14 +42,14 @@ TEST_F(Datasets, Truncation) {
     return text + dataset->counts().text();
   };
   EXPECT_EQ(texts("right"),
-            "abc<eos>|abcdef|3 records, 2 samples in 2 rows, 10 tokens, 4 learnt (40.0 %); 1 samples (50.0 %) truncated, 3 tokens "
-            "cut; 1 samples left out: nothing to learn after truncation");
+            "abc<eos>|abcdef|3 records, 2 samples in 2 rows, 10 tokens, 4 learnt (40.0 %); 1 sample (50.0 %) truncated, 3 tokens "
+            "cut; 1 sample left out: nothing to learn after truncation");
   EXPECT_EQ(texts("auto"), texts("right"));
   EXPECT_EQ(texts("left"),
             "abc<eos>|defgh<eos>|efghi<eos>|3 records, 3 samples in 3 rows, 16 tokens, 9 learnt (56.2 %); 2 samples (66.7 %) "
             "truncated, 7 tokens cut");
   EXPECT_EQ(texts("drop"),
-            "abc<eos>|3 records, 1 samples in 1 rows, 4 tokens, 2 learnt (50.0 %); 2 records left out: longer than "
+            "abc<eos>|3 records, 1 sample in 1 row, 4 tokens, 2 learnt (50.0 %); 2 records left out: longer than "
             "data.max_length");
   EXPECT_EQ(error_of([&] { texts("error"); }),
             "train.jsonl:2: the record has 9 tokens, more than data.max_length=6; raise it or choose data.truncation=right, left, "
@@ -57,7 +57,7 @@ TEST_F(Datasets, Truncation) {
   options_.max_length = 2;
   write("train.jsonl", "{\"prompt\": \"abcd\", \"completion\": \"efgh\"}\n");
   EXPECT_EQ(error_of([&] { texts("right"); }),
-            "no sample is left of 1 records: all are longer than data.max_length=2 and have nothing to learn when cut; raise "
+            "no sample is left of 1 record: all are longer than data.max_length=2 and have nothing to learn when cut; raise "
             "data.max_length");
 }
 
@@ -182,7 +182,7 @@ TEST_F(Datasets, BadRecordsAreLeftOutOnDemand) {
   options_.on_error = "skip";
   for (int start = 0; start < 2; ++start)  // tokenised, then found in the cache
     EXPECT_EQ(build()->counts().text(),
-              "2 records, 2 samples in 2 rows, 6 tokens, 4 learnt (66.7 %); 2 records left out: they cannot be used "
+              "2 records, 2 samples in 2 rows, 6 tokens, 4 learnt (66.7 %); 2 records left out: cannot be used "
               "(data.on_error=skip)");
   write("train.jsonl", bad);
   EXPECT_EQ(error_of([&] { build(); }).rfind("no record is left: data.on_error=skip left out all 2. The first: train.jsonl:1: not valid "

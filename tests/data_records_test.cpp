@@ -126,6 +126,7 @@ TEST_F(Records, FileWithLimit) {
   EXPECT_EQ(read_all(parse_data_file("a.jsonl:2", "data.train")).size(), 2u);
   EXPECT_EQ(read_all(parse_data_file("a.jsonl:9", "data.train")).size(), 3u);
   EXPECT_EQ(parse_data_file("b:7", "data.train").path, "b:7");
+  EXPECT_EQ(parse_data_file("a.jsonl:2", "data.train", 2).limit, 2);
   EXPECT_EQ(parse_data_file("a.jsonl:x", "data.train").path, "a.jsonl:x");
   EXPECT_EQ(error_of<ConfigError>([] { parse_data_file("a.jsonl:0", "data.eval"); }),
             "data.eval=a.jsonl:0 limits the file to 0 records; at least 1 is needed");

@@ -68,10 +68,10 @@ def test_text_files(trireme, tmp_path):
     text.write_text("".join(f"Line {i} of a long text.\n" for i in range(20_000)))
     keys = (f"--model.tokenizer={MODEL}", f"--data.train={text}", "--data.eval_fraction=0.1", "--data.max_length=256")
     out = trireme("prepare", *keys, "--task.kind=pretrain").stdout
-    assert out.count("1 records cut into several samples") == 2 and "evaluation data\n1 records, " in out, out
+    assert out.count("1 record cut into several samples") == 2 and "evaluation data\n1 record, " in out, out
     plan = trireme("train", SOURCE / "configs/pretrain.ini", f"--model.config={SOURCE}/configs/models/llama_25m.json", *keys,
                    f"--run.dir={tmp_path / 'run'}", "--dry-run").stderr
-    assert "evaluation data: 1 records, " in plan and "plan: " in plan
+    assert "evaluation data: 1 record, " in plan and "plan: " in plan
     text.write_bytes(b"fine\n" * 3 + b"caf\xe9\n")
     error = trireme("prepare", *keys, status=3).stderr
     assert f"{text}:4: invalid UTF-8 (byte 0xe9 at position 4); convert the file, for example with iconv -f LATIN1 -t UTF-8" in error
@@ -93,7 +93,7 @@ def test_bad_line(trireme, tmp_path, line, words):
     if b"xx" in line:  # what a file is read by is not for one record to break
         return
     done = trireme("prepare", *keys, "--data.on_error=skip")
-    assert "6 records, " in done.stdout and "; 1 records left out: they cannot be used (data.on_error=skip)" in done.stdout
+    assert "6 records, " in done.stdout and "; 1 record left out: cannot be used (data.on_error=skip)" in done.stdout
     assert f"left out: {data}:7{words}" in done.stderr
 
 
@@ -101,7 +101,7 @@ def test_a_line_just_below_the_limit(trireme, tmp_path):
     data = write(tmp_path / "a.jsonl", [{"text": "An ordinary sentence. " * 470_000}])
     assert 9 << 20 < data.stat().st_size < 10 << 20
     out = trireme("prepare", f"--model.tokenizer={MODEL}", f"--data.train={data}").stdout
-    assert "1 records cut into several samples" in out
+    assert "1 record cut into several samples" in out
 
 
 # A template may loop as long as it likes: it gets a million steps (a tenth of a second), and one for each byte of the chat.

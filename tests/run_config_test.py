@@ -194,9 +194,9 @@ def test_doctor(tmp_path, ranks):
     found = {line[0]: line[1] for line in lines}
     assert list(found)[:8] == ["trireme", "MPI", "host", "cores", "memory", "file system", "token cache", "libtorch"], done.stdout
     assert found["MPI"].startswith("Open MPI v")
-    assert found["host"] == f"{os.uname().nodename}: {ranks} ranks in all, {ranks} here"
+    assert found["host"] == f"{os.uname().nodename}: {ranks} rank{'s' * (ranks > 1)} in all, {ranks} here"
     cores = len(os.sched_getaffinity(0))
-    assert found["cores"] == f"{cores} for {ranks} ranks of 1 threads"
+    assert found["cores"] == f"{cores} for {ranks} rank{'s' * (ranks > 1)} of 1 thread"
     assert ("change: more threads than cores" in done.stdout) == (ranks > cores)
     free = os.statvfs(tmp_path)
     assert found["file system"].startswith(f"{tmp_path}: ")

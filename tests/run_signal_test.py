@@ -153,6 +153,26 @@ def test_a_rank_that_hangs_is_named_by_those_who_wait_for_it(work):
     assert_all_ended(work, ended)
 
 
+@pytest.mark.parametrize("verb", ["train", "eval"])
+def test_a_rank_that_hangs_while_the_run_starts_is_named_too(work, verb):
+    """It is stopped while rank 0 tokenises, which alone the others have to wait for however long it takes."""
+    (work / "long.jsonl").write_text(TRAIN.read_text() * 100)
+    if verb == "train":
+        words = command("train", *keys(work, "start", "--comm.timeout_s=2", f"--data.train={work / 'long.jsonl'}"), ranks=2)
+    else:
+        words = command("eval", f"--model.config={work / 'model/config.json'}", f"--model.tokenizer={work / 'model'}", "--comm.timeout_s=2",
+                        f"--data.eval={work / 'long.jsonl'}", ranks=2)
+    shutil.rmtree(work / "cache", ignore_errors=True)
+    job = start(work, words)
+    wait_for(lambda: (work / "cache").exists(), job)
+    os.kill(ranks_of(work)[1], signal.SIGSTOP)
+    ended = end_of(job)
+    assert ended.returncode == 1 and steps_done(work, "start") == 0, ended.stderr
+    assert re.search(rf"error: rank 0 on {os.uname().nodename}: #\d+ \w+ of group world, \d+ bytes, in flight for [2-9]\d*\.\d+ s, "
+                     r"more than comm\.timeout_s=2: it waits for rank 1, which is gone, stopped", ended.stderr), ended.stderr
+    assert_all_ended(work, ended)
+
+
 def test_keep_never_deletes_the_best(work):
     """At this learning rate the first evaluation is the best; keep=1 deletes all others but the last, also after a resume."""
     more = ("--lora.rank=0", "--lora.dropout=0", "--optim.lr=2", "--schedule.kind=constant", "--checkpoint.keep=1", "--eval.every=2", "--train.steps=12")

@@ -27,12 +27,12 @@ def norms(work, name):
 
 def test_threads_are_kept(tmp_path):
     whole = train(tmp_path, "whole", "--train.threads=1")
-    assert whole.returncode == 0 and "ready after 0:0" in whole.stderr and "1 ranks of 1 threads" in whole.stderr
+    assert whole.returncode == 0 and "ready after 0:0" in whole.stderr and "1 rank of 1 thread" in whole.stderr
     assert train(tmp_path, "cut", "--train.threads=1", "--train.stop_after=1").returncode == 75
     again = train(tmp_path, "cut", "--train.stop_after=1")  # all the cores of this machine, if nobody says how many
-    assert again.returncode == 75 and "1 ranks of 1 threads" in again.stderr and DIFFER not in again.stderr
+    assert again.returncode == 75 and "1 rank of 1 thread" in again.stderr and DIFFER not in again.stderr
     other = train(tmp_path, "cut", OMP_NUM_THREADS="2")
-    assert other.returncode == 0 and "1 ranks of 2 threads" in other.stderr
+    assert other.returncode == 0 and "1 rank of 2 threads" in other.stderr
     assert DIFFER + "threads of a rank 1 then, 2 now\n" in other.stderr
     assert norms(tmp_path, "cut")[:2] == norms(tmp_path, "whole")[:2]
 
@@ -63,7 +63,7 @@ def test_doctor_knows_cores_that_mpirun_has_bound():
                               capture_output=True, timeout=60)
         assert done.returncode == 0, done.stderr
         cores = 2 if binding == "core" else len(os.sched_getaffinity(0))
-        assert f"\ncores         {cores} for 2 ranks of {threads} threads\nmemory" in done.stdout  # nothing to change
+        assert f"\ncores         {cores} for 2 ranks of {threads} thread{'s' * (threads != 1)}\nmemory" in done.stdout  # nothing to change
         assert done.stdout.count("\nhost ") == 1
         assert "\nCUDA          not in this build" in done.stdout or re.search(
             r"\nCUDA          runtime 13\.\d+, (no driver|driver for up to \d+\.\d+), \d+ devices?(; training runs on the CPU)?\n", done.stdout)

@@ -103,6 +103,9 @@ SafetensorsFile::SafetensorsFile(const std::string& path)
   if (file_->view().starts_with(kGitLfsPointer))
     throw DataError(str(path, ": a pointer of git-lfs, the file itself was not downloaded; run git lfs pull in its folder."));
   uint64_t header_bytes = read_length(file_->data());
+  if (header_bytes > kMaxHeaderBytes && file_->view().starts_with('<'))
+    throw DataError(str(path, ": not a safetensors file but a web page (HTML), as a server sends one that asks to log in or reports "
+                        "an error; download the file again"));
   if (header_bytes > kMaxHeaderBytes)
     throw DataError(str(path, ": not a safetensors file: its header would have ", header_bytes, " bytes; ",
                         kMaxHeaderBytes, " are allowed."));

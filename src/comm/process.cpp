@@ -11,6 +11,7 @@
 
 #include "base/check.h"
 #include "base/log.h"
+#include "comm/watchdog.h"
 
 namespace trireme {
 
@@ -140,6 +141,8 @@ Process::Process(int* argc, char*** argv) : host_(host_name()) {
     }
   }
   set_log_rank(rank_, size_);
+  if (!found_running_ && size_ > 1) set_comm_timeout(kCommTimeout_s);
+  const uint64_t flight = flight_begin("world", "exchange of core masks", sizeof mine);
   MPI_Comm local = MPI_COMM_NULL;
   if (MPI_Comm_split_type(MPI_COMM_WORLD, MPI_COMM_TYPE_SHARED, rank_, MPI_INFO_NULL, &local) != MPI_SUCCESS)
     throw SystemError("MPI_Comm_split_type failed");
@@ -148,6 +151,7 @@ Process::Process(int* argc, char*** argv) : host_(host_name()) {
   std::vector<CoreMask> masks(static_cast<size_t>(num_local));
   MPI_Allgather(&mine, sizeof mine, MPI_BYTE, masks.data(), sizeof mine, MPI_BYTE, local);
   MPI_Comm_free(&local);
+  flight_end(flight);
   load_ = host_load(masks, leading_count(environment("OMP_NUM_THREADS")));
 }
 

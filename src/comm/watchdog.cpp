@@ -117,13 +117,16 @@ void set_comm_timeout(double timeout_s) {
   }
 }
 
-CommTimeoutPause::CommTimeoutPause() {
+CommTimeoutPause::CommTimeoutPause(bool pauses) : pauses_(pauses) {
+  if (!pauses_) return;
   Recorder& r = recorder();
   std::lock_guard lock(r.mutex);
   timeout_s_ = std::exchange(r.timeout_s, 0);
 }
 
-CommTimeoutPause::~CommTimeoutPause() { set_comm_timeout(timeout_s_); }
+CommTimeoutPause::~CommTimeoutPause() {
+  if (pauses_) set_comm_timeout(timeout_s_);
+}
 
 uint64_t flight_begin(const std::string& group, const char* op, int64_t num_bytes) {
   Recorder& r = recorder();

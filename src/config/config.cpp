@@ -57,8 +57,8 @@ const std::vector<std::string> kNotInRuns = {"data.show", "lora.merge", "eval.to
 const std::vector<Verb> kVerbs = {
     {"train", "train or fine-tune a model", kRunSections, kNotInRuns},
     {"eval", "loss, perplexity and accuracy; logits to a file",
-     {"run.seed", "model", "data", "task", "train.threads", "lora.path", "parallel.data", "parallel.tensor", "eval.micro_batch_size",
-      "eval.token_ids", "eval.logits", "log"}},
+     {"run.seed", "model", "data", "task", "train.threads", "lora.path", "parallel.data", "parallel.tensor", "comm.timeout_s",
+      "eval.micro_batch_size", "eval.token_ids", "eval.logits", "log"}},
     {"generate", "answer prompts", {"run.seed", "model", "data", "train.threads", "lora.path", "parallel.data", "parallel.tensor", "generate", "log"}},
     {"prepare", "tokenise data and report its lengths and masks", {"run.seed", "model", "data", "task", "log"}},
     {"tokenize", "text or records to ids, and back", {"model", "data", "task", "tokenize", "log"}},
@@ -167,20 +167,25 @@ void read_ini(const std::string& path, Settings settings, std::vector<std::strin
   for (std::string raw; std::getline(lines, raw);) {
     std::string line = trim(without_comment(raw)), place = str(path, ":", ++number, ": ");
     size_t equals = raw.find('=');
-    if (line.empty()) continue;
+    if (line.empty() || line.front() == ';') continue;
     if (line.size() > 2 && line.front() == '[' && line.back() == ']')
       section = trim(line.substr(1, line.size() - 2)) + ".";
     else if (line.find('=') == std::string::npos)
       problems.push_back(str(place, "not 'key = value' nor '[section]': ", line.substr(0, 80)));
-    else
-      settings.set(place, section + trim(raw.substr(0, equals)),
-                   quoted(trim(raw.substr(equals + 1))).value_or(trim(line.substr(line.find('=') + 1))));
+    else {
+      const std::string key = section + trim(raw.substr(0, equals)), value = trim(line.substr(line.find('=') + 1));
+      const auto text = quoted(trim(raw.substr(equals + 1)));
+      if (!text && (value.find(" ;") != std::string::npos || value.find("\t;") != std::string::npos))
+        problems.push_back(str(place, key, "=", value.substr(0, 80), ": a comment behind a value begins with #; where the ; belongs to "
+                               "the value, put it in double quotes"));
+      else settings.set(place, key, text.value_or(value));
+    }
   }
 }
 
 // What an INI line has to hold so that read_ini gives `text` back.
 std::string ini_value(const std::string& text) {
-  bool plain = text == trim(text) && text.find_first_of("#\n") == std::string::npos && text.rfind('"', 0) != 0;
+  bool plain = text == trim(text) && text.find_first_of("#;\n") == std::string::npos && text.rfind('"', 0) != 0;
   return plain ? text : Json(text).dump(-1, ' ', false, Json::error_handler_t::replace);
 }
 

@@ -123,7 +123,7 @@ struct CommandLine {
 };
 
 // Reads `trireme VERB [CONFIG.ini] [--section.key=value ...]` into config. The word after the verb that ends in .ini is
-// the file: lines `[section]` and `key = value`; '#' at the beginning of a line or after a space begins a comment; a value in
+// the file: lines `[section]` and `key = value`; '#' at the beginning of a line or after a space begins a comment, ';' a line of it; a value in
 // double quotes is a JSON string. Lists have commas between their items, "\," is a comma within one. ConfigError lists everything that is wrong, with file and line: unknown keys and
 // abbreviations (with the nearest known key), values of a wrong type or out of range, keys given twice, keys without a
 // value, words that no verb takes, a file that cannot be read; and what `further` finds in the values (it sees what was

@@ -5,6 +5,7 @@
 #include <numeric>
 
 #include "base/check.h"
+#include "base/counted.h"
 #include "base/hash.h"
 #include "base/random.h"
 #include "data/packing.h"
@@ -40,8 +41,8 @@ bool held_out(const DataOptions& options, int64_t record, int64_t chunk = 0) {
 std::vector<DataFile> files_of(const DataOptions& options, Split split) {
   bool eval_files = split == Split::kEval && !options.eval.empty();
   std::vector<DataFile> files;
-  for (const std::string& text : eval_files ? options.eval : options.train)
-    files.push_back(parse_data_file(text, eval_files ? "data.eval" : "data.train"));
+  const auto& texts = eval_files ? options.eval : options.train;
+  for (const std::string& text : texts) files.push_back(parse_data_file(text, eval_files ? "data.eval" : "data.train", texts.size()));
   return files;
 }
 
@@ -101,13 +102,13 @@ EncodeOptions encode_options(const DataOptions& options) {
 }
 
 std::string DatasetCounts::text() const {
-  std::string s = str(records, " records, ", samples, " samples in ", rows, " rows, ", tokens, " tokens, ", learnt,
-                      " learnt (", percent(learnt, tokens), ")");
-  if (truncated) s += str("; ", truncated, " samples (", percent(truncated, samples), ") truncated, ", tokens_cut, " tokens cut");
-  if (chunked) s += str("; ", chunked, " records cut into several samples");
-  if (too_long) s += str("; ", too_long, " records left out: longer than data.max_length");
-  if (skipped) s += str("; ", skipped, " records left out: they cannot be used (data.on_error=skip)");
-  if (nothing_left) s += str("; ", nothing_left, " samples left out: nothing to learn after truncation");
+  std::string s = str(counted(records, "record"), ", ", counted(samples, "sample"), " in ", counted(rows, "row"), ", ", counted(tokens, "token"),
+                      ", ", learnt, " learnt (", percent(learnt, tokens), ")");
+  if (truncated) s += str("; ", counted(truncated, "sample"), " (", percent(truncated, samples), ") truncated, ", counted(tokens_cut, "token"), " cut");
+  if (chunked) s += str("; ", counted(chunked, "record"), " cut into several samples");
+  if (too_long) s += str("; ", counted(too_long, "record"), " left out: longer than data.max_length");
+  if (skipped) s += str("; ", counted(skipped, "record"), " left out: cannot be used (data.on_error=skip)");
+  if (nothing_left) s += str("; ", counted(nothing_left, "sample"), " left out: nothing to learn after truncation");
   return s;
 }
 
@@ -183,7 +184,7 @@ std::shared_ptr<const Dataset> Dataset::open(const DataOptions& options, Split s
                         split == Split::kEval ? "evaluation" : "training", " out of ", divided_from,
                         "; change it or name files with data.eval"));
   if (counts.samples == 0)
-    throw DataError(str("no sample is left of ", counts.records, " records: all are longer than data.max_length=", limit,
+    throw DataError(str("no sample is left of ", counted(counts.records, "record"), ": all are longer than data.max_length=", limit,
                         " and have nothing to learn when cut; raise data.max_length"));
 
   if (options.packing) {

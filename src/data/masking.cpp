@@ -35,6 +35,19 @@ int64_t mark(EncodedRecord& encoded, int64_t begin, int64_t end) {
 
 Json message(const char* role, const std::string& content) { return Json{{"role", role}, {"content", content}}; }
 
+// Where a template fails, a message without text is named: many templates join texts and do not say of which message.
+template <typename Render>
+auto rendered(const Json& messages, const Render& render) {
+  try {
+    return render();
+  } catch (const DataError& error) {
+    for (size_t i = 0; i < messages.size(); ++i)
+      if (messages[i].value("content", Json()).is_null())
+        throw DataError(str(error.what(), "; messages[", i, "] has 'content' null: write \"content\": \"\" where the template wants a text"));
+    throw;
+  }
+}
+
 std::string joined(const std::vector<std::string>& names) {
   std::string text;
   for (const std::string& name : names) text += (text.empty() ? "" : ", ") + name;
@@ -79,7 +92,7 @@ EncodedRecord RecordEncoder::encode_prompt(const Record& record, const std::stri
   if (is_chat(record, source)) {
     Json messages = record.is_chat() ? record.messages : Json::array({message("user", record.prompt)});
     try {
-      return tokenized(template_->render(messages, record.tools, true, template_args_), options_.offsets);
+      return tokenized(rendered(messages, [&] { return template_->render(messages, record.tools, true, template_args_); }), options_.offsets);
     } catch (const DataError& error) {
       throw DataError(source + ": " + error.what());
     }
@@ -150,7 +163,7 @@ EncodedRecord RecordEncoder::encode_chat(const Record& record, const std::string
     throw DataError(str(source, ": nothing to learn: no message has the role 'assistant'; found: ", found));
   }
 
-  RenderedChat chat = template_->render_learnt(messages, record.tools, template_args_, wanted);
+  RenderedChat chat = rendered(messages, [&] { return template_->render_learnt(messages, record.tools, template_args_, wanted); });
   EncodedRecord encoded = tokenized(std::move(chat.text), true);
   size_t at = 0;
   int64_t characters = 0;

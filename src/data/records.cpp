@@ -3,6 +3,7 @@
 #include <sys/stat.h>
 
 #include <algorithm>
+#include <cerrno>
 #include <charconv>
 #include <map>
 
@@ -255,8 +256,15 @@ const char* data_form_name(DataForm form) {
   return "auto";
 }
 
-DataFile parse_data_file(const std::string& text, const std::string& key) {
+DataFile parse_data_file(const std::string& text, const std::string& key, size_t num_files) {
   struct stat info;
+  if (num_files > 1) {
+    DataFile file = parse_data_file(text, key);
+    if (stat(file.path.c_str(), &info) != 0 && errno == ENOENT)
+      throw DataError(str(key, " names ", num_files, " files, for a comma separates them (\"\\,\" is one within a name): '", file.path,
+                          "' does not exist"));
+    return file;
+  }
   size_t colon = text.rfind(':');
   if (colon == std::string::npos || colon + 1 == text.size() || stat(text.c_str(), &info) == 0) return {text, -1};
   DataFile file{text.substr(0, colon), 0};

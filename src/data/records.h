@@ -30,8 +30,9 @@ struct DataFile {
   int64_t limit = -1;  // -1: all
 };
 
-// 'path' or 'path:1000'; a name that exists as it stands is a path. ConfigError (names `key`) on a limit of 0, or of a .txt file.
-DataFile parse_data_file(const std::string& text, const std::string& key);
+// 'path' or 'path:1000'; a name that exists as it stands is a path. ConfigError (names `key`) on a limit of 0, or of a .txt file;
+// DataError on a file that is not there where `key` names several: was a comma in a name meant as such?
+DataFile parse_data_file(const std::string& text, const std::string& key, size_t num_files = 1);
 
 enum class DataForm { kAuto, kMessages, kShareGpt, kAlpaca, kPromptCompletion, kText, kTextFile };
 DataForm parse_data_form(const std::string& name);  // ConfigError (data.format) lists the names

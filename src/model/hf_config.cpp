@@ -214,6 +214,9 @@ ModelConfig model_config_from_json(const Json& json, const std::string& source) 
   if (std::find(dtypes.begin(), dtypes.end(), c.dtype) == dtypes.end())
     throw DataError(str(source, ": dtype \"", c.dtype, "\" is not supported; supported are float32, bfloat16, float16, float64"));
   c.eos_ids = ids(r, "eos_token_id", source);
+  for (int64_t id : c.eos_ids)
+    if (id >= c.vocab_size)
+      throw DataError(str(source, ": eos_token_id ", id, " is not below vocab_size ", c.vocab_size, "; a text would never end"));
   auto one = [&](const char* key) -> std::optional<int64_t> {
     auto list = ids(r, key, source);
     return list.empty() ? std::nullopt : std::optional(list.front());

@@ -151,7 +151,8 @@ void find_missing(const Config& c, const CommandLine& line, std::vector<std::str
   const std::string folder = c.run.dir.empty() ? default_run_dir(line.config_file) : c.run.dir;
   if (line.verb == "plan" || line.dry_run || !fs::exists(folder + "/finished.json"))  // a finished run needs no data
     for (const auto& [key, files] : {std::pair("data.train", &c.data.train), {"data.eval", &c.data.eval}})
-      for (const std::string& file : *files) check([&] { RecordReader(parse_data_file(file, key)); });
+      for (const std::string& file : *files)
+        check([&] { RecordReader(parse_data_file(file, key, files->size())); });
   if (only_files && !problems.empty()) throw DataError(joined(problems, "\n"));
 }
 

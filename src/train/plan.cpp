@@ -1,6 +1,7 @@
 #include "train/plan.h"
 
 #include "base/check.h"
+#include "base/counted.h"
 #include "ops/ops.h"
 #include "optim/adamw.h"
 #include "train/progress.h"
@@ -77,9 +78,9 @@ Plan make_plan(const Config& config, const ModelConfig& m, at::ScalarType dtype,
 std::string Plan::text() const {
   auto b = [](uint64_t n) { return bytes_text(static_cast<double>(n)); };
   return str("plan: ", count_text(static_cast<double>(parameters)), " parameters, ", count_text(static_cast<double>(trainable)),
-             " trained; ", steps, " steps of ", rows_per_step, " rows (about ", tokens_per_step, " tokens), ", rows_per_epoch,
-             " rows an epoch (", (rows_per_epoch + rows_per_step - 1) / std::max<int64_t>(rows_per_step, 1),
-             " steps)\nplan: memory of a rank: weights ", b(weight_bytes), ", gradients ", b(gradient_bytes), ", optimizer ",
+             " trained; ", counted(steps, "step"), " of ", counted(rows_per_step, "row"), " (about ", counted(tokens_per_step, "token"), "), ",
+             counted(rows_per_epoch, "row"), " an epoch (",
+             counted((rows_per_epoch + rows_per_step - 1) / std::max<int64_t>(rows_per_step, 1), "step"), ")\nplan: memory of a rank: weights ", b(weight_bytes), ", gradients ", b(gradient_bytes), ", optimizer ",
              b(optimizer_bytes), ", activations at most ", b(activation_bytes),
              checkpoint_bytes > 0 ? ", copy for a checkpoint " + b(checkpoint_bytes) : "", ", program ", b(base_bytes), ": ", b(total_bytes()));
 }
@@ -88,7 +89,7 @@ void check_memory(const Plan& plan, int num_local_ranks, uint64_t free_bytes) {
   double needed = static_cast<double>(plan.total_bytes()) * num_local_ranks;
   auto there = static_cast<double>(free_bytes);
   if (needed <= there) return;
-  throw ConfigError(str("the run needs about ", bytes_text(needed), " of memory (", num_local_ranks, " ranks of ",
+  throw ConfigError(str("the run needs about ", bytes_text(needed), " of memory (", counted(num_local_ranks, "rank"), " of ",
                         bytes_text(static_cast<double>(plan.total_bytes())), ", of which activations ",
                         bytes_text(static_cast<double>(plan.activation_bytes)), "), but this host has ", bytes_text(there),
                         " free: lower train.micro_batch_size or data.max_length, set train.recompute=full, "

@@ -9,6 +9,7 @@
 #include <cstdlib>
 #include <filesystem>
 
+#include "base/counted.h"
 #include "base/error_text.h"
 #include "base/file.h"
 #include "base/log.h"
@@ -73,12 +74,10 @@ class Run {
     agree_on(world_, [&] { start_branch(); });
     worker_->weights_changed();
     worker_->check_ranks_equal();
-    log_info(str("ready after ", duration_text(seconds_since(started_)), "; ", process_.size(), " ranks of ",
-                 at::get_num_threads(), " threads"));
-    set_comm_timeout(config_.comm.timeout_s);
+    log_info(str("ready after ", duration_text(seconds_since(started_)), "; ", counted(process_.size(), "rank"), " of ",
+                 counted(at::get_num_threads(), "thread")));
     try {
       loop();
-      set_comm_timeout(0);
       if (stopped_) return kExitStopped;
       finish();
     } catch (const AgreedError&) {  // every rank is here: what is being saved in the background is kept
@@ -132,6 +131,7 @@ class Run {
   // Rank 0 tokenises (or finds it cached) while the others wait in the agreement; then all read the same file.
   void open_data() {
     std::string files[2];
+    CommTimeoutPause pause(!rank0());
     agree_on(world_, [&] {
       if (!rank0()) return;
       Progress progress(true, process_.size() == 1);
@@ -458,6 +458,7 @@ class Run {
   }
 
   void finish() {
+    CommTimeoutPause pause;
     if (config_.eval.restore_best && eval_data_ && state_.best_step > 0 && state_.best_step != state_.step) {
       agree_on(world_, [&] {
         try {
@@ -482,7 +483,7 @@ class Run {
       done["best"] = std::isnan(state_.best) ? Json() : Json(state_.best);
       done["best_step"] = state_.best_step;
       folder_->set_finished(done);
-      log_info(str("done: ", state_.step, " steps in ", duration_text(state_.seconds), "; wrote ", folder));
+      log_info(str("done: ", counted(state_.step, "step"), " in ", duration_text(state_.seconds), "; wrote ", folder));
     });
   }
 
