@@ -7,7 +7,7 @@
 #include <utility>
 
 #include "base/check.h"
-#include "comm/operation.h"
+#include "comm/nccl_group.h"
 #include "comm/watchdog.h"
 
 namespace trireme {
@@ -49,7 +49,7 @@ CommType comm_type(const at::Tensor& tensor) {
 
 void check_tensor(const at::Tensor& tensor) {
   TRIREME_CHECK(tensor.defined());
-  TRIREME_CHECK(tensor.is_cpu(), tensor.device().str());
+  TRIREME_CHECK(tensor.is_cpu() || tensor.device().type() == nccl_device_type(), tensor.device().str());
   TRIREME_CHECK(tensor.layout() == at::kStrided && tensor.is_contiguous(), "sizes ", tensor.sizes(), " strides ",
                 tensor.strides());
   comm_type(tensor);
@@ -60,6 +60,7 @@ void check_pair(const at::Tensor& output, const at::Tensor& input) {
   check_tensor(input);
   TRIREME_CHECK(output.scalar_type() == input.scalar_type(), c10::toString(output.scalar_type()), " ",
                 c10::toString(input.scalar_type()));
+  TRIREME_CHECK(output.device() == input.device(), output.device().str(), " ", input.device().str());
 }
 
 int64_t bytes(const at::Tensor& tensor) { return static_cast<int64_t>(tensor.nbytes()); }
@@ -72,7 +73,18 @@ struct Communicator::Impl {
   int64_t num_collectives = 0;  // the next one's number is the tag by which its messages are known
   std::mutex mutex;
   std::map<std::string, OperationStatistics> statistics;
+  std::unique_ptr<NcclGroup> nccl;  // made by the first device tensor
 
+  NcclGroup& device(const at::Tensor& tensor) {
+    if (!nccl) nccl = std::make_unique<NcclGroup>(name, group, tensor.device());
+    TRIREME_CHECK(nccl->device() == tensor.device(), nccl->device().str(), " ", tensor.device().str());
+    return *nccl;
+  }
+  NcclGroup& device_collective(const at::Tensor& tensor) {
+    NcclGroup& on_device = device(tensor);
+    if (!on_device.connected()) on_device.connect(next());
+    return on_device;
+  }
   Exchange next() { return {group, group->tag(MpiGroup::kLaneCollective, num_collectives++)}; }
   Exchange user(int tag) {
     TRIREME_CHECK(tag >= 0 && tag < MpiGroup::kNumTags, tag);
@@ -83,6 +95,7 @@ struct Communicator::Impl {
   template <typename Make>
   std::shared_ptr<CommOperation> run(bool blocking, const char* op, int64_t num_bytes, std::vector<at::Tensor> tensors,
                                      Make make) {
+    throw_if_nccl_failed();
     std::shared_ptr<std::atomic<int64_t>> nanoseconds;
     {
       std::lock_guard lock(mutex);
@@ -97,20 +110,24 @@ struct Communicator::Impl {
     operation->flight = flight;
     flight_has(flight, operation);
     operation->nanoseconds = nanoseconds;
+    const bool on_device = !tensors.empty() && !tensors[0].is_cpu();
     operation->keep_alive = std::make_shared<std::vector<at::Tensor>>(std::move(tensors));
-    if (blocking) {
-      engine_wait(*operation);
-      operation->rethrow();
-      return nullptr;
-    }
-    engine_add(operation);
-    return operation;
+    if (on_device) operation->try_advance();       // into its stream at once, where it can be
+    if (on_device || !blocking) engine_add(operation);  // on a device it goes on after the call
+    if (!blocking) return operation;
+    engine_wait(*operation);
+    operation->join_stream();
+    operation->rethrow();
+    return nullptr;
   }
 
   std::shared_ptr<CommOperation> all_reduce(bool blocking, const at::Tensor& tensor, ReduceOp op) {
     check_tensor(tensor);
-    return run(blocking, "all_reduce", bytes(tensor), {tensor},
-               [&] { return make_all_reduce(next(), comm_type(tensor), op, tensor.data_ptr(), tensor.numel()); });
+    return run(blocking, "all_reduce", bytes(tensor), {tensor}, [&] {
+      return tensor.is_cpu()
+                 ? make_all_reduce(next(), comm_type(tensor), op, tensor.data_ptr(), tensor.numel())
+                 : device_collective(tensor).all_reduce(comm_type(tensor), op, tensor.data_ptr(), tensor.numel());
+    });
   }
   std::shared_ptr<CommOperation> reduce_scatter(bool blocking, const at::Tensor& output, const at::Tensor& input,
                                                 ReduceOp op) {
@@ -118,21 +135,28 @@ struct Communicator::Impl {
     TRIREME_CHECK(input.numel() == output.numel() * group->size(), input.numel(), " ", output.numel(), " ",
                   group->size());
     return run(blocking, "reduce_scatter", bytes(input), {output, input}, [&] {
-      return make_reduce_scatter(next(), comm_type(input), op, output.data_ptr(), input.data_ptr(), output.numel());
+      return input.is_cpu() ? make_reduce_scatter(next(), comm_type(input), op, output.data_ptr(), input.data_ptr(),
+                                                  output.numel())
+                            : device_collective(input).reduce_scatter(comm_type(input), op, output.data_ptr(),
+                                                                      input.data_ptr(), output.numel());
     });
   }
   std::shared_ptr<CommOperation> all_gather(bool blocking, const at::Tensor& output, const at::Tensor& input) {
     check_pair(output, input);
     TRIREME_CHECK(output.numel() == input.numel() * group->size(), output.numel(), " ", input.numel(), " ",
                   group->size());
-    return run(blocking, "all_gather", bytes(output), {output, input},
-               [&] { return make_all_gather(next(), output.data_ptr(), input.data_ptr(), bytes(input)); });
+    return run(blocking, "all_gather", bytes(output), {output, input}, [&] {
+      return input.is_cpu() ? make_all_gather(next(), output.data_ptr(), input.data_ptr(), bytes(input))
+                            : device_collective(input).all_gather(output.data_ptr(), input.data_ptr(), bytes(input));
+    });
   }
   std::shared_ptr<CommOperation> broadcast(bool blocking, const at::Tensor& tensor, int root) {
     check_tensor(tensor);
     check_rank(root);
-    return run(blocking, "broadcast", bytes(tensor), {tensor},
-               [&] { return make_broadcast(next(), tensor.data_ptr(), bytes(tensor), root); });
+    return run(blocking, "broadcast", bytes(tensor), {tensor}, [&] {
+      return tensor.is_cpu() ? make_broadcast(next(), tensor.data_ptr(), bytes(tensor), root)
+                             : device_collective(tensor).broadcast(tensor.data_ptr(), bytes(tensor), root);
+    });
   }
   std::shared_ptr<CommOperation> all_to_all(bool blocking, const at::Tensor& output, const at::Tensor& input) {
     check_pair(output, input);
@@ -140,20 +164,28 @@ struct Communicator::Impl {
                   input.numel(), " ", group->size());
     TRIREME_CHECK(output.numel() == 0 || output.data_ptr() != input.data_ptr());
     return run(blocking, "all_to_all", bytes(input), {output, input}, [&] {
-      return make_all_to_all(next(), output.data_ptr(), input.data_ptr(), bytes(input) / group->size());
+      const int64_t part = bytes(input) / group->size();
+      return input.is_cpu() ? make_all_to_all(next(), output.data_ptr(), input.data_ptr(), part)
+                            : device_collective(input).all_to_all(output.data_ptr(), input.data_ptr(), part);
     });
   }
   std::shared_ptr<CommOperation> send(bool blocking, const at::Tensor& tensor, int to, int tag) {
     check_tensor(tensor);
     check_rank(to);
-    return run(blocking, "send", bytes(tensor), {tensor},
-               [&] { return make_send(user(tag), tensor.data_ptr(), bytes(tensor), to); });
+    const Exchange e = user(tag);
+    return run(blocking, "send", bytes(tensor), {tensor}, [&] {
+      return tensor.is_cpu() ? make_send(e, tensor.data_ptr(), bytes(tensor), to)
+                             : device(tensor).send(tensor.data_ptr(), bytes(tensor), to, tag);
+    });
   }
   std::shared_ptr<CommOperation> receive(bool blocking, const at::Tensor& tensor, int from, int tag) {
     check_tensor(tensor);
     check_rank(from);
-    return run(blocking, "receive", bytes(tensor), {tensor},
-               [&] { return make_receive(user(tag), tensor.data_ptr(), bytes(tensor), from); });
+    const Exchange e = user(tag);
+    return run(blocking, "receive", bytes(tensor), {tensor}, [&] {
+      return tensor.is_cpu() ? make_receive(e, tensor.data_ptr(), bytes(tensor), from)
+                             : device(tensor).receive(tensor.data_ptr(), bytes(tensor), from, tag);
+    });
   }
   std::shared_ptr<CommOperation> barrier(bool blocking) {
     return run(blocking, "barrier", 0, {}, [&] { return make_barrier(next()); });
@@ -179,6 +211,7 @@ void Work::wait() {
   {
     CallTimer timer(operation_->nanoseconds);
     engine_wait(*operation_);
+    operation_->join_stream();
   }
   std::exchange(operation_, nullptr)->rethrow();
 }

@@ -1,5 +1,5 @@
-// A group of ranks and its collectives on contiguous CPU tensors. Value-like: copies share one group. A group of one is
-// a real group. Collectives are called by every rank of the group in the same order with tensors of the same dtype and
+// A group of ranks and its collectives on contiguous tensors: of the CPU over MPI, of a CUDA device over NCCL (one device
+// a rank and group). Value-like: copies share one group. A group of one is a real group. Collectives are called by every rank of the group in the same order with tensors of the same dtype and
 // size (all of them; a non-blocking one counts where it starts).
 //
 //   dtypes  all operations   float32, float64, bfloat16, float16, int64, int32, uint8 (bytes; they add modulo 256)
@@ -7,9 +7,16 @@
 //   bits    kSum adds in the order of the ranks, ((r0 + r1) + r2) + ..., in fp32 for bfloat16 and float16 (rounded once
 //           at the end). So all ranks get the same bits, an all-reduce has the bits of the reduce-scatter, and a result
 //           depends neither on the message's size nor on how tensors were joined into buckets. Max and min are exact; a
-//           NaN on any rank gives NaN.
-//   errors  TRIREME_CHECK: wrong dtype, shape, device, layout, rank; SystemError: MPI reports a failure (named with the
-//           operation)
+//           NaN on any rank gives NaN. On devices NCCL chooses the order by size, algorithm and layout of the machine and
+//           rounds 16-bit sums at each step; all ranks get the same bits, NCCL_ALGO=Ring with NCCL_PROTO=Simple repeats
+//           them on the same ranks, and max and min may lose a NaN
+//   errors  TRIREME_CHECK: wrong dtype, shape, device, layout, rank; SystemError: MPI or NCCL reports a failure (named
+//           with the operation). After one of NCCL's every further call of this process throws it: tensors may be wrong.
+//           ConfigError: ranks share a device without comm.share_device
+//
+// Device tensors: an operation begins after what the caller's current stream holds, and wait() (or the end of a blocking
+// call) orders what that stream gets next after it; the host does not wait for the device, but for the peers' hosts to
+// have come so far. test() is true when the device is done. barrier() and the small things below are between hosts.
 //
 // Non-blocking operations move on in a background thread that looks every 0.1 ms while something is in flight
 // (comm/progress.h), in wait() of any Work and, where that thread is switched off, in test(). They may be completed in
@@ -36,7 +43,7 @@ namespace trireme {
 class CommOperation;
 
 // A collective in flight. The tensors given to it are kept alive and must not be touched before wait() returns or
-// test() is true. Move-only. Forgetting one (an exception passes by) leaves it to finish in the background, with its
+// test() is true (device tensors after wait(): in the stream that was current there). Move-only. Forgetting one (an exception passes by) leaves it to finish in the background, with its
 // tensors: a destructor that waits would wait for ever where a peer has failed.
 class Work {
  public:

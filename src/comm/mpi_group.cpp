@@ -30,6 +30,8 @@ bool mpi_runs() {
 
 }  // namespace
 
+bool mpi_ended() { return !mpi_runs() && !Process::is_alone(); }
+
 struct MpiGroup::Handle {
   MPI_Comm comm = MPI_COMM_NULL;
 };

@@ -41,10 +41,10 @@ class MpiRequests {
 // of one all the same.
 class MpiGroup {
  public:
-  // Tags that a group has: kLaneUser for send and receive, kLaneCollective for Communicator's own exchanges. They never
-  // meet.
-  enum Lane { kLaneUser, kLaneCollective };
-  static constexpr int kNumTags = 1 << 22;  // a lane
+  // Tags that a group has: kLaneUser for send and receive, kLaneCollective for Communicator's own exchanges, the others
+  // for what the ends of a send between devices agree on. They never meet.
+  enum Lane { kLaneUser, kLaneCollective, kLaneReady, kLaneGo };
+  static constexpr int kNumTags = 1 << 21;  // a lane; 2^23 in all, the fewest that an Open MPI has (over UCX)
 
   static std::shared_ptr<MpiGroup> world();
   static std::shared_ptr<MpiGroup> self();
@@ -54,7 +54,7 @@ class MpiGroup {
   int rank() const { return rank_; }
   int size() const { return size_; }
   int tag(Lane lane, int64_t number) const {
-    return (lane == kLaneUser ? 0 : kNumTags) + static_cast<int>(number % kNumTags);
+    return lane * kNumTags + static_cast<int>(number % kNumTags);
   }
 
  private:
@@ -65,5 +65,8 @@ class MpiGroup {
   std::unique_ptr<Handle> handle_;
   int rank_ = 0, size_ = 1;
 };
+
+// MPI has been finalized, or a lone Process has ended: the program is about to.
+bool mpi_ended();
 
 }  // namespace trireme

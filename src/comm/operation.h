@@ -21,6 +21,10 @@ class CommOperation : public std::enable_shared_from_this<CommOperation> {
   // True when done. Any thread; where another thread is at it already: false at once.
   bool try_advance();
   bool done() const { return done_.load(std::memory_order_acquire); }
+  // Whether wait() may return: it is done or, on a device, in its stream's queue, where join_stream() orders what follows.
+  bool released() const { return done() || released_.load(std::memory_order_acquire); }
+  virtual void join_stream() {}  // the caller's current stream waits for it; nothing for CPU tensors. After released()
+  virtual void abort() {}        // it is late: ends what hangs in a device. Any thread
   std::vector<int> awaited();  // ranks of the world that it waits for, as far as known. Any thread
   // What went wrong, after done(). A failed operation and its tensors are never freed: MPI may still write there.
   void rethrow();
@@ -31,11 +35,12 @@ class CommOperation : public std::enable_shared_from_this<CommOperation> {
 
  protected:
   virtual bool advance() = 0;  // posts what can be posted; true when done
+  void release() { released_.store(true, std::memory_order_release); }
   MpiRequests requests_;
 
  private:
   std::mutex mutex_;
-  std::atomic<bool> done_ = false;
+  std::atomic<bool> done_ = false, released_ = false;
   std::exception_ptr error_;
 };
 
@@ -63,7 +68,8 @@ std::shared_ptr<CommOperation> make_receive(const Exchange& e, void* data, int64
 void engine_add(std::shared_ptr<CommOperation> operation);
 // Done? Moves all operations on once, unless the background thread does that: then the caller's time is for computing.
 bool engine_test(CommOperation& operation);
-// Until the operation is done, moving all others on as well: a peer may wait for them first.
+// Until the operation is released, moving all others on as well: a peer may wait for them first.
 void engine_wait(CommOperation& operation);
+void engine_advance();  // moves all operations on once
 
 }  // namespace trireme

@@ -62,9 +62,10 @@ class Engine {
   }
 
   void wait(CommOperation& operation) {
-    if (operation.try_advance()) return;
+    auto released = [&] { return operation.try_advance() || operation.released(); };
+    if (released()) return;
     ++num_waiting_;
-    while (!operation.try_advance()) advance();
+    while (!released()) advance();
     --num_waiting_;
   }
 
@@ -96,5 +97,6 @@ void set_progress_thread(bool on) { Engine::get().set_thread(on); }
 void engine_add(std::shared_ptr<CommOperation> operation) { Engine::get().add(std::move(operation)); }
 bool engine_test(CommOperation& operation) { return Engine::get().test(operation); }
 void engine_wait(CommOperation& operation) { Engine::get().wait(operation); }
+void engine_advance() { Engine::get().advance(); }
 
 }  // namespace trireme

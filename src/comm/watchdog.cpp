@@ -95,6 +95,10 @@ void watch() {
     log_message(LogLevel::kError, str(message, peers, peers.empty() ? ": a peer" : ", which",
                                       " is gone, stopped or does something else. All ranks are ended; a training run goes on "
                                       "from its last checkpoint when the same command is run again"));
+    if (operation) {
+      std::thread([operation] { operation->abort(); }).detach();  // may itself hang where a device does
+      std::this_thread::sleep_for(std::chrono::milliseconds(500));
+    }
     Process::abort(kExitFailure);
   }
 }
