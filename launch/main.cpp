@@ -54,6 +54,7 @@ ExitStatus start(int argc, char** argv, const Process& process) {
   int threads = config.train.threads > 0 ? static_cast<int>(config.train.threads) : 0;
   if (threads == 0 && !std::getenv("OMP_NUM_THREADS")) threads = process.load().threads_per_rank;
   if (threads > 0) at::set_num_threads(threads);
+  set_share_device(config.comm.share_device);
   try {
     return run_verb(config, line, process);
   } catch (const AgreedError&) {

@@ -126,4 +126,7 @@ class Communicator {
   std::shared_ptr<Impl> impl_;
 };
 
+// Whether several ranks may use one CUDA device (comm.share_device; off). Before the first CUDA tensor.
+void set_share_device(bool share);
+
 }  // namespace trireme

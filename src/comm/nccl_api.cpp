@@ -8,7 +8,7 @@
 #include <mutex>
 
 #include "base/check.h"
-#include "base/log.h"
+#include "comm/communicator.h"
 #include "comm/process.h"
 
 namespace trireme {

@@ -67,11 +67,10 @@ void set_nccl_api(const NcclApi* api);    // for tests, before the first use; nu
 // Several ranks on one device. NCCL refuses that unless it is told otherwise before its first call: from 2.30 by
 // NCCL_MULTI_RANK_GPU_ENABLE=1, before by a NCCL_HOSTID a rank, so that they seem to be on different hosts and talk
 // through the loopback interface (one host only; right, but slow). Variables that are set stay.
-void set_share_device(bool share);  // comm.share_device; before the first CUDA tensor meets a Communicator
+bool shares_device();  // as set_share_device() of communicator.h says
 // Sets those variables where sharing is on. `rank`: of the world.
 void prepare_shared_device(int rank);
 // What to say where two of the ranks' devices are the same and sharing is off; empty where all is well.
 std::string shared_device_problem(const std::vector<std::string>& uuids, const std::string& group, bool share);
-bool shares_device();
 
 }  // namespace trireme

@@ -66,7 +66,7 @@ struct Config {
   } parallel;
   struct {
     double bucket_mb = 8, timeout_s = 1800;
-    bool overlap = true;
+    bool overlap = true, share_device = false;
   } comm;
   struct {
     double every = 0;

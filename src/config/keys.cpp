@@ -182,6 +182,7 @@ std::vector<Field> fields(Config& c) {
       {"comm.bucket_mb", &c.comm.bucket_mb, "MB", "of gradients reduced together", {}, 0.001, 1e6},
       {"comm.timeout_s", &c.comm.timeout_s, "seconds", "that ranks wait for one another before the job is ended, except for saving and evaluation; 0: for ever", {}, 0, 1e9},
       {"comm.overlap", &c.comm.overlap, "", "reduce gradients while backward goes on", {}},
+      {"comm.share_device", &c.comm.share_device, "", "ranks of one host may use the same GPU: for tests, slow", {}},
       {"checkpoint.every", &c.checkpoint.every, "steps", "below 1: a fraction of the run; 0: at evaluations and at the end", {}, 0, 1e12},
       {"checkpoint.keep", &c.checkpoint.keep, "checkpoints", "newest that stay, beside the best; 0: all", {}, 0, 1e6},
       {"checkpoint.async", &c.checkpoint.async, "", "write in the background, from a copy in memory", {}},
