@@ -3,7 +3,7 @@ import json
 import pathlib
 import sys
 
-LESS_IS_BETTER = {"s", "ms", "us", "MB", "bytes", "s/1000 tokens"}
+LESS_IS_BETTER = {"s", "ms", "us", "MB", "bytes", "s/1000 tokens", "% idle"}
 KEYS = {"what", "shape", "unit", "trireme", "baseline", "baseline_name", "ratio", "target"}
 
 

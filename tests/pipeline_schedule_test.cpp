@@ -35,6 +35,19 @@ TEST(PipelineSchedule, CompleteAndFreeOfDeadlockWithoutBuffers) {
   for_all([](const PipelineSchedule& s) { EXPECT_EQ(check_schedule(s), ""); });
 }
 
+TEST(PipelineSchedule, ForwardsOnly) {
+  for (PipelineKind kind : kKinds)
+    for (int p = 1; p <= 8; ++p)
+      for (int m = 1; m <= 16; ++m) {
+        PipelineSchedule s = make_forward_schedule(kind, p, 0, m);
+        EXPECT_EQ(check_schedule(s), "") << pipeline_kind_name(kind) << " " << p << " " << m;
+        s.trains = true;
+        EXPECT_NE(check_schedule(s), "");
+        for (int stage = 0; stage < p; ++stage)
+          EXPECT_EQ(s.chunks_of(stage), make_pipeline_schedule(kind, p, 0, p).chunks_of(stage));
+      }
+}
+
 // Narayanan et al. 2021, section 2.2: (p-1)(t_f + t_b) for GPipe and 1F1B, that over v interleaved. Qi et al. 2024,
 // table 2 and section 6: (p-1)(T_F + T_B - T_W) for ZB-H1; for ZB-V none inside of a stage's span with equal times, the
 // stages starting one chunk's forward after the other. Where there are fewer micro-batches than the papers assume,
@@ -151,7 +164,7 @@ TEST(PipelineSchedule, BrokenOnesAreFound) {
       make_pipeline_schedule(PipelineKind::kGpipe, 2, 1, 2);  // stage 1 wants the second micro-batch first
   std::swap(crossed.actions[1][0], crossed.actions[1][1]);
   EXPECT_EQ(check_schedule(crossed), "stage 0 waits for ever to send after forward of micro-batch 0 on chunk 0");
-  EXPECT_THROW(simulate(PipelineSchedule{PipelineKind::kGpipe, 2, 1, 1, {{}, {{ActionKind::kForward, 0, 1}}}}, {}),
+  EXPECT_THROW(simulate(PipelineSchedule{PipelineKind::kGpipe, 2, 1, 1, true, {{}, {{ActionKind::kForward, 0, 1}}}}, {}),
                InternalError);
 }
 

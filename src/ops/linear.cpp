@@ -1,3 +1,4 @@
+#include "ops/delayed_gradients.h"
 #include "ops/dropout_mask.h"
 #include "ops/op_support.h"
 #include "ops/ops.h"
@@ -62,8 +63,10 @@ struct LinearFunction : Function<LinearFunction> {
   }
   static variable_list backward(AutogradContext* ctx, const variable_list& grads) {
     at::Tensor grad_y = grads[0].contiguous(), grad_x, grad_w, grad_bias;
-    if (ctx->needs_input_grad(0)) grad_x = at::mm(grad_y, ctx->get_saved_variables()[0]);
-    if (ctx->needs_input_grad(1)) grad_w = at::mm(grad_y.t(), take(ctx, "x"));
+    const at::Tensor w_OI = ctx->get_saved_variables()[0];
+    if (ctx->needs_input_grad(0)) grad_x = at::mm(grad_y, w_OI);
+    if (ctx->needs_input_grad(1))
+      grad_w = weight_gradient(w_OI, [grad_y, x_TI = take(ctx, "x")] { return at::mm(grad_y.t(), x_TI); });
     if (ctx->saved_data.at("bias").toBool() && ctx->needs_input_grad(2)) grad_bias = sum_rows(grad_y);
     return {grad_x, grad_w, grad_bias, {}};
   }

@@ -43,7 +43,7 @@ struct AttentionSpec {
 at::Tensor attention(const at::Tensor& q_THD, const at::Tensor& k_SKD, const at::Tensor& v_SKD,
                      const AttentionSpec& spec);
 
-// x w^T (+ bias). Only the gradients that are asked for are computed.
+// x w^T (+ bias). Only the gradients that are asked for are computed; w's may wait (ops/delayed_gradients.h).
 at::Tensor linear(const at::Tensor& x_TI, const at::Tensor& w_OI, const at::Tensor& bias_O = {});
 
 // Keys of a dropout mask: element (t, c) is dropped as a function of (seed, module, row_ids_T[t], c) alone, so a mask

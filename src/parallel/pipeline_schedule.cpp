@@ -123,7 +123,7 @@ PipelineSchedule make_pipeline_schedule(PipelineKind kind, int stages, int virtu
     throw ConfigError(str("train.accumulation=", micro_batches, " with parallel.schedule=interleaved on ", stages,
                           " pipeline ranks: micro-batches go round in groups of ", stages, "; set train.accumulation=",
                           (micro_batches + stages - 1) / stages * stages, ", or another parallel.schedule"));
-  PipelineSchedule s{kind, stages, virtual_stages, micro_batches, {}};
+  PipelineSchedule s{kind, stages, virtual_stages, micro_batches, true, {}};
   for (int stage = 0; stage < stages; ++stage) {
     const int behind = stages - 1 - stage;
     if (v_shaped)
@@ -135,6 +135,17 @@ PipelineSchedule make_pipeline_schedule(PipelineKind kind, int stages, int virtu
     else  // one delayed weight gradient for each forward that this stage has started less than the first one
       s.actions.push_back(in_turn(s, stage, behind, kind == PipelineKind::kZbH1, stage));
   }
+  return s;
+}
+
+PipelineSchedule make_forward_schedule(PipelineKind kind, int stages, int virtual_stages, int micro_batches) {
+  const int rounded = (micro_batches + stages - 1) / stages * stages;  // as interleaved needs
+  PipelineSchedule s = make_pipeline_schedule(kind, stages, virtual_stages, rounded);
+  s.micro_batches = micro_batches;
+  s.trains = false;
+  for (auto& actions : s.actions)
+    std::erase_if(actions,
+                  [&](const Action& a) { return a.kind != ActionKind::kForward || a.micro_batch >= micro_batches; });
   return s;
 }
 

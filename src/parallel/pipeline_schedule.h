@@ -45,6 +45,7 @@ std::string action_text(const Action& action);  // "forward of micro-batch 3 on 
 struct PipelineSchedule {
   PipelineKind kind = PipelineKind::k1F1B;
   int stages = 1, virtual_stages = 1, micro_batches = 1;
+  bool trains = true;                        // false: forwards only
   std::vector<std::vector<Action>> actions;  // by stage
 
   int num_chunks() const { return stages * virtual_stages; }
@@ -60,6 +61,8 @@ struct PipelineSchedule {
 // virtual_stages 0: what the schedule takes by itself, 2 for interleaved and zb-v, else 1. ConfigError where the
 // schedule cannot be made of these numbers; it names parallel.schedule, parallel.virtual_stages, train.accumulation.
 PipelineSchedule make_pipeline_schedule(PipelineKind kind, int stages, int virtual_stages, int micro_batches);
+// The same chunks on the same stages without any backward, for evaluation: any number of micro-batches.
+PipelineSchedule make_forward_schedule(PipelineKind kind, int stages, int virtual_stages, int micro_batches);
 
 // How the runner transfers, and what check_schedule() assumes: of what comes to a chunk in one direction (activations
 // or gradients) one receive is always posted, for the micro-batch that the stage needs next; an action waits for its
