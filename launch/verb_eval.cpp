@@ -46,7 +46,7 @@ ExitStatus verb_eval(const Config& config, const CommandLine& line, const Proces
     throw ConfigError("nothing to evaluate: set data.eval to record files, or eval.token_ids to a JSON file of ids");
   if (!config.eval.logits.empty() && config.eval.token_ids.empty()) throw ConfigError("eval.logits needs eval.token_ids");
   Communicator world = Communicator::world();
-  const MeshComms comms(mesh_of(config, process.size()), world);
+  const MeshComms comms(mesh_of(config, process.size(), false), world);
   const ModelCut cut = [&](Transformer& whole) { apply_tensor_parallel(whole, comms.tensor); };
   CommTimeoutPause pause(process.rank() != 0);  // rank 0 may tokenise for long
   ModelSource source;

@@ -50,8 +50,10 @@ ExitStatus verb_export(const Config& config, const CommandLine& line, const Proc
       if (p.value.requires_grad()) targets.push_back({"model/" + p.name, p.value.detach(), p.shard});
     checkpoint->load(targets, true);
   }
-  if (has_lora(*model) && !config.lora.merge) export_adapter(folder, *model, config, source);
-  else export_model(folder, *model, config, source);
+  const bool adapter = has_lora(*model) && !config.lora.merge;
+  Chunks whole;
+  whole.push_back(std::move(model));
+  (adapter ? export_adapter : export_model)(folder, whole, config, source, Communicator::self());
   log_info(str("wrote ", folder));
   return kExitDone;
 }

@@ -164,7 +164,7 @@ ExitStatus verb_generate(const Config& config, const CommandLine& line, const Pr
   check_config(config, line);
   if (!config.generate.file.empty() && (!config.generate.prompt.empty() || !line.arguments.empty()))
     throw ConfigError("generate.file and a prompt are both given; give one");
-  const MeshComms comms(mesh_of(config, process.size()), Communicator::world());
+  const MeshComms comms(mesh_of(config, process.size(), false), Communicator::world());
   CommTimeoutPause pause(process.rank() != 0);  // rank 0 waits for whoever asks
   agree_on(comms.world, [&] {
     if (comms.coords.data == 0) answer_prompts(config, line, comms.tensor);

@@ -75,7 +75,6 @@ TEST(Config, ReportsAllMistakesTogetherWithFileAndLine) {
   EXPECT_NE(text.find(path + ":2: train.steps=many: an integer is expected"), std::string::npos) << text;
   EXPECT_NE(text.find(path + ":5: unknown key data.max_lenght; did you mean data.max_length?"), std::string::npos) << text;
   EXPECT_NE(text.find("optim.beta1=2: must be from 0 to 0.9999999"), std::string::npos) << text;
-  EXPECT_NE(refusal({"train", "--parallel.pipeline=2"}).find("parallel.pipeline=2: only 1 is possible in this version"), std::string::npos);
   EXPECT_NE(text.find("task.kind=sfd: allowed are sft, pretrain; did you mean sft?"), std::string::npos) << text;
 }
 

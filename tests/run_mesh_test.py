@@ -10,7 +10,7 @@ from program import SOURCE, run, override
 
 STEPS, ROWS = 20, 4
 QUICKSTART = SOURCE / "configs/quickstart"
-SHAPE = dict(model_type="qwen3", vocab_size=1152, hidden_size=32, intermediate_size=44, num_hidden_layers=2, num_attention_heads=4,
+SHAPE = dict(model_type="qwen3", vocab_size=1152, hidden_size=32, intermediate_size=44, num_hidden_layers=4, num_attention_heads=4,
              num_key_value_heads=2, head_dim=8, rms_norm_eps=1e-5, max_position_embeddings=256, initializer_range=0.02)
 # What a task learns and how: every value of every row of the table at least once with each way of cutting.
 KINDS = {
@@ -24,6 +24,14 @@ MESHES = {
     "tp2": (2, ["--parallel.tensor=2"]),
     "tp4": (4, ["--parallel.tensor=4"]),
     "tp2_zero2": (2, ["--parallel.tensor=2", "--parallel.zero=2"]),
+    "pp2": (2, ["--parallel.pipeline=2"]),
+    "pp2_gpipe": (2, ["--parallel.pipeline=2", "--parallel.schedule=gpipe"]),
+    "pp2_zb_h1": (2, ["--parallel.pipeline=2", "--parallel.schedule=zb-h1"]),
+    "pp2_zb_v": (2, ["--parallel.pipeline=2", "--parallel.schedule=zb-v"]),
+    "pp2_interleaved": (2, ["--parallel.pipeline=2", "--parallel.schedule=interleaved"]),
+    "pp2_tp2": (4, ["--parallel.pipeline=2", "--parallel.tensor=2"]),
+    "dp2_pp2_zero1": (4, ["--parallel.pipeline=2", "--parallel.zero=1", "--train.micro_batch_size=1"]),
+    "dp2_tp2_pp2": (8, ["--parallel.pipeline=2", "--parallel.tensor=2", "--train.micro_batch_size=1"]),
     "dp2_tp2": (4, ["--parallel.tensor=2", "--train.accumulation=1"]),
     "dp2_tp2_zero1": (4, ["--parallel.tensor=2", "--train.accumulation=1", "--parallel.zero=1"]),
     "dp2_tp2_zero3": (4, ["--parallel.tensor=2", "--train.accumulation=1", "--parallel.zero=3"]),
@@ -97,7 +105,7 @@ def test_the_comparison_can_fail(work, whole):
 
 @pytest.mark.parametrize("kind", ["full_tied_biases", "lora_one_key_head"])
 def test_a_checkpoint_of_one_mesh_goes_on_on_another(work, whole, kind):
-    chain = [("tp2", 0), ("dp2_tp2_zero3", 0), (None, 0), ("dp2_tp2", 0), ("tp4", 0), ("dp2", 1)]
+    chain = [("tp2", 0), ("dp2_tp2_zero3", 0), (None, 0), ("pp2_zb_v", 0), ("dp2_tp2_pp2", 0), ("tp4", 0), ("dp2", 1)]
     for mesh, last in chain:
         ranks, keys = MESHES[mesh] if mesh else (1, [])
         stop = [] if last else ["--train.stop_after=3"]
@@ -134,6 +142,10 @@ def test_what_a_mesh_cannot_do_is_refused_before_anything_is_read(work):
             and "cannot be shared out evenly over 3 ranks; sizes that can: 1, 2, 4" in said)
     assert ("error: parallel.tensor=2 x parallel.pipeline=1 does not divide the 3 ranks of this job; start a multiple of 2 ranks "
             "(mpirun -n 2 ...) or choose divisors of 3" in refusal(3, "--parallel.tensor=2"))
+    assert "error: parallel.zero=3 is not possible with parallel.pipeline=2: set parallel.zero to 2 or less" in refusal(
+        2, "--parallel.pipeline=2", "--parallel.zero=3")
+    assert "error: parallel.virtual_stages=2 needs parallel.pipeline of 2 or more" in refusal(1, "--parallel.virtual_stages=2")
+    assert "parallel.pipeline" in (said := refusal(5, "--parallel.pipeline=5")) and "layers" in said
     assert not (work / "refused").exists()
 
 

@@ -61,8 +61,8 @@ struct Config {
     std::string base = "none";
   } quant;
   struct {
-    int64_t data = 0, tensor = 1, pipeline = 1, zero = 0, shard_within = 0;
-    std::string reduce = "step";
+    int64_t data = 0, tensor = 1, pipeline = 1, virtual_stages = 0, zero = 0, shard_within = 0;
+    std::string schedule = "1f1b", reduce = "step";
   } parallel;
   struct {
     double bucket_mb = 8, timeout_s = 1800;

@@ -29,13 +29,22 @@ std::map<std::string, double> sum_over_ranks(const std::map<std::string, double>
   return total;
 }
 
+std::map<std::string, double> evaluate(const Task& task, const std::function<std::map<std::string, double>()>& mine,
+                                       const Communicator& comm, const Phase& phase) {
+  at::NoGradGuard no_grad;
+  std::map<std::string, double> sums, metrics;
+  phase([&] { sums = mine(); });
+  sums = sum_over_ranks(sums, comm);
+  phase([&] { metrics = task.metrics(sums); });
+  return metrics;
+}
+
 std::map<std::string, double> evaluate(Transformer& model, const Task& task, std::shared_ptr<const Dataset> dataset,
                                        int64_t rows_per_batch, const Communicator& data, const Phase& phase) {
-  at::NoGradGuard no_grad;
-  bool was_training = model.training();
+  const bool was_training = model.training();
   model.set_training(false);
-  std::map<std::string, double> sums, metrics;
-  phase([&] {
+  auto mine = [&] {
+    std::map<std::string, double> sums;
     EvalLoader loader(std::move(dataset), rows_per_batch, data.rank(), data.size());
     // Weights that come from all ranks come to all at once: a rank without a batch computes on a token that counts nothing.
     const auto mine = static_cast<double>(loader.num_batches());
@@ -48,11 +57,10 @@ std::map<std::string, double> evaluate(Transformer& model, const Task& task, std
       TaskResult result = task.run(model, to_model(loader.batch(i), model));
       for (const auto& [name, value] : result.sums) sums[name] += value;
     }
-  });
-  model.set_training(was_training);
-  sums = sum_over_ranks(sums, data);
-  phase([&] { metrics = task.metrics(sums); });
-  return metrics;
+    model.set_training(was_training);
+    return sums;
+  };
+  return evaluate(task, mine, data, phase);
 }
 
 }  // namespace trireme

@@ -15,6 +15,10 @@ using Phase = std::function<void(const std::function<void()>& part)>;
 std::map<std::string, double> evaluate(Transformer& model, const Task& task, std::shared_ptr<const Dataset> dataset,
                                        int64_t rows_per_batch, const Communicator& data, const Phase& phase);
 
+// The same from what `mine` gives: this rank's part of the task's sums, none where others have computed them.
+std::map<std::string, double> evaluate(const Task& task, const std::function<std::map<std::string, double>()>& mine,
+                                       const Communicator& comm, const Phase& phase);
+
 // Adds the sums of all ranks. The names must be the same on every rank that has any.
 std::map<std::string, double> sum_over_ranks(const std::map<std::string, double>& sums, const Communicator& comm);
 

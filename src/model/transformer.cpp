@@ -131,6 +131,10 @@ void Transformer::keep_layers(int64_t first, int64_t end, bool embedding, bool h
   has_embedding_ = embedding, has_head_ = head;
 }
 
+void Transformer::share_tied_embedding(const Transformer& first) {
+  if (config_.tie_embeddings && has_head_ && first.has_embedding_) embedding_VC_ = head_weight_VC_ = first.embedding_VC_;
+}
+
 void Transformer::slice(const std::function<std::pair<at::Tensor, ShardSpec>(const Parameter&)>& cut) {
   TRIREME_CHECK(device_.is_meta(), "only a model without memory is cut");
   at::NoGradGuard no_grad;

@@ -95,6 +95,8 @@ class Transformer {
   const ModelSeams& seams() const { return seams_; }
   // Memory on `device` for all leaves; those that `fill` names have their initial values, the others what was there.
   void materialize(at::Device device, uint64_t seed, const std::function<bool(const std::string& name)>& fill);
+  // Where two parts of one tied model are on one rank, embedding and head are one tensor again.
+  void share_tied_embedding(const Transformer& first);
   bool has_embedding() const { return has_embedding_; }
   bool has_head() const { return has_head_; }
   std::vector<Linear*> linears();  // q, k, v, o, gate, up, down of every block, in order; not the head

@@ -30,10 +30,11 @@ namespace fs = std::filesystem;
 
 bool is_adapter(const Parameter& p) { return p.name.find(".lora_") != std::string::npos; }
 
-std::vector<Parameter> only(const Transformer& model, bool adapters) {
+std::vector<Parameter> only(const Chunks& model, bool adapters) {
   std::vector<Parameter> out;
-  for (auto& p : model.parameters())
-    if (is_adapter(p) == adapters) out.push_back(p);
+  for (const auto& chunk : model)
+    for (auto& p : chunk->parameters())
+      if (is_adapter(p) == adapters && std::none_of(out.begin(), out.end(), [&](const auto& known) { return known.name == p.name; })) out.push_back(p);
   return out;
 }
 
@@ -109,6 +110,16 @@ void find_conflicts(const Config& c, const CommandLine& line, int num_ranks, std
       Schedule(parse_schedule_kind(c.schedule.kind), c.optim.lr, c.train.steps > 0 ? c.train.steps : int64_t{1} << 50,
                c.schedule.warmup_steps, c.schedule.min_lr);  // of epochs the number of steps is not known yet
     });
+    if (c.parallel.pipeline > 1) {
+      check([&] {
+        make_pipeline_schedule(parse_pipeline_kind(c.parallel.schedule), static_cast<int>(c.parallel.pipeline),
+                               static_cast<int>(c.parallel.virtual_stages), static_cast<int>(c.train.accumulation));
+      });
+      if (c.parallel.zero == 3) wrong("parallel.zero=3 is not possible with parallel.pipeline=", c.parallel.pipeline, ": set parallel.zero to 2 or less");
+      if (c.parallel.reduce != "step") wrong("parallel.reduce=", c.parallel.reduce, " is not possible with parallel.pipeline=", c.parallel.pipeline);
+    } else if (c.parallel.virtual_stages > 1) {
+      wrong("parallel.virtual_stages=", c.parallel.virtual_stages, " needs parallel.pipeline of 2 or more");
+    }
     if (c.parallel.reduce != "step" && c.parallel.zero < 2)
       wrong("parallel.reduce=", c.parallel.reduce, " needs parallel.zero=2 or 3: other ranks' sums would have nowhere to add up");
     check([&] { (void)make_task(c.task.kind)->larger_is_better(c.eval.metric); });
@@ -123,8 +134,13 @@ void find_conflicts(const Config& c, const CommandLine& line, int num_ranks, std
   if (!c.data.eval.empty() && c.data.eval_fraction > 0) wrong("data.eval and data.eval_fraction are both set; set one");
 }
 
-Mesh mesh_of(const Config& c, int num_ranks) {
-  return Mesh(num_ranks, static_cast<int>(c.parallel.data), static_cast<int>(c.parallel.tensor), static_cast<int>(c.parallel.pipeline));
+Mesh mesh_of(const Config& c, int num_ranks, bool pipeline) {
+  return Mesh(num_ranks, static_cast<int>(c.parallel.data), static_cast<int>(c.parallel.tensor), pipeline ? static_cast<int>(c.parallel.pipeline) : 1);
+}
+
+Stages stages_of(const Config& c, const ModelConfig& model) {
+  return make_stages(model, parse_pipeline_kind(c.parallel.schedule), static_cast<int>(c.parallel.pipeline),
+                     static_cast<int>(c.parallel.virtual_stages));
 }
 
 void check_config(const Config& config, const CommandLine& line) {
@@ -278,11 +294,11 @@ ExportedChat exported_chat(const Config& config, const ModelSource& source) {
   return chat;
 }
 
-void export_model(const std::string& folder, Transformer& model, const Config& config, const ModelSource& source,
+void export_model(const std::string& folder, const Chunks& model, const Config& config, const ModelSource& source,
                   const Communicator& world) {
   at::NoGradGuard no_grad;
-  if (has_lora(model)) merge_lora(model);
-  std::string dtype = dtype_name(model.dtype());
+  for (const auto& chunk : model) merge_lora(*chunk);
+  std::string dtype = dtype_name(model[0]->dtype());
   Json json = source.folder.empty() ? model_config_from_fields(source.config, dtype) : model_config_to_json(source.config, dtype);
   // A run from random weights writes the Hub's fields it was given too: tokenizer ids, architectures and the like.
   if (source.folder.empty())
@@ -293,11 +309,13 @@ void export_model(const std::string& folder, Transformer& model, const Config& c
                       exported_chat(config, source), world.rank() == 0);
 }
 
-void export_adapter(const std::string& folder, Transformer& model, const Config& config, const ModelSource& source,
+void export_adapter(const std::string& folder, const Chunks& model, const Config& config, const ModelSource& source,
                     const Communicator& world) {
   at::NoGradGuard no_grad;
   LoraConfig lora = lora_config(config);
-  PeftConfig peft{lora.rank, lora.alpha, lora.dropout, lora.rank_stabilized, lora_targets(model), false, source.name, source.revision};
+  // A part of the model cannot say whether every layer of a name has an adapter.
+  const auto targets = lora_targets(*build_model(config, source, model[0]->dtype(), true, true));
+  PeftConfig peft{lora.rank, lora.alpha, lora.dropout, lora.rank_stabilized, targets, false, source.name, source.revision};
   write_adapter(folder, peft_config_to_json(peft), whole_tensors(only(model, true), world), world.rank() == 0);
   if (world.rank() == 0 && !source.tokenizer_folder.empty()) copy_tokenizer_files(source.tokenizer_folder, folder, exported_chat(config, source));
 }

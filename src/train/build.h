@@ -10,6 +10,7 @@
 #include "data/tokenizer.h"
 #include "model/lora.h"
 #include "model/transformer.h"
+#include "parallel/stages.h"
 
 namespace trireme {
 
@@ -26,8 +27,11 @@ void find_conflicts(const Config& config, const CommandLine& line, int num_ranks
 // Adds the files and folders that a training run is to read and that are not there, in the words of those who read them.
 // DataError with all of them where nothing else is wrong.
 void find_missing(const Config& config, const CommandLine& line, std::vector<std::string>& problems);
-// The mesh of parallel.*; ConfigError where it does not fit the ranks.
-Mesh mesh_of(const Config& config, int num_ranks);
+// The mesh of parallel.*; ConfigError where it does not fit the ranks. `pipeline` false: of a verb that has none.
+Mesh mesh_of(const Config& config, int num_ranks, bool pipeline = true);
+
+// How parallel.* deals the layers out; ConfigError.
+Stages stages_of(const Config& config, const ModelConfig& model);
 
 // What find_conflicts() finds for one rank, all in one ConfigError.
 void check_config(const Config& config, const CommandLine& line);
@@ -58,9 +62,10 @@ LoraConfig lora_config(const Config& config);
 // Writes the model's weights (adapters merged) as a Hugging Face folder, or the adapter as a PEFT folder. With
 // data.chat_template, the product has that template, and its end of turn among its end tokens. Collective over `world`, whose
 // ranks may each hold a part of the model; its rank 0 writes.
-void export_model(const std::string& folder, Transformer& model, const Config& config, const ModelSource& source,
+using Chunks = std::vector<std::unique_ptr<Transformer>>;
+void export_model(const std::string& folder, const Chunks& model, const Config& config, const ModelSource& source,
                   const Communicator& world = Communicator::self());
-void export_adapter(const std::string& folder, Transformer& model, const Config& config, const ModelSource& source,
+void export_adapter(const std::string& folder, const Chunks& model, const Config& config, const ModelSource& source,
                     const Communicator& world = Communicator::self());
 
 struct TextTools {

@@ -1,9 +1,12 @@
 #include "train/plan.h"
 
+#include <algorithm>
+
 #include "base/check.h"
 #include "base/counted.h"
 #include "ops/ops.h"
 #include "optim/adamw.h"
+#include "parallel/pipeline_schedule.h"
 #include "train/progress.h"
 
 namespace trireme {
@@ -56,6 +59,13 @@ Plan make_plan(const Config& config, const ModelConfig& m, at::ScalarType dtype,
   uint64_t layer = (5 * c + 2 * heads + 3 * f) / t + all_rows;
   // Beside them, a layer at work: more than one where what is kept leaves holes in the heap that are too small for it.
   auto layers = static_cast<uint64_t>(m.num_layers);
+  if (config.parallel.pipeline > 1) {  // of the micro-batches that a stage has on their way, chunks of layers
+    const PipelineSchedule schedule = make_pipeline_schedule(parse_pipeline_kind(config.parallel.schedule), static_cast<int>(config.parallel.pipeline),
+                                                             static_cast<int>(config.parallel.virtual_stages), static_cast<int>(config.train.accumulation));
+    const auto chunks = static_cast<uint64_t>(schedule.num_chunks());
+    const std::vector<int> in_flight = simulate(schedule, {}).peak_in_flight;
+    layers = (layers + chunks - 1) / chunks * static_cast<uint64_t>(*std::max_element(in_flight.begin(), in_flight.end()));
+  }
   uint64_t kept = layer * layers + layer;
   if (config.train.recompute == "selective") kept = std::min(kept, ((2 * c + heads + 2 * f) / t + all_rows) * layers + 3 * layer);
   if (config.train.recompute == "full") kept = std::min(kept, c / t * layers + 3 * layer);
@@ -80,7 +90,8 @@ std::string Plan::text() const {
   return str("plan: ", count_text(static_cast<double>(parameters)), " parameters, ", count_text(static_cast<double>(trainable)),
              " trained; ", counted(steps, "step"), " of ", counted(rows_per_step, "row"), " (about ", counted(tokens_per_step, "token"), "), ",
              counted(rows_per_epoch, "row"), " an epoch (",
-             counted((rows_per_epoch + rows_per_step - 1) / std::max<int64_t>(rows_per_step, 1), "step"), ")\nplan: memory of a rank: weights ", b(weight_bytes), ", gradients ", b(gradient_bytes), ", optimizer ",
+             counted((rows_per_epoch + rows_per_step - 1) / std::max<int64_t>(rows_per_step, 1), "step"),
+             ")\nplan: memory of a rank: weights ", b(weight_bytes), ", gradients ", b(gradient_bytes), ", optimizer ",
              b(optimizer_bytes), ", activations at most ", b(activation_bytes),
              checkpoint_bytes > 0 ? ", copy for a checkpoint " + b(checkpoint_bytes) : "", ", program ", b(base_bytes), ": ", b(total_bytes()));
 }

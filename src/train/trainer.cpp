@@ -59,6 +59,7 @@ class Run {
 
   ExitStatus run(bool plan_only) {
     agree_on(world_, [&] { read_files(); });
+    held_ = {static_cast<int64_t>(world_.max(static_cast<double>(held_.all))), static_cast<int64_t>(world_.max(static_cast<double>(held_.trained)))};
     agree_on(world_, [&] { if (rank0()) check_run_folder(config_.run.dir, config_.run.resume == "never"); });
     if (!plan_only) open_folder();
     if (!plan_only && !names_checkpoint() && already_finished()) return kExitDone;  // whether its data are still there or not
@@ -94,14 +95,22 @@ class Run {
 
  private:
   bool rank0() const { return process_.rank() == 0; }
-  ModelCut cut() const {
-    return [this](Transformer& whole) { apply_tensor_parallel(whole, comms_.tensor); };
+  // What this rank holds of the model, and how each part is cut out of the whole.
+  std::vector<ModelCut> cuts() const {
+    std::vector<ModelCut> all;
+    for (int chunk : stages_.shape.chunks_of(comms_.coords.pipeline))
+      all.push_back([this, chunk](Transformer& whole) {
+        keep_chunk(whole, stages_, chunk);
+        apply_tensor_parallel(whole, comms_.tensor);
+      });
+    return all;
   }
   bool names_checkpoint() const { return config_.run.resume != "auto" && config_.run.resume != "never"; }
 
   void read_files() {
     source_ = find_model(config_);
     check_tensor_parallel(source_.config, mesh_.num_tensor());
+    stages_ = stages_of(config_, source_.config);
     tools_.emplace(load_text_tools(config_, source_.tokenizer_folder, &source_.config));
     task_ = make_task(config_.task.kind);
     larger_is_better_ = task_->larger_is_better(config_.eval.metric);
@@ -110,8 +119,9 @@ class Run {
     options_.check();
     for (const auto& p : build_model(config_, source_, dtype_, true, true)->parameters())
       num_trained_ += p.value.requires_grad() ? p.value.numel() : 0;
-    if (mesh_.num_tensor() > 1)
-      for (const auto& p : build_model(config_, source_, dtype_, true, true, cut())->parameters()) {
+    if (mesh_.num_tensor() * mesh_.num_pipeline() == 1) return;
+    for (const ModelCut& cut : cuts())
+      for (const auto& p : build_model(config_, source_, dtype_, true, true, cut)->parameters()) {
         held_.all += p.value.numel();
         held_.trained += p.value.requires_grad() ? p.value.numel() : 0;
       }
@@ -202,6 +212,9 @@ class Run {
       keep_threads();
       if (origin_.is_object()) state_.origin = origin_;
     }
+    if (mesh_.num_pipeline() > 1)  // with the accumulation as it is now
+      make_pipeline_schedule(parse_pipeline_kind(config_.parallel.schedule), mesh_.num_pipeline(), static_cast<int>(config_.parallel.virtual_stages),
+                             static_cast<int>(shape_.accumulation));
     if (eval_data_) measure_by(config_.eval.metric, eval_data_->fingerprint());
     total_steps_ = config_.train.steps;
     if (total_steps_ == 0)
@@ -315,15 +328,18 @@ class Run {
   }
 
   void build() {
-    std::unique_ptr<Transformer> model;
+    Chunks chunks;
     WeightFill fill;
     std::optional<Loader> loader;
     agree_on(world_, [&] {
       loader.emplace(train_data_, shape_, config_.data.shuffle, options_.seed);
-      model = build_model(config_, source_, dtype_, true, false, cut(), config_.parallel.zero == 3 ? &fill : nullptr);
+      for (const ModelCut& cut : cuts()) {
+        chunks.push_back(build_model(config_, source_, dtype_, true, false, cut, config_.parallel.zero == 3 ? &fill : nullptr));
+        chunks.back()->share_tied_embedding(*chunks[0]);
+      }
     });
     agree_on(world_, [&] {
-      worker_ = std::make_unique<Worker>(config_, std::move(model), std::move(task_), std::move(*loader), *schedule_,
+      worker_ = std::make_unique<Worker>(config_, std::move(chunks), std::move(task_), std::move(*loader), *schedule_,
                                          shape_.accumulation, comms_, fill);
     });
     if (!resumed_) return;
@@ -409,8 +425,16 @@ class Run {
   // Evaluates and decides: is it the best so far, is patience at its end?
   bool evaluate_now() {
     CommTimeoutPause pause;
-    auto metrics = evaluate(worker_->model(), worker_->task(), eval_data_, config_.eval.micro_batch_size, comms_.data,
-                            [&](const auto& part) { agree_on(world_, part); });
+    const Phase phase = [&](const auto& part) { agree_on(world_, part); };
+    auto of_stages = [&] {
+      EvalLoader loader(eval_data_, config_.eval.micro_batch_size, comms_.coords.data, mesh_.num_data());
+      std::vector<SequenceBatch> batches;
+      for (int64_t i = 0; i < loader.num_batches(); ++i) batches.push_back(loader.batch(i));
+      auto sums = worker_->evaluate_in_pipeline(batches);
+      return comms_.coords.tensor == 0 ? sums : std::map<std::string, double>();
+    };
+    auto metrics = mesh_.num_pipeline() > 1 ? evaluate(worker_->task(), of_stages, world_, phase)
+                                            : evaluate(*worker_->chunks()[0], worker_->task(), eval_data_, config_.eval.micro_batch_size, comms_.data, phase);
     double value = metrics.at(config_.eval.metric);
     bool better = !std::isnan(value) && (std::isnan(state_.best) || (larger_is_better_ ? value > state_.best : value < state_.best));
     if (better) {
@@ -471,9 +495,9 @@ class Run {
       log_info(str("restored the best model, of step ", state_.best_step));
     }
     worker_->gather_weights();
-    const bool adapter = has_lora(worker_->model());
+    const bool adapter = config_.lora.rank > 0 || !config_.lora.path.empty();
     const std::string folder = config_.run.dir + (adapter ? "/adapter" : "/model");
-    agree_on(world_, [&] { (adapter ? export_adapter : export_model)(folder, worker_->model(), config_, source_, world_); });
+    agree_on(world_, [&] { (adapter ? export_adapter : export_model)(folder, worker_->chunks(), config_, source_, world_); });
     agree_on(world_, [&] {
       if (!rank0()) return;
       Json done;
@@ -503,6 +527,7 @@ class Run {
   std::shared_ptr<const Dataset> train_data_, eval_data_;
   BatchShape shape_;
   std::optional<Schedule> schedule_;
+  Stages stages_;
   HeldParameters held_;
   int64_t num_trained_ = 0, total_steps_ = 0, eval_every_ = 0, save_every_ = 0;
   TrainState state_;

@@ -4,6 +4,7 @@
 
 #include <torch/csrc/autograd/autograd.h>
 
+#include <algorithm>
 #include <cmath>
 
 #include "base/check.h"
@@ -15,12 +16,14 @@
 
 namespace trireme {
 
-Worker::Worker(const Config& config, std::unique_ptr<Transformer> model, std::unique_ptr<Task> task, Loader loader,
-               const Schedule& schedule, int64_t accumulation, const MeshComms& comms, const WeightFill& fill)
-    : config_(config), model_(std::move(model)), task_(std::move(task)), loader_(std::move(loader)), schedule_(schedule),
-      accumulation_(accumulation), comms_(comms), loss_scale_(LossScale::of(model_->dtype() == at::kHalf)) {
-  model_->set_training(true);
-  model_->set_recompute(parse_recompute(config.train.recompute));
+Worker::Worker(const Config& config, Chunks chunks, std::unique_ptr<Task> task, Loader loader, const Schedule& schedule,
+               int64_t accumulation, const MeshComms& comms, const WeightFill& fill)
+    : config_(config), chunks_(std::move(chunks)), task_(std::move(task)), loader_(std::move(loader)), schedule_(schedule),
+      accumulation_(accumulation), comms_(comms), loss_scale_(LossScale::of(chunks_[0]->dtype() == at::kHalf)) {
+  for (auto& chunk : chunks_) {
+    chunk->set_training(true);
+    chunk->set_recompute(parse_recompute(config.train.recompute));
+  }
   GradientReducerOptions options;
   options.bucket_bytes = static_cast<int64_t>(config.comm.bucket_mb * (1 << 20));
   options.overlap = config.comm.overlap;
@@ -28,12 +31,13 @@ Worker::Worker(const Config& config, std::unique_ptr<Transformer> model, std::un
   options.every_backward = config.parallel.reduce == "micro_batch";
   if (config.parallel.shard_within > 0)
     options.num_replicas = comms_.data.size() / static_cast<int>(config.parallel.shard_within);
-  const std::vector<Parameter> parameters = model_->parameters();
+  const std::vector<Parameter> parameters = this->parameters();
   holders_ = find_holders(parameters, comms_);
   reducer_ = std::make_unique<GradientReducer>(parameters, holders_, options);
   if (options.zero > 0)
     weights_ = std::make_unique<ShardedWeights>(parameters, holders_, *reducer_, options.zero, options.bucket_bytes, fill);
-  if (options.zero == 3) model_->set_block_weights(weights_.get());
+  if (options.zero == 3)
+    for (auto& chunk : chunks_) chunk->set_block_weights(weights_.get());
   std::vector<OptimTensor> tensors;
   for (const auto& part : reducer_->parts())
     tensors.push_back({part.name, flat_weight(part), part.gradient, part.weight.dim() >= 2 ? config.optim.weight_decay : 0.0});
@@ -46,7 +50,7 @@ at::Tensor Worker::flat_weight(const GradientPart& part) const {
 }
 
 void Worker::check_ranks_equal() const {
-  if (config_.parallel.zero < 3) check_parameters_equal(model_->parameters(), holders_);
+  if (config_.parallel.zero < 3) check_parameters_equal(parameters(), holders_);
 }
 
 void Worker::weights_changed() {
@@ -66,9 +70,8 @@ Worker::Sums Worker::accumulate(std::vector<ModelInput>& inputs) {
   for (int64_t micro = 0; micro < accumulation_; ++micro) {
     SequenceBatch batch = loader_.batch(micro);
     sums.tokens += batch.num_tokens();
-    ModelInput input = to_model(std::move(batch), *model_);
-    input.dropout_seed = static_cast<uint64_t>(config_.run.seed);
-    TaskResult result = task_->run(*model_, input, loss_scale_.value);
+    ModelInput input = input_of(std::move(batch));
+    TaskResult result = task_->run(*chunks_[0], input, loss_scale_.value);
     reducer_->before_backward(micro + 1 == accumulation_);
     if (result.loss_sum.requires_grad()) torch::autograd::backward({result.loss_sum}, {});
     sums.loss += result.sums.at("loss");
@@ -78,14 +81,97 @@ Worker::Sums Worker::accumulate(std::vector<ModelInput>& inputs) {
   return sums;
 }
 
+ModelInput Worker::input_of(SequenceBatch batch) const {
+  ModelInput input = to_model(std::move(batch), *chunks_[0]);
+  input.dropout_seed = static_cast<uint64_t>(config_.run.seed);
+  return input;
+}
+
+bool Worker::has_head() const {
+  return std::any_of(chunks_.begin(), chunks_.end(), [](const auto& chunk) { return chunk->has_head(); });
+}
+
+std::vector<Parameter> Worker::parameters() const {
+  std::vector<Parameter> all;
+  for (const auto& chunk : chunks_)
+    for (Parameter& p : chunk->parameters())  // a tied embedding may be in two chunks of a rank
+      if (std::none_of(all.begin(), all.end(), [&](const Parameter& known) { return known.name == p.name; })) all.push_back(std::move(p));
+  return all;
+}
+
+// What each chunk makes of a micro-batch; `last` of the one with the head.
+PipelineStep Worker::pipeline_step(const std::vector<ModelInput>& inputs,
+                                   const std::function<at::Tensor(Transformer&, const ModelInput&)>& last) {
+  PipelineStep step;
+  for (const auto& chunk : chunks_)
+    step.chunks.push_back({[&inputs, last, model = chunk.get()](int micro_batch, const at::Tensor& hidden) {
+                             ModelInput input = inputs[static_cast<size_t>(micro_batch)];
+                             input.hidden_TC = hidden;
+                             return model->has_head() ? last(*model, input) : model->forward(input);
+                           },
+                           {}, {}});
+  const Transformer& model = *chunks_[0];
+  step.hidden_shape = [&inputs, rows = model.seams().row_multiple, width = model.config().hidden_size](int micro_batch) {
+    return std::vector<int64_t>{inputs[static_cast<size_t>(micro_batch)].tokens_T.size(0) / rows, width};
+  };
+  step.hidden_options = at::TensorOptions().dtype(model.dtype()).device(model.device());
+  return step;
+}
+
+Worker::Sums Worker::accumulate_in_pipeline(std::vector<ModelInput>& inputs) {
+  Sums sums;
+  for (int64_t micro = 0; micro < accumulation_; ++micro) {
+    SequenceBatch batch = loader_.batch(micro);
+    sums.tokens += batch.num_tokens();
+    inputs.push_back(input_of(std::move(batch)));
+  }
+  const PipelineSchedule schedule = make_pipeline_schedule(parse_pipeline_kind(config_.parallel.schedule), comms_.pipeline.size(),
+                                                           static_cast<int>(config_.parallel.virtual_stages), static_cast<int>(accumulation_));
+  const bool split = schedule.kind == PipelineKind::kZbH1 || schedule.kind == PipelineKind::kZbV;
+  PipelineStep step = pipeline_step(inputs, [&](Transformer& model, const ModelInput& input) {
+    TaskResult result = task_->run(model, input, loss_scale_.value);
+    sums.loss += result.sums.at("loss");
+    sums.learnt += result.count;
+    return result.loss_sum;
+  });
+  size_t chunks_left = chunks_.size();
+  for (PipelineChunk& chunk : step.chunks) {
+    // Weight gradients that wait arrive behind the last backward: then nothing is reduced before finish().
+    chunk.before_backward = [&, split](bool is_last) { reducer_->before_backward(is_last && --chunks_left == 0 && !split); };
+    chunk.contribute = [&](const at::Tensor& weight, const at::Tensor& gradient) { reducer_->contribute(weight, gradient); };
+  }
+  reducer_->begin_step();
+  run_pipeline(schedule, comms_.pipeline, step);
+  return sums;
+}
+
+std::map<std::string, double> Worker::evaluate_in_pipeline(const std::vector<SequenceBatch>& batches) {
+  at::NoGradGuard no_grad;
+  std::map<std::string, double> sums;
+  std::vector<ModelInput> inputs;
+  for (const auto& batch : batches) inputs.push_back(input_of(batch));
+  for (auto& chunk : chunks_) chunk->set_training(false);
+  auto run = [&](Transformer& model, const ModelInput& input) {
+    for (const auto& [name, value] : task_->run(model, input).sums) sums[name] += value;
+    return at::Tensor();
+  };
+  if (!inputs.empty())
+    run_pipeline(make_forward_schedule(parse_pipeline_kind(config_.parallel.schedule), comms_.pipeline.size(),
+                                       static_cast<int>(config_.parallel.virtual_stages), static_cast<int>(inputs.size())),
+                 comms_.pipeline, pipeline_step(inputs, run));
+  for (auto& chunk : chunks_) chunk->set_training(true);
+  return sums;
+}
+
 StepResult Worker::run(int64_t step, bool stop, bool save_ready) {
   StepResult out;
   for (bool again = true; again;) {
     std::vector<ModelInput> inputs;
-    const Sums mine = accumulate(inputs);
+    const Sums mine = comms_.pipeline.size() > 1 ? accumulate_in_pipeline(inputs) : accumulate(inputs);
     // Small sums of the step: loss, learnt tokens, tokens, ranks that were asked to stop, ranks whose save is not ready, ranks
     // with gradients that came late.
-    const double counts = comms_.coords.tensor == 0 ? 1.0 : 0.0;  // tensor ranks compute the same loss of the same rows
+    // The ranks that share a model have the same rows, and those with the head the same loss: one of them counts.
+    const double counts = comms_.coords.tensor == 0 && has_head() ? 1.0 : 0.0;
     at::Tensor small = at::tensor({counts * mine.loss, counts * static_cast<double>(mine.learnt), counts * static_cast<double>(mine.tokens),
                                    stop ? 1.0 : 0.0, save_ready ? 0.0 : 1.0, 0.0}, at::kDouble);
     double* sums = small.data_ptr<double>();
@@ -121,7 +207,8 @@ void Worker::report_nonfinite(int64_t step, const std::vector<ModelInput>& input
   gather_weights();
   std::string where;
   for (const auto& input : inputs)
-    if (std::string found = model_->first_nonfinite(input); where.empty()) where = found;  // tensor ranks meet in each
+    for (const auto& chunk : chunks_)
+      if (std::string found = chunk->first_nonfinite(input); where.empty()) where = found;  // tensor ranks meet in each
   std::string first;
   for (const auto& text : comms_.world.gather_bytes(where))
     if (first.empty()) first = text;
@@ -133,13 +220,13 @@ void Worker::report_nonfinite(int64_t step, const std::vector<ModelInput>& input
     if (bad > 0) first = str("the gradient of ", slice->name, ": ", bad, " of ", slice->gradient.numel(), " values are not finite");
   }
   bool damaged = false;
-  for (const auto& p : model_->parameters()) damaged |= first.starts_with(p.name + ":");
+  for (const auto& p : parameters()) damaged |= first.starts_with(p.name + ":");
   throw AgreedError(kExitFailure,
                     str("step ", step, ": the loss or its gradient is not finite; it appeared first in ", first.empty() ? "the loss" : first,
                         ". Nothing was updated, and checkpoints are as they were. ",
                         damaged ? "These weights are damaged: take them from their source, or from an earlier checkpoint" : "Lower optim.lr",
                         damaged || config_.train.max_grad_norm > 0 ? "" : ", or set train.max_grad_norm",
-                        damaged || model_->dtype() != at::kHalf ? "" : ", or take a dtype of wider range (train.dtype=bfloat16 or float32)"));
+                        damaged || chunks_[0]->dtype() != at::kHalf ? "" : ", or take a dtype of wider range (train.dtype=bfloat16 or float32)"));
 }
 
 void Worker::write_gradients(const std::string& path) const {

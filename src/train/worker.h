@@ -7,6 +7,7 @@
 #include "optim/adamw.h"
 #include "optim/loss_scale.h"
 #include "optim/schedule.h"
+#include "parallel/pipeline_runner.h"
 #include "parallel/sharded_weights.h"
 #include "tasks/task.h"
 #include "train/build.h"
@@ -27,9 +28,10 @@ struct StepResult {
 
 class Worker {
  public:
-  // `fill`: of a model whose leaves have no values yet, with ZeRO-3. Collective.
-  Worker(const Config& config, std::unique_ptr<Transformer> model, std::unique_ptr<Task> task, Loader loader,
-         const Schedule& schedule, int64_t accumulation, const MeshComms& comms, const WeightFill& fill = {});
+  // `chunks`: the parts of the model that this rank holds, by layers; one where there is no pipeline. `fill`: of a model whose
+  // leaves have no values yet, with ZeRO-3. Collective.
+  Worker(const Config& config, Chunks chunks, std::unique_ptr<Task> task, Loader loader, const Schedule& schedule,
+         int64_t accumulation, const MeshComms& comms, const WeightFill& fill = {});
 
   // Step `step` (from 1). `stop` and `save_ready` travel with the step's one small all-reduce. SystemError (on every
   // rank) where the loss or its gradient is not finite (float16: at the smallest loss scale): it names the first layer where that appeared; nothing was updated.
@@ -45,10 +47,14 @@ class Worker {
   void weights_changed();
   // The same, and all weights are whole on every rank until the next step.
   void gather_weights();
+  // The task's sums over batches of the evaluation data, on the ranks that have the head; elsewhere none. Collective over the
+  // ranks of the tensor and pipeline axes, which give the same batches.
+  std::map<std::string, double> evaluate_in_pipeline(const std::vector<SequenceBatch>& batches);
   void set_num_steps(int64_t steps) { optimizer_->set_num_steps(steps); }
   LossScale& loss_scale() { return loss_scale_; }  // part of the state
 
-  Transformer& model() { return *model_; }
+  const Chunks& chunks() const { return chunks_; }
+  std::vector<Parameter> parameters() const;  // of all chunks
   const Task& task() const { return *task_; }
   Loader& loader() { return loader_; }
 
@@ -58,12 +64,16 @@ class Worker {
     int64_t learnt = 0, tokens = 0;
   };
   Sums accumulate(std::vector<ModelInput>& inputs);
+  Sums accumulate_in_pipeline(std::vector<ModelInput>& inputs);
+  ModelInput input_of(SequenceBatch batch) const;
+  PipelineStep pipeline_step(const std::vector<ModelInput>& inputs, const std::function<at::Tensor(Transformer&, const ModelInput&)>& last);
+  bool has_head() const;  // computes losses
   [[noreturn]] void report_nonfinite(int64_t step, const std::vector<ModelInput>& inputs);
   void write_gradients(const std::string& path) const;
   at::Tensor flat_weight(const GradientPart& part) const;  // [end - begin], a view of where the optimizer works
 
   const Config& config_;
-  std::unique_ptr<Transformer> model_;
+  Chunks chunks_;
   std::unique_ptr<Task> task_;
   Loader loader_;
   Schedule schedule_;
