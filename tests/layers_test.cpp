@@ -21,7 +21,7 @@ const std::map<std::string, std::set<std::string>> kMayInclude = {
     {"optim", {"ops", "base"}},
     {"model", {"ops", "config", "base"}},
     {"checkpoint", {"comm", "config", "base"}},
-    {"parallel", {"model", "optim", "comm", "base"}},
+    {"parallel", {"checkpoint", "model", "optim", "ops", "comm", "base"}},
     {"tasks", {"model", "ops", "data", "base"}},
     {"eval", {"tasks", "model", "data", "comm", "base"}},
     {"serve", {"tasks", "model", "data", "ops", "base"}},

@@ -57,7 +57,7 @@ def test_shipped_configurations_pass_their_dry_run(tmp_path, small_model, name):
         keys.append(f"--data.train={DATA}/gsm8k/train.jsonl:500")
     done = run(tmp_path, "train", file, *keys, "--dry-run")
     assert done.returncode == 0, done.stderr
-    assert re.search(r"^plan: [\d.]+ [kMB] parameters, [\d.]+ [kMB] trained; [1-9]\d* steps of [1-9]\d* rows", done.stderr, re.M), done.stderr
+    assert re.search(r"^plan: [\d.]+ [kMB] parameters, [\d.]+ [kMB] trained; [1-9]\d* steps? of [1-9]\d* rows?", done.stderr, re.M), done.stderr
     assert not (tmp_path / "run").exists()
     assert run(tmp_path, "train", file, *keys, "--dry-run", "--train.colour=red").returncode == 2
 
