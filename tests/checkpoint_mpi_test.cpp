@@ -10,6 +10,10 @@
 #include <functional>
 
 #include "base/check.h"
+#include "base/file.h"
+#include "base/hash.h"
+#include "base/json.h"
+#include "checkpoint/manifest.h"
 #include "scratch.h"
 
 namespace trireme {
@@ -219,6 +223,15 @@ TEST_F(CheckpointTest, AbandonedSaveLeavesTheOldOneAndIsCleanedUp) {
   EXPECT_EQ(listing(), "latest step-1 ");
 }
 
+TEST_F(CheckpointTest, NothingIsAStepBeforeItsManifestIsWritten) {
+  CheckpointStore saved = store();
+  save(saved, 1);
+  saved.start_save(2, slices(globals(2), comm_, true), {});
+  on_rank0([&] { fs::create_directories(folder_ + "/step-2.tmp/manifest.json/in_the_way"); });
+  EXPECT_THROW(saved.wait(), SystemError);
+  EXPECT_EQ(listing(), "latest step-1 ");
+}
+
 TEST_F(CheckpointTest, BrokenOnesArePassedOver) {
   CheckpointStore saved = store();
   for (int step = 1; step <= 6; ++step) save(saved, step);
@@ -255,6 +268,31 @@ TEST_F(CheckpointTest, BrokenOnesArePassedOver) {
             folder_ + ": every checkpoint is broken; the newest: " + folder_ +
                 "/step-6/shard-00000.h5 is damaged: its hash "
                 "differs from the manifest's. Restore one, or start afresh in another run.dir.");
+}
+
+// Their hashes are right: written by somebody else, or by a later Trireme.
+TEST_F(CheckpointTest, ManifestsThatCannotBeUsed) {
+  CheckpointStore saved = store();
+  save(saved, 1);
+  const std::string folder = folder_ + "/step-1", file = folder + "/manifest.json";
+  const Json good = read_json_file(file);
+  auto words = [&](const std::function<void(Json&)>& change) {
+    on_rank0([&] {
+      Json json = good;
+      change(json);
+      const std::string text = dump_json(json) + "\n";
+      write_file_atomic(file, text);
+      write_file_atomic(folder + "/manifest.hash", hash_bytes(text) + "\n");
+    });
+    return error_of<DataError>([&] { open_checkpoint(folder).load(slices(globals(1), comm_, false)); });
+  };
+  EXPECT_EQ(words([](Json&) {}), "no such error");
+  EXPECT_EQ(words([](Json& json) { json["version"] = 1000; }),
+            str(file, " cannot be used: its version is 1000; this Trireme reads up to ", kCheckpointVersion, "."));
+  EXPECT_EQ(words([](Json& json) { json["files"]["../shard"] = json["files"]["shard-00000.h5"]; }),
+            file + " cannot be used: a file outside the folder.");
+  EXPECT_EQ(words([](Json& json) { json["tensors"]["model/embed.weight"]["pieces"] = Json::array(); }),
+            folder + ": the pieces of model/embed.weight hold 0 of its 35 values.");
 }
 
 TEST_F(CheckpointTest, KeepsTheNewestAndTheBest) {

@@ -1,6 +1,7 @@
 // Samples, truncation, packed rows, the token cache.
 #include <sys/wait.h>
 
+#include <algorithm>
 #include <numeric>
 #include <set>
 
@@ -38,7 +39,13 @@ TEST_F(Datasets, Truncation) {
     options_.truncation = truncation;
     auto dataset = build();
     std::string text;
-    for (int64_t r = 0; r < dataset->num_rows(); ++r) text += text_of(row(*dataset, r).tokens) + "|";
+    int64_t learnt = 0;
+    for (int64_t r = 0; r < dataset->num_rows(); ++r) {
+      const SequenceBatch batch = row(*dataset, r);
+      text += text_of(batch.tokens) + "|";
+      learnt += std::count_if(batch.targets.begin(), batch.targets.end(), [](int64_t t) { return t != kIgnoreTarget; });
+    }
+    EXPECT_EQ(learnt, dataset->counts().learnt) << truncation;  // nothing beyond the cut
     return text + dataset->counts().text();
   };
   EXPECT_EQ(texts("right"),
@@ -204,7 +211,9 @@ TEST_F(Datasets, FingerprintIsOfTheContent) {
   EXPECT_EQ(build()->fingerprint(), fingerprint);
   options_.learn = "all";
   EXPECT_NE(build()->fingerprint(), fingerprint);
-  options_.learn = "completion", options_.max_length = 9;
+  options_.learn = "completion", options_.seed = 1;
+  EXPECT_NE(build()->fingerprint(), fingerprint);
+  options_.seed = 0, options_.max_length = 9;
   EXPECT_NE(build()->fingerprint(), fingerprint);
 }
 

@@ -71,6 +71,12 @@ TEST_F(Loaders, BatchHoldsItsRows) {
     EXPECT_TRUE(std::equal(one.tokens.begin(), one.tokens.end(), batch.tokens.begin() + batch.cu_seqlens[static_cast<size_t>(s)]));
   }
   EXPECT_DOUBLE_EQ(loader.epoch(), 24.0 / 22.0);
+
+  Loader over_the_end(dataset_, {3, 1, 0, 1}, true, 5);
+  for (int i = 0; i < 7; ++i) over_the_end.advance();
+  std::vector<int64_t> epochs = over_the_end.batch(0).sample_ids;  // row 21 is the first epoch's last
+  for (int64_t& id : epochs) id /= 22;
+  EXPECT_EQ(epochs, (std::vector<int64_t>{0, 1, 1}));
 }
 
 TEST_F(Loaders, ResumeGivesTheSameStream) {

@@ -192,6 +192,9 @@ TEST_F(Masking, Refusals) {
   std::string raised = words(kChat, &raising);
   EXPECT_EQ(raised.rfind("f:1: ", 0), 0u) << raised;
   EXPECT_NE(raised.find("roles must alternate"), std::string::npos) << raised;
+  encode_.special = false;  // and so no end token, which would be learnt
+  EXPECT_EQ(words("{\"prompt\": \"a\", \"completion\": \"\xC3\xA9\"}"), "f:1: nothing to learn: no token of the record is marked");
+  encode_.special = true;
   encode_.embedding_rows = 50;
   EXPECT_EQ(words(R"({"prompt": "a", "completion": "b"})"),
             "f:1: token id 68 ('a') is outside the model's embedding of 50 rows; tokenizer and model do not belong together");

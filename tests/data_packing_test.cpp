@@ -86,6 +86,8 @@ TEST(Packing, IsTight) {
   std::vector<int64_t> lengths;
   for (int64_t i = 1; i < 50; ++i) lengths.push_back(i), lengths.push_back(100 - i);
   EXPECT_EQ(pack_samples(lengths, 100, false, 0).offsets.size() - 1, 49u);
+  // The longest first, each where least room is left: neither alone gets by with two rows.
+  EXPECT_EQ(pack_samples({60, 70, 20, 30, 20}, 100, false, 0).offsets.size() - 1, 2u);
   // Many short ones: rows full to 99 % but the last.
   auto short_ones = random_lengths(9, 4000, 60);
   int64_t total = std::accumulate(short_ones.begin(), short_ones.end(), int64_t{0});

@@ -201,6 +201,8 @@ TEST_F(Records, TextFilesAreReadInPieces) {
   EXPECT_EQ(only.text, "{\"not\": json}\n\nsecond paragraph\n");
   EXPECT_TRUE(only.begins && only.ends);
   EXPECT_FALSE(reader.next());
+  write("mark.txt", "\xEF\xBB\xBFtext");  // a byte order mark is none of it
+  EXPECT_EQ(RecordReader({"mark.txt", -1}).next()->text, "text");
 
   const uint64_t whole = kTextPieceBytes * 5 / 2;
   for (const std::string unit : {"words of  prose\n\n", "line\nby\n\nline\n", "\xE2\x82\xAC", "x"}) {
@@ -250,6 +252,8 @@ TEST_F(Records, BrokenFiles) {
   std::string broken = words("seven.jsonl");
   EXPECT_EQ(broken.rfind("seven.jsonl:7", 0), 0u) << broken;
   EXPECT_NE(broken.find("JSON"), std::string::npos) << broken;
+  write("gaps.jsonl", "\n" + good + "\n \n{\"text\": 1}\n");
+  EXPECT_EQ(words("gaps.jsonl"), "gaps.jsonl:5: field 'text' is a number; it must be a string");
   write("latin.jsonl", six + "{\"text\": \"caf\xE9\"}\n");
   EXPECT_EQ(words("latin.jsonl"),
             "latin.jsonl:7: invalid UTF-8 (byte 0xe9 at position 14); convert the file, for example with iconv -f LATIN1 -t "
@@ -309,12 +313,19 @@ TEST_F(Records, WrongTypesAndFields) {
             "f.jsonl:1: messages[0]: field 'content' is a number; it must be a string");
   EXPECT_EQ(first_error(R"({"messages": [{"role": "user", "content": [{"type": "image"}]}]})"),
             "f.jsonl:1: messages[0].content has a part that is not text; only {\"type\": \"text\", \"text\": ...} is supported");
+  EXPECT_EQ(first_error(R"({"messages": [{"role": "user", "content": [{"type": "image", "text": "a cat"}]}]})"),
+            "f.jsonl:1: messages[0].content has a part that is not text; only {\"type\": \"text\", \"text\": ...} is supported");
+  EXPECT_EQ(first_error(R"({"conversations": [{"from": "human"}]})"), "f.jsonl:1: conversations[0] has no 'value'");
+  EXPECT_EQ(first_error(R"({"messages": [{"role": "user", "content": "a"}], "tools": {"name": "f"}})"),
+            "f.jsonl:1: field 'tools' is an object; it must be a list");
   EXPECT_EQ(first_error(R"({"conversations": [{"from": "alien", "value": "x"}]})"),
             "f.jsonl:1: conversations[0] has from 'alien'; known are human, user, gpt, assistant, chatgpt, bard, bing, model, "
             "system, function_call, observation, tool");
   EXPECT_EQ(first_error(R"({"prompt": "p", "completion": ["c"]})"),
             "f.jsonl:1: field 'completion' is a list; it must be a string");
   EXPECT_EQ(first_error(R"({"instruction": "p", "output": "o", "history": [["a"]]})"),
+            "f.jsonl:1: every entry of 'history' must be a list of two strings");
+  EXPECT_EQ(first_error(R"({"instruction": "p", "output": "o", "history": [["a", "b", "c"]]})"),
             "f.jsonl:1: every entry of 'history' must be a list of two strings");
 }
 

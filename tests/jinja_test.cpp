@@ -48,6 +48,7 @@ TEST(Jinja, NamesFileLineAndReason) {
             "t line 1: the tag 'include' reads other templates, which a chat template cannot do");
   EXPECT_EQ(render_error("{{ [].append(1) }}"), "t line 1: access to attribute 'append' of 'list' object is unsafe.");
   EXPECT_EQ(render_error("{{ 9223372036854775807 + 1 }}"), "t line 1: integers beyond 64 bits are not supported");
+  EXPECT_EQ(render_error("{{ 1e19|int }}"), "t line 1: integers beyond 64 bits are not supported");
   EXPECT_EQ(render_error("\xff"), "t: the chat template is not UTF-8 text.");
   EXPECT_EQ(error_of([] {
               render("{{ x }}", Json{{"x", 18446744073709551615ull}});

@@ -537,6 +537,8 @@ TEST(Lora, DropoutIsKeyedBySampleAndPosition) {
   EXPECT_TRUE(near(together, at::cat({turned.slice(0, 12), turned.slice(0, 0, 12)})));
   EXPECT_FALSE(at::allclose(hidden({a}, {4}, 3), hidden({a}, {5}, 3)));
   EXPECT_FALSE(at::allclose(hidden({a}, {4}, 3), hidden({a}, {4}, 7)));
+  const at::Tensor equal = hidden({{7, 7}}, {4}, 3);  // nothing but the mask tells these two from each other
+  EXPECT_FALSE(at::allclose(equal[0], equal[1]));
   model.set_training(false);
   at::NoGradGuard no_grad;
   EXPECT_TRUE(near(model.forward(input_of({a})), model.forward(input_of({a, b})).slice(0, 0, 9)));
