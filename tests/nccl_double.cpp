@@ -335,7 +335,7 @@ int launch(std::vector<Call> calls) {
       if (comm->aborted) return true;
       comm->order.push_back(kernel->number);
       push(stream, [kernel] { return kernel->run(); });
-      comm->state = kNcclSuccess;
+      if (comm->state == kNcclInProgress) comm->state = kNcclSuccess;  // an error stays
       return true;
     });
   }
@@ -417,7 +417,7 @@ struct Join {
     MPI_Testall(static_cast<int>(requests.size()), requests.data(), &done, MPI_STATUSES_IGNORE);
     if (!done) return false;
     comm->world_ranks = table;
-    comm->state = kNcclSuccess;
+    if (comm->state == kNcclInProgress) comm->state = kNcclSuccess;  // an error stays
     return true;
   }
 };
@@ -446,7 +446,7 @@ int get_async_error(NcclHandle handle, int* result) {
   if (!comm) return kInvalidArgument;
   *result = comm->state;
   if (comm->state != kNcclSuccess && comm->state != kNcclInProgress) device().last_error = "a peer is gone";
-  if (comm->finalizing > 0 && --comm->finalizing == 0) comm->state = kNcclSuccess;
+  if (comm->finalizing > 0 && --comm->finalizing == 0 && comm->state == kNcclInProgress) comm->state = kNcclSuccess;
   return kNcclSuccess;
 }
 
