@@ -135,10 +135,10 @@ void expect_same(const Toy& toy, const PipelineSchedule& schedule) {
   for (int c : schedule.chunks_of(world().rank()))
     for (const Parameter& p : toy.parameters[static_cast<size_t>(c)]) {
       if (!p.value.requires_grad()) continue;
-      // zb-v fills its gaps with the weight gradients of micro-batches out of their order: sums of some ten terms, 2^-53 each.
+      // Weight gradients that wait come after those that do not: sums of some ten terms in another order, 2^-53 each.
       const at::Tensor &got = actual.gradients.at(p.name), &wanted = expected.gradients.at(p.name);
-      if (schedule.kind == PipelineKind::kZbV) {
-        EXPECT_TRUE(at::allclose(got, wanted, /*rtol=*/0, /*atol=*/1e-14 * wanted.abs().max().item<double>() * 10)) << p.name;
+      if (schedule.kind == PipelineKind::kZbV || schedule.kind == PipelineKind::kZbH1) {
+        EXPECT_TRUE(at::allclose(got, wanted, /*rtol=*/0, /*atol=*/1e-13 * wanted.abs().max().item<double>())) << p.name;
       } else {
         EXPECT_TRUE(same_bits(got, wanted)) << p.name;
       }

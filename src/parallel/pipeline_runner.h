@@ -41,7 +41,7 @@ struct PipelineStep {
 };
 
 // Collective over `pipeline`, whose rank is the stage; every stage has the same schedule. The gradients of parameters
-// arrive as always (.grad and its hooks, or contribute()), in the order of the micro-batches but for zb-v. Without gradients where
+// arrive as always (.grad and its hooks, or contribute()), in the order of the micro-batches unless they wait. Without gradients where
 // the schedule does not train. An exception of a chunk passes through, and its peers wait: the caller ends the job.
 void run_pipeline(const PipelineSchedule& schedule, const Communicator& pipeline, const PipelineStep& step);
 
