@@ -77,7 +77,6 @@ std::string Field::set(const std::string& given) const {
   auto in_range = [&](double v) {
     return v >= min && v <= max ? std::string()
            : max >= 1e300       ? wrong(str("must be at least ", number_text(min)))
-           : min == max         ? wrong(str("only ", number_text(min), " is possible in this version"))
                                 : wrong(str("must be from ", number_text(min), " to ", number_text(max)));
   };
   if (!allowed.empty() && std::find(allowed.begin(), allowed.end(), word) == allowed.end()) {
