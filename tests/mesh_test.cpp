@@ -49,6 +49,17 @@ TEST(Mesh, TensorIsInnermostAndPipelineOutermost) {
   EXPECT_EQ(mesh.coords(11), (MeshCoords{1, 2, 1}));
 }
 
+TEST(Mesh, AnyAxisMayBeInnermost) {
+  const Mesh mesh(12, 3, 2, 2, parse_mesh_order("tensor-pipeline-data"));
+  EXPECT_EQ(mesh.coords(1), (MeshCoords{0, 1, 0}));
+  EXPECT_EQ(mesh.coords(3), (MeshCoords{1, 0, 0}));
+  EXPECT_EQ(mesh.coords(6), (MeshCoords{0, 0, 1}));
+  EXPECT_EQ(mesh.group(4, MeshAxis::kTensor), (std::vector<int>{4, 10}));
+  for (int r = 0; r < 12; ++r) EXPECT_EQ(mesh.rank(mesh.coords(r)), r);
+  EXPECT_THROW(parse_mesh_order("tensor-data"), ConfigError);
+  EXPECT_THROW(parse_mesh_order("tensor-data-data"), ConfigError);
+}
+
 TEST(Mesh, GroupsOfAnAxisPartTheRanks) {
   for_all_meshes([&](const Mesh& mesh, int ranks) {
     for (MeshAxis axis : {MeshAxis::kPipeline, MeshAxis::kData, MeshAxis::kTensor}) {

@@ -1,5 +1,7 @@
 #include "comm/mesh.h"
 
+#include <algorithm>
+
 #include "base/check.h"
 
 namespace trireme {
@@ -13,12 +15,22 @@ const char* mesh_axis_name(MeshAxis axis) {
   return "?";
 }
 
-int MeshCoords::on(MeshAxis axis) const {
+MeshOrder parse_mesh_order(const std::string& text) {
+  MeshOrder order = kTensorInnermost;  // sorted, as the first permutation is
+  do {
+    if (text == str(mesh_axis_name(order[0]), "-", mesh_axis_name(order[1]), "-", mesh_axis_name(order[2]))) return order;
+  } while (std::next_permutation(order.begin(), order.end()));
+  throw ConfigError(str("parallel.order=", text, ": allowed is pipeline-data-tensor, or these three axes in another order, the outermost first"));
+}
+
+int MeshCoords::on(MeshAxis axis) const { return const_cast<MeshCoords*>(this)->on(axis); }
+
+int& MeshCoords::on(MeshAxis axis) {
   return axis == MeshAxis::kPipeline ? pipeline : axis == MeshAxis::kData ? data : tensor;
 }
 
-Mesh::Mesh(int num_ranks, int num_data, int num_tensor, int num_pipeline)
-    : num_data_(num_data), num_tensor_(num_tensor), num_pipeline_(num_pipeline) {
+Mesh::Mesh(int num_ranks, int num_data, int num_tensor, int num_pipeline, const MeshOrder& order)
+    : num_data_(num_data), num_tensor_(num_tensor), num_pipeline_(num_pipeline), order_(order) {
   TRIREME_CHECK(num_ranks >= 1, num_ranks);
   if (num_tensor < 1) throw ConfigError(str("parallel.tensor=", num_tensor, ": must be at least 1"));
   if (num_pipeline < 1) throw ConfigError(str("parallel.pipeline=", num_pipeline, ": must be at least 1"));
@@ -45,20 +57,25 @@ int Mesh::size(MeshAxis axis) const {
 
 MeshCoords Mesh::coords(int rank) const {
   TRIREME_CHECK(rank >= 0 && rank < num_ranks(), rank, num_ranks());
-  return {rank / num_tensor_ / num_data_, rank / num_tensor_ % num_data_, rank % num_tensor_};
+  MeshCoords c;
+  for (auto axis = order_.rbegin(); axis != order_.rend(); rank /= size(*axis++)) c.on(*axis) = rank % size(*axis);
+  return c;
 }
 
 int Mesh::rank(const MeshCoords& c) const {
-  TRIREME_CHECK(c.pipeline >= 0 && c.pipeline < num_pipeline_ && c.data >= 0 && c.data < num_data_ && c.tensor >= 0 &&
-                c.tensor < num_tensor_);
-  return (c.pipeline * num_data_ + c.data) * num_tensor_ + c.tensor;
+  int rank = 0;
+  for (MeshAxis axis : order_) {
+    TRIREME_CHECK(c.on(axis) >= 0 && c.on(axis) < size(axis), mesh_axis_name(axis), c.on(axis), size(axis));
+    rank = rank * size(axis) + c.on(axis);
+  }
+  return rank;
 }
 
 std::vector<int> Mesh::group(int rank, MeshAxis axis) const {
   std::vector<int> ranks;
   for (int i = 0; i < size(axis); ++i) {
     MeshCoords c = coords(rank);
-    (axis == MeshAxis::kPipeline ? c.pipeline : axis == MeshAxis::kData ? c.data : c.tensor) = i;
+    c.on(axis) = i;
     ranks.push_back(this->rank(c));
   }
   return ranks;

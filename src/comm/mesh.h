@@ -1,7 +1,8 @@
-// The mesh of ranks: three axes, pipeline outermost, tensor innermost (neighbours in rank are on one host, and tensor
-// parallelism talks most):  rank = (pipeline * num_data + data) * num_tensor + tensor.
+// The mesh of ranks: three axes. Unless told otherwise pipeline is outermost and tensor innermost (neighbours in rank are on
+// one host, and tensor parallelism talks most):  rank = (pipeline * num_data + data) * num_tensor + tensor.
 #pragma once
 
+#include <array>
 #include <string>
 #include <vector>
 
@@ -12,10 +13,16 @@ namespace trireme {
 enum class MeshAxis { kPipeline, kData, kTensor };
 const char* mesh_axis_name(MeshAxis axis);  // pipeline, data, tensor
 
+using MeshOrder = std::array<MeshAxis, 3>;  // the outermost axis first
+inline constexpr MeshOrder kTensorInnermost = {MeshAxis::kPipeline, MeshAxis::kData, MeshAxis::kTensor};
+// "pipeline-data-tensor" and the other five. ConfigError names parallel.order.
+MeshOrder parse_mesh_order(const std::string& text);
+
 struct MeshCoords {
   int pipeline = 0, data = 0, tensor = 0;
   bool operator==(const MeshCoords&) const = default;
   int on(MeshAxis axis) const;
+  int& on(MeshAxis axis);
 };
 
 // Pure arithmetic.
@@ -23,8 +30,8 @@ class Mesh {
  public:
   Mesh() = default;  // 1 x 1 x 1
   // Sizes of the axes; 0 for num_data means: what is left of num_ranks. ConfigError where the product is not num_ranks;
-  // it names the keys parallel.data, parallel.tensor, parallel.pipeline and sizes that would fit.
-  Mesh(int num_ranks, int num_data, int num_tensor, int num_pipeline);
+  // it names the keys parallel.data, parallel.tensor, parallel.pipeline and the meshes that would fit.
+  Mesh(int num_ranks, int num_data, int num_tensor, int num_pipeline, const MeshOrder& order = kTensorInnermost);
 
   int num_data() const { return num_data_; }
   int num_tensor() const { return num_tensor_; }
@@ -40,6 +47,7 @@ class Mesh {
 
  private:
   int num_data_ = 1, num_tensor_ = 1, num_pipeline_ = 1;
+  MeshOrder order_ = kTensorInnermost;
 };
 
 // The communicators of one rank: one an axis, and the whole mesh. rank() of an axis' communicator is the coordinate.

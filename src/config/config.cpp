@@ -57,15 +57,17 @@ const std::vector<std::string> kNotInRuns = {"data.show", "lora.merge", "eval.to
 const std::vector<Verb> kVerbs = {
     {"train", "train or fine-tune a model", kRunSections, kNotInRuns},
     {"eval", "loss, perplexity and accuracy; logits to a file",
-     {"run.seed", "model", "data", "task", "train.threads", "lora.path", "parallel.data", "parallel.tensor", "comm.timeout_s",
-      "eval.micro_batch_size", "eval.token_ids", "eval.logits", "log"}},
-    {"generate", "answer prompts", {"run.seed", "model", "data", "train.threads", "lora.path", "parallel.data", "parallel.tensor", "generate", "log"}},
-    {"prepare", "tokenise data and report its lengths and masks", {"run.seed", "model", "data", "task", "log"}},
-    {"tokenize", "text or records to ids, and back", {"model", "data", "task", "tokenize", "log"}},
+     {"run.seed", "model", "data", "task", "train.threads", "lora.path", "parallel.data", "parallel.tensor", "parallel.pipeline", "parallel.order",
+      "comm.timeout_s", "eval.micro_batch_size", "eval.token_ids", "eval.logits", "log"}, {"log.trace"}},
+    {"generate", "answer prompts", {"run.seed", "model", "data", "train.threads", "lora.path", "parallel.data", "parallel.tensor", "parallel.pipeline", "parallel.order",
+      "generate", "log"}, {"log.trace"}},
+    {"prepare", "tokenise data and report its lengths and masks", {"run.seed", "model", "data", "task", "log"}, {"log.trace"}},
+    {"tokenize", "text or records to ids, and back", {"model", "data", "task", "tokenize", "log"}, {"log.trace"}},
     {"export", "write a checkpoint or adapter as a Hugging Face folder",
-     {"run", "model", "data.chat_template", "data.template_args", "train.dtype", "train.threads", "lora", "log"}},
-    {"plan", "parameters, memory and steps of a run, without running it", kRunSections, kNotInRuns},
-    {"doctor", "check this machine", {"run.dir", "data.cache", "log"}},
+     {"run", "model", "data.chat_template", "data.template_args", "train.dtype", "train.threads", "lora", "log"}, {"log.trace"}},
+    {"plan", "parameters, memory and steps of a run, without running it",
+     {"run", "model", "data", "task", "train", "optim", "schedule", "lora", "quant", "parallel", "comm", "checkpoint", "eval", "log", "plan"}, kNotInRuns},
+    {"doctor", "check this machine", {"run.dir", "data.cache", "log"}, {"log.trace"}},
 };
 
 const Verb* find_verb(const std::string& name) {

@@ -62,7 +62,7 @@ struct Config {
   } quant;
   struct {
     int64_t data = 0, tensor = 1, pipeline = 1, virtual_stages = 0, zero = 0, shard_within = 0;
-    std::string schedule = "1f1b", reduce = "step";
+    std::string schedule = "1f1b", reduce = "step", order = "pipeline-data-tensor";
   } parallel;
   struct {
     double bucket_mb = 8, timeout_s = 1800;
@@ -93,7 +93,12 @@ struct Config {
   struct {
     int64_t every = 1;
     std::string level = "info";
+    bool trace = false;
   } log;
+  struct {
+    int64_t ranks = 0;
+    double memory_gb = 0;
+  } plan;
 };
 
 // A key of the configuration, bound to the member that holds its value.

@@ -175,6 +175,8 @@ std::vector<Field> fields(Config& c) {
       {"parallel.data", &c.parallel.data, "ranks", "copies of the model; 0: all ranks that are left", {}, 0, 1e6},
       {"parallel.tensor", &c.parallel.tensor, "ranks", "that a layer's matrices are cut over, and between them the rows; neighbours in rank", {}, 1, 1e6},
       {"parallel.pipeline", &c.parallel.pipeline, "ranks", "that the layers are dealt out over; micro-batches pass through them", {}, 1, 1e6},
+      {"parallel.order", &c.parallel.order, "", "of the axes, the outermost first; neighbours in rank differ in the last",
+       Words{"pipeline-data-tensor", "pipeline-tensor-data", "data-pipeline-tensor", "data-tensor-pipeline", "tensor-pipeline-data", "tensor-data-pipeline"}},
       {"parallel.schedule", &c.parallel.schedule, "", "order of forwards and backwards in the pipeline", Words{"1f1b", "gpipe", "interleaved", "zb-h1", "zb-v"}},
       {"parallel.virtual_stages", &c.parallel.virtual_stages, "chunks", "of layers that a rank of the pipeline holds; 0: 2 for interleaved and zb-v, else 1", {}, 0, 1e6},
       {"parallel.zero", &c.parallel.zero, "", "what copies share out among them: 1 optimizer state, 2 gradients too, 3 weights too", {}, 0, 3},
@@ -213,6 +215,9 @@ std::vector<Field> fields(Config& c) {
       {"tokenize.decode", &c.tokenize.decode, "", "lines are arrays of ids", {}},
       {"log.every", &c.log.every, "steps", "between progress lines in a log", {}, 1, 1e9},
       {"log.level", &c.log.level, "", "least that is printed", Words{"info", "warn", "error"}},
+      {"log.trace", &c.log.trace, "", "write trace/rank-N.json: when each rank computes, communicates and waits (Chrome, Perfetto)", {}},
+      {"plan.ranks", &c.plan.ranks, "ranks", "to plan for; 0: those of this job", {}, 0, 1e6},
+      {"plan.memory_gb", &c.plan.memory_gb, "GB", "(10^9 bytes) that a rank may use; 0: what is free here", {}, 0, 1e9},
   };
 }
 

@@ -135,7 +135,8 @@ void find_conflicts(const Config& c, const CommandLine& line, int num_ranks, std
 }
 
 Mesh mesh_of(const Config& c, int num_ranks, bool pipeline) {
-  return Mesh(num_ranks, static_cast<int>(c.parallel.data), static_cast<int>(c.parallel.tensor), pipeline ? static_cast<int>(c.parallel.pipeline) : 1);
+  return Mesh(num_ranks, static_cast<int>(c.parallel.data), static_cast<int>(c.parallel.tensor), pipeline ? static_cast<int>(c.parallel.pipeline) : 1,
+              parse_mesh_order(c.parallel.order));
 }
 
 Stages stages_of(const Config& c, const ModelConfig& model) {
