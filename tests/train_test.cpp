@@ -16,6 +16,7 @@
 #include "train/memory.h"
 #include "train/plan.h"
 #include "train/signals.h"
+#include "train/timeline.h"
 
 namespace trireme {
 namespace {
@@ -192,6 +193,14 @@ TEST(Signals, TheSecondOfAKindEndsAtOnce) {
         _exit(7);
       },
       testing::KilledBySignal(SIGTERM), "");
+}
+
+// Three thirds of a percent each lose as much by rounding: the sum is 100.0 % all the same.
+TEST(TimeShares, AddUpToAHundred) {
+  EXPECT_EQ(time_shares_text({{"compute", 1}, {"bubble", 1}, {"data", 1}}), "compute 33.3 %, bubble 33.4 %, data 33.3 %");
+  EXPECT_EQ(time_shares_text({{"compute", 8}, {"wait/data", 0.5}, {"wait/gradients", 0.25}, {"wait/tensor", 1}, {"wait/world", 0.25}, {"other", 1e-9}}),
+            "compute 80.0 %, communication not hidden 20.0 % (gradients 7.5 %, other ranks 2.5 %, tensor 10.0 %)");
+  EXPECT_EQ(time_shares_text({{"compute", 0}, {"other", 2}}), "other 100.0 %");
 }
 
 }  // namespace

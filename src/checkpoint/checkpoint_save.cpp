@@ -11,6 +11,7 @@
 #include "base/file.h"
 #include "base/hash.h"
 #include "base/log.h"
+#include "base/trace.h"
 #include "checkpoint/checkpoint.h"
 #include "checkpoint/huge_pages.h"
 
@@ -267,7 +268,10 @@ void CheckpointStore::start_save(int64_t step, const std::vector<NamedTensor>& t
                                  int64_t best_step) {
   begin(step, tensors, state, best_step, true);
   try {
-    job_->thread = std::thread([job = job_.get(), folder = temporary(step)] { job->write(folder); });
+    job_->thread = std::thread([job = job_.get(), folder = temporary(step)] {
+      Span span(TimeKind::kCheckpoint, "write checkpoint");
+      job->write(folder);
+    });
   } catch (const std::system_error&) {  // no more threads here: then at once
     job_->write(temporary(step));
   }

@@ -7,6 +7,7 @@
 #include <utility>
 
 #include "base/check.h"
+#include "base/trace.h"
 #include "comm/nccl_group.h"
 #include "comm/watchdog.h"
 
@@ -63,6 +64,13 @@ void check_pair(const at::Tensor& output, const at::Tensor& input) {
   TRIREME_CHECK(output.device() == input.device(), output.device().str(), " ", input.device().str());
 }
 
+// The caller's time until the operation is done (on a device: in its stream's queue).
+void wait_for(CommOperation& operation) {
+  Span span(TimeKind::kWait, operation.op.c_str(), {.group = operation.group.c_str(), .num_bytes = operation.num_bytes});
+  engine_wait(operation);
+  operation.join_stream();
+}
+
 int64_t bytes(const at::Tensor& tensor) { return static_cast<int64_t>(tensor.nbytes()); }
 
 }  // namespace
@@ -108,6 +116,9 @@ struct Communicator::Impl {
     const uint64_t flight = flight_begin(name, op, num_bytes);
     std::shared_ptr<CommOperation> operation = make();
     operation->flight = flight;
+    operation->op = op;
+    operation->group = name;
+    operation->num_bytes = num_bytes;
     flight_has(flight, operation);
     operation->nanoseconds = nanoseconds;
     const bool on_device = !tensors.empty() && !tensors[0].is_cpu();
@@ -115,8 +126,7 @@ struct Communicator::Impl {
     if (on_device) operation->try_advance();       // into its stream at once, where it can be
     if (on_device || !blocking) engine_add(operation);  // on a device it goes on after the call
     if (!blocking) return operation;
-    engine_wait(*operation);
-    operation->join_stream();
+    wait_for(*operation);
     operation->rethrow();
     return nullptr;
   }
@@ -210,8 +220,7 @@ void Work::wait() {
   if (!operation_) return;
   {
     CallTimer timer(operation_->nanoseconds);
-    engine_wait(*operation_);
-    operation_->join_stream();
+    wait_for(*operation_);
   }
   std::exchange(operation_, nullptr)->rethrow();
 }

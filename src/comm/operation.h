@@ -6,6 +6,7 @@
 #include <exception>
 #include <memory>
 #include <mutex>
+#include <string>
 #include <vector>
 
 #include "comm/mpi_group.h"
@@ -30,6 +31,8 @@ class CommOperation : public std::enable_shared_from_this<CommOperation> {
   void rethrow();
 
   uint64_t flight = 0;                     // number in the flight recorder
+  std::string op, group;                   // their names
+  int64_t num_bytes = 0;
   std::shared_ptr<void> keep_alive;        // tensors
   std::shared_ptr<std::atomic<int64_t>> nanoseconds;  // statistics: time spent in the caller's thread
 

@@ -9,6 +9,7 @@
 
 #include "base/check.h"
 #include "base/log.h"
+#include "base/trace.h"
 #include "comm/operation.h"
 #include "comm/process.h"
 
@@ -154,6 +155,7 @@ void flight_end(uint64_t sequence) {
   if (e.sequence != sequence) return;  // overwritten since
   e.end = Clock::now();
   e.done = true;
+  trace_collective(e.op, e.group.data(), e.num_bytes, e.begin, e.end);
 }
 
 }  // namespace trireme

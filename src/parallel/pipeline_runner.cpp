@@ -7,6 +7,7 @@
 #include <deque>
 
 #include "base/check.h"
+#include "base/trace.h"
 
 namespace trireme {
 namespace {
@@ -48,13 +49,12 @@ class Runner {
       PipelineEvent event{a, std::chrono::steady_clock::now(), {}, {}};
       at::Tensor input = a.kind == ActionKind::kBackwardWeight ? at::Tensor() : take_input(a);
       event.begin = std::chrono::steady_clock::now();
-      at::Tensor output = a.kind == ActionKind::kForward          ? forward(a, std::move(input))
-                          : a.kind == ActionKind::kBackwardWeight ? weight_gradients(a)
-                                                                  : backward(a, std::move(input));
+      at::Tensor output = act(a, std::move(input));
       event.end = std::chrono::steady_clock::now();
       if (output.defined()) pass_on(a, std::move(output));
       if (step_.observe) step_.observe(event);
     }
+    Span span(TimeKind::kBubble, "wait for sends");
     for (Work& send : sends_) send.wait();
   }
 
@@ -77,6 +77,13 @@ class Runner {
     channel.micro_batches.pop_front();
   }
 
+  at::Tensor act(const Action& a, at::Tensor input) {
+    Span span(TimeKind::kCompute, action_name(a.kind), {.micro_batch = a.micro_batch, .chunk = a.chunk});
+    return a.kind == ActionKind::kForward          ? forward(a, std::move(input))
+           : a.kind == ActionKind::kBackwardWeight ? weight_gradients(a)
+                                                   : backward(a, std::move(input));
+  }
+
   // From another stage, from another chunk here, or undefined at the ends of the model.
   at::Tensor take_input(const Action& a) {
     if (schedule_.source(a) < 0) {
@@ -87,7 +94,10 @@ class Runner {
       return input;
     }
     Channel& channel = channels_[tag(a)];
-    channel.work.wait();
+    {
+      Span span(TimeKind::kBubble, "wait for input", {.micro_batch = a.micro_batch, .chunk = a.chunk});
+      channel.work.wait();
+    }
     at::Tensor input = std::move(channel.buffer);
     post(a);
     return input;

@@ -13,6 +13,7 @@
 #include "base/error_text.h"
 #include "base/file.h"
 #include "base/log.h"
+#include "base/trace.h"
 #include "comm/watchdog.h"
 #include "eval/evaluate.h"
 #include "parallel/tensor_parallel.h"
@@ -23,6 +24,7 @@
 #include "train/run_folder.h"
 #include "train/signals.h"
 #include "train/state.h"
+#include "train/timeline.h"
 #include "train/worker.h"
 
 namespace trireme {
@@ -77,10 +79,14 @@ class Run {
     worker_->check_ranks_equal();
     log_info(str("ready after ", duration_text(seconds_since(started_)), "; ", counted(process_.size(), "rank"), " of ",
                  counted(at::get_num_threads(), "thread")));
+    start_time_spent();
+    if (config_.log.trace) open_run_trace(config_.run.dir, world_);
     try {
       loop();
+      if (!stopped_) finish();
+      for (const std::string& line : time_lines(world_)) log_info(line);
+      close_trace();
       if (stopped_) return kExitStopped;
-      finish();
     } catch (const AgreedError&) {  // every rank is here: what is being saved in the background is kept
       wait_for_save();
       throw;
@@ -381,6 +387,7 @@ class Run {
     while (state_.step < total_steps_ && !state_.stopped_early && !stopped_) {
       const auto step_start = Clock::now();
       const double epoch = worker_->loader().epoch();
+      set_trace_step(state_.step + 1);
       StepResult result = worker_->run(state_.step + 1, stop_requested(), !store_->pending() || store_->finished());
       ++state_.step;
       state_.seconds = seconds_before + seconds_since(started);
@@ -393,6 +400,7 @@ class Run {
       const bool ends = last || state_.stopped_early;
       stopped_ = !ends && (result.stop || (config_.train.stop_after > 0 && state_.step - first >= config_.train.stop_after));
       if (ends || stopped_ || best || (save_every_ > 0 ? state_.step % save_every_ == 0 : evaluates)) save(ends || stopped_);
+      flush_trace();
     }
     if (stopped_)
       log_info(str("stopped after step ", state_.step, " of ", total_steps_, "; saved. Run the same command again to go on"));
@@ -424,6 +432,7 @@ class Run {
 
   // Evaluates and decides: is it the best so far, is patience at its end?
   bool evaluate_now() {
+    Span span(TimeKind::kEvaluation, "evaluate");
     CommTimeoutPause pause;
     const Phase phase = [&](const auto& part) { agree_on(world_, part); };
     auto of_stages = [&] {
@@ -463,6 +472,7 @@ class Run {
   }
 
   void save(bool now) {
+    Span span(TimeKind::kCheckpoint, "save");
     CommTimeoutPause pause;  // a disk may be slow
     agree_on(world_, [&] {
       if (metrics_) metrics_->sync();
@@ -477,11 +487,13 @@ class Run {
   }
 
   void wait_for_save() {
+    Span span(TimeKind::kCheckpoint, "finish saving");
     CommTimeoutPause pause;
     agree_on(world_, [&] { store_->wait(); });
   }
 
   void finish() {
+    Span span(TimeKind::kCheckpoint, "export");
     CommTimeoutPause pause;
     if (config_.eval.restore_best && eval_data_ && state_.best_step > 0 && state_.best_step != state_.step) {
       agree_on(world_, [&] {

@@ -9,6 +9,7 @@
 
 #include "base/check.h"
 #include "base/log.h"
+#include "base/trace.h"
 #include "checkpoint/safetensors.h"
 #include "optim/clip.h"
 #include "parallel/gather.h"
@@ -68,17 +69,25 @@ Worker::Sums Worker::accumulate(std::vector<ModelInput>& inputs) {
   Sums sums;
   reducer_->begin_step();
   for (int64_t micro = 0; micro < accumulation_; ++micro) {
-    SequenceBatch batch = loader_.batch(micro);
-    sums.tokens += batch.num_tokens();
-    ModelInput input = input_of(std::move(batch));
-    TaskResult result = task_->run(*chunks_[0], input, loss_scale_.value);
+    inputs.push_back(load(micro, sums));
+    TaskResult result = [&] {
+      Span span(TimeKind::kCompute, "forward", {.micro_batch = static_cast<int>(micro)});
+      return task_->run(*chunks_[0], inputs.back(), loss_scale_.value);
+    }();
+    Span span(TimeKind::kCompute, "backward", {.micro_batch = static_cast<int>(micro)});
     reducer_->before_backward(micro + 1 == accumulation_);
     if (result.loss_sum.requires_grad()) torch::autograd::backward({result.loss_sum}, {});
     sums.loss += result.sums.at("loss");
     sums.learnt += result.count;
-    inputs.push_back(std::move(input));
   }
   return sums;
+}
+
+ModelInput Worker::load(int64_t micro, Sums& sums) const {
+  Span span(TimeKind::kData, "load batch", {.micro_batch = static_cast<int>(micro)});
+  SequenceBatch batch = loader_.batch(micro);
+  sums.tokens += batch.num_tokens();
+  return input_of(std::move(batch));
 }
 
 ModelInput Worker::input_of(SequenceBatch batch) const {
@@ -120,11 +129,7 @@ PipelineStep Worker::pipeline_step(const std::vector<ModelInput>& inputs,
 
 Worker::Sums Worker::accumulate_in_pipeline(std::vector<ModelInput>& inputs) {
   Sums sums;
-  for (int64_t micro = 0; micro < accumulation_; ++micro) {
-    SequenceBatch batch = loader_.batch(micro);
-    sums.tokens += batch.num_tokens();
-    inputs.push_back(input_of(std::move(batch)));
-  }
+  for (int64_t micro = 0; micro < accumulation_; ++micro) inputs.push_back(load(micro, sums));
   const PipelineSchedule schedule = make_pipeline_schedule(parse_pipeline_kind(config_.parallel.schedule), comms_.pipeline.size(),
                                                            static_cast<int>(config_.parallel.virtual_stages), static_cast<int>(accumulation_));
   const bool split = schedule.kind == PipelineKind::kZbH1 || schedule.kind == PipelineKind::kZbV;
@@ -164,6 +169,7 @@ std::map<std::string, double> Worker::evaluate_in_pipeline(const std::vector<Seq
 }
 
 StepResult Worker::run(int64_t step, bool stop, bool save_ready) {
+  Span span_of_step(TimeKind::kOther, "step");
   StepResult out;
   for (bool again = true; again;) {
     std::vector<ModelInput> inputs;
@@ -175,11 +181,16 @@ StepResult Worker::run(int64_t step, bool stop, bool save_ready) {
     at::Tensor small = at::tensor({counts * mine.loss, counts * static_cast<double>(mine.learnt), counts * static_cast<double>(mine.tokens),
                                    stop ? 1.0 : 0.0, save_ready ? 0.0 : 1.0, 0.0}, at::kDouble);
     double* sums = small.data_ptr<double>();
-    reducer_->finish([&](bool late) {
-      sums[5] = late;
-      comms_.world.all_reduce(small);
-      return sums[5] > 0;
-    });
+    {
+      Span span(TimeKind::kWait, "finish gradients", {.group = "gradients"});
+      reducer_->finish([&](bool late) {
+        sums[5] = late;
+        // Where stages are, they are at their ends at different times.
+        Span wait(comms_.pipeline.size() > 1 ? TimeKind::kBubble : TimeKind::kWait, "wait for all ranks", {.group = "world"});
+        comms_.world.all_reduce(small);
+        return sums[5] > 0;
+      });
+    }
     out.learnt = static_cast<int64_t>(sums[1]);
     out.tokens = static_cast<int64_t>(sums[2]);
     out.stop = sums[3] > 0;
@@ -187,6 +198,7 @@ StepResult Worker::run(int64_t step, bool stop, bool save_ready) {
     if (out.learnt == 0) throw InternalError("a step without a learnt token");
     out.loss = sums[0] / sums[1];
     out.loss_scale = loss_scale_.value;
+    Span span(TimeKind::kOptimizer, "norm of gradients");
     reducer_->scale(1.0 / (sums[1] * loss_scale_.value));
     out.grad_norm = std::sqrt(reducer_->squared_norm());
     again = !std::isfinite(out.grad_norm) && std::isfinite(out.loss) && loss_scale_.lower();  // alike on every rank
@@ -196,6 +208,7 @@ StepResult Worker::run(int64_t step, bool stop, bool save_ready) {
   loss_scale_.count_clean_step();
   out.bytes_reduced = comms_.world.size() > 1 ? reducer_->bytes_reduced() : 0;
   if (step == 1 && !config_.train.gradients.empty()) write_gradients(config_.train.gradients);
+  Span span(TimeKind::kOptimizer, "update");
   out.learning_rate = schedule_(step);
   optimizer_->step(out.learning_rate, clip_scale(out.grad_norm, config_.train.max_grad_norm));
   weights_changed();

@@ -65,6 +65,7 @@ class Worker {
   };
   Sums accumulate(std::vector<ModelInput>& inputs);
   Sums accumulate_in_pipeline(std::vector<ModelInput>& inputs);
+  ModelInput load(int64_t micro, Sums& sums) const;
   ModelInput input_of(SequenceBatch batch) const;
   PipelineStep pipeline_step(const std::vector<ModelInput>& inputs, const std::function<at::Tensor(Transformer&, const ModelInput&)>& last);
   bool has_head() const;  // computes losses
