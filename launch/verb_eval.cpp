@@ -10,7 +10,6 @@
 #include "eval/evaluate.h"
 #include "eval/token_ids.h"
 #include "launch/verbs.h"
-#include "parallel/tensor_parallel.h"
 #include "tasks/task.h"
 #include "train/agreement.h"
 #include "train/build.h"
@@ -19,7 +18,7 @@ namespace trireme {
 namespace {
 
 std::map<std::string, double> eval_token_ids(const Config& config, const ModelSource& source, Transformer& model, const Task& task,
-                                             bool writes) {
+                                             const Communicator& copy, bool counts) {
   at::NoGradGuard no_grad;
   std::map<std::string, double> sums;
   std::vector<TensorSource> logits;  // computed when they are written: one row's are in memory at a time
@@ -32,7 +31,8 @@ std::map<std::string, double> eval_token_ids(const Config& config, const ModelSo
     logits.push_back({str("logits.", logits.size()), at::kFloat, {row.num_tokens(), source.config.vocab_size},
                       [&] { return model.logits(model.all_rows(model.forward(to_model(row, model)))).narrow(0, 0, row.num_tokens()); }});
   }
-  if (!config.eval.logits.empty()) write_safetensors(config.eval.logits, logits, {}, writes);
+  if (!config.eval.logits.empty()) write_safetensors(config.eval.logits, logits, {}, copy.rank() == 0);
+  sums = sum_over_ranks(counts ? sums : std::map<std::string, double>(), copy);
   // One-token rows have logits, but nothing to predict.
   if (sums["count"] == 0 && !config.eval.logits.empty()) return {{"tokens", 0.0}};
   return task.metrics(sums);
@@ -46,19 +46,23 @@ ExitStatus verb_eval(const Config& config, const CommandLine& line, const Proces
     throw ConfigError("nothing to evaluate: set data.eval to record files, or eval.token_ids to a JSON file of ids");
   if (!config.eval.logits.empty() && config.eval.token_ids.empty()) throw ConfigError("eval.logits needs eval.token_ids");
   Communicator world = Communicator::world();
-  const MeshComms comms(mesh_of(config, process.size(), false), world);
-  const ModelCut cut = [&](Transformer& whole) { apply_tensor_parallel(whole, comms.tensor); };
+  const MeshComms comms(mesh_of(config, process.size()), world);
+  const Communicator adding = world.split(comms.coords.tensor, world.rank(), "sums"), copy = world.split(comms.coords.data, world.rank(), "copy");
   CommTimeoutPause pause(process.rank() != 0);  // rank 0 may tokenise for long
   ModelSource source;
   std::unique_ptr<Transformer> model;
   std::map<std::string, double> metrics;
   auto task = make_task(config.task.kind);
-  agree_on(world, [&] { source = find_model(config); });
+  ModelCut cut;
+  agree_on(world, [&] {
+    source = find_model(config);
+    cut = forward_cut(source.config, comms);
+  });
   if (!config.eval.token_ids.empty()) {
     agree_on(world, [&] {
       if (comms.coords.data != 0) return;
       model = build_model(config, source, weight_dtype(config, source), false, false, cut);
-      metrics = eval_token_ids(config, source, *model, *task, process.rank() == 0);
+      metrics = eval_token_ids(config, source, *model, *task, copy, comms.coords.tensor == 0);
     });
   } else {
     DataOptions options;
@@ -76,7 +80,8 @@ ExitStatus verb_eval(const Config& config, const CommandLine& line, const Proces
       if (process.rank() == 0) log_info(str("evaluation data: ", dataset->counts().text()));
       model = build_model(config, source, weight_dtype(config, source), false, false, cut);
     });
-    metrics = evaluate(*model, *task, dataset, config.eval.micro_batch_size, comms.data, [&](const auto& part) { agree_on(world, part); });
+    metrics = evaluate(*model, *task, dataset, config.eval.micro_batch_size, comms.data, adding,
+                       [&](const auto& part) { agree_on(world, part); });
   }
   if (process.rank() == 0) {
     Json out;

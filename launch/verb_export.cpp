@@ -53,7 +53,7 @@ ExitStatus verb_export(const Config& config, const CommandLine& line, const Proc
   const bool adapter = has_lora(*model) && !config.lora.merge;
   Chunks whole;
   whole.push_back(std::move(model));
-  (adapter ? export_adapter : export_model)(folder, whole, config, source, Communicator::self());
+  (adapter ? export_adapter : export_model)(folder, whole, config, source, Communicator::self(), {});
   log_info(str("wrote ", folder));
   return kExitDone;
 }

@@ -1,5 +1,5 @@
 // trireme generate: answers to prompts from the command line, a file, or standard input. One copy of the
-// model answers: rank 0, with the ranks that hold the other parts of it under tensor parallelism.
+// model answers: rank 0, with the ranks that hold the other parts of it.
 #include "base/tensor.h"
 
 #include <filesystem>
@@ -12,7 +12,6 @@
 #include "comm/watchdog.h"
 #include "data/masking.h"
 #include "launch/verbs.h"
-#include "parallel/tensor_parallel.h"
 #include "serve/generate.h"
 #include "train/agreement.h"
 #include "train/build.h"
@@ -74,19 +73,19 @@ class SharedPrompts {
   Communicator ranks_;
 };
 
-void answer_prompts(const Config& config, const CommandLine& line, const Communicator& tensor) {
+// `copy`: the ranks that hold one copy of the model together.
+void answer_prompts(const Config& config, const CommandLine& line, const MeshComms& comms, const Communicator& copy) {
   const auto& g = config.generate;
   ModelSource source;
   std::optional<TextTools> tools;
   std::unique_ptr<Transformer> model;
-  agree_on(tensor, [&] {
+  agree_on(copy, [&] {
     source = find_model(config);
     tools.emplace(load_text_tools(config, source.tokenizer_folder, &source.config));
     if (g.chat && !tools->chat)
       throw ConfigError("generate.chat needs a chat template and the model has none: set data.chat_template to alpaca, chatml, "
                         "gemma, llama3, mistral, phi3, or a file");
-    model = build_model(config, source, weight_dtype(config, source), false, false,
-                        [&](Transformer& whole) { apply_tensor_parallel(whole, tensor); });
+    model = build_model(config, source, weight_dtype(config, source), false, false, forward_cut(source.config, comms));
   });
 
   GenerateOptions options;
@@ -94,7 +93,7 @@ void answer_prompts(const Config& config, const CommandLine& line, const Communi
   options.max_tokens = g.max_tokens;
   options.end_ids = end_ids(config, source, *tools);
   options.stop = g.stop;
-  SharedPrompts shared(tensor);
+  SharedPrompts shared(copy);
   uint64_t index = 0;
   auto generate_next = [&](const std::vector<int64_t>& ids, const std::function<void(const std::string&)>& on_text) {
     try {
@@ -103,7 +102,7 @@ void answer_prompts(const Config& config, const CommandLine& line, const Communi
       throw AgreedError(error.status(), error.what());
     }
   };
-  if (tensor.rank() != 0) {
+  if (copy.rank() != 0) {
     while (auto ids = shared.next()) generate_next(*ids, {});
     return;
   }
@@ -164,10 +163,11 @@ ExitStatus verb_generate(const Config& config, const CommandLine& line, const Pr
   check_config(config, line);
   if (!config.generate.file.empty() && (!config.generate.prompt.empty() || !line.arguments.empty()))
     throw ConfigError("generate.file and a prompt are both given; give one");
-  const MeshComms comms(mesh_of(config, process.size(), false), Communicator::world());
+  const MeshComms comms(mesh_of(config, process.size()), Communicator::world());
+  const Communicator copy = comms.world.split(comms.coords.data, process.rank(), "copy");
   CommTimeoutPause pause(process.rank() != 0);  // rank 0 waits for whoever asks
   agree_on(comms.world, [&] {
-    if (comms.coords.data == 0) answer_prompts(config, line, comms.tensor);
+    if (comms.coords.data == 0) answer_prompts(config, line, comms, copy);
   });
   return kExitDone;
 }

@@ -133,6 +133,29 @@ TEST(DelayedGradients, ScopesNestAndEnd) {
   EXPECT_EQ(w.grad()[0][0].item<float>(), 6.0f);
 }
 
+// Who waits for other ranks in backward computes what was put off, the oldest first, and only where that is wanted.
+TEST(DelayedGradients, FillTheTimeOfAWait) {
+  at::Tensor x = at::ones({2, 3}), w = at::ones({4, 3}).requires_grad_(), v = at::ones({5, 3}).requires_grad_();
+  WeightGradientQueue queue;
+  std::vector<int64_t> rows;
+  auto sink = [&](const at::Tensor&, const at::Tensor& gradient) { rows.push_back(gradient.size(0)); };
+  auto backward = [&] {
+    for (const at::Tensor& weight : {w, v}) torch::autograd::backward({trireme::linear(x, weight).sum()}, {});
+  };
+  EXPECT_FALSE(compute_waiting_gradient());
+  {
+    DelayWeightGradients kept(&queue);
+    backward();
+    EXPECT_FALSE(compute_waiting_gradient());
+  }
+  DelayWeightGradients fills(&queue, sink);
+  EXPECT_TRUE(compute_waiting_gradient());
+  EXPECT_TRUE(compute_waiting_gradient());
+  EXPECT_FALSE(compute_waiting_gradient());
+  EXPECT_EQ(rows, (std::vector<int64_t>{4, 5}));
+  EXPECT_EQ(queue.size(), 0u);
+}
+
 TEST(DelayedGradients, NothingIsKeptAfterwards) {
   WeightGradientQueue queue;
   at::Tensor w[2] = {at::ones({4, 3}).requires_grad_(), at::ones({4, 4}).requires_grad_()};

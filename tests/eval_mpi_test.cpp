@@ -40,7 +40,7 @@ class Evaluation : public DataTest {
     const Communicator world = Communicator::world();
     Transformer model(read_model_config(str(std::getenv("TRIREME_SOURCE"), "/configs/quickstart/model/config.json")), at::kFloat, 0,
                       Weights::kUninitialized);
-    return evaluate(model, CountRows(fails), build(), 2, world, [&](const auto& part) { agree_on(world, part); });
+    return evaluate(model, CountRows(fails), build(), 2, world, world, [&](const auto& part) { agree_on(world, part); });
   }
 };
 

@@ -207,15 +207,43 @@ TEST(TensorParallelChecks, WhatCannotBeSharedOutIsRefusedWithWhatCan) {
 TEST(Placements, GatheringAndScatteringAreEachOthersGradient) {
   const int n = world().size(), me = world().rank();
   at::Tensor x = at::arange(6, at::kDouble).view({3, 2}).add(10.0 * me).requires_grad_(true);
-  at::Tensor whole = all_gather(Placed<Shard<0>>{x}, world()).local;
+  at::Tensor whole = all_gather(Placed<Shard<0>>{x}, TensorAxis{world()}).local;
   for (int r = 0; r < n; ++r) EXPECT_TRUE(near(whole.narrow(0, 3 * r, 3), at::arange(6, at::kDouble).view({3, 2}).add(10.0 * r)));
   (whole * (me + 1)).sum().backward();  // every rank's use of every row
   EXPECT_TRUE(near(x.grad(), at::full({3, 2}, n * (n + 1) / 2.0, at::kDouble)));
   at::Tensor y = at::full({2 * n, 2}, me + 1.0, at::kDouble).requires_grad_(true);
-  at::Tensor part = reduce_scatter(Placed<Partial>{y}, world()).local;
+  at::Tensor part = reduce_scatter(Placed<Partial>{y}, TensorAxis{world()}).local;
   EXPECT_TRUE(near(part, at::full({2, 2}, n * (n + 1) / 2.0, at::kDouble)));
   (part * (me + 1)).sum().backward();
   for (int r = 0; r < n; ++r) EXPECT_TRUE(near(y.grad().narrow(0, 2 * r, 2), at::full({2, 2}, r + 1.0, at::kDouble)));
+}
+
+template <typename Value>
+constexpr bool kScatters = requires(Value value, TensorAxis axis) { reduce_scatter(value, axis); };
+template <typename Value>
+constexpr bool kGathers = requires(Value value, TensorAxis axis) { all_gather(value, axis); };
+static_assert(kScatters<Placed<Partial>> && kGathers<Placed<Shard<0>>>);
+static_assert(!kScatters<Placed<Replicate>> && !kScatters<Placed<Shard<0>>>, "what is whole would be multiplied by the ranks");
+static_assert(!kGathers<Placed<Partial>> && !kGathers<Placed<Replicate>> && !kGathers<Placed<Shard<1>>>);
+static_assert(!kScatters<Placed<Partial, MeshAxis::kData>> && !kGathers<Placed<Shard<0>, MeshAxis::kData>>, "another axis' sum");
+
+// What the types cannot see is named on every rank.
+TEST(Placements, AValueThatDiffersIsNamed) {
+  const int me = world().rank();
+  auto refusal = [&](const at::Tensor& local, bool same_values) -> std::string {
+    try {
+      check_placement(local, same_values, world(), "the batch");
+    } catch (const InternalError& error) {
+      return error.what();
+    }
+    return "";
+  };
+  EXPECT_EQ(refusal(at::ones({3}), true), "");
+  EXPECT_EQ(refusal(at::full({3}, me), false), "");
+  if (world().size() == 1) return;
+  EXPECT_NE(refusal(at::full({3}, me), true).find("the batch is not the same on all ranks of its axis: rank 1 has"), std::string::npos);
+  EXPECT_NE(refusal(at::ones({3 + (me == 1)}), false).find("the batch has not the same shape on all ranks of its axis: rank 1 has Float [4], rank 0 Float [3]"),
+            std::string::npos);
 }
 
 }  // namespace

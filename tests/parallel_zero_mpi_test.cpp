@@ -211,6 +211,24 @@ TEST(Zero, WeightsAreFilledABlockAtATime) {
   for (const Parameter& p : parameters) EXPECT_TRUE(at::equal(p.value, values.at(p.name))) << p.name;
 }
 
+// As an export does: never more than what is outside of the blocks and one of them.
+TEST(Zero, WeightsAreReadABlockAtATime) {
+  const int64_t n = comms().world.size();
+  Training plain({}), run({.zero = 3});
+  int64_t all = 0, outside = 0, block = 0;
+  for (const auto& [unit, elements] : run.weights->elements()) all += elements, (unit < 0 ? outside : block) = elements;
+  ASSERT_GT(block, 0);
+  const auto expected = plain.model.parameters(), parameters = run.model.parameters();
+  for (size_t i = 0; i < parameters.size(); ++i) {
+    run.weights->hold(parameters[i].name);
+    EXPECT_TRUE(at::equal(parameters[i].value, expected[i].value)) << parameters[i].name;
+    EXPECT_LE(run.weights->bytes_held(), 4 * (all / n + outside + block));
+  }
+  EXPECT_EQ(run.weights->bytes_held(), 4 * (all / n + outside + block));
+  run.step();  // nothing is left of it
+  EXPECT_EQ(run.weights->bytes_held(), 4 * all / n);
+}
+
 // Reduced after every micro-batch: rounded in another order, and no other difference.
 TEST(Zero, ReducingEveryBackwardIsTheSameSumToRounding) {
   Training plain({.accumulation = 3, .dtype = at::kDouble});

@@ -19,6 +19,11 @@ struct SequenceBatch {
   int64_t num_tokens() const { return static_cast<int64_t>(tokens.size()); }
   int64_t num_segments() const { return cu_seqlens.empty() ? 0 : static_cast<int64_t>(cu_seqlens.size()) - 1; }
 
+  // One token that counts nothing, for a rank that must compute because others do.
+  static SequenceBatch of_nothing() {
+    return {.tokens = {0}, .targets = {kIgnoreTarget}, .positions = {0}, .cu_seqlens = {0, 1}, .sample_ids = {0}};
+  }
+
   // Adds the segments of another batch.
   void append(const SequenceBatch& other) {
     if (cu_seqlens.empty()) cu_seqlens.push_back(0);

@@ -40,7 +40,7 @@ std::map<std::string, double> evaluate(const Task& task, const std::function<std
 }
 
 std::map<std::string, double> evaluate(Transformer& model, const Task& task, std::shared_ptr<const Dataset> dataset,
-                                       int64_t rows_per_batch, const Communicator& data, const Phase& phase) {
+                                       int64_t rows_per_batch, const Communicator& data, const Communicator& adding, const Phase& phase) {
   const bool was_training = model.training();
   model.set_training(false);
   auto mine = [&] {
@@ -51,7 +51,7 @@ std::map<std::string, double> evaluate(Transformer& model, const Task& task, std
     const auto rounds = static_cast<int64_t>(model.block_weights() ? data.max(mine) : mine);
     for (int64_t i = 0; i < rounds; ++i) {
       if (i >= loader.num_batches()) {
-        model.forward(to_model({.tokens = {0}, .targets = {kIgnoreTarget}, .positions = {0}, .cu_seqlens = {0, 1}, .sample_ids = {0}}, model));
+        model.forward(to_model(SequenceBatch::of_nothing(), model));
         continue;
       }
       TaskResult result = task.run(model, to_model(loader.batch(i), model));
@@ -60,7 +60,7 @@ std::map<std::string, double> evaluate(Transformer& model, const Task& task, std
     model.set_training(was_training);
     return sums;
   };
-  return evaluate(task, mine, data, phase);
+  return evaluate(task, mine, adding, phase);
 }
 
 }  // namespace trireme

@@ -259,6 +259,7 @@ at::Tensor Transformer::run(const ModelInput& input, Pass& pass) {
     x_TC = seams_.embed ? seams_.embed(embedding_VC_, input.tokens_T) : trireme::embedding(embedding_VC_, input.tokens_T);
     if (pass.observe) pass.observe("model.embed_tokens", x_TC);
   }
+  if (!x_TC.defined() && seams_.receive) x_TC = seams_.receive(input.tokens_T.size(0) / seams_.row_multiple);
   TRIREME_CHECK(x_TC.defined(), "a model without its embedding wants hidden_TC");
   SelectiveRecompute selective(recompute_ == Recompute::kSelective);
   bool full = recompute_ == Recompute::kFull && at::GradMode::is_enabled() && !pass.cache && !pass.observe;
@@ -273,7 +274,10 @@ at::Tensor Transformer::run(const ModelInput& input, Pass& pass) {
     before = b.index;
   }
   on_backward(x_TC, -1, before);
-  if (!has_head_) return x_TC;
+  if (!has_head_) {
+    if (seams_.send) seams_.send(x_TC);
+    return x_TC;
+  }
   x_TC = rms_norm(x_TC, final_norm_.weight_C, config_.rms_norm_eps);
   if (pass.observe) pass.observe(final_norm_.path, x_TC);
   return x_TC;
@@ -290,15 +294,17 @@ at::Tensor Transformer::logits(const at::Tensor& hidden_TC, int64_t chunk_rows) 
   at::NoGradGuard no_grad;
   at::Tensor out = at::empty({hidden_TC.size(0), config_.vocab_size},
                              hidden_TC.options().dtype(dtype_ == at::kDouble ? at::kDouble : at::kFloat));
-  for (int64_t row = 0; row < hidden_TC.size(0); row += chunk_rows) {
+  for (int64_t row = 0; has_head_ && row < hidden_TC.size(0); row += chunk_rows) {
     int64_t n = std::min(chunk_rows, hidden_TC.size(0) - row);
     at::Tensor part = trireme::linear(hidden_TC.narrow(0, row, n), head_weight_VC_);
     out.narrow(0, row, n).copy_(seams_.all_logits ? seams_.all_logits(part) : part);
   }
+  if (seams_.from_last_stage) seams_.from_last_stage(out);
   return out;
 }
 
 LossSum Transformer::cross_entropy(const at::Tensor& hidden_TC, const at::Tensor& targets_T, double gradient_scale) const {
+  if (!has_head_) return {at::zeros({}, at::kDouble), 0, at::zeros({}, at::kLong)};
   return linear_cross_entropy(all_rows(hidden_TC), head_weight_VC_, targets_T, 0, gradient_scale,
                               seams_.vocabulary ? &*seams_.vocabulary : nullptr);
 }

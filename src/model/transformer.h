@@ -50,6 +50,10 @@ struct ModelSeams {
   std::function<at::Tensor(const at::Tensor& part_TV)> all_logits;  // from every rank's part of the vocabulary
   std::optional<VocabularyPart> vocabulary;  // that the head has here
   int64_t row_multiple = 1;                    // number of rows of which T is a multiple
+  // Where the layers are dealt out over stages that only run forward; one stage goes on while the next computes.
+  std::function<at::Tensor(int64_t rows)> receive;       // [rows, C] from the stage before
+  std::function<void(const at::Tensor& x_TC)> send;      // to the stage behind
+  std::function<void(at::Tensor logits)> from_last_stage;  // what the last stage has in this tensor
 };
 
 // Provides weights that are not always in memory. Told before and after a block computes, in forward and in backward; there
@@ -76,11 +80,13 @@ class Transformer {
   // [T, C] after the final norm; where the head is on a later stage: after the last layer here. Dropout acts only while
   // training() is true.
   at::Tensor forward(const ModelInput& input, KvCache* cache = nullptr);
-  // fp32 (fp64 for fp64) logits of hidden states (all_rows() of them), without gradients, chunk by chunk.
+  // fp32 (fp64 for fp64) logits of hidden states (all_rows() of them), without gradients, chunk by chunk. Stages that run forward
+  // only (ModelSeams) all have them.
   at::Tensor logits(const at::Tensor& hidden_TC, int64_t chunk_rows = 512) const;
   // Of what forward() returns: every row, on every rank.
   at::Tensor all_rows(const at::Tensor& hidden_TC) const { return seams_.all_rows ? seams_.all_rows(hidden_TC) : hidden_TC; }
-  // Next-token loss of what forward() returned; see linear_cross_entropy() in ops/ops.h.
+  // Next-token loss of what forward() returned; see linear_cross_entropy() in ops/ops.h. 0 of 0 rows where the head is on
+  // another stage.
   LossSum cross_entropy(const at::Tensor& hidden_TC, const at::Tensor& targets_T, double gradient_scale = 1) const;
 
   // All leaves in Hugging Face order and names (a tied head appears once, as the embedding), then the adapters under

@@ -7,7 +7,7 @@
 namespace trireme {
 namespace {
 
-std::atomic<WeightGradientQueue*> active = nullptr;
+std::atomic<DelayWeightGradients*> active = nullptr;
 
 }  // namespace
 
@@ -17,16 +17,20 @@ void WeightGradientQueue::push(const at::Tensor& weight, std::function<at::Tenso
 }
 
 void WeightGradientQueue::run(const Sink& sink) {
+  while (run_one(sink)) {}
+}
+
+bool WeightGradientQueue::run_one(const Sink& sink) {
   at::NoGradGuard no_grad;
-  std::vector<Item> items;
+  Item item;
   {
     std::lock_guard lock(mutex_);
-    items.swap(items_);
+    if (items_.empty()) return false;
+    item = std::move(items_.front());
+    items_.pop_front();
   }
-  for (Item& waiting : items) {
-    const Item item = std::move(waiting);  // dies with this turn
-    sink(item.weight, item.compute());
-  }
+  sink(item.weight, item.compute());
+  return true;
 }
 
 size_t WeightGradientQueue::size() const {
@@ -34,13 +38,19 @@ size_t WeightGradientQueue::size() const {
   return items_.size();
 }
 
-DelayWeightGradients::DelayWeightGradients(WeightGradientQueue* queue) : before_(active.exchange(queue)) {}
+DelayWeightGradients::DelayWeightGradients(WeightGradientQueue* queue, WeightGradientQueue::Sink fill)
+    : queue_(queue), fill_(std::move(fill)), before_(active.exchange(this)) {}
 DelayWeightGradients::~DelayWeightGradients() { active = before_; }
 
+bool compute_waiting_gradient() {
+  DelayWeightGradients* delay = active;
+  return delay && delay->queue_ && delay->fill_ && delay->queue_->run_one(delay->fill_);
+}
+
 at::Tensor weight_gradient(const at::Tensor& weight, std::function<at::Tensor()> compute) {
-  WeightGradientQueue* queue = active;
-  if (queue == nullptr || !weight.is_leaf()) return compute();
-  queue->push(weight, std::move(compute));
+  DelayWeightGradients* delay = active;
+  if (!delay || !delay->queue_ || !weight.is_leaf()) return compute();
+  delay->queue_->push(weight, std::move(compute));
   return {};
 }
 

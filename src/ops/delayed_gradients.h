@@ -1,5 +1,5 @@
-// Weight gradients apart from input gradients, for pipeline schedules that do them as two actions (Qi et al. 2024, "Zero
-// Bubble Pipeline Parallelism").
+// Weight gradients apart from input gradients: for pipeline schedules that do them as two actions (Qi et al. 2024, "Zero
+// Bubble Pipeline Parallelism"), and as the work that fills the time while backward waits for other ranks.
 //
 //   WeightGradientQueue queue;
 //   {
@@ -14,6 +14,7 @@
 // the work, whose delay would keep every input and output gradient alive). The gradients are the same bits as without.
 #pragma once
 
+#include <deque>
 #include <mutex>
 
 #include "base/tensor.h"
@@ -28,6 +29,7 @@ class WeightGradientQueue {
   void push(const at::Tensor& weight, std::function<at::Tensor()> compute);
   // Computes them in the order in which they came and hands each to the sink; what a product needed is freed after it.
   void run(const Sink& sink);
+  bool run_one(const Sink& sink);  // the oldest; false where there is none
   size_t size() const;
 
  private:
@@ -36,21 +38,30 @@ class WeightGradientQueue {
     std::function<at::Tensor()> compute;
   };
   mutable std::mutex mutex_;
-  std::vector<Item> items_;
+  std::deque<Item> items_;
 };
 
 // While one lives, backward puts weight gradients into the queue (nullptr: none is delayed). For the whole process, as
 // backward of CUDA tensors runs in threads of its own: one backward at a time. The last one made counts.
 class DelayWeightGradients {
  public:
-  explicit DelayWeightGradients(WeightGradientQueue* queue);
+  // `fill`: compute_waiting_gradient() may take from the queue, for this sink.
+  explicit DelayWeightGradients(WeightGradientQueue* queue, WeightGradientQueue::Sink fill = {});
   ~DelayWeightGradients();
   DelayWeightGradients(const DelayWeightGradients&) = delete;
   DelayWeightGradients& operator=(const DelayWeightGradients&) = delete;
 
  private:
-  WeightGradientQueue* before_;
+  friend bool compute_waiting_gradient();
+  friend at::Tensor weight_gradient(const at::Tensor& weight, std::function<at::Tensor()> compute);
+  WeightGradientQueue* queue_;
+  WeightGradientQueue::Sink fill_;
+  DelayWeightGradients* before_;
 };
+
+// Computes the oldest weight gradient that waits, where that is wanted; false where there is none. For the time in which an
+// operation's backward has sent something and waits.
+bool compute_waiting_gradient();
 
 // For the backward of an operation: the weight's gradient, or undefined where it has been put into the queue. Only of
 // leaves: what depends on another tensor must go on through the graph.

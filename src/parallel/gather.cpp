@@ -48,7 +48,8 @@ at::Tensor gather(const Whole& whole, const Communicator& world) {
 
 }  // namespace
 
-std::vector<TensorSource> whole_tensors(const std::vector<Parameter>& slices, const Communicator& world) {
+std::vector<TensorSource> whole_tensors(const std::vector<Parameter>& slices, const Communicator& world,
+                                        const std::function<void(const std::string&)>& hold) {
   Json table = Json::array();
   for (const Parameter& p : slices)
     table.push_back({p.name, static_cast<int>(p.value.scalar_type()), p.shard.global_shape, p.shard.offset, p.value.sizes().vec()});
@@ -76,7 +77,10 @@ std::vector<TensorSource> whole_tensors(const std::vector<Parameter>& slices, co
     int64_t covered = 0;
     for (const Piece& piece : whole.pieces) covered += c10::multiply_integers(piece.shape);
     TRIREME_CHECK(covered == c10::multiply_integers(whole.shape), "the slices of ", name, " hold ", covered, " of its values");
-    sources.push_back({name, whole.dtype, whole.shape, [wholes, kept, &whole, world] { return gather(whole, world); }});
+    sources.push_back({name, whole.dtype, whole.shape, [wholes, kept, &whole, world, hold] {
+                         if (hold && whole.mine) hold(whole.mine->name);
+                         return gather(whole, world);
+                       }});
   }
   return sources;
 }

@@ -137,12 +137,14 @@ class Runner {
     const bool is_last = --num_backwards_[a.chunk] == 0, split = a.kind == ActionKind::kBackwardInput;
     if (chunk(a).before_backward) chunk(a).before_backward(is_last);
     if (passing.root.is_valid()) {  // else nothing before here is trained, or there is no loss
-      DelayWeightGradients delay(split ? &passing.weights : nullptr);
+      const bool fills = !split && step_.fill_waits;
+      DelayWeightGradients delay(split || fills ? &passing.weights : nullptr, fills ? chunk(a).contribute : WeightGradientQueue::Sink());
       torch::autograd::Engine::get_default_engine().execute({std::exchange(passing.root, {})},
                                                             {last(a.chunk) ? passing.ones : gradient},
                                                             /*keep_graph=*/false, /*create_graph=*/false,
                                                             /*accumulate_grad=*/true);
     }
+    if (!split) passing.weights.run(chunk(a).contribute);
     at::Tensor hidden = std::exchange(passing.hidden, at::Tensor());
     if (!split) passing_.erase({a.chunk, a.micro_batch});
     if (!hidden.defined()) return {};

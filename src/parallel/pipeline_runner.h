@@ -22,7 +22,8 @@ struct PipelineChunk {
   std::function<at::Tensor(int micro_batch, const at::Tensor& hidden)> forward;
   // Before each backward of this chunk (GradientReducer::before_backward, of a reducer of its own); may be empty.
   std::function<void(bool is_last_of_step)> before_backward;
-  // Takes a weight gradient that waited (GradientReducer::contribute). Called where the schedule splits backward.
+  // Takes a weight gradient that waited (GradientReducer::contribute). Called where the schedule splits backward, and with
+  // fill_waits.
   WeightGradientQueue::Sink contribute;
 };
 
@@ -37,6 +38,7 @@ struct PipelineStep {
   // Shape of the hidden states of a micro-batch, the same between all chunks and known on every stage.
   std::function<std::vector<int64_t>(int micro_batch)> hidden_shape;
   at::TensorOptions hidden_options;                   // their dtype and device
+  bool fill_waits = false;  // put weight gradients off to the waits of backward, as those of tensor parallelism
   std::function<void(const PipelineEvent&)> observe;  // told every action when it is done; may be empty
 };
 

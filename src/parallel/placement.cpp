@@ -1,6 +1,8 @@
 #include "parallel/placement.h"
 
 #include "base/check.h"
+#include "base/hash.h"
+#include "ops/delayed_gradients.h"
 
 namespace trireme {
 namespace {
@@ -10,20 +12,28 @@ using torch::autograd::Function;
 using torch::autograd::Variable;
 using torch::autograd::variable_list;
 
+// Weight gradients that were put off are computed while the ranks exchange.
+void finish(Work work) {
+  while (!work.test() && compute_waiting_gradient()) {}
+  work.wait();
+}
+
 at::Tensor gathered(const at::Tensor& part, const Communicator& axis) {
   auto sizes = part.sizes().vec();
   sizes[0] *= axis.size();
+  if constexpr (kChecksPlacements) check_placement(part, false, axis, "a part to gather");
   at::Tensor whole = at::empty(sizes, part.options().requires_grad(false));
-  axis.all_gather(whole, part.contiguous());
+  finish(axis.start_all_gather(whole, part.contiguous()));
   return whole;
 }
 
 at::Tensor scattered(const at::Tensor& partial, const Communicator& axis) {
+  if constexpr (kChecksPlacements) check_placement(partial, false, axis, "a partial sum to scatter");
   auto sizes = partial.sizes().vec();
   TRIREME_CHECK(sizes[0] % axis.size() == 0, partial.sizes(), " over ", axis.size(), " ranks");
   sizes[0] /= axis.size();
   at::Tensor part = at::empty(sizes, partial.options().requires_grad(false));
-  axis.reduce_scatter(part, partial.contiguous());
+  finish(axis.start_reduce_scatter(part, partial.contiguous()));
   return part;
 }
 
@@ -59,7 +69,18 @@ struct ReduceScatter : Function<ReduceScatter> {
 
 }  // namespace
 
-Placed<Replicate> all_gather(const Placed<Shard<0>>& x, const Communicator& axis) { return {AllGather::apply(x.local, axis)}; }
-Placed<Shard<0>> reduce_scatter(const Placed<Partial>& x, const Communicator& axis) { return {ReduceScatter::apply(x.local, axis)}; }
+at::Tensor gather_rows(const at::Tensor& part, const Communicator& ranks) { return AllGather::apply(part, ranks); }
+at::Tensor scatter_sum(const at::Tensor& partial, const Communicator& ranks) { return ReduceScatter::apply(partial, ranks); }
+
+void check_placement(const at::Tensor& local, bool same_values, const Communicator& ranks, const char* what) {
+  const at::Tensor here = local.detach().cpu().contiguous();
+  const std::string mine = str(here.scalar_type(), " ", here.sizes(), same_values ? " of bits " + hash_bytes(here.const_data_ptr(), here.nbytes()) : "");
+  const std::string first = ranks.broadcast_bytes(mine);
+  const std::string found = mine == first ? "" : str("rank ", ranks.rank(), " has ", mine, ", rank 0 ", first);
+  std::string all;
+  for (const std::string& text : ranks.gather_bytes(found)) all += (all.empty() || text.empty() ? "" : "; ") + text;
+  all = ranks.broadcast_bytes(all);
+  if (!all.empty()) throw InternalError(str(what, same_values ? " is not the same" : " has not the same shape", " on all ranks of its axis: ", all));
+}
 
 }  // namespace trireme

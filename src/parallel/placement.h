@@ -7,24 +7,53 @@
 //
 // Faults that this shuts out (reference: sharding-type checks found several in a well-tested code base): a sum over ranks
 // that was left out, done twice, or scaled by their number.
+//
+// What a type cannot see, that a value said to be Replicate is the same on all ranks, or that all have parts of one shape, is
+// looked at in debug builds (preset debug) at every seam.
 #pragma once
 
 #include "base/tensor.h"
-#include "comm/communicator.h"
+#include "comm/mesh.h"
 
 namespace trireme {
 
 struct Replicate {};                // every rank has the whole; its gradient is Partial
-template <int kDim> struct Shard {};  // rank r has the r-th of equal parts along the dim; so has its gradient
+template <int kDim> struct Shard {};  // rank r has the r-th part along the dim; so has its gradient
 struct Partial {};                  // the value is the sum over the ranks; its gradient is Replicate
 
-template <typename Placement>
+// The ranks of one axis of the mesh.
+template <MeshAxis kAxis>
+struct Along {
+  Communicator ranks;
+};
+using TensorAxis = Along<MeshAxis::kTensor>;
+
+template <typename Placement, MeshAxis kAxis = MeshAxis::kTensor>
 struct Placed {
   at::Tensor local;
 };
 
-// Differentiable, collective over `axis`. Sums are in the order of the ranks, 16-bit values added in fp32.
-Placed<Replicate> all_gather(const Placed<Shard<0>>& x, const Communicator& axis);
-Placed<Shard<0>> reduce_scatter(const Placed<Partial>& x, const Communicator& axis);  // dim 0 a multiple of the ranks
+// As above on tensors whose placement the caller vouches for: differentiable, collective. Sums are in the order of the ranks,
+// 16-bit values added in fp32. Dim 0 of what is scattered is a multiple of the ranks.
+at::Tensor gather_rows(const at::Tensor& part, const Communicator& ranks);
+at::Tensor scatter_sum(const at::Tensor& partial, const Communicator& ranks);
+
+template <MeshAxis kAxis>
+Placed<Replicate, kAxis> all_gather(const Placed<Shard<0>, kAxis>& x, const Along<kAxis>& axis) {
+  return {gather_rows(x.local, axis.ranks)};
+}
+template <MeshAxis kAxis>
+Placed<Shard<0>, kAxis> reduce_scatter(const Placed<Partial, kAxis>& x, const Along<kAxis>& axis) {
+  return {scatter_sum(x.local, axis.ranks)};
+}
+
+#ifdef NDEBUG
+inline constexpr bool kChecksPlacements = false;
+#else
+inline constexpr bool kChecksPlacements = true;
+#endif
+
+// InternalError on every rank where one has another dtype or shape; `same_values`: or other bits. `what` is named. Collective.
+void check_placement(const at::Tensor& local, bool same_values, const Communicator& ranks, const char* what);
 
 }  // namespace trireme

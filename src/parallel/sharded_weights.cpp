@@ -121,6 +121,10 @@ void ShardedWeights::drop(Unit& unit) {
   unit.there = false;
 }
 
+void ShardedWeights::prefetch() {
+  if (zero_ == 3) start(units_[0]);
+}
+
 void ShardedWeights::acquire(int64_t block, bool backward) {
   if (zero_ < 3) return;
   Unit& unit = units_.at(static_cast<size_t>(block + 1));
@@ -148,7 +152,20 @@ void ShardedWeights::acquire_all() {
   for (Unit& unit : units_) wait(unit);
 }
 
+void ShardedWeights::hold(const std::string& name) {
+  if (zero_ < 3) return;
+  const auto number = static_cast<size_t>(block_of(name) + 1);
+  Unit& unit = units_.at(number);
+  if (number > 0 && number != held_) {
+    if (held_ > 0) drop(units_[held_]);
+    held_ = number;
+  }
+  start(unit);
+  wait(unit);
+}
+
 void ShardedWeights::release_all() {
+  held_ = 0;
   for (Unit& unit : units_) {
     unit.num_uses = 0;
     drop(unit);

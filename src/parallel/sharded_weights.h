@@ -27,9 +27,14 @@ class ShardedWeights : public BlockWeights {
   void updated();
 
   // Zero 3, else nothing to do. Collective over the ranks that have the block; so is their order.
+  // Asks for what is outside of the blocks, without waiting: a tied embedding is of the first and the last stage of a pipeline,
+  // and the last one acquires it only after the first has computed.
+  void prefetch();
   void acquire(int64_t block, bool backward) override;
   void release(int64_t block, bool backward) override;
   void acquire_all();  // the whole model
+  // The values of this parameter, with its block's, until another block is asked for: to read the model one part at a time.
+  void hold(const std::string& name);
   void release_all();  // waits for what is on its way, and drops everything, whoever has acquired it
 
   int64_t bytes_held() const;      // of weights in buckets, now
@@ -59,6 +64,7 @@ class ShardedWeights : public BlockWeights {
   std::vector<Flat> flats_;  // the reducer's layout, then the frozen weights
   std::vector<Unit> units_;  // [0]: outside of blocks, [1 + i]: block i; empty ones for blocks of other pipeline stages
   int64_t first_ = 0, last_ = 0;  // blocks that this rank has
+  size_t held_ = 0;               // unit of hold(); 0: none that would be dropped
 };
 
 }  // namespace trireme

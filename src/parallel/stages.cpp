@@ -21,4 +21,20 @@ void keep_chunk(Transformer& model, const Stages& stages, int chunk) {
   model.keep_layers(range.begin, range.end, chunk == 0, chunk + 1 == stages.shape.num_chunks());
 }
 
+void join_stages(Transformer& part, const Communicator& pipeline) {
+  if (pipeline.size() == 1) return;
+  const int stage = pipeline.rank(), last = pipeline.size() - 1;
+  ModelSeams seams = part.seams();
+  const auto options = at::TensorOptions().dtype(part.dtype());
+  if (stage > 0)
+    seams.receive = [pipeline, stage, width = part.config().hidden_size, options](int64_t rows) {
+      at::Tensor hidden = at::empty({rows, width}, options);
+      pipeline.receive(hidden, stage - 1);
+      return hidden;
+    };
+  if (stage < last) seams.send = [pipeline, stage](const at::Tensor& x_TC) { pipeline.send(x_TC.contiguous(), stage + 1); };
+  seams.from_last_stage = [pipeline, last](const at::Tensor& logits) { pipeline.broadcast(logits, last); };
+  part.set_seams(std::move(seams));
+}
+
 }  // namespace trireme

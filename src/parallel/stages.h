@@ -1,6 +1,7 @@
 // Which layers of a model each pipeline stage holds.
 #pragma once
 
+#include "comm/communicator.h"
 #include "model/transformer.h"
 #include "parallel/pipeline_schedule.h"
 
@@ -18,5 +19,9 @@ Stages make_stages(const ModelConfig& config, PipelineKind kind, int num_stages,
 
 // Leaves of a model on the meta device the chunk's part.
 void keep_chunk(Transformer& model, const Stages& stages, int chunk);
+
+// Lets forward() and logits() of a model that is dealt out over `pipeline`, one chunk a stage, be called as those of a whole
+// one, by all stages in the same order. Without gradients only.
+void join_stages(Transformer& part, const Communicator& pipeline);
 
 }  // namespace trireme

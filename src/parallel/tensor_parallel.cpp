@@ -53,15 +53,16 @@ class Cutter {
 };
 
 // Rows of this rank's ids; rows of other ids are 0, for their ranks add them.
-Placed<Partial> embedding_of_part(const at::Tensor& w_VC, const at::Tensor& ids_T, int64_t first) {
-  at::Tensor local = ids_T - first;
+Placed<Partial> embedding_of_part(const at::Tensor& w_VC, const Placed<Replicate>& ids_T, int64_t first) {
+  at::Tensor local = ids_T.local - first;
   at::Tensor here = (local >= 0).logical_and(local < w_VC.size(0));
   at::Tensor rows = trireme::embedding(w_VC, local.where(here, 0));
   return {rows.masked_fill(here.logical_not().unsqueeze(1), 0.0)};
 }
 
 // [T, V] from the parts of all ranks, which may differ in width by one.
-at::Tensor join_logits(const at::Tensor& part_TV, const Cutter& cutter, const Communicator& tensor) {
+Placed<Replicate> join_logits(const Placed<Shard<1>>& logits, const Cutter& cutter, const Communicator& tensor) {
+  const at::Tensor& part_TV = logits.local;
   std::vector<Range> ranges;
   int64_t widest = 0;
   for (int r = 0; r < tensor.size(); ++r) {
@@ -74,7 +75,7 @@ at::Tensor join_logits(const at::Tensor& part_TV, const Cutter& cutter, const Co
   std::vector<at::Tensor> parts;
   for (int r = 0; r < tensor.size(); ++r)
     parts.push_back(all[r].narrow(1, 0, ranges[static_cast<size_t>(r)].end - ranges[static_cast<size_t>(r)].begin));
-  return at::cat(parts, 1);
+  return {at::cat(parts, 1)};
 }
 
 }  // namespace
@@ -106,21 +107,23 @@ void apply_tensor_parallel(Transformer& model, const Communicator& tensor) {
     sizes[static_cast<size_t>(cut.dim)] = cut.range.end - cut.range.begin;
     return {at::empty(sizes, whole.value.options().requires_grad(false)), place};
   });
+  const TensorAxis axis{tensor};
   for (Linear* l : model.linears()) {
     const Cut cut = cutter.cut_of(l->path + ".weight");
     if (cut.dim != 1) continue;  // column-parallel: reads all rows, which the block has gathered
-    l->after = [tensor](const at::Tensor& y) { return reduce_scatter(Placed<Partial>{y}, tensor).local; };
+    l->after = [axis](const at::Tensor& y) { return reduce_scatter(Placed<Partial>{y}, axis).local; };
     l->first_feature = cut.range.begin;
   }
   ModelSeams seams;
   seams.row_multiple = tensor.size();
   const int64_t first = cutter.vocabulary().begin;
-  seams.embed = [tensor, first](const at::Tensor& w_VC, const at::Tensor& ids_T) {
-    return reduce_scatter(embedding_of_part(w_VC, ids_T, first), tensor).local;
+  seams.embed = [axis, first](const at::Tensor& w_VC, const at::Tensor& ids_T) {
+    if constexpr (kChecksPlacements) check_placement(ids_T, true, axis.ranks, "the batch");
+    return reduce_scatter(embedding_of_part(w_VC, {ids_T}, first), axis).local;
   };
-  seams.all_rows = [tensor](const at::Tensor& x_TC) { return all_gather(Placed<Shard<0>>{x_TC}, tensor).local; };
+  seams.all_rows = [axis](const at::Tensor& x_TC) { return all_gather(Placed<Shard<0>>{x_TC}, axis).local; };
   seams.all_logits = [tensor, config](const at::Tensor& part_TV) {
-    return join_logits(part_TV, Cutter(config, tensor.rank(), tensor.size()), tensor);
+    return join_logits({part_TV}, Cutter(config, tensor.rank(), tensor.size()), tensor).local;
   };
   seams.vocabulary = VocabularyPart{first, config.vocab_size, [tensor](at::Tensor x, bool maximum) {
                                       tensor.all_reduce(x, maximum ? ReduceOp::kMax : ReduceOp::kSum);

@@ -20,6 +20,7 @@
 #include "model/initialize.h"
 #include "optim/schedule.h"
 #include "parallel/gather.h"
+#include "parallel/tensor_parallel.h"
 #include "tasks/task.h"
 #include "train/run_folder.h"
 
@@ -115,7 +116,6 @@ void find_conflicts(const Config& c, const CommandLine& line, int num_ranks, std
         make_pipeline_schedule(parse_pipeline_kind(c.parallel.schedule), static_cast<int>(c.parallel.pipeline),
                                static_cast<int>(c.parallel.virtual_stages), static_cast<int>(c.train.accumulation));
       });
-      if (c.parallel.zero == 3) wrong("parallel.zero=3 is not possible with parallel.pipeline=", c.parallel.pipeline, ": set parallel.zero to 2 or less");
       if (c.parallel.reduce != "step") wrong("parallel.reduce=", c.parallel.reduce, " is not possible with parallel.pipeline=", c.parallel.pipeline);
     } else if (c.parallel.virtual_stages > 1) {
       wrong("parallel.virtual_stages=", c.parallel.virtual_stages, " needs parallel.pipeline of 2 or more");
@@ -134,8 +134,8 @@ void find_conflicts(const Config& c, const CommandLine& line, int num_ranks, std
   if (!c.data.eval.empty() && c.data.eval_fraction > 0) wrong("data.eval and data.eval_fraction are both set; set one");
 }
 
-Mesh mesh_of(const Config& c, int num_ranks, bool pipeline) {
-  return Mesh(num_ranks, static_cast<int>(c.parallel.data), static_cast<int>(c.parallel.tensor), pipeline ? static_cast<int>(c.parallel.pipeline) : 1,
+Mesh mesh_of(const Config& c, int num_ranks) {
+  return Mesh(num_ranks, static_cast<int>(c.parallel.data), static_cast<int>(c.parallel.tensor), static_cast<int>(c.parallel.pipeline),
               parse_mesh_order(c.parallel.order));
 }
 
@@ -241,6 +241,15 @@ LoraConfig lora_config(const Config& config) {
   return lora;
 }
 
+ModelCut forward_cut(const ModelConfig& model, const MeshComms& comms) {
+  check_tensor_parallel(model, comms.tensor.size());
+  return [&comms, stages = make_stages(model, PipelineKind::k1F1B, comms.pipeline.size(), 1)](Transformer& whole) {
+    keep_chunk(whole, stages, comms.pipeline.rank());
+    apply_tensor_parallel(whole, comms.tensor);
+    join_stages(whole, comms.pipeline);
+  };
+}
+
 std::unique_ptr<Transformer> build_model(const Config& config, const ModelSource& source, at::ScalarType dtype, bool attach,
                                          bool shapes_only, const ModelCut& cut, WeightFill* fill) {
   const auto seed = static_cast<uint64_t>(config.run.seed);
@@ -296,7 +305,7 @@ ExportedChat exported_chat(const Config& config, const ModelSource& source) {
 }
 
 void export_model(const std::string& folder, const Chunks& model, const Config& config, const ModelSource& source,
-                  const Communicator& world) {
+                  const Communicator& world, const HoldWeight& hold) {
   at::NoGradGuard no_grad;
   for (const auto& chunk : model) merge_lora(*chunk);
   std::string dtype = dtype_name(model[0]->dtype());
@@ -306,18 +315,18 @@ void export_model(const std::string& folder, const Chunks& model, const Config& 
     for (const auto& [key, value] : source.config.raw.items())
       if (!json.contains(key)) json[key] = value;
   std::string files = source.folder.empty() ? fs::path(source.config.source).parent_path().string() : source.folder;
-  export_model_folder(folder, files, source.tokenizer_folder, json, whole_tensors(only(model, false), world),
+  export_model_folder(folder, files, source.tokenizer_folder, json, whole_tensors(only(model, false), world, hold),
                       exported_chat(config, source), world.rank() == 0);
 }
 
 void export_adapter(const std::string& folder, const Chunks& model, const Config& config, const ModelSource& source,
-                    const Communicator& world) {
+                    const Communicator& world, const HoldWeight& hold) {
   at::NoGradGuard no_grad;
   LoraConfig lora = lora_config(config);
   // A part of the model cannot say whether every layer of a name has an adapter.
   const auto targets = lora_targets(*build_model(config, source, model[0]->dtype(), true, true));
   PeftConfig peft{lora.rank, lora.alpha, lora.dropout, lora.rank_stabilized, targets, false, source.name, source.revision};
-  write_adapter(folder, peft_config_to_json(peft), whole_tensors(only(model, true), world), world.rank() == 0);
+  write_adapter(folder, peft_config_to_json(peft), whole_tensors(only(model, true), world, hold), world.rank() == 0);
   if (world.rank() == 0 && !source.tokenizer_folder.empty()) copy_tokenizer_files(source.tokenizer_folder, folder, exported_chat(config, source));
 }
 

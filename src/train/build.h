@@ -27,8 +27,8 @@ void find_conflicts(const Config& config, const CommandLine& line, int num_ranks
 // Adds the files and folders that a training run is to read and that are not there, in the words of those who read them.
 // DataError with all of them where nothing else is wrong.
 void find_missing(const Config& config, const CommandLine& line, std::vector<std::string>& problems);
-// The mesh of parallel.*; ConfigError where it does not fit the ranks. `pipeline` false: of a verb that has none.
-Mesh mesh_of(const Config& config, int num_ranks, bool pipeline = true);
+// The mesh of parallel.*; ConfigError where it does not fit the ranks.
+Mesh mesh_of(const Config& config, int num_ranks);
 
 // How parallel.* deals the layers out; ConfigError.
 Stages stages_of(const Config& config, const ModelConfig& model);
@@ -56,6 +56,10 @@ using ModelCut = std::function<void(Transformer& model)>;
 std::unique_ptr<Transformer> build_model(const Config& config, const ModelSource& source, at::ScalarType dtype,
                                          bool attach, bool shapes_only = false, const ModelCut& cut = {}, WeightFill* fill = nullptr);
 
+// The cut of a model that only runs forward: this rank's part of each layer of its stage, joined to the other stages. ConfigError
+// where the model cannot be cut so.
+ModelCut forward_cut(const ModelConfig& model, const MeshComms& comms);
+
 // Of the adapter in lora.path, else of the lora.* keys. DataError: what the adapter's files have wrong.
 LoraConfig lora_config(const Config& config);
 
@@ -63,10 +67,11 @@ LoraConfig lora_config(const Config& config);
 // data.chat_template, the product has that template, and its end of turn among its end tokens. Collective over `world`, whose
 // ranks may each hold a part of the model; its rank 0 writes.
 using Chunks = std::vector<std::unique_ptr<Transformer>>;
+using HoldWeight = std::function<void(const std::string& name)>;  // see whole_tensors()
 void export_model(const std::string& folder, const Chunks& model, const Config& config, const ModelSource& source,
-                  const Communicator& world = Communicator::self());
+                  const Communicator& world = Communicator::self(), const HoldWeight& hold = {});
 void export_adapter(const std::string& folder, const Chunks& model, const Config& config, const ModelSource& source,
-                    const Communicator& world = Communicator::self());
+                    const Communicator& world = Communicator::self(), const HoldWeight& hold = {});
 
 struct TextTools {
   Tokenizer tokenizer;

@@ -443,7 +443,7 @@ class Run {
       return comms_.coords.tensor == 0 ? sums : std::map<std::string, double>();
     };
     auto metrics = mesh_.num_pipeline() > 1 ? evaluate(worker_->task(), of_stages, world_, phase)
-                                            : evaluate(*worker_->chunks()[0], worker_->task(), eval_data_, config_.eval.micro_batch_size, comms_.data, phase);
+                                            : evaluate(*worker_->chunks()[0], worker_->task(), eval_data_, config_.eval.micro_batch_size, comms_.data, comms_.data, phase);
     double value = metrics.at(config_.eval.metric);
     bool better = !std::isnan(value) && (std::isnan(state_.best) || (larger_is_better_ ? value > state_.best : value < state_.best));
     if (better) {
@@ -506,10 +506,10 @@ class Run {
       });
       log_info(str("restored the best model, of step ", state_.best_step));
     }
-    worker_->gather_weights();
+    worker_->weights_changed();
     const bool adapter = config_.lora.rank > 0 || !config_.lora.path.empty();
     const std::string folder = config_.run.dir + (adapter ? "/adapter" : "/model");
-    agree_on(world_, [&] { (adapter ? export_adapter : export_model)(folder, worker_->chunks(), config_, source_, world_); });
+    agree_on(world_, [&] { (adapter ? export_adapter : export_model)(folder, worker_->chunks(), config_, source_, world_, [&](const std::string& name) { worker_->hold_weight(name); }); });
     agree_on(world_, [&] {
       if (!rank0()) return;
       Json done;

@@ -58,6 +58,10 @@ void Worker::weights_changed() {
   if (weights_) weights_->updated();
 }
 
+void Worker::hold_weight(const std::string& name) {
+  if (weights_) weights_->hold(name);
+}
+
 void Worker::gather_weights() {
   if (!weights_) return;
   weights_->updated();
@@ -76,7 +80,13 @@ Worker::Sums Worker::accumulate(std::vector<ModelInput>& inputs) {
     }();
     Span span(TimeKind::kCompute, "backward", {.micro_batch = static_cast<int>(micro)});
     reducer_->before_backward(micro + 1 == accumulation_);
-    if (result.loss_sum.requires_grad()) torch::autograd::backward({result.loss_sum}, {});
+    WeightGradientQueue waiting;
+    const WeightGradientQueue::Sink contribute = [&](const at::Tensor& weight, const at::Tensor& gradient) { reducer_->contribute(weight, gradient); };
+    if (result.loss_sum.requires_grad()) {
+      DelayWeightGradients delay(comms_.tensor.size() > 1 ? &waiting : nullptr, contribute);
+      torch::autograd::backward({result.loss_sum}, {});
+    }
+    waiting.run(contribute);
     sums.loss += result.sums.at("loss");
     sums.learnt += result.count;
   }
@@ -123,6 +133,7 @@ PipelineStep Worker::pipeline_step(const std::vector<ModelInput>& inputs,
   step.hidden_shape = [&inputs, rows = model.seams().row_multiple, width = model.config().hidden_size](int micro_batch) {
     return std::vector<int64_t>{inputs[static_cast<size_t>(micro_batch)].tokens_T.size(0) / rows, width};
   };
+  step.fill_waits = comms_.tensor.size() > 1;
   step.hidden_options = at::TensorOptions().dtype(model.dtype()).device(model.device());
   return step;
 }
@@ -146,6 +157,7 @@ Worker::Sums Worker::accumulate_in_pipeline(std::vector<ModelInput>& inputs) {
     chunk.contribute = [&](const at::Tensor& weight, const at::Tensor& gradient) { reducer_->contribute(weight, gradient); };
   }
   reducer_->begin_step();
+  if (weights_) weights_->prefetch();
   run_pipeline(schedule, comms_.pipeline, step);
   return sums;
 }
@@ -155,6 +167,12 @@ std::map<std::string, double> Worker::evaluate_in_pipeline(const std::vector<Seq
   std::map<std::string, double> sums;
   std::vector<ModelInput> inputs;
   for (const auto& batch : batches) inputs.push_back(input_of(batch));
+  if (config_.parallel.zero == 3) {
+    // Weights come from all copies to all at once: one with fewer batches computes on tokens that count nothing.
+    const auto rounds = static_cast<size_t>(comms_.data.max(static_cast<double>(inputs.size())));
+    while (inputs.size() < rounds) inputs.push_back(input_of(SequenceBatch::of_nothing()));
+    weights_->prefetch();
+  }
   for (auto& chunk : chunks_) chunk->set_training(false);
   auto run = [&](Transformer& model, const ModelInput& input) {
     for (const auto& [name, value] : task_->run(model, input).sums) sums[name] += value;

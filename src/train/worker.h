@@ -47,6 +47,8 @@ class Worker {
   void weights_changed();
   // The same, and all weights are whole on every rank until the next step.
   void gather_weights();
+  // Brings the values of a parameter that this rank has a slice of, until another is asked for. Collective over who has it.
+  void hold_weight(const std::string& name);
   // The task's sums over batches of the evaluation data, on the ranks that have the head; elsewhere none. Collective over the
   // ranks of the tensor and pipeline axes, which give the same batches.
   std::map<std::string, double> evaluate_in_pipeline(const std::vector<SequenceBatch>& batches);
