@@ -14,8 +14,8 @@ LAYOUT_LOSS = 5e-7            # relative, over ten steps
 LAYOUT_GRAD_NORM = 5e-6       # relative; a norm adds the roundings of all gradients
 
 LAYOUT_FP32 = 2e-6            # relative, over twenty steps on ranks that cut layers or deal them out
-# A layer rounds its two outputs to 2^-9; of four layers, eight roundings of values that the loss depends on with opposite signs.
-LAYOUT_BF16 = 8**0.5 * 2.0**-9
+# A layer rounds its two outputs to 2^-9: eight roundings of four layers, independent for each of some 150 learnt tokens.
+LAYOUT_BF16 = (8 / 150)**0.5 * 2.0**-9
 
 RESUMED_ELSEWHERE = 1e-6      # relative, of loss and metrics after a few steps: what is promised of another number of ranks
 GRADIENT_NORM_FP32 = 1e-6     # relative: the square root of a sum that one side takes in fp64 over values that the file has in fp32

@@ -74,7 +74,7 @@ at::Tensor scatter_sum(const at::Tensor& partial, const Communicator& ranks) { r
 
 void check_placement(const at::Tensor& local, bool same_values, const Communicator& ranks, const char* what) {
   const at::Tensor here = local.detach().cpu().contiguous();
-  const std::string mine = str(here.scalar_type(), " ", here.sizes(), same_values ? " of bits " + hash_bytes(here.const_data_ptr(), here.nbytes()) : "");
+  const std::string mine = trireme::str(here.scalar_type(), " ", here.sizes(), same_values ? " of bits " + hash_bytes(here.const_data_ptr(), here.nbytes()) : "");
   const std::string first = ranks.broadcast_bytes(mine);
   const std::string found = mine == first ? "" : str("rank ", ranks.rank(), " has ", mine, ", rank 0 ", first);
   std::string all;
