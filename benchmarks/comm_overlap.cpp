@@ -1,7 +1,10 @@
 // Communication of data parallelism, for mpirun -n 2 (or more): speed of the all-reduce beside MPI_Iallreduce and
 // MPI_Allreduce, and the share of it that computation hides:
-//   (sequential - overlapped) / non-blocking time, where sequential = compute, then all buckets; overlapped = the
-//   buckets are started at regular times while computing; non-blocking time = all buckets alone, started together.
+//   (sequential - overlapped) / non-blocking time
+//   gradient buckets: sequential = compute, then all buckets; overlapped = the buckets are started at regular times while
+//     computing; non-blocking time = all buckets alone, started together
+//   ZeRO-3: a forward and a backward over the blocks of ShardedWeights, whose first gather nothing can hide;
+//     sequential = that without compute, then compute; overlapped = both together; non-blocking time = without compute
 // Compute is a sleep (the cores are free) or matrix products (they are not). Medians of 15. Prints one JSON object.
 #include <mpi.h>
 
@@ -19,6 +22,7 @@
 #include "comm/communicator.h"
 #include "comm/process.h"
 #include "comm/progress.h"
+#include "parallel/sharded_weights.h"
 
 namespace {
 
@@ -81,7 +85,18 @@ Json all_reduce_times(const Communicator& world) {
   return rows;
 }
 
-Json hidden_share(const Communicator& world, const char* compute, const std::function<void()>& piece) {
+Json share_row(const char* what, const char* compute, int64_t bytes, const std::vector<double>& medians) {
+  const double alone = medians[0], sequential = medians[1], overlapped = medians[2];
+  return {{"what", what},
+          {"compute", compute},
+          {"bytes", bytes},
+          {"nonblocking_ms", alone * 1e3},
+          {"sequential_ms", sequential * 1e3},
+          {"overlapped_ms", overlapped * 1e3},
+          {"hidden_share", (sequential - overlapped) / alone}};
+}
+
+Json hidden_buckets(const Communicator& world, const char* compute, const std::function<void()>& piece) {
   std::vector<at::Tensor> buckets;
   for (int b = 0; b < kNumBuckets; ++b) buckets.push_back(at::zeros({kBucketBytes / 4}));
   std::vector<Work> works(kNumBuckets);
@@ -104,15 +119,40 @@ Json hidden_share(const Communicator& world, const char* compute, const std::fun
         }
         wait_all();
       }});
-  const double alone = medians[0], sequential = medians[1], overlapped = medians[2];
-  Json row;
-  row["compute"] = compute;
-  row["bytes_reduced"] = kNumBuckets * kBucketBytes;
-  row["nonblocking_ms"] = alone * 1e3;
-  row["sequential_ms"] = sequential * 1e3;
-  row["overlapped_ms"] = overlapped * 1e3;
-  row["hidden_share"] = (sequential - overlapped) / alone;
-  return row;
+  return share_row("gradient buckets", compute, kNumBuckets * kBucketBytes, medians);
+}
+
+Json hidden_prefetch(const Communicator& world, const char* compute, const std::function<void()>& piece) {
+  constexpr int kNumBlocks = 12;
+  std::vector<Parameter> parameters;
+  for (int b = 0; b < kNumBlocks; ++b) {
+    at::Tensor w = at::zeros({kBucketBytes / 4}).requires_grad_();
+    parameters.push_back({"model.layers." + std::to_string(b) + ".weight", w, ShardSpec::whole(w)});
+  }
+  const Holders holders = same_holders(parameters, world);
+  const GradientReducer reducer(parameters, holders, {.bucket_bytes = kBucketBytes, .zero = 3});
+  ShardedWeights weights(parameters, holders, reducer, 3, kBucketBytes);
+  auto pass = [&](const std::function<void()>& each) {
+    for (int b = 0; b < kNumBlocks; ++b) {
+      weights.acquire(b, false);
+      each();
+      weights.release(b, false);
+    }
+    for (int b = kNumBlocks - 1; b >= 0; --b) {
+      weights.acquire(b, true);
+      each();
+      weights.release(b, true);
+    }
+    weights.release_all();
+  };
+  const std::vector<double> medians = median_seconds(world, {
+      [&] { pass([] {}); },
+      [&] {
+        pass([] {});
+        for (int b = 0; b < 2 * kNumBlocks; ++b) piece();
+      },
+      [&] { pass(piece); }});
+  return share_row("ZeRO-3 prefetch", compute, (2 * kNumBlocks - 1) * kBucketBytes, medians);
 }
 
 }  // namespace
@@ -138,9 +178,11 @@ int main(int argc, char** argv) {
     set_progress_thread(thread);
     for (const auto& [name, piece] :
          std::vector<std::pair<const char*, std::function<void()>>>{{"sleep", sleep}, {"matrix products", multiply}}) {
-      Json row = hidden_share(world, name, piece);
-      row["progress_thread"] = thread;
-      result["overlap"].push_back(row);
+      for (auto* hidden : {&hidden_buckets, &hidden_prefetch}) {
+        Json row = hidden(world, name, piece);
+        row["progress_thread"] = thread;
+        result["overlap"].push_back(row);
+      }
     }
   }
   if (process.rank() == 0) std::printf("%s\n", result.dump(2).c_str());

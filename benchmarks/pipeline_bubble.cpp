@@ -1,8 +1,8 @@
 // Idle time of each pipeline schedule, as the runner measures it, beside the simulation; for mpirun -n N, one stage a
-// rank. The compute is a sleep of known length (forward, input gradient and weight gradient 20 ms each a stage and
+// rank. The compute is a sleep of known length (forward, input gradient and weight gradient as long each, a stage and
 // micro-batch; a chunk of half a stage takes half), so that more stages than cores can be measured: what is seen is the
 // schedule and the runner's transfers, not the speed of a model.
-// bench_pipeline_bubble [micro-batches] [repeats]: default 8 and 5. The schedules take turns; medians. JSON.
+// bench_pipeline_bubble [micro-batches] [repeats] [milliseconds]: default 8, 5 and 50. The schedules take turns; medians. JSON.
 #include <algorithm>
 #include <cstdio>
 #include <cstdlib>
@@ -16,7 +16,6 @@ namespace {
 
 using namespace trireme;
 
-constexpr double kSeconds = 0.02;  // an action of a stage with one chunk
 const std::vector<int64_t> kShape{64, 256};
 
 void sleep(double seconds) { std::this_thread::sleep_for(std::chrono::duration<double>(seconds)); }
@@ -81,6 +80,7 @@ int main(int argc, char** argv) {
   Process process(&argc, &argv);
   Process::start_mpi();
   const int micro_batches = argc > 1 ? std::atoi(argv[1]) : 8, repeats = argc > 2 ? std::atoi(argv[2]) : 5;
+  const double action_s = (argc > 3 ? std::atoi(argv[3]) : 50) * 1e-3;  // of a stage with one chunk
   const Communicator world = Communicator::world();
   const char* names[] = {"gpipe", "1f1b", "interleaved", "zb-h1", "zb-v"};
   std::vector<double> seconds[5], idle[5];
@@ -89,7 +89,7 @@ int main(int argc, char** argv) {
     schedules.push_back(make_pipeline_schedule(parse_pipeline_kind(name), world.size(), 0, micro_batches));
   for (int repeat = -1; repeat < repeats; ++repeat)  // the first one warms up
     for (size_t i = 0; i < schedules.size(); ++i) {
-      const Measured m = run(schedules[i], world, kSeconds / schedules[i].virtual_stages);
+      const Measured m = run(schedules[i], world, action_s / schedules[i].virtual_stages);
       if (repeat < 0) continue;
       seconds[i].push_back(m.seconds);
       idle[i].push_back(m.idle);
@@ -97,7 +97,7 @@ int main(int argc, char** argv) {
   if (world.rank() == 0) {
     Json result = {{"benchmark", "pipeline_bubble"}, {"stages", world.size()}, {"micro_batches", micro_batches}};
     for (size_t i = 0; i < schedules.size(); ++i) {
-      const double cost = kSeconds / schedules[i].virtual_stages;
+      const double cost = action_s / schedules[i].virtual_stages;
       const Simulation theory = simulate(schedules[i], {cost, cost, cost, 0});
       result["schedules"].push_back({{"name", names[i]},
                                      {"virtual_stages", schedules[i].virtual_stages},

@@ -12,9 +12,10 @@ def main():
     arguments.add_argument("--ranks", type=int, default=4)
     arguments.add_argument("--micro-batches", type=int, default=8)
     arguments.add_argument("--repeats", type=int, default=5)
+    arguments.add_argument("--milliseconds", type=int, default=50, help="of an action of a whole stage")
     options = arguments.parse_args()
     bench = measure.SOURCE / "build/release/bench_pipeline_bubble"
-    out = measure.run(measure.mpirun(options.ranks, bench, options.micro_batches, options.repeats),
+    out = measure.run(measure.mpirun(options.ranks, bench, options.micro_batches, options.repeats, options.milliseconds),
                       env={"OMP_NUM_THREADS": "1"})
     measured = json.loads(out["stdout"])["schedules"]
     plain = next(s for s in measured if s["name"] == "1f1b")
@@ -28,8 +29,8 @@ def main():
         rows.append(measure.row(f"{s['name']}: a step", shape, "s", s["seconds"], plain["seconds"], "1f1b",
                                 target=1 if s["name"] in ("interleaved", "zb-h1", "zb-v") else None))
     measure.finish("pipeline_bubble", rows,
-                   "Compute is a sleep: forward, input gradient and weight gradient 20 ms each a stage and micro-batch; "
-                   f"medians of {options.repeats}, the schedules taking turns", not options.print)
+                   f"Compute is a sleep: forward, input gradient and weight gradient {options.milliseconds} ms each a stage and "
+                   f"micro-batch; idle time from the runner's events; medians of {options.repeats}, the schedules taking turns", not options.print)
 
 
 if __name__ == "__main__":

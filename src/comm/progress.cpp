@@ -5,12 +5,15 @@
 #include <thread>
 
 #include "comm/operation.h"
+#include "comm/process.h"
 
 namespace trireme {
 
 namespace {
 
 constexpr std::chrono::microseconds kPollInterval{100};
+constexpr std::chrono::microseconds kWaitInterval{20};
+constexpr int kSpins = 50;  // before the first of these
 
 class Engine {
  public:
@@ -64,8 +67,14 @@ class Engine {
   void wait(CommOperation& operation) {
     auto released = [&] { return operation.try_advance() || operation.released(); };
     if (released()) return;
+    // With more ranks than cores giving a core away for a moment is not enough: the kernel comes back to a thread that yields
+    // before it lets one run that has just woken up.
+    static const bool sleeps = mpi_yields_when_idle();
     ++num_waiting_;
-    while (!released()) advance();
+    for (int i = 0; !released(); ++i) {
+      advance();
+      if (sleeps && i >= kSpins) std::this_thread::sleep_for(kWaitInterval);
+    }
     --num_waiting_;
   }
 
