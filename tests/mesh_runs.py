@@ -1,0 +1,91 @@
+"""Runs of tiny models in float64 on meshes of ranks, and their comparison with the run on one."""
+import json
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from program import SOURCE, run, override
+
+STEPS = 20  # of twelve rows: 4 x accumulation 3 on one rank
+QUICKSTART = SOURCE / "configs/quickstart"
+SHAPE = dict(model_type="qwen3", vocab_size=1152, hidden_size=32, intermediate_size=44, num_hidden_layers=4, num_attention_heads=4,
+             num_key_value_heads=2, head_dim=8, rms_norm_eps=1e-5, max_position_embeddings=256, initializer_range=0.02)
+# What a task learns and how: every value of every row of the table at least once with each way of cutting.
+KINDS = {
+    "full_untied_packed": (dict(tie_word_embeddings=False), ["--data.packing=true", "--data.max_length=96"], "model/model.safetensors"),
+    "full_tied_biases": (dict(model_type="qwen2", tie_word_embeddings=True), ["--train.recompute=full"], "model/model.safetensors"),
+    "lora_one_key_head": (dict(num_key_value_heads=1, tie_word_embeddings=False),
+                          ["--lora.rank=4", "--lora.dropout=0.2", "--train.recompute=selective"], "adapter/adapter_model.safetensors"),
+}
+# Ranks and keys of each mesh; a step always has twelve rows.
+MESHES = {
+    "one": (1, []),
+    "dp2": (2, ["--train.micro_batch_size=6", "--train.accumulation=1"]),
+    "dp4_zero3": (4, ["--train.micro_batch_size=1", "--parallel.zero=3"]),
+    "dp4": (4, ["--train.micro_batch_size=1"]),
+    "tp2": (2, ["--parallel.tensor=2"]),
+    "tp4": (4, ["--parallel.tensor=4"]),
+    "tp2_zero2": (2, ["--parallel.tensor=2", "--parallel.zero=2"]),
+    "pp2": (2, ["--parallel.pipeline=2"]),
+    "pp2_gpipe": (2, ["--parallel.pipeline=2", "--parallel.schedule=gpipe"]),
+    "pp2_zb_h1": (2, ["--parallel.pipeline=2", "--parallel.schedule=zb-h1"]),
+    "pp2_zb_v": (2, ["--parallel.pipeline=2", "--parallel.schedule=zb-v"]),
+    "pp2_interleaved": (2, ["--parallel.pipeline=2", "--parallel.schedule=interleaved", "--train.micro_batch_size=3", "--train.accumulation=4"]),
+    "pp4": (4, ["--parallel.pipeline=4", "--train.micro_batch_size=2", "--train.accumulation=6"]),
+    "pp2_tp2": (4, ["--parallel.pipeline=2", "--parallel.tensor=2"]),
+    "dp2_pp2_zero1": (4, ["--parallel.pipeline=2", "--parallel.zero=1", "--train.micro_batch_size=2"]),
+    "dp2_tp2_pp2": (8, ["--parallel.pipeline=2", "--parallel.tensor=2", "--train.micro_batch_size=2"]),
+    "dp2_tp2": (4, ["--parallel.tensor=2", "--train.micro_batch_size=6", "--train.accumulation=1"]),
+    "dp2_tp2_zero1": (4, ["--parallel.tensor=2", "--train.micro_batch_size=6", "--train.accumulation=1", "--parallel.zero=1"]),
+    "dp2_pp2_zero3": (4, ["--parallel.pipeline=2", "--parallel.zero=3", "--train.micro_batch_size=2"]),
+    "dp2_pp2_zb_v_zero3": (4, ["--parallel.pipeline=2", "--parallel.zero=3", "--train.micro_batch_size=2", "--parallel.schedule=zb-v"]),
+    "dp2_tp2_pp2_zero3": (8, ["--parallel.pipeline=2", "--parallel.tensor=2", "--parallel.zero=3", "--train.micro_batch_size=3", "--train.accumulation=2",
+                              "--parallel.order=data-tensor-pipeline", "--parallel.schedule=interleaved"]),
+    "dp2_tp2_zero3": (4, ["--parallel.tensor=2", "--train.micro_batch_size=6", "--train.accumulation=1", "--parallel.zero=3"]),
+}
+
+
+@pytest.fixture(scope="module")
+def work(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("mesh")
+    for kind, (shape, _, _) in KINDS.items():
+        (folder / f"{kind}.json").write_text(json.dumps(SHAPE | shape))
+    return folder
+
+
+def keys_of(work, kind, name, *keys):
+    usual = [f"--run.dir={work / name}", f"--model.config={work / kind}.json", f"--model.tokenizer={QUICKSTART}/model", "--model.dtype=float64",
+             f"--data.train={QUICKSTART}/train.jsonl:90", f"--train.steps={STEPS}", "--train.micro_batch_size=4", "--train.accumulation=3",
+             "--optim.lr=1e-3", "--optim.weight_decay=0.01", "--schedule.warmup_steps=3", "--train.max_grad_norm=0.5"]
+    return override(usual, [*KINDS[kind][1], *keys])
+
+
+def train(work, kind, name, *keys, ranks=1, status=0):
+    done = run(work, "train", *keys_of(work, kind, name, *keys), ranks=ranks)
+    assert done.returncode == status, done.stderr
+    return done.stderr
+
+
+def losses(work, name):
+    lines = [json.loads(line) for line in (work / name / "metrics.jsonl").read_text().splitlines()]
+    assert [line["step"] for line in lines] == list(range(1, len(lines) + 1))
+    return [line["loss"] for line in lines], [line["grad_norm"] for line in lines]
+
+
+def assert_same_run(work, kind, name, whole):
+    for found, expected in zip(losses(work, name), losses(work, whole)):
+        assert len(found) == STEPS
+        assert found == pytest.approx(expected, rel=1e-12)
+    found, expected = (load_file(work / run / KINDS[kind][2]) for run in (name, whole))
+    assert found.keys() == expected.keys()
+    for key, value in expected.items():
+        assert value.dtype == torch.float64 and torch.allclose(found[key], value, rtol=0, atol=1e-10), key
+
+
+@pytest.fixture(scope="module")
+def whole(work):
+    """The run on one rank, by kind."""
+    for kind in KINDS:
+        train(work, kind, f"one_{kind}", f"--train.gradients={work}/one_{kind}.safetensors")
+    return {kind: f"one_{kind}" for kind in KINDS}
