@@ -33,7 +33,9 @@ def main():
             if colour is None:
                 continue
             x, w = LEFT + (e["ts"] - begin) * scale, e["dur"] * scale
-            lines.append(f'<rect x="{x:.1f}" y="{y}" width="{max(w, 0.3):.1f}" height="{ROW}" fill="{colour}"/>')
+            if w < 0.3:  # a file of a size that pages show
+                continue
+            lines.append(f'<rect x="{x:.1f}" y="{y}" width="{w:.1f}" height="{ROW}" fill="{colour}"/>')
             if "micro_batch" in e["args"] and e["cat"] == "compute" and w > 10:
                 lines.append(f'<text x="{x + w / 2:.1f}" y="{y + ROW / 2 + 4}" text-anchor="middle" fill="white">{e["args"]["micro_batch"] + 1}</text>')
     x, y = LEFT, height - 14
