@@ -47,10 +47,10 @@ Placed<Shard<0>, kAxis> reduce_scatter(const Placed<Partial, kAxis>& x, const Al
   return {scatter_sum(x.local, axis.ranks)};
 }
 
-#ifdef NDEBUG
-inline constexpr bool kChecksPlacements = false;
-#else
+#ifdef TRIREME_DEBUG
 inline constexpr bool kChecksPlacements = true;
+#else
+inline constexpr bool kChecksPlacements = false;
 #endif
 
 // InternalError on every rank where one has another dtype or shape; `same_values`: or other bits. `what` is named. Collective.
