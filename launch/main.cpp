@@ -14,6 +14,7 @@
 #include "launch/verbs.h"
 #include "train/agreement.h"
 #include "train/build.h"
+#include "train/same_job.h"
 #include "train/signals.h"
 #include "train/trainer.h"
 
@@ -44,6 +45,7 @@ ExitStatus start(int argc, char** argv, const Process& process) {
     });
     if (line.verb.empty() && !line.help && !line.version) throw ConfigError("no verb is given\n\n" + help_text(""));
   });
+  if (process.size() > 1) check_same_job(Communicator::world(), config, line);
   if (line.version || line.help || line.print_config) {
     if (process.rank() == 0)
       std::cout << (line.version ? "trireme " TRIREME_VERSION "\n" : line.help ? help_text(line.verb) : config_to_ini(config, true));

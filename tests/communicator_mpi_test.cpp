@@ -132,9 +132,9 @@ TEST(Communicator, StatisticsAndRecorder) {
   group.reset_statistics();
   EXPECT_TRUE(group.statistics().lines.empty());
   const std::string dump = dump_flight_recorder();
-  EXPECT_NE(dump.find("all_reduce of group statistics, 40 bytes, took"), std::string::npos) << dump;
+  EXPECT_NE(dump.find("all_reduce #1 of group statistics, 40 bytes (float32), took"), std::string::npos) << dump;
   for (int i = 0; i < 300; ++i) group.barrier();
-  EXPECT_EQ(dump_flight_recorder().find("all_reduce of group statistics"), std::string::npos);  // 256 are kept
+  EXPECT_EQ(dump_flight_recorder().find("of group statistics, 40 bytes"), std::string::npos);  // 256 are kept
 }
 
 TEST(Communicator, RefusesWrongTensors) {

@@ -13,6 +13,7 @@
 
 #include "base/check.h"
 #include "comm/process.h"
+#include "comm/verdict.h"
 #include "comm/watchdog.h"
 
 namespace trireme {
@@ -183,35 +184,109 @@ TEST(Watchdog, ACollectiveThatHangsEndsTheJobAndIsNamed) {
   GTEST_FLAG_SET(death_test_style, "threadsafe");
   EXPECT_EXIT(
       {
-        flight_end(flight_begin("data", "barrier", 0));
-        flight_begin("data", "all_reduce", 4096);
+        flight_end(flight_begin(job_group(), {"barrier", 0, 1}));
+        flight_begin(job_group(), {"all_reduce", 4096, 2, "float32"});
         set_comm_timeout(0.3);
         std::this_thread::sleep_for(std::chrono::seconds(20));
       },
       testing::ExitedWithCode(1),
-      "#1 barrier of group data, 0 bytes, took 0(.|\n)*error: rank 0 on .*: #2 all_reduce of group data, 4096 bytes, in flight for "
-      "0\\.[3-9].* s, more than comm.timeout_s=0\\.3: a peer is gone.*when the same command is run again\n");
+      "warning: the last operations of this rank:\nbarrier #1 of group world, 0 bytes, took 0(.|\n)*error: rank 0 has waited for 0\\.[3-9] s in "
+      "all_reduce #2 of group world, 4096 bytes \\(float32\\), more than comm.timeout_s=0\\.3\\. All ranks are ended.*again\n");
 }
 
 TEST(Watchdog, FinishedCollectivesAndNoTimeoutAreLeftAlone) {
   GTEST_FLAG_SET(death_test_style, "threadsafe");
   EXPECT_EXIT(
       {
-        flight_end(flight_begin("data", "barrier", 0));
+        flight_end(flight_begin(job_group(), {"barrier"}));
         set_comm_timeout(0.1);
         std::this_thread::sleep_for(std::chrono::milliseconds(400));
         {
           CommTimeoutPause saving;
-          const uint64_t agreement = flight_begin("world", "agree", 4);
+          const uint64_t agreement = flight_begin(job_group(), {"agree", 4});
           std::this_thread::sleep_for(std::chrono::milliseconds(400));
           flight_end(agreement);
         }
         set_comm_timeout(0);
-        flight_begin("data", "all_reduce", 4096);
+        flight_begin(job_group(), {"all_reduce", 4096});
         std::this_thread::sleep_for(std::chrono::milliseconds(400));
         _exit(7);
       },
       testing::ExitedWithCode(7), "");
+}
+
+TEST(FlightRecorder, KeepsTheLast256AndWhatIsStillInFlight) {
+  const auto group = std::make_shared<FlightGroup>(FlightGroup{"kept", "kept", {0}});
+  const uint64_t open = flight_begin(group, {"send", 10, 0, "uint8", 3});
+  for (int i = 1; i <= 300; ++i) flight_end(flight_begin(group, {"barrier", 0, i}));
+  std::vector<Flight> kept = flights(kNumFlights, true);
+  ASSERT_EQ(kept.size(), kNumFlights + 1);
+  EXPECT_EQ(kept[0].name(), "send with rank 3 of group kept, 10 bytes (uint8)");
+  EXPECT_EQ(kept[0].awaited, std::vector<int>{3});
+  EXPECT_FALSE(kept[0].done);
+  EXPECT_EQ(kept[1].name(), "barrier #45 of group kept, 0 bytes");
+  const RankReport again = report_of(to_text({7, kept}));
+  EXPECT_EQ(again.rank, 7);
+  EXPECT_EQ(again.flights[0].text(), kept[0].text());
+  EXPECT_EQ(again.flights[0].awaited, kept[0].awaited);
+  EXPECT_EQ(again.flights[1].group_id, "kept");
+  flight_end(open);
+  kept = flights(1, false);
+  ASSERT_EQ(kept.size(), 1u);
+  EXPECT_EQ(kept[0].number, 300);
+}
+
+Flight flight(const char* op, const char* group, int64_t number, std::vector<int> awaited = {}, int64_t num_bytes = 32) {
+  Flight f;
+  f.op = op, f.detail = "float32", f.group_id = f.group = group;
+  f.num_bytes = num_bytes, f.number = number, f.age_s = f.seconds = 4;
+  f.done = awaited.empty(), f.awaited = awaited;
+  if (f.done) f.seconds = 1;
+  return f;
+}
+
+Testimony testimony(const std::vector<std::vector<Flight>>& flights) {
+  Testimony known;
+  known.hosts.clear();
+  for (const auto& of_rank : flights) {
+    const int rank = static_cast<int>(known.reports.size());
+    known.hosts.push_back(str("host", rank));
+    known.reports[rank] = {rank, of_rank};
+  }
+  return known;
+}
+
+TEST(Verdict, FollowsThoseWhoWaitToTheOneWhoDoesNot) {
+  const Flight sum = flight("all_reduce", "data", 5, {1}), gather = flight("all_gather", "tensor", 9, {2});
+  Testimony known = testimony({{sum}, {gather}, {flight("all_gather", "tensor", 8)}});
+  EXPECT_EQ(culprit(known, 0, sum),
+            "rank 2 on host2 has not come to all_gather #9 of group tensor, 32 bytes (float32), where rank 1 waits for it; it is in no operation since "
+            "all_gather #8 of group tensor, 32 bytes (float32) ended, 3.0 s before");
+  known.reports[2].flights = {flight("barrier", "pipeline", 1, {0})};
+  EXPECT_EQ(culprit(known, 0, sum),
+            "ranks wait for one another: rank 0 for rank 1 in all_reduce #5 of group data, 32 bytes (float32); rank 1 for rank 2 in all_gather #9 of "
+            "group tensor, 32 bytes (float32); rank 2 for rank 0 in barrier #1 of group pipeline, 32 bytes (float32)");
+  known.reports[2].flights = {flight("all_gather", "tensor", 9, {1})};  // all have come
+  known.reports[1].flights.push_back(flight("all_reduce", "data", 5, {0}));
+  EXPECT_EQ(culprit(known, 0, sum), "rank 0 has waited for 4.0 s in all_reduce #5 of group data, 32 bytes (float32), to which all ranks have come: a "
+                                    "network or a device does not go on");
+  known.reports.erase(2);
+  EXPECT_EQ(culprit(known, 0, sum), "rank 2 on host2 does not answer: it is stopped or gone; rank 0 has waited for 4.0 s in all_reduce #5 of group data, 32 bytes "
+                                    "(float32)");
+  known.last_words[2] = {{2, {}}, 1.5};
+  known.reports.erase(1);
+  EXPECT_EQ(culprit(known, 0, sum), "rank 1 on host1 does not answer: it is stopped or gone, and so does rank 2; rank 0 has waited for 4.0 s in all_reduce #5 of "
+                                    "group data, 32 bytes (float32)");
+}
+
+TEST(Verdict, ComparesTheSameOperationOfTheSameGroup) {
+  const Flight sum = flight("all_reduce", "data", 5, {1});
+  EXPECT_EQ(mismatch(testimony({{sum}, {flight("all_gather", "data", 6, {0})}, {flight("all_gather", "tensor", 5, {0})}, {sum}})), "");
+  EXPECT_EQ(mismatch(testimony({{flight("all_reduce", "data", 5, {1}, 64)}, {sum}, {sum}})),
+            "rank 0 on host0 is in all_reduce #5 of group data, 64 bytes (float32), where ranks 1, 2 are in all_reduce #5 of group data, 32 bytes "
+            "(float32): the ranks do not do the same operations");
+  Flight message = flight("send", "data", 0, {1}), other = flight("send", "data", 0, {1}, 64);
+  EXPECT_EQ(mismatch(testimony({{message}, {other}})), "");
 }
 
 }  // namespace

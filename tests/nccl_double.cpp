@@ -64,7 +64,7 @@ struct Device {
   std::map<c10::StreamId, Stream> streams;
   std::list<Item> jobs;  // of NCCL's own threads
   std::mt19937 random{7};
-  bool paused = false;
+  bool paused = false, calls_paused = false;
   MPI_Comm world = MPI_COMM_NULL;
   int world_rank = 0, num_comms = 0, num_kernels = 0, fail_kernel = 0, fail_init = 0, num_streams = 0;
   char uuid = 0;
@@ -78,7 +78,7 @@ struct Device {
       bool moved = false;
       {
         std::lock_guard lock(mutex);
-        for (auto job = jobs.begin(); job != jobs.end();) {
+        for (auto job = jobs.begin(); job != jobs.end() && !calls_paused;) {
           const bool done = (*job)();
           moved |= done;
           job = done ? jobs.erase(job) : std::next(job);
@@ -554,6 +554,10 @@ at::Tensor device_part(const at::Tensor& device, int64_t begin, int64_t size) {
 void pause_device(bool pause) {
   std::lock_guard lock(device().mutex);
   device().paused = pause;
+}
+void pause_calls(bool pause) {
+  std::lock_guard lock(device().mutex);
+  device().calls_paused = pause;
 }
 void set_device_uuid(char first) { device().uuid = first; }
 void fail_next_kernel(int result) {

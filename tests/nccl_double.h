@@ -22,6 +22,7 @@ at::Tensor to_host(const at::Tensor& device);
 at::Tensor device_part(const at::Tensor& device, int64_t begin, int64_t size);
 
 void pause_device(bool pause);        // streams stand still; communicators are made all the same
+void pause_calls(bool pause);         // what has been called does not reach a stream, and no communicator is made
 void set_device_uuid(char first);     // of this rank's device
 void fail_next_kernel(int result);    // it hangs, and its communicator reports this
 void fail_next_init(int result);

@@ -126,6 +126,18 @@ TEST(Nccl, MessagesCrossInEveryOrder) {
   EXPECT_TRUE(same_bits(take(sum), at::full({3}, static_cast<float>(n))));
 }
 
+// One by one the messages would wait for each other.
+TEST(Nccl, AllToAllIsOneGroupOfMessages) {
+  Communicator group = fresh("grouped");
+  const int n = group.size(), me = group.rank();
+  at::Tensor x = give(at::full({3 * n}, me, at::kBFloat16)), y = give(at::zeros({3 * n}, at::kBFloat16));
+  const int kernels = nccl_counts().kernels;
+  group.all_to_all(y, x);
+  EXPECT_EQ(nccl_counts().kernels, kernels + 1);
+  const at::Tensor received = take(y);
+  for (int rank = 0; rank < n; ++rank) EXPECT_TRUE(same_bits(received.narrow(0, 3 * rank, 3), at::full({3}, rank, at::kBFloat16)));
+}
+
 TEST(Nccl, CountsAndRecordsLikeTheOtherHalf) {
   Communicator group = fresh("counting");
   at::Tensor x = give(at::zeros({10}));
@@ -136,9 +148,9 @@ TEST(Nccl, CountsAndRecordsLikeTheOtherHalf) {
   EXPECT_EQ(statistics.lines[0].num_calls, 2);
   EXPECT_EQ(statistics.bytes_reduced, 80);
   take(x);
-  for (int i = 0; i < 1000 && dump_flight_recorder().find("counting, 40 bytes, in flight") != std::string::npos; ++i)
+  for (int i = 0; i < 1000 && dump_flight_recorder().find("counting, 40 bytes (float32), in flight") != std::string::npos; ++i)
     std::this_thread::sleep_for(std::chrono::milliseconds(10));
-  EXPECT_NE(dump_flight_recorder().find("all_reduce of group counting, 40 bytes, took"), std::string::npos);
+  EXPECT_NE(dump_flight_recorder().find("of group counting, 40 bytes (float32), took"), std::string::npos);
 }
 
 TEST(Nccl, FreesItsCommunicators) {
@@ -185,8 +197,10 @@ TEST(Nccl, AFailureAbortsAndIsThrownFromThenOn) {
     take(x);
     world().barrier();
     const int aborted = nccl_counts().aborted;
+    test::pause_device(true);  // both are called before the first fails
     test::fail_next_kernel(kNcclRemoteError);
     Work work = group.start_all_reduce(x), behind = group.start_all_reduce(x);
+    test::pause_device(false);
     while (nccl_counts().aborted == aborted) std::this_thread::yield();  // by the background thread
     take(x);  // the stream goes on
     const std::string message = str("NCCL failed in all_reduce of group failing on rank ", log_rank(), ", host ",
@@ -345,8 +359,10 @@ TEST(NcclDouble, RefusesAndHangsAsNcclWould) {
   EXPECT_EQ(settle(), kNcclSuccess);
   EXPECT_EQ(api.send(x, 4, 7, me, comm, nullptr), kNcclInvalidUsage);  // to oneself, alone
   EXPECT_EQ(api.send(x, 4, 7, n, comm, nullptr), 4);
+  test::pause_calls(true);
   EXPECT_EQ(api.all_reduce(x, x, 4, 7, 0, comm, nullptr), kNcclInProgress);
   EXPECT_EQ(api.all_reduce(x, x, 4, 7, 0, comm, nullptr), kNcclInvalidUsage);  // before the first is settled
+  test::pause_calls(false);
   EXPECT_EQ(settle(), kNcclSuccess);
   EXPECT_NE(api.comm_destroy(comm), kNcclSuccess);  // at work
   test::pause_device(false);

@@ -7,9 +7,11 @@
 #include <utility>
 
 #include "base/check.h"
+#include "base/hash.h"
+#include "base/log.h"
 #include "base/trace.h"
+#include "comm/flight_recorder.h"
 #include "comm/nccl_group.h"
-#include "comm/watchdog.h"
 
 namespace trireme {
 
@@ -71,29 +73,46 @@ void wait_for(CommOperation& operation) {
   operation.join_stream();
 }
 
+// For the recorder. The same words on all ranks of an operation.
+const char* detail(const at::Tensor& tensor, ReduceOp op = ReduceOp::kSum) {
+  static constexpr const char* kWords[][3] = {
+      {"float32", "float32, max", "float32, min"}, {"float64", "float64, max", "float64, min"},
+      {"bfloat16", "bfloat16, max", "bfloat16, min"}, {"float16", "float16, max", "float16, min"},
+      {"int64", "int64, max", "int64, min"}, {"int32", "int32, max", "int32, min"}, {"uint8", "uint8, max", "uint8, min"}};
+  return kWords[static_cast<int>(comm_type(tensor))][static_cast<int>(op)];
+}
+
+// What a collective does, for its tag.
+enum CollectiveKind { kAllReduce, kReduceScatter = 3, kAllGather = 6, kAllToAll, kBroadcast, kBarrier, kGather, kConnect, kNumKinds };
+constexpr int kNumTypes = 8;
+static_assert(kNumKinds * kNumTypes <= MpiGroup::kNumKinds);
+int kind_of(CollectiveKind kind, const at::Tensor& tensor, ReduceOp op = ReduceOp::kSum) {
+  return (kind + static_cast<int>(op)) * kNumTypes + static_cast<int>(comm_type(tensor));
+}
+
 int64_t bytes(const at::Tensor& tensor) { return static_cast<int64_t>(tensor.nbytes()); }
 
 }  // namespace
 
 struct Communicator::Impl {
   std::shared_ptr<MpiGroup> group;
-  std::string name;
-  int64_t num_collectives = 0;  // the next one's number is the tag by which its messages are known
+  FlightGroupPtr label;
+  int64_t num_collectives = 0;  // the last one's number; with what it does it is the tag by which its messages are known
   std::mutex mutex;
   std::map<std::string, OperationStatistics> statistics;
   std::unique_ptr<NcclGroup> nccl;  // made by the first device tensor
 
   NcclGroup& device(const at::Tensor& tensor) {
-    if (!nccl) nccl = std::make_unique<NcclGroup>(name, group, tensor.device());
+    if (!nccl) nccl = std::make_unique<NcclGroup>(label->name, group, tensor.device());
     TRIREME_CHECK(nccl->device() == tensor.device(), nccl->device().str(), " ", tensor.device().str());
     return *nccl;
   }
   NcclGroup& device_collective(const at::Tensor& tensor) {
     NcclGroup& on_device = device(tensor);
-    if (!on_device.connected()) on_device.connect(next());
+    if (!on_device.connected()) on_device.connect(next(kConnect * kNumTypes));
     return on_device;
   }
-  Exchange next() { return {group, group->tag(MpiGroup::kLaneCollective, num_collectives++)}; }
+  Exchange next(int kind) { return {group, group->collective_tag(++num_collectives, kind)}; }
   Exchange user(int tag) {
     TRIREME_CHECK(tag >= 0 && tag < MpiGroup::kNumTags, tag);
     return {group, group->tag(MpiGroup::kLaneUser, tag)};
@@ -101,24 +120,23 @@ struct Communicator::Impl {
 
   // Counts the call, makes the operation and either completes it or hands it to the engine.
   template <typename Make>
-  std::shared_ptr<CommOperation> run(bool blocking, const char* op, int64_t num_bytes, std::vector<at::Tensor> tensors,
-                                     Make make) {
+  std::shared_ptr<CommOperation> run(bool blocking, const FlightCall& call, std::vector<at::Tensor> tensors, Make make) {
     throw_if_nccl_failed();
     std::shared_ptr<std::atomic<int64_t>> nanoseconds;
     {
       std::lock_guard lock(mutex);
-      OperationStatistics& line = statistics[op];
+      OperationStatistics& line = statistics[call.op];
       ++line.num_calls;
-      line.num_bytes += num_bytes;
+      line.num_bytes += call.num_bytes;
       nanoseconds = line.nanoseconds;
     }
     CallTimer timer(nanoseconds);
-    const uint64_t flight = flight_begin(name, op, num_bytes);
+    const uint64_t flight = flight_begin(label, call);
     std::shared_ptr<CommOperation> operation = make();
     operation->flight = flight;
-    operation->op = op;
-    operation->group = name;
-    operation->num_bytes = num_bytes;
+    operation->op = call.op;
+    operation->group = label->name;
+    operation->num_bytes = call.num_bytes;
     flight_has(flight, operation);
     operation->nanoseconds = nanoseconds;
     const bool on_device = !tensors.empty() && !tensors[0].is_cpu();
@@ -133,9 +151,10 @@ struct Communicator::Impl {
 
   std::shared_ptr<CommOperation> all_reduce(bool blocking, const at::Tensor& tensor, ReduceOp op) {
     check_tensor(tensor);
-    return run(blocking, "all_reduce", bytes(tensor), {tensor}, [&] {
+    const Exchange e = next(kind_of(kAllReduce, tensor, op));
+    return run(blocking, {"all_reduce", bytes(tensor), num_collectives, detail(tensor, op)}, {tensor}, [&] {
       return tensor.is_cpu()
-                 ? make_all_reduce(next(), comm_type(tensor), op, tensor.data_ptr(), tensor.numel())
+                 ? make_all_reduce(e, comm_type(tensor), op, tensor.data_ptr(), tensor.numel())
                  : device_collective(tensor).all_reduce(comm_type(tensor), op, tensor.data_ptr(), tensor.numel());
     });
   }
@@ -144,8 +163,9 @@ struct Communicator::Impl {
     check_pair(output, input);
     TRIREME_CHECK(input.numel() == output.numel() * group->size(), input.numel(), " ", output.numel(), " ",
                   group->size());
-    return run(blocking, "reduce_scatter", bytes(input), {output, input}, [&] {
-      return input.is_cpu() ? make_reduce_scatter(next(), comm_type(input), op, output.data_ptr(), input.data_ptr(),
+    const Exchange e = next(kind_of(kReduceScatter, input, op));
+    return run(blocking, {"reduce_scatter", bytes(input), num_collectives, detail(input, op)}, {output, input}, [&] {
+      return input.is_cpu() ? make_reduce_scatter(e, comm_type(input), op, output.data_ptr(), input.data_ptr(),
                                                   output.numel())
                             : device_collective(input).reduce_scatter(comm_type(input), op, output.data_ptr(),
                                                                       input.data_ptr(), output.numel());
@@ -155,16 +175,18 @@ struct Communicator::Impl {
     check_pair(output, input);
     TRIREME_CHECK(output.numel() == input.numel() * group->size(), output.numel(), " ", input.numel(), " ",
                   group->size());
-    return run(blocking, "all_gather", bytes(output), {output, input}, [&] {
-      return input.is_cpu() ? make_all_gather(next(), output.data_ptr(), input.data_ptr(), bytes(input))
+    const Exchange e = next(kind_of(kAllGather, input));
+    return run(blocking, {"all_gather", bytes(output), num_collectives, detail(input)}, {output, input}, [&] {
+      return input.is_cpu() ? make_all_gather(e, output.data_ptr(), input.data_ptr(), bytes(input))
                             : device_collective(input).all_gather(output.data_ptr(), input.data_ptr(), bytes(input));
     });
   }
   std::shared_ptr<CommOperation> broadcast(bool blocking, const at::Tensor& tensor, int root) {
     check_tensor(tensor);
     check_rank(root);
-    return run(blocking, "broadcast", bytes(tensor), {tensor}, [&] {
-      return tensor.is_cpu() ? make_broadcast(next(), tensor.data_ptr(), bytes(tensor), root)
+    const Exchange e = next(kind_of(kBroadcast, tensor));
+    return run(blocking, {"broadcast", bytes(tensor), num_collectives, detail(tensor)}, {tensor}, [&] {
+      return tensor.is_cpu() ? make_broadcast(e, tensor.data_ptr(), bytes(tensor), root)
                              : device_collective(tensor).broadcast(tensor.data_ptr(), bytes(tensor), root);
     });
   }
@@ -173,9 +195,10 @@ struct Communicator::Impl {
     TRIREME_CHECK(output.numel() == input.numel() && input.numel() % group->size() == 0, output.numel(), " ",
                   input.numel(), " ", group->size());
     TRIREME_CHECK(output.numel() == 0 || output.data_ptr() != input.data_ptr());
-    return run(blocking, "all_to_all", bytes(input), {output, input}, [&] {
+    const Exchange e = next(kind_of(kAllToAll, input));
+    return run(blocking, {"all_to_all", bytes(input), num_collectives, detail(input)}, {output, input}, [&] {
       const int64_t part = bytes(input) / group->size();
-      return input.is_cpu() ? make_all_to_all(next(), output.data_ptr(), input.data_ptr(), part)
+      return input.is_cpu() ? make_all_to_all(e, output.data_ptr(), input.data_ptr(), part)
                             : device_collective(input).all_to_all(output.data_ptr(), input.data_ptr(), part);
     });
   }
@@ -183,7 +206,7 @@ struct Communicator::Impl {
     check_tensor(tensor);
     check_rank(to);
     const Exchange e = user(tag);
-    return run(blocking, "send", bytes(tensor), {tensor}, [&] {
+    return run(blocking, {"send", bytes(tensor), 0, detail(tensor), world_rank(to)}, {tensor}, [&] {
       return tensor.is_cpu() ? make_send(e, tensor.data_ptr(), bytes(tensor), to)
                              : device(tensor).send(tensor.data_ptr(), bytes(tensor), to, tag);
     });
@@ -192,14 +215,16 @@ struct Communicator::Impl {
     check_tensor(tensor);
     check_rank(from);
     const Exchange e = user(tag);
-    return run(blocking, "receive", bytes(tensor), {tensor}, [&] {
+    return run(blocking, {"receive", bytes(tensor), 0, detail(tensor), world_rank(from)}, {tensor}, [&] {
       return tensor.is_cpu() ? make_receive(e, tensor.data_ptr(), bytes(tensor), from)
                              : device(tensor).receive(tensor.data_ptr(), bytes(tensor), from, tag);
     });
   }
   std::shared_ptr<CommOperation> barrier(bool blocking) {
-    return run(blocking, "barrier", 0, {}, [&] { return make_barrier(next()); });
+    const Exchange e = next(kBarrier * kNumTypes);
+    return run(blocking, {"barrier", 0, num_collectives}, {}, [&] { return make_barrier(e); });
   }
+  int world_rank(int rank) const { return group->world_ranks()[static_cast<size_t>(rank)]; }
   void check_rank(int rank) const { TRIREME_CHECK(rank >= 0 && rank < group->size(), rank, " of ", group->size()); }
 };
 
@@ -232,23 +257,29 @@ Communicator::Communicator(std::shared_ptr<Impl> impl) : impl_(std::move(impl)) 
 
 Communicator Communicator::world() {
   auto impl = std::make_shared<Impl>();
+  const int64_t number = next_job_operation();
+  const FlightScope scope(job_group(), {"make a group", 0, number});
   impl->group = MpiGroup::world();
-  impl->name = "world";
+  impl->label = std::make_shared<FlightGroup>(FlightGroup{str("world ", number), "world", impl->group->world_ranks()});
   return Communicator(std::move(impl));
 }
 
 Communicator Communicator::self() {
   auto impl = std::make_shared<Impl>();
   impl->group = MpiGroup::self();
-  impl->name = "self";
+  impl->label = std::make_shared<FlightGroup>(FlightGroup{str("self ", log_rank()), "self", impl->group->world_ranks()});
   return Communicator(std::move(impl));
 }
 
 Communicator Communicator::split(int color, int key, const std::string& name) const {
   auto impl = std::make_shared<Impl>();
+  const int64_t number = ++impl_->num_collectives;
+  const FlightScope scope(impl_->label, {"split", 0, number});
   impl->group = impl_->group->split(color, key);
-  impl->name = name;
-  return impl->group ? Communicator(std::move(impl)) : Communicator();
+  if (!impl->group) return Communicator();
+  const std::string id = hash_bytes(str(impl_->label->id, " ", number, " ", color)).substr(0, 16);
+  impl->label = std::make_shared<FlightGroup>(FlightGroup{id, name, impl->group->world_ranks()});
+  return Communicator(std::move(impl));
 }
 
 int Communicator::rank() const { return impl_->group->rank(); }
@@ -332,11 +363,11 @@ std::vector<std::string> Communicator::gather_bytes(std::string_view text) const
   at::Tensor sizes = at::empty({this->size()}, at::kLong);
   all_gather(sizes, size);
   auto run_message = [&](bool sending, void* data, int64_t num_bytes, int peer, const Exchange& e) {
-    impl_->run(true, "gather", num_bytes, {}, [&] {
+    impl_->run(true, {"gather", num_bytes, 0, "", impl_->world_rank(peer)}, {}, [&] {
       return sending ? make_send(e, data, num_bytes, peer) : make_receive(e, data, num_bytes, peer);
     });
   };
-  const Exchange e = impl_->next();
+  const Exchange e = impl_->next(kGather * kNumTypes);
   std::vector<std::string> texts;
   if (rank() != 0) {
     run_message(true, const_cast<char*>(text.data()), static_cast<int64_t>(text.size()), 0, e);

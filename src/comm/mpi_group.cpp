@@ -3,6 +3,7 @@
 #include <mpi.h>
 
 #include <algorithm>
+#include <numeric>
 
 #include "base/check.h"
 #include "comm/process.h"
@@ -41,6 +42,15 @@ MpiGroup::MpiGroup(std::unique_ptr<Handle> handle, bool has_mpi) : handle_(std::
   check_mpi(MPI_Comm_set_errhandler(handle_->comm, MPI_ERRORS_RETURN), "MPI_Comm_set_errhandler");
   check_mpi(MPI_Comm_rank(handle_->comm, &rank_), "MPI_Comm_rank");
   check_mpi(MPI_Comm_size(handle_->comm, &size_), "MPI_Comm_size");
+  std::vector<int> ranks(static_cast<size_t>(size_));
+  std::iota(ranks.begin(), ranks.end(), 0);
+  world_ranks_.resize(ranks.size());
+  MPI_Group world, group;
+  MPI_Comm_group(MPI_COMM_WORLD, &world);
+  MPI_Comm_group(handle_->comm, &group);
+  check_mpi(MPI_Group_translate_ranks(group, size_, ranks.data(), world, world_ranks_.data()), "MPI_Group_translate_ranks");
+  MPI_Group_free(&world);
+  MPI_Group_free(&group);
 }
 
 MpiGroup::~MpiGroup() {
@@ -86,7 +96,7 @@ std::shared_ptr<MpiGroup> MpiGroup::split(int color, int key) {
 struct MpiRequests::Impl {
   std::vector<MPI_Request> requests;
   std::vector<int> expected_bytes;  // of a receive; -1 for the others
-  std::vector<int> peers;           // rank in the group at the other end; -1: all
+  std::vector<int> peers;           // rank in the group at the other end
 };
 
 MpiRequests::MpiRequests(std::shared_ptr<MpiGroup> group) : group_(std::move(group)), impl_(std::make_unique<Impl>()) {}
@@ -118,26 +128,10 @@ void MpiRequests::receive(void* data, int64_t num_bytes, int peer, int tag) {
   }
 }
 
-void MpiRequests::broadcast(void* data, int64_t num_bytes, int root) {
-  if (group_->size_ == 1) return;
-  for (int64_t done = 0; done < num_bytes; done += kMaxMessageBytes) {
-    const int bytes = static_cast<int>(std::min(kMaxMessageBytes, num_bytes - done));
-    MPI_Request request;
-    check_mpi(MPI_Ibcast(static_cast<char*>(data) + done, bytes, MPI_BYTE, root, group_->handle().comm, &request),
-              "MPI_Ibcast");
-    impl_->requests.push_back(request);
-    impl_->expected_bytes.push_back(-1);
-    impl_->peers.push_back(-1);
-  }
-}
-
-void MpiRequests::barrier() {
-  if (group_->size_ == 1) return;
-  MPI_Request request;
-  check_mpi(MPI_Ibarrier(group_->handle().comm, &request), "MPI_Ibarrier");
-  impl_->requests.push_back(request);
-  impl_->expected_bytes.push_back(-1);
-  impl_->peers.push_back(-1);
+void MpiRequests::refuse_size(size_t i, const std::string& received) const {
+  auto world = [&](int rank) { return group_->world_ranks()[static_cast<size_t>(rank)]; };
+  throw SizeError(str("rank ", world(group_->rank_), " received ", received, " bytes from rank ", world(impl_->peers[i]), " where it expected ",
+                      impl_->expected_bytes[i], "; the ranks do not do the same operations"));
 }
 
 bool MpiRequests::test() {
@@ -147,8 +141,13 @@ bool MpiRequests::test() {
   const int code =
       MPI_Testall(static_cast<int>(impl_->requests.size()), impl_->requests.data(), &done, statuses.data());
   if (code == MPI_ERR_IN_STATUS) {
-    for (const MPI_Status& status : statuses)
-      if (status.MPI_ERROR != MPI_ERR_PENDING) check_mpi(status.MPI_ERROR, "a message");
+    for (size_t i = 0; i < statuses.size(); ++i) {
+      int kind = MPI_SUCCESS;
+      if (statuses[i].MPI_ERROR == MPI_ERR_PENDING) continue;
+      MPI_Error_class(statuses[i].MPI_ERROR, &kind);
+      if (kind == MPI_ERR_TRUNCATE) refuse_size(i, "more");
+      check_mpi(statuses[i].MPI_ERROR, "a message");
+    }
   }
   check_mpi(code, "MPI_Testall");
   if (!done) return false;
@@ -156,10 +155,7 @@ bool MpiRequests::test() {
     if (impl_->expected_bytes[i] < 0) continue;
     int bytes = 0;
     check_mpi(MPI_Get_count(&statuses[i], MPI_BYTE, &bytes), "MPI_Get_count");
-    if (bytes != impl_->expected_bytes[i])
-      throw SystemError(str("rank ", group_->rank_, " received ", bytes, " bytes from rank ", statuses[i].MPI_SOURCE,
-                            " of its group where it expected ", impl_->expected_bytes[i],
-                            "; the ranks do not do the same operations"));
+    if (bytes != impl_->expected_bytes[i]) refuse_size(i, str(bytes));
   }
   impl_->requests.clear();
   impl_->expected_bytes.clear();
@@ -169,18 +165,12 @@ bool MpiRequests::test() {
 
 std::vector<int> MpiRequests::awaited() const {
   std::vector<int> ranks;
-  MPI_Group world, group;
-  MPI_Comm_group(MPI_COMM_WORLD, &world);
-  MPI_Comm_group(group_->handle().comm, &group);
   for (size_t i = 0; i < impl_->requests.size(); ++i) {
-    int done = 0, rank = -1;
-    if (impl_->peers[i] < 0) continue;
+    int done = 0;
     check_mpi(MPI_Request_get_status(impl_->requests[i], &done, MPI_STATUS_IGNORE), "MPI_Request_get_status");
-    check_mpi(MPI_Group_translate_ranks(group, 1, &impl_->peers[i], world, &rank), "MPI_Group_translate_ranks");
+    const int rank = group_->world_ranks()[static_cast<size_t>(impl_->peers[i])];
     if (!done && std::find(ranks.begin(), ranks.end(), rank) == ranks.end()) ranks.push_back(rank);
   }
-  MPI_Group_free(&world);
-  MPI_Group_free(&group);
   return ranks;
 }
 

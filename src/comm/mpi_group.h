@@ -7,9 +7,16 @@
 #include <string>
 #include <vector>
 
+#include "base/check.h"
+
 namespace trireme {
 
 class MpiGroup;
+
+// A message of another size than was expected.
+struct SizeError : SystemError {
+  using SystemError::SystemError;
+};
 
 // Messages in flight. Their memory belongs to MPI until test() is true.
 class MpiRequests {
@@ -22,17 +29,15 @@ class MpiRequests {
   // Messages between two ranks with the same tag arrive in the order they were sent. Messages of more than a GiB go in
   // pieces, which the other side's equal size makes match. A size of 0 sends nothing.
   void send(const void* data, int64_t num_bytes, int peer, int tag);
-  void receive(void* data, int64_t num_bytes, int peer, int tag);  // SystemError where another size arrives
-  void broadcast(void* data, int64_t num_bytes, int root);
-  void barrier();
-
+  void receive(void* data, int64_t num_bytes, int peer, int tag);  // SizeError where another size arrives
   bool test();  // true when all are complete; then they are forgotten
 
-  // Ranks of the world that have not sent or taken a message; of broadcast() and barrier() that is not known.
+  // Ranks of the world that have not sent or taken a message.
   std::vector<int> awaited() const;
 
  private:
   struct Impl;
+  [[noreturn]] void refuse_size(size_t i, const std::string& received) const;
   std::shared_ptr<MpiGroup> group_;
   std::unique_ptr<Impl> impl_;
 };
@@ -56,6 +61,14 @@ class MpiGroup {
   int tag(Lane lane, int64_t number) const {
     return lane * kNumTags + static_cast<int>(number % kNumTags);
   }
+  // Of the group's collective `number`, where 0 <= kind < kNumKinds says what it does: ranks that do different things there
+  // do not take each other's messages.
+  int collective_tag(int64_t number, int kind) const {
+    return tag(kLaneCollective, number % (kNumTags / kNumKinds) * kNumKinds + kind);
+  }
+  static constexpr int kNumKinds = 128;
+
+  const std::vector<int>& world_ranks() const { return world_ranks_; }  // by rank here
 
  private:
   friend class MpiRequests;
@@ -64,6 +77,7 @@ class MpiGroup {
   Handle& handle();
   std::unique_ptr<Handle> handle_;
   int rank_ = 0, size_ = 1;
+  std::vector<int> world_ranks_{0};
 };
 
 // MPI has been finalized, or a lone Process has ended: the program is about to.

@@ -108,12 +108,15 @@ bool NcclComm::ready(const char* op) {
 void NcclComm::submit(const char* op, const Calls& calls) {
   std::lock_guard lock(mutex_);
   throw_if_failed();
-  poll(op);  // an earlier failure is the reason to tell, not that NCCL refuses this call
+  poll(op);  // an earlier failure is the reason to tell (here and below), not that NCCL refuses this call
   nccl_api().group_start();
   const int called = calls(handle_, c10::impl::VirtualGuardImpl(stream_.device_type()).getStreamNativeHandle(stream_));
   const int ended = nccl_api().group_end();
-  for (const int result : {called, ended})
-    if (result != kNcclSuccess && result != kNcclInProgress) fail(op, result);
+  for (const int result : {called, ended}) {
+    if (result == kNcclSuccess || result == kNcclInProgress) continue;
+    poll(op);
+    fail(op, result);
+  }
 }
 
 bool NcclComm::settled(const char* op) {

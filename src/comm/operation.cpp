@@ -1,10 +1,12 @@
 #include "comm/operation.h"
 
 #include <algorithm>
+#include <chrono>
 #include <cstring>
+#include <thread>
 #include <utility>
 
-#include "comm/watchdog.h"
+#include "comm/flight_recorder.h"
 
 namespace trireme {
 
@@ -199,6 +201,65 @@ class ReduceScatter : public CommOperation {
   char* received_ = nullptr;
 };
 
+// Down a binomial tree, by pieces: a rank hands one on while it receives the next.
+class Broadcast : public CommOperation {
+ public:
+  Broadcast(const Exchange& e, void* data, int64_t num_bytes, int root)
+      : CommOperation(e.group), tag_(e.tag), data_(static_cast<char*>(data)), num_bytes_(num_bytes) {
+    const int n = e.group->size(), from_root = (e.group->rank() - root + n) % n;
+    auto rank_of = [&](int place) { return (place + root) % n; };
+    int below = 1;  // the places from_root + 1, + 2, + 4, ... before the next that hangs on the same parent
+    while (below < n && (from_root & below) == 0) below *= 2;
+    if (from_root > 0) parent_ = rank_of(from_root - below);
+    while ((below /= 2) > 0)
+      if (from_root + below < n) children_.push_back(rank_of(from_root + below));
+  }
+
+ protected:
+  bool advance() override {
+    for (;;) {
+      if (!requests_.test()) return false;
+      if (sent_ == num_bytes_) return true;
+      for (int child : children_) requests_.send(data_ + sent_, received_ - sent_, child, tag_);
+      sent_ = received_;
+      const int64_t next = std::min(kPieceBytes, num_bytes_ - received_);
+      if (parent_ >= 0) requests_.receive(data_ + received_, next, parent_, tag_);
+      received_ += next;
+    }
+  }
+
+ private:
+  const int tag_;
+  char* const data_;
+  const int64_t num_bytes_;
+  int64_t received_ = 0, sent_ = 0;
+  int parent_ = -1;
+  std::vector<int> children_;
+};
+
+// Round r: a byte to the rank 2^r further on. After log2(n) of them each has heard of all.
+class Barrier : public CommOperation {
+ public:
+  explicit Barrier(const Exchange& e) : CommOperation(e.group), e_(e) {}
+
+ protected:
+  bool advance() override {
+    const int n = e_.group->size(), me = e_.group->rank();
+    for (;; distance_ *= 2) {
+      if (!requests_.test()) return false;
+      if (distance_ >= n) return true;
+      requests_.receive(&received_, 1, (me + n - distance_) % n, e_.tag);
+      requests_.send(&sent_, 1, (me + distance_) % n, e_.tag);
+    }
+  }
+
+ private:
+  const Exchange e_;
+  int distance_ = 1;
+  char received_ = 0;
+  const char sent_ = 1;
+};
+
 // Everything is posted at once; done when it has arrived.
 class OneRound : public CommOperation {
  public:
@@ -251,16 +312,10 @@ std::shared_ptr<CommOperation> make_all_to_all(const Exchange& e, void* output, 
 }
 
 std::shared_ptr<CommOperation> make_broadcast(const Exchange& e, void* data, int64_t num_bytes, int root) {
-  auto operation = std::make_shared<OneRound>(e);
-  operation->requests().broadcast(data, num_bytes, root);
-  return operation;
+  return std::make_shared<Broadcast>(e, data, num_bytes, root);
 }
 
-std::shared_ptr<CommOperation> make_barrier(const Exchange& e) {
-  auto operation = std::make_shared<OneRound>(e);
-  operation->requests().barrier();
-  return operation;
-}
+std::shared_ptr<CommOperation> make_barrier(const Exchange& e) { return std::make_shared<Barrier>(e); }
 
 std::shared_ptr<CommOperation> make_send(const Exchange& e, const void* data, int64_t num_bytes, int to) {
   auto operation = std::make_shared<OneRound>(e);
@@ -281,6 +336,8 @@ bool CommOperation::try_advance() {
   if (done()) return true;
   try {
     if (!advance()) return false;
+  } catch (const SizeError& error) {
+    error_ = std::make_exception_ptr(SystemError(flight_name(flight) + ": " + error.what()));
   } catch (...) {
     error_ = std::current_exception();
   }
@@ -290,8 +347,9 @@ bool CommOperation::try_advance() {
 }
 
 std::vector<int> CommOperation::awaited() {
-  std::lock_guard lock(mutex_);
-  return done() ? std::vector<int>() : requests_.awaited();
+  std::unique_lock lock(mutex_, std::defer_lock);
+  for (int i = 0; i < 100 && !lock.try_lock(); ++i) std::this_thread::sleep_for(std::chrono::milliseconds(1));  // a device may hang in it
+  return !lock.owns_lock() || done() ? std::vector<int>() : requests_.awaited();
 }
 
 void CommOperation::rethrow() {

@@ -141,8 +141,12 @@ Process::Process(int* argc, char*** argv) : host_(host_name()) {
     }
   }
   set_log_rank(rank_, size_);
-  if (!found_running_ && size_ > 1) set_comm_timeout(kCommTimeout_s);
-  const uint64_t flight = flight_begin("world", "exchange of core masks", sizeof mine);
+  set_job_size(size_);
+  if (!found_running_ && size_ > 1) {
+    set_comm_timeout(kCommTimeout_s);
+    open_watch_channel();
+  }
+  const FlightScope flight(job_group(), {"exchange of core masks", sizeof mine, next_job_operation()});
   MPI_Comm local = MPI_COMM_NULL;
   if (MPI_Comm_split_type(MPI_COMM_WORLD, MPI_COMM_TYPE_SHARED, rank_, MPI_INFO_NULL, &local) != MPI_SUCCESS)
     throw SystemError("MPI_Comm_split_type failed");
@@ -151,12 +155,12 @@ Process::Process(int* argc, char*** argv) : host_(host_name()) {
   std::vector<CoreMask> masks(static_cast<size_t>(num_local));
   MPI_Allgather(&mine, sizeof mine, MPI_BYTE, masks.data(), sizeof mine, MPI_BYTE, local);
   MPI_Comm_free(&local);
-  flight_end(flight);
   load_ = host_load(masks, leading_count(environment("OMP_NUM_THREADS")));
 }
 
 Process::~Process() {
   alone = false;
+  close_watch_channel();
   int finalized = 0;
   MPI_Finalized(&finalized);
   if (!found_running_ && mpi_initialized() && !finalized) MPI_Finalize();

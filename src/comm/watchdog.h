@@ -1,26 +1,25 @@
-// What the ranks were doing: a ring of the last collectives of this process (flight recorder), and a thread that ends
-// the job when one takes too long (a rank that was stopped or hangs is otherwise waited for without end).
+// Ends the job when an operation between ranks takes too long (a rank that was stopped or hangs is otherwise waited for
+// without end), and says whose fault it is. One thread a process looks ten times a second:
+//   - Each rank tells rank 0 every second what it is in (rank 0 tells rank 1). Two ranks that do different things as the
+//     same operation of a group are seen there, long before the deadline.
+//   - A rank whose operation is late tells rank 0. That asks all ranks for their last 256 operations; each writes them into
+//     FOLDER/rank-N.txt and answers, also one that is stuck. Rank 0 says in one sentence who is to blame (comm/verdict.h)
+//     and ends all ranks with status 1. Where rank 0 does not do so, rank 1 does, then rank 2, ...
+// These messages go through an MPI communicator of their own and nobody waits for them.
 #pragma once
 
-#include <cstdint>
-#include <memory>
 #include <string>
 
+#include "comm/flight_recorder.h"
+
 namespace trireme {
-
-class CommOperation;
-
-// The last 256 collectives of this process, oldest first, one line each: sequence number, group, operation, bytes,
-// state, age and duration. Any thread.
-std::string dump_flight_recorder();
 
 // What Process sets when MPI has started, and the default of comm.timeout_s: long enough for a rank that reads a large model
 // from a slow disk while its peers wait.
 inline constexpr double kCommTimeout_s = 1800;
 
-// From now on an operation that is in flight for more than timeout_s prints rank, host, group, operation, sequence
-// number, bytes, time and the ranks it waits for with the recorder's tail on stderr and ends all ranks with status 1. 0 switches it off. The
-// thread runs only while a timeout is set. Not for operations that wait by design: switch it off around them.
+// From now on an operation that is in flight for more than timeout_s is late. 0: none is. Not for operations that wait by
+// design: switch it off around them.
 void set_comm_timeout(double timeout_s);
 
 // No timeout while it lives: around what may last as long as it wants, such as saving to a slow disk, or on the ranks that
@@ -37,9 +36,11 @@ class CommTimeoutPause {
   bool pauses_;
 };
 
-// Used by Communicator: the entry of an operation in the ring.
-uint64_t flight_begin(const std::string& group, const char* op, int64_t num_bytes);  // returns its sequence number
-void flight_has(uint64_t sequence, const std::shared_ptr<CommOperation>& operation);  // to ask whom it waits for
-void flight_end(uint64_t sequence);
+// Where the last operations are written, RUN/flight; until it is set, nowhere. It is made when it is needed.
+void set_flight_folder(const std::string& folder);
+
+// By Process, on all ranks: the watchdogs talk to each other from here on, to the end. Without it each speaks for itself.
+void open_watch_channel();
+void close_watch_channel();  // waits for all ranks, watched; nothing where it is not open
 
 }  // namespace trireme

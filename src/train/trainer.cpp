@@ -142,6 +142,7 @@ class Run {
     agree_on(world_, [&] {
       if (!rank0()) set_log_file(config_.run.dir + "/log.txt");  // their warnings and errors
     });
+    set_flight_folder(config_.run.dir + "/flight");
   }
 
   // Rank 0 tokenises (or finds it cached) while the others wait in the agreement; then all read the same file.
