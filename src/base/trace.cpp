@@ -54,14 +54,14 @@ class Trace {
   }
   bool on() const { return on_.load(std::memory_order_relaxed); }
 
-  void open(const std::string& path, int rank, const std::string& host, Clock::time_point zero) {
+  void open(const std::string& path, int rank, const std::string& host) {
     std::lock_guard file_lock(file_mutex_);
     fd_ = ::open(path.c_str(), O_WRONLY | O_CREAT | O_EXCL | O_CLOEXEC, 0666);
     if (fd_ < 0) throw SystemError(str("cannot write the trace ", path, ": ", errno_text()));
     path_ = path, end_ = 0;
     {
       std::lock_guard lock(mutex_);
-      rank_ = rank, zero_ = zero;
+      rank_ = rank;
       tracks_.clear(), num_tracks_ = 1, num_events_ = 0;
       buffer_ = "{\"displayTimeUnit\":\"ms\",\"traceEvents\":[\n";
       metadata("process_name", 0, str("\"name\":\"rank ", rank, " on ", host, "\""));
@@ -69,6 +69,10 @@ class Trace {
       metadata("thread_name", 0, "\"name\":\"main\"");
     }
     write();
+  }
+  void start(Clock::time_point zero) {
+    std::lock_guard lock(mutex_);
+    zero_ = zero;
     on_ = true;
   }
   void set_step(int64_t step) { step_ = step; }
@@ -209,9 +213,8 @@ std::map<std::string, double> time_spent() {
   return seconds;
 }
 
-void open_trace(const std::string& path, int rank, const std::string& host, Clock::time_point zero) {
-  Trace::get().open(path, rank, host, zero);
-}
+void open_trace(const std::string& path, int rank, const std::string& host) { Trace::get().open(path, rank, host); }
+void start_trace(Clock::time_point zero) { Trace::get().start(zero); }
 void set_trace_step(int64_t step) { Trace::get().set_step(step); }
 void flush_trace() { Trace::get().flush(); }
 void close_trace() { Trace::get().close(); }

@@ -48,8 +48,8 @@ std::map<std::string, double> time_spent();
 // has tracks of its own, so many that its collectives do not overlap on one; so have the spans of other threads.
 // In memory is what came since the last flush. At kMaxTraceBytes the recording ends, with a warning.
 inline constexpr int64_t kMaxTraceBytes = int64_t{256} << 20;
-// SystemError where the file exists or cannot be written. What began before `zero` is left out.
-void open_trace(const std::string& path, int rank, const std::string& host, std::chrono::steady_clock::time_point zero);
+void open_trace(const std::string& path, int rank, const std::string& host);  // SystemError: it exists, cannot be written
+void start_trace(std::chrono::steady_clock::time_point zero);                 // records what begins from then on
 void set_trace_step(int64_t step);  // of what ends from now on
 void flush_trace();                 // SystemError where it could not be written; nothing without a trace
 void close_trace();                 // the same, for the last time

@@ -87,8 +87,8 @@ void open_run_trace(const std::string& run_dir, const Communicator& world) {
     number = std::to_string(free);
   });
   number = world.broadcast_bytes(number);
-  const Clock::time_point zero = common_zero(world);
-  agree_on(world, [&] { open_trace(file(world.rank(), std::stoi(number)), world.rank(), host_name(), zero); });
+  agree_on(world, [&] { open_trace(file(world.rank(), std::stoi(number)), world.rank(), host_name()); });
+  start_trace(common_zero(world));
 }
 
 std::string time_shares_text(const std::map<std::string, double>& seconds) {

@@ -79,8 +79,8 @@ class Run {
     worker_->check_ranks_equal();
     log_info(str("ready after ", duration_text(seconds_since(started_)), "; ", counted(process_.size(), "rank"), " of ",
                  counted(at::get_num_threads(), "thread")));
-    start_time_spent();
     if (config_.log.trace) open_run_trace(config_.run.dir, world_);
+    start_time_spent();
     try {
       loop();
       if (!stopped_) finish();
