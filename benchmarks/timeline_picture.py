@@ -18,7 +18,7 @@ def spans(path, step):
 
 def main():
     folder, step, out = pathlib.Path(sys.argv[1]) / "trace", int(sys.argv[2]), pathlib.Path(sys.argv[3])
-    ranks = [spans(folder / f"rank-{rank}.json", step) for rank in range(len(list(folder.glob("rank-*[0-9].json"))))]
+    ranks = [spans(folder / f"rank-{rank}.json", step) for rank in range(sum(path.stem[5:].isdigit() for path in folder.glob("rank-*.json")))]
     begin = min(whole["ts"] for whole, _ in ranks)
     length = max(whole["ts"] + whole["dur"] for whole, _ in ranks) - begin
     scale = (WIDTH - LEFT) / length

@@ -3,6 +3,8 @@
 #include <gtest/gtest.h>
 
 #include "base/json.h"
+#include "base/trace.h"
+#include "scratch.h"
 
 namespace trireme {
 namespace {
@@ -45,6 +47,23 @@ TEST(ParseJson, BuildsWhatTheLibraryBuilds) {
   for (int i = 0; i < 3000; ++i) wide += "\u00e9";
   EXPECT_NO_THROW(Json(words(wide)).dump()) << "cut within a character";
   EXPECT_EQ(words("[1]x").rfind("s: not valid JSON at byte 4: ", 0), 0u);
+}
+
+// A process that was stopped and goes on has its operations' beginnings moved, past their end where the clock was late.
+TEST(Trace, IsJsonWhateverTheClocksSay) {
+  const std::string folder = scratch_folder(), path = folder + "/trace.json";
+  const auto now = std::chrono::steady_clock::now();
+  open_trace(path, 3, "host");
+  start_trace(now);
+  trace_collective("all_reduce", "data", 8, now + std::chrono::milliseconds(700), now + std::chrono::milliseconds(200));
+  trace_collective("all_reduce", "data", 8, now + std::chrono::milliseconds(300), now + std::chrono::milliseconds(500));
+  close_trace();
+  const Json events = read_json_file(path)["traceEvents"];
+  std::vector<double> durations;
+  for (const Json& event : events)
+    if (event["ph"] == "X") durations.push_back(event["dur"].get<double>());
+  EXPECT_EQ(durations, (std::vector<double>{0, 200e3}));
+  std::filesystem::remove_all(folder);
 }
 
 }  // namespace

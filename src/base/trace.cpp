@@ -3,6 +3,7 @@
 #include <fcntl.h>
 #include <unistd.h>
 
+#include <algorithm>
 #include <atomic>
 #include <cerrno>
 #include <cstdio>
@@ -94,6 +95,7 @@ class Trace {
            Clock::time_point end) {
     std::lock_guard lock(mutex_);
     if (!on() || begin < zero_) return;
+    begin = std::min(begin, end);  // the watchdog moves a beginning where the process was stopped
     const int64_t ts = nanoseconds(begin - zero_), length = nanoseconds(end - begin);
     const int tid = track ? track_of(track, ts, ts + length) : 0;
     char text[160];
