@@ -219,8 +219,8 @@ def test_a_message_without_text_that_the_template_does_not_take(tmp_path):
     (["--lora.path=x", "--lora.rank=3", "--lora.dropout=0.5"], "lora.dropout and lora.path are both set: the adapter of lora.path brings its own; leave lora.dropout out\nlora.rank and lora.path "
      "are both set: the adapter of lora.path has a rank; set one\nlora.path=x is no PEFT adapter: there is no adapter_config.json in it"),
     (["--eval.metric=foo", "--parallel.data=3", "--data.train=no.jsonl:5"], "eval.metric=foo: this task has loss, perplexity, token_accuracy\n"
-     "parallel.data=3 x parallel.tensor=1 x parallel.pipeline=1 is 3, but the job has 2 ranks; use parallel.data=2 (or 0: all that are left) or "
-     "mpirun -n 3\ndata file 'no.jsonl' cannot be opened: No such file or directory"),
+     "parallel.data=3 x parallel.tensor=1 x parallel.pipeline=1 is 3, but there are 2 ranks: start 3 (mpirun -n 3 ...), or take one of these meshes: "
+     "data 2 x tensor 1 x pipeline 1, data 1 x tensor 1 x pipeline 2, data 1 x tensor 2 x pipeline 1\ndata file 'no.jsonl' cannot be opened: No such file or directory"),
 ], ids=["unknown", "conflicts", "all together", "lora", "ranks and files"])
 def test_keys(tmp_path, keys, sentence):
     refused(tmp_path, 2, sentence, *small_run(tmp_path, "run", *keys), ranks=2 if "parallel.data" in sentence or len(keys) == 1 else 1)

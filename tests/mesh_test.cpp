@@ -79,9 +79,9 @@ TEST(Mesh, GroupsOfAnAxisPartTheRanks) {
   });
 }
 
-std::string refusal(int ranks, int data, int tensor, int pipeline) {
+std::string refusal(int ranks, int data, int tensor, int pipeline, const Mesh::CanBeCut& can_be_cut = {}) {
   try {
-    Mesh mesh(ranks, data, tensor, pipeline);
+    Mesh mesh(ranks, data, tensor, pipeline, kTensorInnermost, can_be_cut);
   } catch (const ConfigError& e) {
     return e.what();
   }
@@ -90,21 +90,28 @@ std::string refusal(int ranks, int data, int tensor, int pipeline) {
 
 TEST(Mesh, RefusalsNameKeysAndWayOut) {
   EXPECT_EQ(refusal(4, 0, 3, 1),
-            "parallel.tensor=3 x parallel.pipeline=1 does not divide the 4 ranks of this job; start a multiple of 3 "
-            "ranks (mpirun -n 3 "
-            "...) or choose divisors of 4");
+            "parallel.tensor=3 x parallel.pipeline=1 is 3 or a multiple of it, but there are 4 ranks: start 3 (mpirun -n 3 ...), or "
+            "take one of these meshes: data 1 x tensor 4 x pipeline 1, data 2 x tensor 2 x pipeline 1, data 4 x tensor 1 x pipeline 1, "
+            "data 1 x tensor 2 x pipeline 2, data 2 x tensor 1 x pipeline 2, data 1 x tensor 1 x pipeline 4");
   EXPECT_EQ(refusal(4, 3, 2, 1),
-            "parallel.data=3 x parallel.tensor=2 x parallel.pipeline=1 is 6, but the job has 4 ranks; use "
-            "parallel.data=2 (or 0: all "
-            "that are left) or mpirun -n 6");
+            "parallel.data=3 x parallel.tensor=2 x parallel.pipeline=1 is 6, but there are 4 ranks: start 6 (mpirun -n 6 ...), or take "
+            "one of these meshes: data 2 x tensor 2 x pipeline 1, data 4 x tensor 1 x pipeline 1, data 1 x tensor 2 x pipeline 2, "
+            "data 1 x tensor 4 x pipeline 1, data 2 x tensor 1 x pipeline 2, data 1 x tensor 1 x pipeline 4");
   EXPECT_EQ(refusal(1, 2, 1, 1),
-            "parallel.data=2 x parallel.tensor=1 x parallel.pipeline=1 is 2, but the job has 1 rank; use "
-            "parallel.data=1 (or 0: all that "
-            "are left) or mpirun -n 2");
+            "parallel.data=2 x parallel.tensor=1 x parallel.pipeline=1 is 2, but there is 1 rank: start 2 (mpirun -n 2 ...), or take "
+            "one of these meshes: data 1 x tensor 1 x pipeline 1");
   EXPECT_EQ(refusal(4, 0, 0, 1), "parallel.tensor=0: must be at least 1");
   EXPECT_EQ(refusal(4, 0, 1, -1), "parallel.pipeline=-1: must be at least 1");
   EXPECT_EQ(refusal(4, -2, 1, 1), "parallel.data=-2: must be at least 1, or 0 for all ranks that are left");
-  EXPECT_EQ(refusal(2, 0, 1 << 20, 1 << 20).find("does not divide the 2 ranks") != std::string::npos, true);
+  EXPECT_NE(refusal(2, 0, 1 << 20, 1 << 20).find("but there are 2 ranks: "), std::string::npos);
+  EXPECT_NE(refusal(48, 0, 5, 2).find(", ..."), std::string::npos);  // six of many
+}
+
+TEST(Mesh, OnlyMeshesThatTheModelAllowsAreNamed) {
+  EXPECT_TRUE(refusal(4, 0, 3, 1, [](int tensor, int pipeline) { return tensor <= 2 && pipeline == 1; })
+                  .ends_with(": start 3 (mpirun -n 3 ...), or take one of these meshes: data 2 x tensor 2 x pipeline 1, data 4 x tensor 1 x "
+                             "pipeline 1"));
+  EXPECT_TRUE(refusal(4, 0, 3, 1, [](int, int) { return false; }).ends_with("(mpirun -n 3 ...), for the model cannot be cut over these"));
 }
 
 std::string launch(const std::map<std::string, std::string>& environment) {

@@ -79,8 +79,11 @@ def test_what_a_mesh_cannot_do_is_refused_before_anything_is_read(work):
 
     assert ("error: parallel.tensor=3: the 4 heads, 2 key heads, 44 MLP units and 1152 ids of " in (said := refusal(3, "--parallel.tensor=3"))
             and "cannot be shared out evenly over 3 ranks; sizes that can: 1, 2, 4" in said)
-    assert ("error: parallel.tensor=2 x parallel.pipeline=1 does not divide the 3 ranks of this job; start a multiple of 2 ranks "
-            "(mpirun -n 2 ...) or choose divisors of 3" in refusal(3, "--parallel.tensor=2"))
+    # Of the meshes of 3 ranks those that 4 heads, 4 layers and 2 micro-batches a step allow.
+    assert ("error: parallel.tensor=2 x parallel.pipeline=1 is 2 or a multiple of it, but there are 3 ranks: start 2 (mpirun -n 2 ...), or take one "
+            "of these meshes: data 3 x tensor 1 x pipeline 1\n" in refusal(3, "--parallel.tensor=2", "--parallel.schedule=interleaved"))
+    assert ("error: train.accumulation=3 with parallel.schedule=interleaved on 2 pipeline ranks: micro-batches go round in groups of 2; "
+            in refusal(2, "--parallel.pipeline=2", "--parallel.schedule=interleaved", "--train.accumulation=3"))
     assert "error: parallel.virtual_stages=2 needs parallel.pipeline of 2 or more" in refusal(1, "--parallel.virtual_stages=2")
     assert "parallel.pipeline" in (said := refusal(5, "--parallel.pipeline=5")) and "layers" in said
     assert not (work / "refused").exists()

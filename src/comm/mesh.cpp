@@ -1,6 +1,7 @@
 #include "comm/mesh.h"
 
 #include <algorithm>
+#include <cmath>
 
 #include "base/check.h"
 
@@ -29,26 +30,52 @@ int& MeshCoords::on(MeshAxis axis) {
   return axis == MeshAxis::kPipeline ? pipeline : axis == MeshAxis::kData ? data : tensor;
 }
 
-Mesh::Mesh(int num_ranks, int num_data, int num_tensor, int num_pipeline, const MeshOrder& order)
+namespace {
+
+std::string sizes_text(int data, int tensor, int pipeline) {
+  return str(mesh_axis_name(MeshAxis::kData), " ", data, " x ", mesh_axis_name(MeshAxis::kTensor), " ", tensor, " x ",
+             mesh_axis_name(MeshAxis::kPipeline), " ", pipeline);
+}
+
+// The meshes of so many ranks that a model can be cut for, those before all others that cut it about as often as asked.
+std::string other_meshes(int num_ranks, int num_tensor, int num_pipeline, const Mesh::CanBeCut& can_be_cut) {
+  constexpr size_t kMost = 6;
+  struct Other {
+    double distance;
+    int tensor, pipeline;
+  };
+  std::vector<Other> others;
+  auto far = [](int have, int asked) { return std::abs(std::log2(static_cast<double>(have) / asked)); };
+  for (int tensor = 1; tensor <= num_ranks; ++tensor)
+    for (int pipeline = 1; num_ranks % tensor == 0 && tensor * pipeline <= num_ranks; ++pipeline)
+      if (num_ranks / tensor % pipeline == 0 && (!can_be_cut || can_be_cut(tensor, pipeline)))
+        others.push_back({far(tensor, num_tensor) + far(pipeline, num_pipeline), tensor, pipeline});
+  std::stable_sort(others.begin(), others.end(), [](const Other& a, const Other& b) { return a.distance < b.distance; });
+  std::string text;
+  for (size_t i = 0; i < std::min(kMost, others.size()); ++i)
+    text += str(i == 0 ? "" : ", ", sizes_text(num_ranks / others[i].tensor / others[i].pipeline, others[i].tensor, others[i].pipeline));
+  return text + (others.size() > kMost ? ", ..." : "");
+}
+
+}  // namespace
+
+Mesh::Mesh(int num_ranks, int num_data, int num_tensor, int num_pipeline, const MeshOrder& order, const CanBeCut& can_be_cut)
     : num_data_(num_data), num_tensor_(num_tensor), num_pipeline_(num_pipeline), order_(order) {
   TRIREME_CHECK(num_ranks >= 1, num_ranks);
   if (num_tensor < 1) throw ConfigError(str("parallel.tensor=", num_tensor, ": must be at least 1"));
   if (num_pipeline < 1) throw ConfigError(str("parallel.pipeline=", num_pipeline, ": must be at least 1"));
   if (num_data < 0)
     throw ConfigError(str("parallel.data=", num_data, ": must be at least 1, or 0 for all ranks that are left"));
-  const int64_t inner = static_cast<int64_t>(num_tensor) * num_pipeline;
-  if (inner > num_ranks || num_ranks % inner != 0)
-    throw ConfigError(str("parallel.tensor=", num_tensor, " x parallel.pipeline=", num_pipeline,
-                          " does not divide the ", num_ranks, num_ranks == 1 ? " rank" : " ranks",
-                          " of this job; start a multiple of ", inner, " ranks (mpirun -n ", inner,
-                          " ...) or choose divisors of ", num_ranks));
-  const int left = static_cast<int>(num_ranks / inner);
-  if (num_data == 0) num_data_ = left;
-  if (num_data_ != left)
-    throw ConfigError(str("parallel.data=", num_data, " x parallel.tensor=", num_tensor,
-                          " x parallel.pipeline=", num_pipeline, " is ", inner * num_data, ", but the job has ",
-                          num_ranks, num_ranks == 1 ? " rank" : " ranks", "; use parallel.data=", left,
-                          " (or 0: all that are left) or mpirun -n ", inner * num_data));
+  const int64_t inner = static_cast<int64_t>(num_tensor) * num_pipeline, asked = inner * std::max(num_data, 1);
+  if (num_ranks % inner == 0 && (num_data == 0 || asked == num_ranks)) {
+    num_data_ = static_cast<int>(num_ranks / inner);
+    return;
+  }
+  const std::string others = other_meshes(num_ranks, num_tensor, num_pipeline, can_be_cut);
+  throw ConfigError(str(num_data > 0 ? str("parallel.data=", num_data, " x ") : "", "parallel.tensor=", num_tensor, " x parallel.pipeline=",
+                        num_pipeline, " is ", asked, num_data > 0 ? "" : " or a multiple of it", ", but there ",
+                        num_ranks == 1 ? "is 1 rank: " : str("are ", num_ranks, " ranks: "), "start ", asked, " (mpirun -n ", asked, " ...)",
+                        others.empty() ? ", for the model cannot be cut over these" : ", or take one of these meshes: ", others));
 }
 
 int Mesh::size(MeshAxis axis) const {
@@ -82,7 +109,7 @@ std::vector<int> Mesh::group(int rank, MeshAxis axis) const {
 }
 
 std::string Mesh::text() const {
-  return str("data ", num_data_, " x tensor ", num_tensor_, " x pipeline ", num_pipeline_);
+  return sizes_text(num_data_, num_tensor_, num_pipeline_);
 }
 
 namespace {

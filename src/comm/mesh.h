@@ -3,6 +3,7 @@
 #pragma once
 
 #include <array>
+#include <functional>
 #include <string>
 #include <vector>
 
@@ -30,8 +31,11 @@ class Mesh {
  public:
   Mesh() = default;  // 1 x 1 x 1
   // Sizes of the axes; 0 for num_data means: what is left of num_ranks. ConfigError where the product is not num_ranks;
-  // it names the keys parallel.data, parallel.tensor, parallel.pipeline and the meshes that would fit.
-  Mesh(int num_ranks, int num_data, int num_tensor, int num_pipeline, const MeshOrder& order = kTensorInnermost);
+  // it names the keys parallel.data, parallel.tensor, parallel.pipeline and of the meshes that would do those that are
+  // nearest to what was asked. `can_be_cut` (asked then only): whether a model allows these numbers; empty: any.
+  using CanBeCut = std::function<bool(int num_tensor, int num_pipeline)>;
+  Mesh(int num_ranks, int num_data, int num_tensor, int num_pipeline, const MeshOrder& order = kTensorInnermost,
+       const CanBeCut& can_be_cut = {});
 
   int num_data() const { return num_data_; }
   int num_tensor() const { return num_tensor_; }
