@@ -15,17 +15,24 @@ int64_t block_of(const std::string& name) {
 
 std::vector<Bucket> cut_buckets(const std::vector<Parameter>& parameters, const std::vector<size_t>& chosen,
                                 const Holders& holders, int64_t bucket_bytes, bool by_unit) {
+  std::vector<int> sizes;
+  for (const Communicator& group : holders.groups) sizes.push_back(group.size());
+  return cut_buckets(parameters, chosen, holders.group_of, sizes, bucket_bytes, by_unit);
+}
+
+std::vector<Bucket> cut_buckets(const std::vector<Parameter>& parameters, const std::vector<size_t>& chosen,
+                                const std::vector<size_t>& group_of, const std::vector<int>& group_sizes, int64_t bucket_bytes, bool by_unit) {
   constexpr int64_t kNumBuckets = 8, kSmallest = 64 << 10;
   auto bytes_of = [&](size_t i) {
     const at::Tensor& value = parameters[i].value;
     return value.numel() * static_cast<int64_t>(c10::elementSize(gradient_type(value.scalar_type())));
   };
   std::vector<Bucket> buckets;
-  for (size_t g = 0; g < holders.groups.size(); ++g) {
+  for (size_t g = 0; g < group_sizes.size(); ++g) {
     std::vector<size_t> members;
     int64_t total = 0, used = 0;
     for (size_t i : chosen)
-      if (holders.group_of[i] == g) members.push_back(i), total += bytes_of(i);
+      if (group_of[i] == g) members.push_back(i), total += bytes_of(i);
     const int64_t limit = std::min(bucket_bytes, std::max(kSmallest, total / kNumBuckets));
     for (auto i = members.rbegin(); i != members.rend(); ++i) {
       const at::Tensor& value = parameters[*i].value;
@@ -43,7 +50,7 @@ std::vector<Bucket> cut_buckets(const std::vector<Parameter>& parameters, const 
     }
   }
   for (Bucket& bucket : buckets) {
-    const int64_t size = holders.groups[bucket.group].size();
+    const int64_t size = group_sizes[bucket.group];
     bucket.num_elements = (bucket.num_elements + size - 1) / size * size;
   }
   return buckets;

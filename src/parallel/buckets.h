@@ -22,6 +22,9 @@ int64_t block_of(const std::string& name);
 // holds. A bucket has one dtype, at most bucket_bytes of fp32 gradients (fp64 for fp64; a larger parameter is alone) and,
 // `by_unit`, one block. A group that would fit into a few buckets gets more, of 64 KiB at least: all but the last travel
 // during backward. In the order of groups, last parameters first.
+// `group_of`: of each parameter its group, `group_sizes`: the number of ranks of each.
+std::vector<Bucket> cut_buckets(const std::vector<Parameter>& parameters, const std::vector<size_t>& chosen,
+                                const std::vector<size_t>& group_of, const std::vector<int>& group_sizes, int64_t bucket_bytes, bool by_unit);
 std::vector<Bucket> cut_buckets(const std::vector<Parameter>& parameters, const std::vector<size_t>& chosen,
                                 const Holders& holders, int64_t bucket_bytes, bool by_unit);
 

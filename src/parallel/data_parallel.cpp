@@ -323,6 +323,8 @@ GradientReducer::GradientReducer(const std::vector<Parameter>& parameters, const
     impl->slices.push_back({p.name, p.value, at::Tensor(), p.shard});
   }
   impl->leaves.resize(impl->slices.size());
+  if (impl->transient())  // else the first backward would hold all gradients; more than one contribution is late once
+    for (auto& leaf : impl->leaves) leaf.num_expected = 1;
   impl->lay_out();
   for (size_t i = 0; i < impl->slices.size(); ++i)
     torch::autograd::impl::set_post_acc_grad_hooks(impl->slices[i].weight, std::make_unique<AccumulationHook>([impl, i] {
@@ -392,6 +394,14 @@ const std::vector<Bucket>& GradientReducer::layout() const { return impl_->layou
 const std::vector<Communicator>& GradientReducer::groups() const { return impl_->holders.groups; }
 int64_t GradientReducer::bytes_reduced() const { return impl_->bytes_last; }
 int64_t GradientReducer::num_late_contributions() const { return impl_->num_late; }
+
+int64_t GradientReducer::bytes_exchanged() const {
+  int64_t bytes = 0;
+  for (const auto& group : impl_->groups)
+    for (const Communicator* comm : {&group.comm, &group.replicas})
+      if (comm->size() > 1) bytes += comm->statistics().bytes_reduced;
+  return bytes;
+}
 
 int64_t GradientReducer::bytes_held() const {
   size_t bytes = 0;

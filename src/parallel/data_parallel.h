@@ -107,6 +107,7 @@ class GradientReducer {
   // cut into buckets and any `zero`. Without communication where every rank has everything, else collective.
   double squared_norm() const;
   int64_t bytes_reduced() const;  // a step: payload of the reductions of the last finish()
+  int64_t bytes_exchanged() const;  // since the start, as the Communicators counted: reductions by groups of more than one rank
   int64_t bytes_held() const;     // of gradient buffers, now
   int64_t num_late_contributions() const;  // since the start: those reduced as a difference
 

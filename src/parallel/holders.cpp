@@ -71,7 +71,11 @@ Holders same_holders(const std::vector<Parameter>& parameters, const Communicato
 
 Holders find_holders(const std::vector<Parameter>& parameters, const MeshComms& comms) {
   const Communicator& world = comms.world;
-  if (comms.data.size() == world.size()) return same_holders(parameters, comms.data);
+  if (comms.data.size() == world.size()) {
+    Holders holders = same_holders(parameters, comms.data);
+    holders.all = world;
+    return holders;
+  }
   const Json gathered = world.gather_bytes(table_of(parameters));
   const auto tables =
       parse_json(world.broadcast_bytes(dump_json(gathered)), "tables of the ranks").get<std::vector<std::string>>();

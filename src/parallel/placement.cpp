@@ -3,6 +3,7 @@
 #include "base/check.h"
 #include "base/hash.h"
 #include "ops/delayed_gradients.h"
+#include "ops/op_support.h"
 
 namespace trireme {
 namespace {
@@ -69,7 +70,14 @@ struct ReduceScatter : Function<ReduceScatter> {
 
 }  // namespace
 
-at::Tensor gather_rows(const at::Tensor& part, const Communicator& ranks) { return AllGather::apply(part, ranks); }
+at::Tensor gather_rows(const at::Tensor& part, const Communicator& ranks) {
+  at::Tensor whole = AllGather::apply(part, ranks);
+  if (selective_recompute()) {
+    auto kept = std::make_shared<Kept>(part);
+    register_recipe(whole, [kept, ranks] { return gathered(kept->take(), ranks); });
+  }
+  return whole;
+}
 at::Tensor scatter_sum(const at::Tensor& partial, const Communicator& ranks) { return ReduceScatter::apply(partial, ranks); }
 
 void check_placement(const at::Tensor& local, bool same_values, const Communicator& ranks, const char* what) {

@@ -34,7 +34,8 @@ struct Placed {
 };
 
 // As above on tensors whose placement the caller vouches for: differentiable, collective. Sums are in the order of the ranks,
-// 16-bit values added in fp32. Dim 0 of what is scattered is a multiple of the ranks.
+// 16-bit values added in fp32. Under SelectiveRecompute gathered rows are not kept for backward but gathered again there, as by
+// Megatron under sequence parallelism (Korthikanti et al. 2022, section 4.2.2). Dim 0 of what is scattered is a multiple of the ranks.
 at::Tensor gather_rows(const at::Tensor& part, const Communicator& ranks);
 at::Tensor scatter_sum(const at::Tensor& partial, const Communicator& ranks);
 

@@ -181,7 +181,7 @@ int64_t ShardedWeights::bytes_held() const {
 int64_t ShardedWeights::bytes_gathered() const {
   int64_t bytes = 0;
   for (const Communicator& group : groups_)
-    for (const auto& line : group.statistics().lines) bytes += line.op == "all_gather" ? line.num_bytes : 0;
+    for (const auto& line : group.size() > 1 ? group.statistics().lines : std::vector<CommStatistics::Line>()) bytes += line.op == "all_gather" ? line.num_bytes : 0;
   return bytes;
 }
 

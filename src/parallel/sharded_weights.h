@@ -38,7 +38,7 @@ class ShardedWeights : public BlockWeights {
   void release_all();  // waits for what is on its way, and drops everything, whoever has acquired it
 
   int64_t bytes_held() const;      // of weights in buckets, now
-  int64_t bytes_gathered() const;  // since the start
+  int64_t bytes_gathered() const;  // since the start, by groups of more than one rank
   std::map<int64_t, int64_t> elements() const;  // zero 3: of each block (-1: outside), padded
 
  private:

@@ -93,11 +93,10 @@ void check_tensor_parallel(const ModelConfig& c, int64_t n) {
                         " ranks; sizes that can: ", sizes));
 }
 
-void apply_tensor_parallel(Transformer& model, const Communicator& tensor) {
-  if (tensor.size() == 1) return;
-  const ModelConfig& config = model.config();
-  check_tensor_parallel(config, tensor.size());
-  const Cutter cutter(config, tensor.rank(), tensor.size());
+void keep_tensor_part(Transformer& model, int rank, int size) {
+  if (size == 1) return;
+  check_tensor_parallel(model.config(), size);
+  const Cutter cutter(model.config(), rank, size);
   model.slice([&](const Parameter& whole) -> std::pair<at::Tensor, ShardSpec> {
     const Cut cut = cutter.cut_of(whole.name);
     if (cut.dim < 0) return {whole.value, whole.shard};
@@ -107,6 +106,13 @@ void apply_tensor_parallel(Transformer& model, const Communicator& tensor) {
     sizes[static_cast<size_t>(cut.dim)] = cut.range.end - cut.range.begin;
     return {at::empty(sizes, whole.value.options().requires_grad(false)), place};
   });
+}
+
+void apply_tensor_parallel(Transformer& model, const Communicator& tensor) {
+  if (tensor.size() == 1) return;
+  keep_tensor_part(model, tensor.rank(), tensor.size());
+  const ModelConfig& config = model.config();
+  const Cutter cutter(config, tensor.rank(), tensor.size());
   const TensorAxis axis{tensor};
   for (Linear* l : model.linears()) {
     const Cut cut = cutter.cut_of(l->path + ".weight");

@@ -20,7 +20,10 @@ namespace trireme {
 // ConfigError, naming parallel.tensor and sizes that would do: heads, key heads, the MLP or the vocabulary cannot be shared out.
 void check_tensor_parallel(const ModelConfig& config, int64_t num_tensor);
 
-// Cuts a model on the meta device (adapters attached) to the part of this rank and sets its seams. forward() and backward
+// Cuts a model on the meta device (adapters attached) to what rank `rank` of `size` holds.
+void keep_tensor_part(Transformer& model, int rank, int size);
+
+// The same for this rank of `tensor`, and sets the model's seams. forward() and backward
 // are then collective over `tensor`, with inputs alike on its ranks. A group of one: nothing is done.
 void apply_tensor_parallel(Transformer& model, const Communicator& tensor);
 
