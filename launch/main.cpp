@@ -24,7 +24,8 @@ namespace {
 bool trains(const CommandLine& line) { return line.verb == "train" || line.verb == "plan"; }
 
 ExitStatus run_verb(const Config& config, const CommandLine& line, const Process& process) {
-  if (trains(line)) return run_training(config, line, process, line.verb == "plan" || line.dry_run);
+  if (line.verb == "plan") return verb_plan(config, line, process);
+  if (line.verb == "train") return run_training(config, line, process, line.dry_run);
   if (line.dry_run) throw ConfigError(str("--dry-run belongs to train; trireme ", line.verb, " has no plan to show"));
   if (line.verb == "eval") return verb_eval(config, line, process);
   if (line.verb == "prepare") return verb_prepare(config, line, process);
@@ -40,7 +41,7 @@ ExitStatus start(int argc, char** argv, const Process& process) {
   agree_on(Communicator::world(), [&] {  // a rank on another host, or in another folder, may not find the files
     line = parse_command_line(argc, argv, config, [&](const CommandLine& given, std::vector<std::string>& problems) {
       if (!trains(given)) return;
-      find_conflicts(config, given, process.size(), problems);
+      find_conflicts(config, given, planned_ranks(config, given, process.size()), problems);
       find_missing(config, given, problems);
     });
     if (line.verb.empty() && !line.help && !line.version) throw ConfigError("no verb is given\n\n" + help_text(""));

@@ -12,6 +12,7 @@ ExitStatus verb_prepare(const Config& config, const CommandLine& line, const Pro
 ExitStatus verb_tokenize(const Config& config, const CommandLine& line, const Process& process);
 ExitStatus verb_export(const Config& config, const CommandLine& line, const Process& process);
 ExitStatus verb_generate(const Config& config, const CommandLine& line, const Process& process);
+ExitStatus verb_plan(const Config& config, const CommandLine& line, const Process& process);
 ExitStatus verb_doctor(const Config& config, const CommandLine& line, const Process& process);
 
 }  // namespace trireme

@@ -157,7 +157,8 @@ def test_the_plan_is_what_the_run_then_holds(tmp_path, keys, ranks):
     assert said.returncode == 0, said.stderr
     done = run(tmp_path, "train", *keys, "--train.stop_after=1", ranks=ranks)
     assert done.returncode == 75
-    plan = [line for line in said.stderr.splitlines() if line.startswith("plan: ")]
+    *plan, fits = [line for line in said.stderr.splitlines() if line.startswith("plan: ")]
+    assert fits.endswith(": it fits")
     assert plan == [line for line in done.stderr.splitlines() if line.startswith("plan: ")]
     parameters, trained, steps, rows, epoch_rows, epoch_steps = re.search(
         r"([\d.]+ \w) parameters, ([\d.]+ \w) trained; (\d+) steps of (\d+) rows \(about \d+ tokens\), (\d+) rows an epoch \((\d+) steps\)", plan[0]).groups()

@@ -14,7 +14,6 @@
 #include "train/agreement.h"
 #include "train/build.h"
 #include "train/memory.h"
-#include "train/plan.h"
 #include "train/signals.h"
 #include "train/timeline.h"
 
@@ -78,51 +77,6 @@ TEST(Memory, Version1WithAPathOfTheHost) {
   EXPECT_EQ(machine.available(), 1'000'000u);
   machine.write("sys/fs/cgroup/memory/memory.limit_in_bytes", "9223372036854771712\n");  // no limit
   EXPECT_EQ(machine.available(), 8000u << 10);
-}
-
-ModelConfig tiny() {
-  ModelConfig m;
-  m.vocab_size = 100, m.hidden_size = 8, m.intermediate_size = 16, m.num_layers = 2;
-  m.num_heads = 2, m.num_kv_heads = 1, m.head_dim = 4;
-  return m;
-}
-
-TEST(Plan, CountsBytesOfWeightsGradientsAndOptimizer) {
-  Config config;
-  const int64_t n = tiny().num_parameters();
-  Plan plan = make_plan(config, tiny(), at::kFloat, n, 32, 20, 10, 4, 5);
-  EXPECT_EQ(plan.weight_bytes, static_cast<uint64_t>(4 * n));
-  EXPECT_EQ(plan.gradient_bytes, static_cast<uint64_t>(4 * n));
-  EXPECT_EQ(plan.optimizer_bytes, static_cast<uint64_t>(8 * n));
-  EXPECT_EQ(plan.tokens_per_step, 80);
-  const uint64_t with_all_kept = plan.activation_bytes;
-  config.train.recompute = "full";
-  EXPECT_LE(make_plan(config, tiny(), at::kFloat, n, 32, 20, 10, 4, 5).activation_bytes, with_all_kept);
-  ModelConfig deep = tiny();
-  deep.num_layers = 8;
-  const uint64_t recomputed = make_plan(config, deep, at::kFloat, n, 32, 20, 10, 4, 5).activation_bytes;
-  config.train.recompute = "none";
-  EXPECT_LT(recomputed, make_plan(config, deep, at::kFloat, n, 32, 20, 10, 4, 5).activation_bytes);
-  config.lora.rank = 2;
-  plan = make_plan(config, tiny(), at::kBFloat16, 50, 32, 20, 10, 4, 5);
-  EXPECT_EQ(plan.weight_bytes, static_cast<uint64_t>(2 * (n + 50)));
-  EXPECT_EQ(plan.gradient_bytes, 200u);   // fp32
-  EXPECT_EQ(plan.optimizer_bytes, 600u);  // two moments and a master
-}
-
-TEST(Plan, WhatDoesNotFitIsRefusedWithTheKeysToChange) {
-  Plan plan;
-  plan.weight_bytes = 600ull << 20, plan.activation_bytes = 400ull << 20;
-  EXPECT_NO_THROW(check_memory(plan, 2, 2000ull << 20));
-  try {
-    check_memory(plan, 2, (2000ull << 20) - 1);
-    FAIL();
-  } catch (const ConfigError& error) {
-    EXPECT_STREQ(error.what(),
-                 "the run needs about 1.95 GiB of memory (2 ranks of 1000.00 MiB, of which activations 400.00 MiB), but this "
-                 "host has 1.95 GiB free: lower train.micro_batch_size or data.max_length, set train.recompute=full, "
-                 "lora.rank or train.dtype=bfloat16, or start fewer ranks");
-  }
 }
 
 TEST(CheckConfig, StepsAreWholeOrAFractionOfTheRun) {

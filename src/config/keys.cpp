@@ -216,7 +216,7 @@ std::vector<Field> fields(Config& c) {
       {"log.every", &c.log.every, "steps", "between progress lines in a log", {}, 1, 1e9},
       {"log.level", &c.log.level, "", "least that is printed", Words{"info", "warn", "error"}},
       {"log.trace", &c.log.trace, "", "write trace/rank-N.json: when each rank computes, communicates and waits (Chrome, Perfetto)", {}},
-      {"plan.ranks", &c.plan.ranks, "ranks", "to plan for; 0: those of this job", {}, 0, 1e6},
+      {"plan.ranks", &c.plan.ranks, "ranks", "to plan for, none of which is started; rows are full then, as without data.train; 0: those of this job", {}, 0, 1e6},
       {"plan.memory_gb", &c.plan.memory_gb, "GB", "(10^9 bytes) that a rank may use; 0: what is free here", {}, 0, 1e9},
   };
 }

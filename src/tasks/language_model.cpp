@@ -50,9 +50,11 @@ ModelInput to_device(const SequenceBatch& batch, at::Device device) {
   return input;
 }
 
-int64_t row_multiple(const Transformer& model) {
-  const bool compiled = model.device().is_cpu() && (model.dtype() == at::kBFloat16 || model.dtype() == at::kHalf);
-  return std::lcm(compiled ? int64_t{64} : int64_t{1}, model.seams().row_multiple);
+int64_t row_multiple(const Transformer& model) { return row_multiple(model.device(), model.dtype(), model.seams().row_multiple); }
+
+int64_t row_multiple(at::Device device, at::ScalarType dtype, int64_t num_tensor) {
+  const bool compiled = device.is_cpu() && (dtype == at::kBFloat16 || dtype == at::kHalf);
+  return std::lcm(compiled ? int64_t{64} : int64_t{1}, num_tensor);
 }
 
 ModelInput to_model(SequenceBatch batch, const Transformer& model) {

@@ -33,6 +33,7 @@ ModelInput to_device(const SequenceBatch& batch, at::Device device);
 // The number of rows of which products of this model want a multiple: 64 in 16 bits on a CPU, where each new number is compiled
 // (some 30 ms for a model) and the code kept (some 3 MB); and what its seams want, where ranks share the rows.
 int64_t row_multiple(const Transformer& model);
+int64_t row_multiple(at::Device device, at::ScalarType dtype, int64_t num_tensor);
 // The same for a sum over the batch, filled up to a number of tokens that the model's kernels want.
 ModelInput to_model(SequenceBatch batch, const Transformer& model);
 

@@ -32,10 +32,8 @@ namespace fs = std::filesystem;
 bool is_adapter(const Parameter& p) { return p.name.find(".lora_") != std::string::npos; }
 
 std::vector<Parameter> only(const Chunks& model, bool adapters) {
-  std::vector<Parameter> out;
-  for (const auto& chunk : model)
-    for (auto& p : chunk->parameters())
-      if (is_adapter(p) == adapters && std::none_of(out.begin(), out.end(), [&](const auto& known) { return known.name == p.name; })) out.push_back(p);
+  std::vector<Parameter> out = parameters_of(model);
+  std::erase_if(out, [&](const Parameter& p) { return is_adapter(p) != adapters; });
   return out;
 }
 
@@ -79,8 +77,9 @@ void find_conflicts(const Config& c, const CommandLine& line, int num_ranks, std
   bool trains = line.verb == "train" || line.verb == "plan";
   if (trains) {
     check_product(c, c.run.dir.empty() ? default_run_dir(line.config_file) : c.run.dir, problems);
-    if (complete && c.data.train.empty()) wrong("data.train is not set: name one or more .jsonl, .json or .txt files");
-    if ((c.train.steps > 0) == (c.train.epochs > 0) && (complete || c.train.steps > 0))
+    const bool has_data = line.verb != "plan" || !c.data.train.empty();  // a plan does without
+    if (complete && c.data.train.empty() && has_data) wrong("data.train is not set: name one or more .jsonl, .json or .txt files");
+    if ((c.train.steps > 0) == (c.train.epochs > 0) && ((complete && has_data) || c.train.steps > 0))
       wrong(c.train.steps > 0 ? "train.steps and train.epochs are both set; set one"
                               : "the length of the run is not set: set train.steps or train.epochs");
     const Config d;  // values count, not what was written: the resolved configuration of a run names every key
@@ -112,10 +111,7 @@ void find_conflicts(const Config& c, const CommandLine& line, int num_ranks, std
                c.schedule.warmup_steps, c.schedule.min_lr);  // of epochs the number of steps is not known yet
     });
     if (c.parallel.pipeline > 1) {
-      check([&] {
-        make_pipeline_schedule(parse_pipeline_kind(c.parallel.schedule), static_cast<int>(c.parallel.pipeline),
-                               static_cast<int>(c.parallel.virtual_stages), static_cast<int>(c.train.accumulation));
-      });
+      check([&] { schedule_of(c); });
       if (c.parallel.reduce != "step") wrong("parallel.reduce=", c.parallel.reduce, " is not possible with parallel.pipeline=", c.parallel.pipeline);
     } else if (c.parallel.virtual_stages > 1) {
       wrong("parallel.virtual_stages=", c.parallel.virtual_stages, " needs parallel.pipeline of 2 or more");
@@ -135,8 +131,29 @@ void find_conflicts(const Config& c, const CommandLine& line, int num_ranks, std
 }
 
 Mesh mesh_of(const Config& c, int num_ranks) {
+  std::optional<ModelConfig> model;
+  auto can_be_cut = [&, asked = false](int tensor, int stages) mutable {
+    try {
+      if (!std::exchange(asked, true)) model = find_model(c).config;
+    } catch (const Error&) {  // said elsewhere
+    }
+    Config cut = c;
+    cut.parallel.pipeline = stages;
+    try {
+      if (stages > 1) schedule_of(cut);
+      if (model) check_tensor_parallel(*model, tensor), stages_of(cut, *model);
+    } catch (const ConfigError&) {
+      return false;
+    }
+    return stages > 1 || c.parallel.virtual_stages <= 1;
+  };
   return Mesh(num_ranks, static_cast<int>(c.parallel.data), static_cast<int>(c.parallel.tensor), static_cast<int>(c.parallel.pipeline),
-              parse_mesh_order(c.parallel.order));
+              parse_mesh_order(c.parallel.order), can_be_cut);
+}
+
+PipelineSchedule schedule_of(const Config& c, int64_t micro_batches) {
+  return make_pipeline_schedule(parse_pipeline_kind(c.parallel.schedule), static_cast<int>(c.parallel.pipeline),
+                                static_cast<int>(c.parallel.virtual_stages), static_cast<int>(micro_batches > 0 ? micro_batches : c.train.accumulation));
 }
 
 Stages stages_of(const Config& c, const ModelConfig& model) {
@@ -250,24 +267,40 @@ ModelCut forward_cut(const ModelConfig& model, const MeshComms& comms) {
   };
 }
 
-std::unique_ptr<Transformer> build_model(const Config& config, const ModelSource& source, at::ScalarType dtype, bool attach,
-                                         bool shapes_only, const ModelCut& cut, WeightFill* fill) {
+std::vector<Parameter> parameters_of(const Chunks& chunks) {
+  std::vector<Parameter> all;
+  std::set<std::string> names;
+  for (const auto& chunk : chunks)
+    for (Parameter& p : chunk->parameters())
+      if (names.insert(p.name).second) all.push_back(std::move(p));
+  return all;
+}
+
+std::unique_ptr<Transformer> model_shapes(const Config& config, const ModelConfig& shape, at::ScalarType dtype, bool attach) {
   const auto seed = static_cast<uint64_t>(config.run.seed);
   at::NoGradGuard no_grad;
-  auto model = std::make_unique<Transformer>(source.config, dtype, seed, Weights::kUninitialized, at::kMeta);
-  const bool stored_adapter = !config.lora.path.empty();
-  if (stored_adapter) {
+  auto model = std::make_unique<Transformer>(shape, dtype, seed, Weights::kUninitialized, at::kMeta);
+  if (!config.lora.path.empty()) {
     LoraConfig lora = lora_config(config);
     std::set<std::string> paths;
     for (Linear* l : model->linears()) paths.insert(l->path);
     for (const auto& target : lora.targets)
       if (!paths.count(target))
         throw DataError(str(config.lora.path, ": the adapter changes ", target, ", which is no linear layer of a block of ",
-                            source.config.source, "; Trireme has adapters on those only"));
+                            shape.source, "; Trireme has adapters on those only"));
     attach_lora(*model, lora, seed);
   } else if (attach && config.lora.rank > 0) {
     attach_lora(*model, lora_config(config), seed);
   }
+  return model;
+}
+
+std::unique_ptr<Transformer> build_model(const Config& config, const ModelSource& source, at::ScalarType dtype, bool attach,
+                                         bool shapes_only, const ModelCut& cut, WeightFill* fill) {
+  const auto seed = static_cast<uint64_t>(config.run.seed);
+  at::NoGradGuard no_grad;
+  auto model = model_shapes(config, source.config, dtype, attach);
+  const bool stored_adapter = !config.lora.path.empty();
   std::set<std::string> whole;
   for (const auto& p : model->parameters()) whole.insert(p.name);
   if (cut) cut(*model);

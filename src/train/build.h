@@ -22,13 +22,21 @@ struct ModelSource {
   Json identity;                 // what a run that goes on must share: config.json, and what the weights are "of"
 };
 
-// Adds what contradicts each other or the number of ranks and, where nothing was wrong before, what is missing. Touches no file.
+// Adds what contradicts each other or the number of ranks and, where nothing was wrong before, what is missing. Touches no file
+// (but config.json, where the mesh is wrong, to name meshes that the model allows).
 void find_conflicts(const Config& config, const CommandLine& line, int num_ranks, std::vector<std::string>& problems);
+// The ranks of the run: of `plan` those of plan.ranks, where it is set.
+inline int planned_ranks(const Config& config, const CommandLine& line, int num_ranks) {
+  return line.verb == "plan" && config.plan.ranks > 0 ? static_cast<int>(config.plan.ranks) : num_ranks;
+}
 // Adds the files and folders that a training run is to read and that are not there, in the words of those who read them.
 // DataError with all of them where nothing else is wrong.
 void find_missing(const Config& config, const CommandLine& line, std::vector<std::string>& problems);
 // The mesh of parallel.*; ConfigError where it does not fit the ranks.
 Mesh mesh_of(const Config& config, int num_ranks);
+
+// What the stages of parallel.pipeline do in a step of so many micro-batches (0: train.accumulation); ConfigError.
+PipelineSchedule schedule_of(const Config& config, int64_t micro_batches = 0);
 
 // How parallel.* deals the layers out; ConfigError.
 Stages stages_of(const Config& config, const ModelConfig& model);
@@ -47,6 +55,9 @@ std::string hash_of_weights(const Config& config, const ModelSource& source);
 at::ScalarType weight_dtype(const Config& config, const ModelSource& source);
 // Of training: train.dtype, else weight_dtype(), but bfloat16 for weights that happen to be stored in float16.
 at::ScalarType train_dtype(const Config& config, const ModelSource& source);
+
+// The shapes of the whole model, on the meta device, with the adapter of lora.path, or (`attach`) new adapters by lora.*.
+std::unique_ptr<Transformer> model_shapes(const Config& config, const ModelConfig& model, at::ScalarType dtype, bool attach);
 
 // The model on the CPU, with weights read or random, then the adapter of lora.path, or (`attach`) new adapters by lora.*.
 // `shapes_only`: nothing is allocated or read but headers; every file and key is checked all the same. `cut`: leaves of the
@@ -68,6 +79,7 @@ LoraConfig lora_config(const Config& config);
 // ranks may each hold a part of the model; its rank 0 writes.
 using Chunks = std::vector<std::unique_ptr<Transformer>>;
 using HoldWeight = std::function<void(const std::string& name)>;  // see whole_tensors()
+std::vector<Parameter> parameters_of(const Chunks& chunks);  // each name once: a tied embedding may be in two chunks
 void export_model(const std::string& folder, const Chunks& model, const Config& config, const ModelSource& source,
                   const Communicator& world = Communicator::self(), const HoldWeight& hold = {});
 void export_adapter(const std::string& folder, const Chunks& model, const Config& config, const ModelSource& source,

@@ -1,99 +1,74 @@
 #include "train/plan.h"
 
 #include <algorithm>
+#include <cmath>
 
 #include "base/check.h"
 #include "base/counted.h"
-#include "ops/ops.h"
 #include "optim/adamw.h"
-#include "parallel/pipeline_schedule.h"
 #include "train/progress.h"
 
 namespace trireme {
-
 namespace {
 
-// ZeRO: what of weights, gradients and optimizer state a copy of the model keeps.
-void share_out(Plan& plan, const Config& config, const ModelConfig& m, uint64_t weight_size, int num_ranks) {
-  const auto zero = config.parallel.zero;
-  const int64_t all = num_ranks / (config.parallel.tensor * config.parallel.pipeline);
-  const auto copies = static_cast<uint64_t>(std::max<int64_t>(1, config.parallel.shard_within > 0 ? config.parallel.shard_within : all));
-  if (zero >= 1) plan.optimizer_bytes /= copies;
-  const auto outside = static_cast<uint64_t>(m.vocab_size * m.hidden_size * (m.tie_embeddings ? 1 : 2) + m.hidden_size) * weight_size;
-  const auto block = plan.weight_bytes > outside && m.num_layers > 0 ? (plan.weight_bytes - outside) / static_cast<uint64_t>(m.num_layers) : 0;
-  if (zero >= 2) {  // a part, and three whole buckets: one that fills and two on their way
-    const uint64_t whole = plan.gradient_bytes, limit = static_cast<uint64_t>(config.comm.bucket_mb * (1 << 20));
-    const uint64_t bucket = std::max(std::min(limit, std::max<uint64_t>(64 << 10, whole / 8)),
-                                     config.lora.rank > 0 || !config.lora.path.empty() ? 0 : outside / weight_size * 4);
-    const bool adds_up = config.train.accumulation > 1 && config.parallel.reduce == "step";  // micro-batches add up in whole buckets
-    plan.gradient_bytes = whole / copies + (adds_up ? whole : std::min(whole, 3 * bucket));
-  }
-  if (zero == 3) {  // a part, and whole: what is outside of the blocks, a block at work and the next
-    plan.weight_bytes = plan.weight_bytes / copies + outside + std::min(plan.weight_bytes - std::min(plan.weight_bytes, outside), 2 * block);
-  }
+std::string b(uint64_t n) { return bytes_text(static_cast<double>(n)); }
+
+std::string parts_text(const Footprint& f) {
+  return str("weights ", b(f.weights), ", gradients ", b(f.gradients), ", optimizer ", b(f.optimizer), ", activations at most ", b(f.activations),
+             ", buffers ", b(f.buffers));
 }
 
 }  // namespace
 
-Plan make_plan(const Config& config, const ModelConfig& m, at::ScalarType dtype, int64_t trainable, int64_t row_tokens,
-               double mean_row_tokens, int64_t rows_per_epoch, int64_t rows_per_step, int64_t steps,
-               int num_ranks, const HeldParameters& held) {
+const Footprint& Plan::largest() const {
+  return std::max_element(stages.begin(), stages.end(), [](const Stage& x, const Stage& y) { return x.memory.total() < y.memory.total(); })->memory;
+}
+
+Plan make_plan(const Config& config, const ModelConfig& model, at::ScalarType dtype, const Mesh& mesh, const PlannedData& data) {
+  const MeshModel cut(config, model, dtype, mesh);
   Plan plan;
-  uint64_t bytes = c10::elementSize(dtype), wide = std::max<uint64_t>(bytes, 4);
-  plan.parameters = m.num_parameters();
-  plan.trainable = trainable;
-  bool adapters = config.lora.rank > 0 || !config.lora.path.empty();
-  const bool cut = held.all > 0;
-  const auto held_trained = static_cast<uint64_t>(cut ? held.trained : trainable);
-  plan.weight_bytes = static_cast<uint64_t>(cut ? held.all : plan.parameters + (adapters ? trainable : 0)) * bytes;
-  plan.gradient_bytes = held_trained * wide;
-  plan.optimizer_bytes = held_trained * AdamW::state_bytes_per_element(dtype);
-  share_out(plan, config, m, bytes, num_ranks);
-  // Kept for backward, a token and layer: block input, two norms, q, k, v, attention output, gate, up and their product.
-  auto tokens = static_cast<uint64_t>(config.train.micro_batch_size * row_tokens);
-  auto c = static_cast<uint64_t>(m.hidden_size), f = static_cast<uint64_t>(m.intermediate_size);
-  // Over tensor ranks each has its share, but two times a layer the rows of all of them, to multiply its part of a matrix with.
-  const auto t = static_cast<uint64_t>(config.parallel.tensor);
-  const uint64_t all_rows = t > 1 ? 2 * c : 0;
-  auto heads = static_cast<uint64_t>((2 * m.num_heads + 2 * m.num_kv_heads) * m.head_dim);
-  uint64_t layer = (5 * c + 2 * heads + 3 * f) / t + all_rows;
-  // Beside them, a layer at work: more than one where what is kept leaves holes in the heap that are too small for it.
-  auto layers = static_cast<uint64_t>(m.num_layers);
-  if (config.parallel.pipeline > 1) {  // of the micro-batches that a stage has on their way, chunks of layers
-    const PipelineSchedule schedule = make_pipeline_schedule(parse_pipeline_kind(config.parallel.schedule), static_cast<int>(config.parallel.pipeline),
-                                                             static_cast<int>(config.parallel.virtual_stages), static_cast<int>(config.train.accumulation));
-    const auto chunks = static_cast<uint64_t>(schedule.num_chunks());
-    const std::vector<int> in_flight = simulate(schedule, {}).peak_in_flight;
-    layers = (layers + chunks - 1) / chunks * static_cast<uint64_t>(*std::max_element(in_flight.begin(), in_flight.end()));
+  plan.parameters = model.num_parameters();
+  plan.trainable = cut.num_trained();
+  plan.mesh = mesh, plan.data = data;
+  const int64_t most = config.train.micro_batch_size * data.longest_row;
+  const auto mean = static_cast<int64_t>(std::llround(static_cast<double>(config.train.micro_batch_size) * data.mean_row));
+  const std::vector<MicroBatch> batches(static_cast<size_t>(data.accumulation), {mean, mean});
+  for (int stage = 0; stage < mesh.num_pipeline(); ++stage) {
+    const MeshCoords coords{stage, 0, mesh.num_tensor() - 1};  // uneven parts: the last has the most
+    plan.stages.push_back({step_footprint(cut, config, coords, {most, most}, data.accumulation), step_traffic(cut, config, coords, batches)});
   }
-  uint64_t kept = layer * layers + layer;
-  if (config.train.recompute == "selective") kept = std::min(kept, ((2 * c + heads + 2 * f) / t + all_rows) * layers + 3 * layer);
-  if (config.train.recompute == "full") kept = std::min(kept, c / t * layers + 3 * layer);
-  // The loss: a chunk of logits (twice, where 16-bit products arrange it anew), and of a trained head the sum of its gradient,
-  // beside it first a chunk's part and then the copy that backward passes on.
-  auto vocabulary = static_cast<uint64_t>(m.vocab_size) / t;
-  const auto chunk = static_cast<uint64_t>(cross_entropy_chunk_rows(m.vocab_size, dtype, !adapters));
-  uint64_t loss = std::min(tokens, chunk) * vocabulary * wide + (adapters ? 0 : vocabulary * c * (wide + bytes));
-  plan.activation_bytes = tokens * (kept + all_rows / 2) * bytes + loss;
+  plan.base_bytes += 3 * plan.largest().block;  // resident memory was up to three blocks above the tensors (tests/run_memory_test.py)
   if (config.checkpoint.async)  // what is saved is shared out evenly among the ranks
-    plan.checkpoint_bytes = static_cast<uint64_t>(trainable) * (bytes + AdamW::state_bytes_per_element(dtype)) / static_cast<uint64_t>(num_ranks);
-  plan.base_bytes = 300ull << 20;
-  plan.rows_per_step = rows_per_step;
-  plan.rows_per_epoch = rows_per_epoch;
-  plan.steps = steps;
-  plan.tokens_per_step = static_cast<int64_t>(static_cast<double>(rows_per_step) * mean_row_tokens);
+    plan.checkpoint_bytes = static_cast<uint64_t>(plan.trainable) * (c10::elementSize(dtype) + AdamW::state_bytes_per_element(dtype)) /
+                            static_cast<uint64_t>(mesh.num_ranks());
+  if (mesh.num_pipeline() > 1) {
+    const PipelineSchedule schedule = schedule_of(config, data.accumulation);
+    plan.schedule = pipeline_kind_name(schedule.kind);
+    plan.bubble = simulate(schedule, {}).bubble();
+  }
   return plan;
 }
 
 std::string Plan::text() const {
-  auto b = [](uint64_t n) { return bytes_text(static_cast<double>(n)); };
-  return str("plan: ", count_text(static_cast<double>(parameters)), " parameters, ", count_text(static_cast<double>(trainable)),
-             " trained; ", counted(steps, "step"), " of ", counted(rows_per_step, "row"), " (about ", counted(tokens_per_step, "token"), "), ",
-             counted(rows_per_epoch, "row"), " an epoch (",
-             counted((rows_per_epoch + rows_per_step - 1) / std::max<int64_t>(rows_per_step, 1), "step"),
-             ")\nplan: memory of a rank: weights ", b(weight_bytes), ", gradients ", b(gradient_bytes), ", optimizer ",
-             b(optimizer_bytes), ", activations at most ", b(activation_bytes),
-             checkpoint_bytes > 0 ? ", copy for a checkpoint " + b(checkpoint_bytes) : "", ", program ", b(base_bytes), ": ", b(total_bytes()));
+  std::string out = str("plan: ", count_text(static_cast<double>(parameters)), " parameters, ", count_text(static_cast<double>(trainable)), " trained; ",
+                        data.steps > 0 ? counted(data.steps, "step") : "steps", " of ", counted(data.rows_per_step, "row"), " (about ",
+                        counted(static_cast<int64_t>(static_cast<double>(data.rows_per_step) * data.mean_row), "token"), ")");
+  if (data.rows_per_epoch > 0)
+    out += str(", ", counted(data.rows_per_epoch, "row"), " an epoch (",
+               counted((data.rows_per_epoch + data.rows_per_step - 1) / std::max<int64_t>(data.rows_per_step, 1), "step"), ")");
+  out += str("\nplan: memory of a rank: ", parts_text(largest()), checkpoint_bytes > 0 ? ", copy for a checkpoint " + b(checkpoint_bytes) : "",
+             ", program ", b(base_bytes), ": ", b(total_bytes()));
+  if (mesh.num_ranks() == 1) return out;
+  for (size_t s = 0; s < stages.size() && stages.size() > 1; ++s)
+    out += str("\nplan: stage ", s, " of the pipeline: ", parts_text(stages[s].memory), ": ", b(stages[s].memory.total()));
+  out += str("\nplan: ", mesh.text());
+  for (size_t s = 0; s < stages.size(); ++s)
+    if (s == 0 || stages[s].traffic != stages[s - 1].traffic)
+      out += str("; ", stages.size() > 1 ? str("stage ", s, ": ") : "", "a rank exchanges in a step ", stages[s].traffic.text());
+  if (!schedule.empty())
+    out += str("\nplan: the pipeline idles ", std::round(bubble * 1000) / 10, " % of the time (", schedule, ", ", counted(mesh.num_pipeline(), "stage"), ", ",
+               data.accumulation, data.accumulation == 1 ? " micro-batch" : " micro-batches", "), where all stages cost the same");
+  return out;
 }
 
 void check_memory(const Plan& plan, int num_local_ranks, uint64_t free_bytes) {
@@ -102,10 +77,50 @@ void check_memory(const Plan& plan, int num_local_ranks, uint64_t free_bytes) {
   if (needed <= there) return;
   throw ConfigError(str("the run needs about ", bytes_text(needed), " of memory (", counted(num_local_ranks, "rank"), " of ",
                         bytes_text(static_cast<double>(plan.total_bytes())), ", of which activations ",
-                        bytes_text(static_cast<double>(plan.activation_bytes)), "), but this host has ", bytes_text(there),
+                        bytes_text(static_cast<double>(plan.largest().activations)), "), but this host has ", bytes_text(there),
                         " free: lower train.micro_batch_size or data.max_length, set train.recompute=full, "
                         "lora.rank or train.dtype=bfloat16, ",
                         plan.checkpoint_bytes > 0 ? "set checkpoint.async=false, " : "", "or start fewer ranks"));
+}
+
+std::string fit_text(const Plan& plan, const Config& config, const ModelConfig& model, at::ScalarType dtype, uint64_t bytes) {
+  const std::string room = str("plan: a rank needs ", b(plan.total_bytes()), " and has ", b(bytes), ": ");
+  if (plan.total_bytes() <= bytes) return room + "it fits";
+  // Each change alone, then together with those before it.
+  struct Change {
+    const char* text;
+    std::function<bool(Config&)> make;  // false: it is so already
+  };
+  auto set = [](auto& value, auto wanted) { return std::exchange(value, wanted) != wanted; };
+  const bool copies = plan.mesh.num_data() > 1;
+  const std::vector<Change> changes = {
+      {"train.recompute=selective", [&](Config& c) { return c.train.recompute == "none" && set(c.train.recompute, "selective"); }},
+      {"parallel.zero=1", [&](Config& c) { return copies && c.parallel.zero < 1 && set(c.parallel.zero, 1); }},
+      {"parallel.zero=2", [&](Config& c) { return copies && c.parallel.zero < 2 && set(c.parallel.zero, 2); }},
+      {"parallel.zero=3", [&](Config& c) { return copies && c.parallel.zero < 3 && set(c.parallel.zero, 3); }},
+      {"train.recompute=full", [&](Config& c) { return set(c.train.recompute, "full"); }},
+      {"train.micro_batch_size=1", [&](Config& c) { return set(c.train.micro_batch_size, 1); }}};
+  std::vector<std::string> fitting;
+  auto try_it = [&](const Config& changed, const std::string& text) {
+    const Plan other = make_plan(changed, model, dtype, plan.mesh, plan.data);
+    if (other.total_bytes() <= bytes) fitting.push_back(str(text, " (", b(other.total_bytes()), ")"));
+    return other.total_bytes() <= bytes;
+  };
+  for (const Change& change : changes)
+    if (Config alone = config; change.make(alone)) try_it(alone, change.text);
+  if (fitting.empty()) {
+    Config together = config;
+    std::vector<std::string> names;
+    for (const Change& change : changes) {
+      if (!change.make(together)) continue;
+      std::erase_if(names, [&](const std::string& name) { return name.starts_with(std::string(change.text).substr(0, std::string(change.text).find('='))); });
+      names.push_back(change.text);
+      if (try_it(together, joined(names, " "))) break;
+    }
+  }
+  return room + "it does not fit; " + (fitting.empty() ? "no recomputation, ZeRO stage or smaller micro-batch is enough: use more ranks along "
+                                                         "parallel.tensor or parallel.pipeline, a shorter data.max_length, or lora.rank"
+                                                       : "it would with " + joined(fitting, ", or with "));
 }
 
 }  // namespace trireme

@@ -1,37 +1,51 @@
-// What a run will cost, said before its first step.
+// What a run will cost, said before its first step: memory of each rank, bytes sent, the pipeline's idle time. From shapes alone.
 #pragma once
+
+#include "base/tensor.h"
 
 #include "config/config.h"
 #include "model/hf_config.h"
-#include "base/tensor.h"
+#include "train/footprint.h"
 #include "train/memory.h"
 
 namespace trireme {
 
+// The rows that a run reads.
+struct PlannedData {
+  int64_t longest_row = 0;  // tokens
+  double mean_row = 0;
+  int64_t rows_per_epoch = 0;  // 0: not known
+  int64_t rows_per_step = 0, steps = 0;
+  int64_t accumulation = 1;    // micro-batches a step, of each copy of the model
+};
+
 struct Plan {
-  int64_t parameters = 0, trainable = 0;
-  uint64_t weight_bytes = 0, gradient_bytes = 0, optimizer_bytes = 0, activation_bytes = 0;  // of a rank
+  int64_t parameters = 0, trainable = 0;  // of the whole model
+  Mesh mesh;
+  PlannedData data;
+  struct Stage {  // of the pipeline: its largest rank
+    Footprint memory;
+    Traffic traffic;  // of a step of mean rows, everything learnt
+  };
+  std::vector<Stage> stages;
   uint64_t checkpoint_bytes = 0;  // a rank's share of weights and optimizer, copied for checkpoint.async
-  uint64_t base_bytes = 0;        // program and libraries
-  int64_t rows_per_step = 0, steps = 0, rows_per_epoch = 0;
-  int64_t tokens_per_step = 0;  // about: rows * mean tokens of a row
-  uint64_t total_bytes() const {
-    return weight_bytes + gradient_bytes + optimizer_bytes + activation_bytes + checkpoint_bytes + base_bytes;
-  }
+  // Program and libraries; and of the heap what lies between tensors that are kept, in holes too small for a block at work.
+  uint64_t base_bytes = 300ull << 20;
+  std::string schedule;  // of the pipeline; "" where there is none
+  double bubble = 0;     // its share of idle time, where forward, input and weight gradients of all stages cost the same
+
+  const Footprint& largest() const;
+  uint64_t total_bytes() const { return largest().total() + checkpoint_bytes + base_bytes; }
   std::string text() const;
 };
 
-// What a rank holds of a model that is cut over ranks, in elements; 0: all of it.
-struct HeldParameters {
-  int64_t all = 0, trained = 0;
-};
-
-// `row_tokens`: tokens of the longest row. Activations are an upper estimate from shapes.
-Plan make_plan(const Config& config, const ModelConfig& model, at::ScalarType dtype, int64_t trainable, int64_t row_tokens,
-               double mean_row_tokens, int64_t rows_per_epoch, int64_t rows_per_step, int64_t steps, int num_ranks = 1,
-               const HeldParameters& held = {});
+// Memory of steps of longest rows, at most; ConfigError where the model cannot be cut so.
+Plan make_plan(const Config& config, const ModelConfig& model, at::ScalarType dtype, const Mesh& mesh, const PlannedData& data);
 
 // ConfigError where `num_local_ranks` such ranks do not fit this host's free memory; names the keys to change.
 void check_memory(const Plan& plan, int num_local_ranks, uint64_t free_bytes = available_bytes());
+
+// Whether a rank fits `bytes`, and else by which changes of the configuration it would. One line.
+std::string fit_text(const Plan& plan, const Config& config, const ModelConfig& model, at::ScalarType dtype, uint64_t bytes);
 
 }  // namespace trireme

@@ -53,7 +53,7 @@ void check_positions(const Dataset& data, const ModelConfig& model) {
 class Run {
  public:
   Run(const Config& config, const CommandLine& line, const Process& process)
-      : config_(config), process_(process), world_(Communicator::world()),
+      : config_(config), only_asks_(line.verb == "plan"), process_(process), world_(Communicator::world()),
         mesh_(mesh_of(config, process.size())),
         comms_(mesh_, world_) {
     if (config_.run.dir.empty()) config_.run.dir = default_run_dir(line.config_file);
@@ -61,7 +61,6 @@ class Run {
 
   ExitStatus run(bool plan_only) {
     agree_on(world_, [&] { read_files(); });
-    held_ = {static_cast<int64_t>(world_.max(static_cast<double>(held_.all))), static_cast<int64_t>(world_.max(static_cast<double>(held_.trained)))};
     agree_on(world_, [&] { if (rank0()) check_run_folder(config_.run.dir, config_.run.resume == "never"); });
     if (!plan_only) open_folder();
     if (!plan_only && !names_checkpoint() && already_finished()) return kExitDone;  // whether its data are still there or not
@@ -123,14 +122,7 @@ class Run {
     dtype_ = train_dtype(config_, source_);
     options_ = data_options(config_, *tools_, source_.config.vocab_size);
     options_.check();
-    for (const auto& p : build_model(config_, source_, dtype_, true, true)->parameters())
-      num_trained_ += p.value.requires_grad() ? p.value.numel() : 0;
-    if (mesh_.num_tensor() * mesh_.num_pipeline() == 1) return;
-    for (const ModelCut& cut : cuts())
-      for (const auto& p : build_model(config_, source_, dtype_, true, true, cut)->parameters()) {
-        held_.all += p.value.numel();
-        held_.trained += p.value.requires_grad() ? p.value.numel() : 0;
-      }
+    build_model(config_, source_, dtype_, true, true);
   }
 
   void open_folder() {
@@ -220,8 +212,7 @@ class Run {
       if (origin_.is_object()) state_.origin = origin_;
     }
     if (mesh_.num_pipeline() > 1)  // with the accumulation as it is now
-      make_pipeline_schedule(parse_pipeline_kind(config_.parallel.schedule), mesh_.num_pipeline(), static_cast<int>(config_.parallel.virtual_stages),
-                             static_cast<int>(shape_.accumulation));
+      schedule_of(config_, shape_.accumulation);
     if (eval_data_) measure_by(config_.eval.metric, eval_data_->fingerprint());
     total_steps_ = config_.train.steps;
     if (total_steps_ == 0)
@@ -324,14 +315,16 @@ class Run {
       longest = std::max(longest, train_data_->row_tokens(r));
       total += train_data_->row_tokens(r);
     }
-    Plan plan = make_plan(config_, source_.config, dtype_, num_trained_, longest,
-                          static_cast<double>(total) / static_cast<double>(rows), rows, shape_.rows_per_step(), total_steps_, process_.size(), held_);
+    Plan plan = make_plan(config_, source_.config, dtype_, mesh_, {longest, static_cast<double>(total) / static_cast<double>(rows), rows,
+                                                                   shape_.rows_per_step(), total_steps_, shape_.accumulation});
     log_info(plan.text());
     if (rank0() && rows < shape_.rows_per_step())
       log_warn(str("a step takes ", shape_.rows_per_step(), " rows, but the training data has ", rows,
                    ": each is learnt more than once a step; lower train.accumulation or train.micro_batch_size"));
     if (resumed_) log_info(str("going on from ", resumed_->folder(), ", step ", state_.step, " of ", total_steps_));
-    check_memory(plan, process_.local_size());
+    if (!only_asks_) return check_memory(plan, process_.local_size());
+    log_info(fit_text(plan, config_, source_.config, dtype_, config_.plan.memory_gb > 0 ? static_cast<uint64_t>(config_.plan.memory_gb * 1e9)
+                                                                                       : available_bytes() / static_cast<uint64_t>(process_.local_size())));
   }
 
   void build() {
@@ -526,6 +519,7 @@ class Run {
 
   const Clock::time_point started_ = Clock::now();
   Config config_;
+  const bool only_asks_;  // trireme plan
   const Process& process_;
   Communicator world_;
   Mesh mesh_;
@@ -541,8 +535,7 @@ class Run {
   BatchShape shape_;
   std::optional<Schedule> schedule_;
   Stages stages_;
-  HeldParameters held_;
-  int64_t num_trained_ = 0, total_steps_ = 0, eval_every_ = 0, save_every_ = 0;
+  int64_t total_steps_ = 0, eval_every_ = 0, save_every_ = 0;
   TrainState state_;
   std::optional<CheckpointStore> store_;
   std::optional<Checkpoint> resumed_;

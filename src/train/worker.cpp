@@ -110,13 +110,7 @@ bool Worker::has_head() const {
   return std::any_of(chunks_.begin(), chunks_.end(), [](const auto& chunk) { return chunk->has_head(); });
 }
 
-std::vector<Parameter> Worker::parameters() const {
-  std::vector<Parameter> all;
-  for (const auto& chunk : chunks_)
-    for (Parameter& p : chunk->parameters())  // a tied embedding may be in two chunks of a rank
-      if (std::none_of(all.begin(), all.end(), [&](const Parameter& known) { return known.name == p.name; })) all.push_back(std::move(p));
-  return all;
-}
+std::vector<Parameter> Worker::parameters() const { return parameters_of(chunks_); }
 
 // What each chunk makes of a micro-batch; `last` of the one with the head.
 PipelineStep Worker::pipeline_step(const std::vector<ModelInput>& inputs,
@@ -232,6 +226,17 @@ StepResult Worker::run(int64_t step, bool stop, bool save_ready) {
   weights_changed();
   loader_.advance();
   return out;
+}
+
+Traffic Worker::exchanged() const {
+  auto bytes = [](const Communicator& comm, const char* op) {  // "": all
+    int64_t sum = 0;
+    for (const auto& line : comm.size() > 1 ? comm.statistics().lines : std::vector<CommStatistics::Line>())
+      if (*op == 0 || line.op == op) sum += line.num_bytes;
+    return sum;
+  };
+  return {reducer_->bytes_exchanged(), weights_ ? weights_->bytes_gathered() : 0, bytes(comms_.tensor, ""), bytes(comms_.pipeline, "send"),
+          bytes(comms_.world, "all_reduce")};
 }
 
 void Worker::report_nonfinite(int64_t step, const std::vector<ModelInput>& inputs) {

@@ -11,6 +11,7 @@
 #include "parallel/sharded_weights.h"
 #include "tasks/task.h"
 #include "train/build.h"
+#include "train/traffic.h"
 
 namespace trireme {
 
@@ -52,6 +53,8 @@ class Worker {
   // The task's sums over batches of the evaluation data, on the ranks that have the head; elsewhere none. Collective over the
   // ranks of the tensor and pipeline axes, which give the same batches.
   std::map<std::string, double> evaluate_in_pipeline(const std::vector<SequenceBatch>& batches);
+  // Since the start, as the Communicators of the model's axes counted it; `other`: the reductions of the world.
+  Traffic exchanged() const;
   void set_num_steps(int64_t steps) { optimizer_->set_num_steps(steps); }
   LossScale& loss_scale() { return loss_scale_; }  // part of the state
 

@@ -1,0 +1,28 @@
+// `trireme plan`: of this job's run, or of ranks that are not started.
+#include "base/tensor.h"
+
+#include "base/log.h"
+#include "comm/communicator.h"
+#include "launch/verbs.h"
+#include "train/agreement.h"
+#include "train/plan.h"
+#include "train/trainer.h"
+
+namespace trireme {
+
+ExitStatus verb_plan(const Config& config, const CommandLine& line, const Process& process) {
+  if (config.plan.ranks == 0 && !config.data.train.empty()) return run_training(config, line, process, true);
+  agree_on(Communicator::world(), [&] {  // neither data nor weights are read: rows are full
+    const ModelSource source = find_model(config);
+    const at::ScalarType dtype = train_dtype(config, source);
+    const Mesh mesh = mesh_of(config, planned_ranks(config, line, process.size()));
+    const int64_t row = std::min(config.data.max_length, source.config.max_positions), accumulation = config.train.accumulation;
+    const Plan plan = make_plan(config, source.config, dtype, mesh,
+                                {row, static_cast<double>(row), 0, config.train.micro_batch_size * accumulation * mesh.num_data(), config.train.steps, accumulation});
+    const uint64_t room = config.plan.memory_gb > 0 ? static_cast<uint64_t>(config.plan.memory_gb * 1e9) : available_bytes();
+    log_info(str(plan.text(), "\n", fit_text(plan, config, source.config, dtype, room)));
+  });
+  return kExitDone;
+}
+
+}  // namespace trireme

@@ -1,0 +1,233 @@
+#include "train/footprint.h"
+
+#include <algorithm>
+#include <map>
+
+#include "optim/adamw.h"
+#include "tasks/task.h"
+
+namespace trireme {
+namespace {
+
+int64_t size_of(at::ScalarType dtype) { return static_cast<int64_t>(c10::elementSize(dtype)); }
+bool trained(const at::Tensor& t) { return t.defined() && t.requires_grad(); }
+bool keeps_input(const Linear& l) { return l.lora || trained(l.weight_OI); }
+int64_t rank_of(const Linear& l) { return l.lora ? l.lora->a_RI.size(0) : 0; }
+int64_t gradient_of(const Linear& l) { return trained(l.weight_OI) ? l.weight_OI.numel() : 0; }
+
+// Sizes of a micro-batch in a model: bytes of an element, and of one in which sums and norms are computed.
+struct Sizes {
+  int64_t tokens, rows;  // all of them; this rank's share between the matrices
+  int64_t element, wide;
+  bool shared() const { return rows < tokens; }
+};
+
+// What a block needs for backward, in bytes, in states that follow one another.
+struct BlockBytes {
+  int64_t kept = 0;      // from its forward on
+  int64_t whole = 0;     // kept, with all that backward computes again
+  int64_t split = 0;     // between input gradients and weight gradients, where these wait
+  int64_t backward = 0;  // beside what is kept, at most, while its backward runs
+};
+
+BlockBytes bytes_of(const Block& b, const ModelConfig& c, const Sizes& s, Recompute mode, bool input_has_gradient) {
+  const int64_t q = b.q.out_features(), k = b.k.out_features(), v = b.v.out_features(), f = b.gate.out_features(), width = c.hidden_size;
+  const int64_t heads = q / c.head_dim, all = s.tokens;
+  const bool qkv = keeps_input(b.q) || keeps_input(b.k) || keeps_input(b.v), mlp = keeps_input(b.gate) || keeps_input(b.up);
+  const bool in = input_has_gradient || trained(b.input_norm.weight_C), attended = in || qkv || keeps_input(b.o);
+  const bool selective = mode == Recompute::kSelective;
+  int64_t adapters = 0, split = 0;
+  for (const Linear* l : {&b.q, &b.k, &b.v, &b.o, &b.gate, &b.up, &b.down}) adapters += rank_of(*l);
+  for (const Linear* l : {&b.q, &b.k, &b.v, &b.gate, &b.up, &b.o, &b.down}) split += trained(l->weight_OI) ? l->out_features() : 0;
+
+  // Elements a token of every rank's, and of this rank's rows.
+  const int64_t attention = attended ? q + k + v + q : keeps_input(b.o) ? q : 0, middle = 2 * f;
+  const int64_t normed = (qkv ? width : 0) + (mlp ? width : 0), product = keeps_input(b.down) ? f : 0;
+  const int64_t twice = attended && b.q_norm.weight_C.defined() && !selective ? q + k : 0;  // before and behind their norm
+  const int64_t small = (2 * s.rows + (attended ? all * heads : 0) + (b.q_norm.weight_C.defined() ? all * (q + k) / c.head_dim : 0)) * s.wide;
+  const int64_t streams = (in ? 1 : 0) + 1;  // the block's input, and its sum with what attention adds
+  auto in_rows = [&](int64_t per_token) { return (s.shared() ? all : s.rows) * per_token * s.element; };
+  const int64_t least = (all * (attention + twice + middle + adapters) + s.rows * streams * width) * s.element + small;
+
+  BlockBytes bytes;
+  bytes.whole = least + in_rows(normed) + all * product * s.element;
+  bytes.kept = mode == Recompute::kFull ? s.rows * width * s.element : selective ? least : bytes.whole;
+  // Inputs and output gradients of the matrices that wait; scattered rows are whole again there.
+  bytes.split = split == 0 ? 0 : in_rows(normed) + all * (q + product + split) * s.element;
+  // The MLP's, then attention's: what has come in, what it adds to it, less what it no longer needs.
+  const int64_t arrived = s.rows * width + (s.shared() ? all * width : 0), again = selective ? all * product : 0;
+  const int64_t down = arrived + all * f + again + gradient_of(b.down);
+  const int64_t swiglu = s.rows * width + 3 * all * f - (selective ? 0 : all * product);
+  const int64_t scores = s.rows * width + all * (5 * q + 2 * k) - all * (2 * f + product) - (selective ? 0 : (s.shared() ? all : s.rows) * (mlp ? width : 0));
+  const int64_t gates = s.rows * width + 2 * all * width + gradient_of(b.gate) + (selective ? all * width : -all * product);
+  bytes.backward = std::max({down, swiglu, scores, gates}) * s.element;
+  if (mode == Recompute::kFull) bytes.backward += bytes.whole + 2 * s.rows * width * s.element;  // it all, its output and gradient
+  return bytes;
+}
+
+// What a chunk of the model needs of one micro-batch.
+struct ChunkBytes {
+  BlockBytes blocks;       // kept and split: of all blocks together
+  int64_t loss_kept = 0;   // between forward and backward, of the chunk with the head
+  int64_t loss_forward = 0, loss_backward = 0;  // beside kept, while the loss and its backward run
+  int64_t through = 0;     // all through backward: the gradient of a tied head waits for the embedding's
+  int64_t forward = 0;     // beside kept, at the end of forward
+  int64_t block = 0;       // one block, without recomputation
+};
+
+ChunkBytes bytes_of(const Transformer& chunk, const ModelConfig& c, const Sizes& s, Recompute mode, int64_t learnt) {
+  ChunkBytes bytes;
+  const Parameter *embedding = nullptr, *head = nullptr;
+  const std::vector<Parameter> parameters = chunk.parameters();
+  for (const Parameter& p : parameters) {
+    if (p.name == "model.embed_tokens.weight") embedding = &p;
+    if (p.name == (c.tie_embeddings ? "model.embed_tokens.weight" : "lm_head.weight")) head = &p;
+  }
+  bool gradient = !chunk.has_embedding() || trained(embedding->value);
+  for (const Block& b : const_cast<Transformer&>(chunk).blocks()) {
+    const BlockBytes block = bytes_of(b, c, s, mode, gradient);
+    bytes.blocks.kept += block.kept, bytes.blocks.split += block.split;
+    bytes.blocks.backward = std::max(bytes.blocks.backward, block.backward);
+    bytes.block = std::max(bytes.block, block.whole);
+    gradient = true;
+  }
+  const int64_t row = s.rows * c.hidden_size * s.element, all = s.tokens * c.hidden_size * s.element;
+  bytes.blocks.kept += 2 * s.tokens * c.head_dim * s.wide;  // cos and sin
+  bytes.forward = 2 * row + (s.shared() ? all : 0);         // the last block's output, and what it is the sum of
+  if (!chunk.has_head()) return bytes;
+  const bool trains = trained(head->value);
+  const int64_t vocabulary = head->value.size(0), whole = trains ? head->value.numel() : 0;
+  const int64_t chunk_rows = cross_entropy_chunk_rows(c.vocab_size, chunk.dtype(), trains), rows = std::min(learnt, chunk_rows);
+  const int64_t padded = rows <= 64 ? rows : (rows + 63) / 64 * 64;
+  const int64_t logits = padded * ((vocabulary + 63) / 64 * 64) * s.element, gathered = padded * c.hidden_size * s.element;
+  const int64_t sum = whole * (learnt > chunk_rows ? s.wide : s.element), part = learnt > chunk_rows ? whole * s.element : 0;
+  const int64_t copies = s.shared() ? rows * vocabulary * s.wide : 0;
+  bytes.blocks.kept += row + s.rows * s.wide;  // the final norm's input
+  bytes.loss_kept = all + sum;
+  bytes.loss_forward = row + (s.shared() ? all : 0) + logits + 2 * gathered + bytes.loss_kept + std::max(part, copies);
+  bytes.loss_backward = bytes.loss_kept + std::max(all, whole * s.element);
+  bytes.through = c.tie_embeddings && chunk.has_embedding() ? whole * s.element : 0;
+  return bytes;
+}
+
+// The largest sum while a stage does its part of a step. One chunk and its micro-batches in turn are the same with one stage.
+int64_t peak_of(const std::vector<Action>& actions, const std::map<int, ChunkBytes>& chunks) {
+  int64_t live = 0, peak = 0;
+  for (const Action& a : actions) {
+    const ChunkBytes& chunk = chunks.at(a.chunk);
+    const BlockBytes& blocks = chunk.blocks;
+    auto reaches = [&](int64_t more) { peak = std::max(peak, live + more); };
+    switch (a.kind) {
+      case ActionKind::kForward:
+        reaches(blocks.kept + std::max(chunk.loss_forward, chunk.forward));
+        live += blocks.kept + chunk.loss_kept;
+        break;
+      case ActionKind::kBackward:
+      case ActionKind::kBackwardInput: {
+        const bool waits = a.kind == ActionKind::kBackwardInput;
+        reaches(chunk.loss_backward - chunk.loss_kept);
+        live -= chunk.loss_kept;
+        reaches(chunk.through + blocks.backward + (waits ? std::max<int64_t>(0, blocks.split - blocks.kept) : 0));
+        live += (waits ? blocks.split : 0) - blocks.kept;
+        break;
+      }
+      case ActionKind::kBackwardWeight:
+        live -= blocks.split;
+        break;
+    }
+  }
+  return peak;
+}
+
+// ZeRO: a rank's parts, and of buckets what is there for a while.
+void add_shared_out(Footprint& f, const MeshModel& model, const Config& config, const RankModel& rank, int64_t num_batches) {
+  const int64_t element = size_of(model.dtype()), wide = size_of(gradient_type(model.dtype()));
+  const auto zero = config.parallel.zero;
+  const bool pipeline = model.mesh().num_pipeline() > 1;
+  int64_t all = 0, parts = 0, largest[2] = {0, 0};
+  std::map<int64_t, int64_t> of_block;  // gradients of the buckets that hold some of a block
+  std::map<int64_t, int64_t> units;     // ZeRO 3: weights of each block
+  int64_t weight_parts = 0;
+  for (const bool of_trained : {true, false})
+    for (const Bucket& bucket : model.buckets(rank, config, of_trained)) {
+      const int64_t part = bucket.num_elements / MeshModel::shared_out(rank.group_sizes[bucket.group], config, model.mesh()).first;
+      units[bucket.unit] += bucket.num_elements * element;
+      weight_parts += part * element;
+      if (!of_trained) continue;
+      all += bucket.num_elements, parts += part;
+      for (int64_t bytes = bucket.num_elements * wide; int64_t& place : largest)
+        if (bytes > place) std::swap(bytes, place);
+      std::map<int64_t, bool> blocks;
+      for (size_t i : bucket.parameters) blocks[block_of(rank.parameters[i].name)] = true;
+      for (const auto& [block, there] : blocks) of_block[block] += bucket.num_elements * wide;
+    }
+  int64_t elements = 0, frozen = 0;
+  for (const Parameter& p : rank.parameters) elements += p.value.numel(), frozen += p.value.requires_grad() ? 0 : p.value.numel();
+  bool embedding_trained = false;
+  for (const Parameter& p : rank.parameters) embedding_trained |= p.name == "model.embed_tokens.weight" && p.value.requires_grad();
+  f.weights = static_cast<uint64_t>((zero == 0 ? elements : frozen + all) * element);
+  if (zero == 3) {
+    const int64_t outside = units.count(-1) ? units.at(-1) : 0;
+    int64_t two = 0, before = 0;  // a block at work and its neighbour
+    for (const auto& [block, bytes] : units)
+      if (block >= 0) two = std::max(two, before + bytes), before = bytes;
+    // Where nobody asks for the gradient of the first block's input, it stays for the next micro-batch.
+    const bool stays = !embedding_trained && num_batches > 1 && units.size() > 3;
+    f.weights = static_cast<uint64_t>(weight_parts + outside + two + (stays ? units.upper_bound(-1)->second : 0));
+  }
+  f.gradients = static_cast<uint64_t>(all * wide);
+  if (zero >= 2) {
+    int64_t transient = 0;
+    for (const auto& [block, bytes] : of_block) transient = std::max(transient, bytes + largest[0] + largest[1]);
+    // Micro-batches add up in whole buckets; a pipeline reduces behind its last backward.
+    const bool adds_up = config.parallel.reduce == "step" && (num_batches > 1 || pipeline);
+    if (adds_up || !config.comm.overlap) transient = all * wide;
+    f.gradients = static_cast<uint64_t>(parts * wide + std::min(all * wide, transient));
+  }
+  f.optimizer = static_cast<uint64_t>(zero == 0 ? all : parts) * AdamW::state_bytes_per_element(model.dtype());
+}
+
+}  // namespace
+
+uint64_t kept_by_block(const Block& block, const ModelConfig& config, at::ScalarType dtype, int64_t tokens, int num_tensor, Recompute mode,
+                       bool input_has_gradient) {
+  const Sizes sizes{tokens, tokens / num_tensor, size_of(dtype), size_of(gradient_type(dtype))};
+  return static_cast<uint64_t>(bytes_of(block, config, sizes, mode, input_has_gradient).kept);
+}
+
+Footprint step_footprint(const MeshModel& model, const Config& config, const MeshCoords& coords, const MicroBatch& batch, int64_t num_batches) {
+  Footprint f;
+  const Mesh& mesh = model.mesh();
+  const RankModel& rank = model.at(coords.pipeline, coords.tensor);
+  add_shared_out(f, model, config, rank, num_batches);
+  const int64_t multiple = row_multiple(at::kCPU, model.dtype(), mesh.num_tensor());
+  const int64_t tokens = (batch.tokens + multiple - 1) / multiple * multiple;
+  const Sizes sizes{tokens, tokens / mesh.num_tensor(), size_of(model.dtype()), size_of(gradient_type(model.dtype()))};
+  const Recompute mode = parse_recompute(config.train.recompute);
+  const std::vector<int> numbers = stages_of(config, model.config()).shape.chunks_of(coords.pipeline);
+  std::map<int, ChunkBytes> chunks;
+  for (size_t i = 0; i < numbers.size(); ++i)
+    chunks[numbers[i]] = bytes_of(*rank.chunks[i], model.config(), sizes, mode, std::min(batch.learnt, tokens));
+  for (const auto& [number, chunk] : chunks) f.block = std::max(f.block, static_cast<uint64_t>(chunk.block));
+  const int64_t ids = 3 * 8 * tokens;  // tokens, targets, positions of a micro-batch, until the step is done
+  f.buffers = static_cast<uint64_t>(num_batches * ids);
+  if (mesh.num_pipeline() == 1) {
+    f.activations = static_cast<uint64_t>(peak_of({{ActionKind::kForward, 0, 0}, {ActionKind::kBackward, 0, 0}}, chunks));
+    return f;
+  }
+  const PipelineSchedule schedule = schedule_of(config, num_batches);
+  const auto& actions = schedule.actions[static_cast<size_t>(coords.pipeline)];
+  f.activations = static_cast<uint64_t>(peak_of(actions, chunks));
+  // A receive is posted of whatever comes next to a chunk, in each direction, and a message is on its way to each receiver.
+  std::map<std::pair<int, bool>, int64_t> receives, sends;
+  Action waiting{};
+  for (const Action& a : actions) {
+    const std::pair<int, bool> channel{a.chunk, a.kind == ActionKind::kForward};
+    if (schedule.source(a) >= 0) receives[channel] = 1;
+    if (schedule.consumer(a, &waiting)) sends[channel] = 1;
+  }
+  f.buffers += (receives.size() + sends.size()) * static_cast<uint64_t>(sizes.rows * model.config().hidden_size * sizes.element);
+  return f;
+}
+
+}  // namespace trireme

@@ -1,0 +1,32 @@
+// Bytes of tensors that a rank holds at the peak of a training step, from shapes alone.
+//
+// The formulas follow the operations (ops/ops.h says what each keeps) as Korthikanti et al. 2022 ("Reducing Activation
+// Recomputation in Large Transformer Models") do for theirs: a GPT layer of theirs without dropout and attention scores keeps
+// 32 T C bytes in 16 bits, which a layer of ours with the same matrices keeps too; and over t tensor ranks with the rows shared
+// out 1/t of it, but for the rows that are gathered to multiply with. What ZeRO leaves on a rank is Rajbhandari et al. 2020;
+// chunks in flight are those of the pipeline's schedule.
+#pragma once
+
+#include "train/mesh_model.h"
+#include "train/traffic.h"
+
+namespace trireme {
+
+struct Footprint {
+  uint64_t weights = 0;      // with the blocks that ZeRO 3 has gathered
+  uint64_t gradients = 0;    // with the buckets that ZeRO 2 and 3 have on their way
+  uint64_t optimizer = 0;
+  uint64_t activations = 0;  // kept for backward, and what the largest moment of forward, loss or backward adds
+  uint64_t buffers = 0;      // the step's batches, hidden states between stages
+  uint64_t block = 0;        // of these activations, those of one block without recomputation
+  uint64_t total() const { return weights + gradients + optimizer + activations + buffers; }
+};
+
+// Of the rank at `coords` in a step of `num_batches` micro-batches like this one.
+Footprint step_footprint(const MeshModel& model, const Config& config, const MeshCoords& coords, const MicroBatch& batch, int64_t num_batches);
+
+// What one block keeps for backward of a micro-batch of so many tokens.
+uint64_t kept_by_block(const Block& block, const ModelConfig& config, at::ScalarType dtype, int64_t tokens, int num_tensor, Recompute mode,
+                       bool input_has_gradient = true);
+
+}  // namespace trireme

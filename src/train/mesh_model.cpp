@@ -1,0 +1,56 @@
+#include "train/mesh_model.h"
+
+#include <map>
+
+#include "parallel/tensor_parallel.h"
+
+namespace trireme {
+
+MeshModel::MeshModel(const Config& config, const ModelConfig& model, at::ScalarType dtype, const Mesh& mesh)
+    : config_(model), dtype_(dtype), mesh_(mesh) {
+  check_tensor_parallel(model, mesh.num_tensor());
+  const Stages stages = stages_of(config, model);
+  for (const Parameter& p : model_shapes(config, model, dtype, true)->parameters()) num_trained_ += p.value.requires_grad() ? p.value.numel() : 0;
+  using Slice = std::tuple<std::string, std::vector<int64_t>, std::vector<int64_t>>;  // name, offset, shape
+  auto slice_of = [](const Parameter& p) { return Slice{p.name, p.shard.offset, p.value.sizes().vec()}; };
+  std::map<Slice, std::vector<size_t>> holders;
+  for (int pipeline = 0; pipeline < mesh.num_pipeline(); ++pipeline)
+    for (int tensor = 0; tensor < mesh.num_tensor(); ++tensor) {
+      RankModel rank;
+      for (int chunk : stages.shape.chunks_of(pipeline)) {
+        rank.chunks.push_back(model_shapes(config, model, dtype, true));
+        keep_chunk(*rank.chunks.back(), stages, chunk);
+        keep_tensor_part(*rank.chunks.back(), tensor, mesh.num_tensor());
+      }
+      rank.parameters = parameters_of(rank.chunks);
+      for (const Parameter& p : rank.parameters) holders[slice_of(p)].push_back(ranks_.size());
+      ranks_.push_back(std::move(rank));
+    }
+  for (RankModel& rank : ranks_) {
+    std::map<std::vector<size_t>, size_t> numbers;
+    for (const Parameter& p : rank.parameters) {
+      const std::vector<size_t>& same = holders.at(slice_of(p));
+      const auto [found, is_first] = numbers.emplace(same, numbers.size());
+      if (is_first) rank.group_sizes.push_back(static_cast<int>(same.size()) * mesh.num_data());
+      rank.group_of.push_back(found->second);
+    }
+  }
+}
+
+std::pair<int, int> MeshModel::shared_out(int group_size, const Config& config, const Mesh& mesh) {
+  const auto within = static_cast<int>(config.parallel.shard_within);
+  const int replicas = within > 0 ? mesh.num_data() / within : 1;
+  return {group_size / replicas, replicas};
+}
+
+std::vector<Bucket> MeshModel::buckets(const RankModel& rank, const Config& config, bool trained) const {
+  std::vector<size_t> chosen;
+  for (size_t i = 0; i < rank.parameters.size(); ++i)
+    if (rank.parameters[i].value.requires_grad() == trained) chosen.push_back(i);
+  std::vector<int> sizes;
+  for (int size : rank.group_sizes) sizes.push_back(shared_out(size, config, mesh_).first);
+  return cut_buckets(rank.parameters, chosen, rank.group_of, sizes, static_cast<int64_t>(config.comm.bucket_mb * (1 << 20)),
+                     config.parallel.zero == 3);
+}
+
+}  // namespace trireme

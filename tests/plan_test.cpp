@@ -1,0 +1,191 @@
+// The plan's arithmetic: against bytes counted by hand, and against what is published for Megatron and ZeRO.
+#include "base/tensor.h"
+
+#include <gtest/gtest.h>
+
+#include "base/check.h"
+#include "tiny_model.h"
+#include "train/plan.h"
+
+namespace trireme {
+namespace {
+
+Config config_with(const std::vector<std::pair<std::string, std::string>>& keys) {
+  Config config;
+  config.train.steps = 1;
+  for (Field& field : fields(config))
+    for (const auto& [key, value] : keys)
+      if (field.key == key) {
+        EXPECT_EQ(field.set(value), "") << key;
+      }
+  return config;
+}
+
+ModelConfig tiny(const Json& more = Json::object()) {  // q 8, k and v 4, no biases
+  Json json = {{"hidden_size", 8}, {"intermediate_size", 16}, {"num_attention_heads", 2}, {"num_key_value_heads", 1}, {"head_dim", 4},
+               {"vocab_size", 100}, {"tie_word_embeddings", false}};
+  json.update(more);
+  return test::config_of(test::small_config("llama", json));
+}
+
+Plan plan_of(const Config& config, const ModelConfig& model, at::ScalarType dtype, int ranks, int64_t row = 32) {
+  return make_plan(config, model, dtype, mesh_of(config, ranks), {row, static_cast<double>(row), 10, 4, 5, config.train.accumulation});
+}
+
+TEST(Plan, WeightsGradientsAndOptimizer) {
+  const auto n = static_cast<uint64_t>(tiny().num_parameters());
+  Plan plan = plan_of(config_with({}), tiny(), at::kFloat, 1);
+  EXPECT_EQ(plan.largest().weights, 4 * n);
+  EXPECT_EQ(plan.largest().gradients, 4 * n);
+  EXPECT_EQ(plan.largest().optimizer, 8 * n);
+  EXPECT_EQ(plan.stages[0].traffic, Traffic());
+  EXPECT_EQ(plan.checkpoint_bytes, 12 * n);
+  const uint64_t adapters = 2 * 2 * (8 + 8 + 8 + 4 + 8 + 4 + 8 + 8 + 8 + 16 + 8 + 16 + 16 + 8);  // rank 2, two layers
+  plan = plan_of(config_with({{"lora.rank", "2"}}), tiny(), at::kBFloat16, 1);
+  EXPECT_EQ(plan.trainable, static_cast<int64_t>(adapters));
+  EXPECT_EQ(plan.largest().weights, 2 * (n + adapters));
+  EXPECT_EQ(plan.largest().gradients, 4 * adapters);   // fp32
+  EXPECT_EQ(plan.largest().optimizer, 12 * adapters);  // two moments and a master
+}
+
+// Zero over four copies of a model without anything to pad: 64 bytes a row of everything.
+TEST(Plan, WhatZeroLeavesOnARank) {
+  const ModelConfig model = tiny();
+  const auto n = static_cast<uint64_t>(model.num_parameters());
+  auto of = [&](const char* zero) { return plan_of(config_with({{"parallel.zero", zero}}), model, at::kBFloat16, 4).largest(); };
+  EXPECT_EQ(of("0").optimizer, 12 * n);
+  EXPECT_EQ(of("1").weights, 2 * n);
+  EXPECT_EQ(of("1").gradients, 4 * n);
+  EXPECT_EQ(of("1").optimizer, 3 * n);
+  EXPECT_EQ(of("2").optimizer, 3 * n);
+  EXPECT_LE(of("2").gradients, 5 * n);  // buckets on their way: here nearly all
+  const uint64_t outside = 2 * 800 + 8, block = (n - outside) / 2;
+  EXPECT_EQ(of("3").weights, 2 * n / 4 + 2 * outside + 2 * 2 * block);  // both blocks are neighbours
+}
+
+TEST(Plan, ActivationsOfABlockByHand) {
+  const ModelConfig c = tiny();
+  Config config = config_with({});
+  auto kept = [&](Recompute mode, int tensor) {
+    const MeshModel model(config, c, at::kFloat, Mesh(tensor, 1, tensor, 1));
+    return kept_by_block(model.at(0, 0).chunks[0]->blocks()[0], c, at::kFloat, 32, tensor, mode);
+  };
+  // Of 32 tokens in 4 bytes: input, its norm, q, k, v, attention's output, the sum, its norm, gate, up, their product;
+  // and the norms' root mean squares and the softmax's sum of each head.
+  EXPECT_EQ(kept(Recompute::kNone, 1), 32u * 4 * (8 + 8 + 8 + 4 + 4 + 8 + 8 + 8 + 16 + 16 + 16) + 32 * 4 * (2 + 2));
+  EXPECT_EQ(kept(Recompute::kSelective, 1), 32u * 4 * (8 + 8 + 4 + 4 + 8 + 8 + 16 + 16) + 32 * 4 * (2 + 2));  // no norms and product
+  EXPECT_EQ(kept(Recompute::kFull, 1), 32u * 4 * 8);
+  // Over two ranks with one key head on both: half of the rows, but all of those that matrices multiply with.
+  EXPECT_EQ(kept(Recompute::kNone, 2), 16u * 4 * (8 + 8) + 32u * 4 * (8 + 4 + 4 + 4 + 4 + 8 + 8 + 8 + 8) + 16 * 4 * 2 + 32 * 4);
+  EXPECT_EQ(kept(Recompute::kSelective, 2), 16u * 4 * (8 + 8) + 32u * 4 * (4 + 4 + 4 + 4 + 8 + 8) + 16 * 4 * 2 + 32 * 4);
+  config.lora.rank = 2, config.lora.targets = {"q_proj"};  // neither the MLP's inputs nor attention's output are multiplied with a gradient
+  EXPECT_EQ(kept(Recompute::kNone, 1), 32u * 4 * (8 + 8 + 8 + 4 + 4 + 8 + 8 + 16 + 16 + 2) + 32 * 4 * (2 + 2));
+}
+
+TEST(Plan, TrafficOfAPlainMeshByHand) {
+  const ModelConfig c = tiny();
+  const int64_t n = c.num_parameters();
+  auto of = [&](const Config& config, int ranks) { return plan_of(config, c, at::kFloat, ranks).stages[0].traffic; };
+  EXPECT_EQ(of(config_with({}), 2), (Traffic{4 * n, 0, 0, 0, 48}));
+  EXPECT_EQ(of(config_with({{"parallel.zero", "1"}}), 2), (Traffic{4 * n, 4 * n, 0, 0, 48 + 32}));
+  // Two layers of four exchanges, the embedding's and the head's rows, forward and backward; a row's maximum, place and sums.
+  const int64_t norms = 5 * 8, keys = 2 * 2 * 4 * 8;  // what both tensor ranks hold: norms, k and v
+  EXPECT_EQ(of(config_with({{"parallel.tensor", "2"}}), 2), (Traffic{4 * (norms + keys), 0, 20 * 32 * 8 * 4 + 32 * (4 + 8 + 16), 0, 48 + 32}));
+  EXPECT_EQ(of(config_with({{"parallel.pipeline", "2"}, {"train.accumulation", "3"}}), 2), (Traffic{0, 0, 0, 3 * 32 * 8 * 4, 48 + 32}));
+}
+
+// A GPT of Megatron's as a model of ours: with an MLP of three matrices of 8/3 of the width instead of two of 4 it has the
+// same parameters and multiplications.
+ModelConfig gpt(int64_t heads, int64_t hidden, int64_t layers) {
+  return test::config_of(test::small_config("llama", {{"hidden_size", hidden}, {"intermediate_size", 8 * hidden / 3}, {"num_attention_heads", heads},
+                                                      {"num_key_value_heads", heads}, {"head_dim", hidden / heads}, {"num_hidden_layers", layers},
+                                                      {"vocab_size", 51200}, {"max_position_embeddings", 2048}, {"tie_word_embeddings", true}}));
+}
+
+// Narayanan et al. 2021, table 1: billions of parameters, over tensor and pipeline ranks. Mixed precision holds 18 bytes of each
+// (2 the weight, 4 its gradient, 12 Adam's moments and the master).
+TEST(PlanAgainstPublished, MegatronsModelsOnTheirMeshes) {
+  const struct { double billions; int64_t heads, hidden, layers; int tensor, pipeline; } rows[] = {
+      {1.7, 24, 2304, 24, 1, 1},  {3.6, 32, 3072, 30, 2, 1},    {7.5, 32, 4096, 36, 4, 1},    {18.4, 48, 6144, 40, 8, 1},
+      {39.1, 64, 8192, 48, 8, 2}, {76.1, 80, 10240, 60, 8, 4},  {145.6, 96, 12288, 80, 8, 8}, {310.1, 128, 16384, 96, 8, 16},
+      {529.6, 128, 20480, 105, 8, 35}};
+  for (const auto& row : rows) {
+    const Config config = config_with({{"parallel.tensor", str(row.tensor)}, {"parallel.pipeline", str(row.pipeline)}});
+    const Plan plan = plan_of(config, gpt(row.heads, row.hidden, row.layers), at::kBFloat16, row.tensor * row.pipeline, 2048);
+    double held = 0;
+    for (const auto& stage : plan.stages) held += static_cast<double>(stage.memory.weights + stage.memory.gradients + stage.memory.optimizer);
+    const double published = 18 * row.billions * 1e9 / (row.tensor * row.pipeline);
+    EXPECT_NEAR(held / row.pipeline / published, 1, 0.1) << row.billions;
+  }
+}
+
+// Korthikanti et al. 2022, table 2: a layer's activations in 16 bits are s b h (34 + 5 a s / h) bytes, of which 2 are masks of
+// dropout, which we have none of, and 5 a s / h the scores, which neither we nor their selective recomputation keep; s b h 34 / t
+// with sequence parallelism, gathered rows not counted (they are gathered again; here under train.recompute=selective); 2 s b h
+// with full recomputation. The first of p stages keeps all layers' worth of them, the interleaved one (1 + (p-1)/(p v)) of that.
+TEST(PlanAgainstPublished, MegatronsActivations) {
+  const ModelConfig c = gpt(96, 12288, 96);
+  const double sbh = 2048.0 * 12288;
+  auto kept = [&](Recompute mode, int tensor) {
+    const MeshModel model(Config(), c, at::kBFloat16, Mesh(tensor, 1, tensor, 1));
+    return static_cast<double>(kept_by_block(model.at(0, 0).chunks[0]->blocks()[0], c, at::kBFloat16, 2048, tensor, mode)) / sbh;
+  };
+  EXPECT_NEAR(kept(Recompute::kNone, 1) / 32, 1, 0.1);
+  EXPECT_NEAR(kept(Recompute::kFull, 1) / 2, 1, 0.1);
+  EXPECT_NEAR(kept(Recompute::kFull, 8) / (2.0 / 8), 1, 0.1);
+  EXPECT_LE(kept(Recompute::kSelective, 8), 34.0 / 8);  // norms and SwiGLU, too, are computed again
+  EXPECT_NEAR(kept(Recompute::kSelective, 8) / (kept(Recompute::kSelective, 1) / 8), 1, 0.1);
+  auto first_stage = [&](const char* schedule, const char* chunks) {
+    const Config config = config_with({{"parallel.tensor", "8"}, {"parallel.pipeline", "8"}, {"parallel.schedule", schedule}, {"train.accumulation", "64"},
+                                       {"parallel.virtual_stages", chunks}, {"train.recompute", "selective"}});
+    return static_cast<double>(plan_of(config, c, at::kBFloat16, 64, 2048).stages[0].memory.activations) / sbh;
+  };
+  const double layers = 96 * kept(Recompute::kSelective, 8);
+  EXPECT_NEAR(first_stage("1f1b", "0") / layers, 1, 0.1);
+  EXPECT_NEAR(first_stage("interleaved", "3") / (layers * (1 + 7.0 / (8 * 3))), 1, 0.1);
+}
+
+// Rajbhandari et al. 2020, figure 1: 7.5 billion parameters on 64 GPUs. Their gradients are 2 bytes wide, ours 4.
+TEST(PlanAgainstPublished, ZerosStages) {
+  const ModelConfig c = gpt(32, 4096, 36);
+  const double n = static_cast<double>(c.num_parameters());
+  EXPECT_NEAR(n / 7.5e9, 1, 0.1);
+  auto of = [&](const char* zero, uint64_t Footprint::*part) {
+    return static_cast<double>(plan_of(config_with({{"parallel.zero", zero}}), c, at::kBFloat16, 64, 2048).largest().*part);
+  };
+  EXPECT_NEAR((of("0", &Footprint::weights) + of("0", &Footprint::optimizer) + of("0", &Footprint::gradients) / 2) / 120e9, 1, 0.1);
+  EXPECT_NEAR((of("1", &Footprint::weights) + of("1", &Footprint::optimizer) + of("1", &Footprint::gradients) / 2) / 31.4e9, 1, 0.1);
+  EXPECT_NEAR(of("1", &Footprint::optimizer) / (12 * 7.5e9 / 64), 1, 0.1);
+}
+
+TEST(Plan, WhatDoesNotFitIsRefusedWithTheKeysToChange) {
+  Plan plan;
+  plan.base_bytes = 0;
+  plan.stages.resize(1);
+  plan.stages[0].memory.weights = 600ull << 20, plan.stages[0].memory.activations = 400ull << 20;
+  EXPECT_NO_THROW(check_memory(plan, 2, 2000ull << 20));
+  try {
+    check_memory(plan, 2, (2000ull << 20) - 1);
+    FAIL();
+  } catch (const ConfigError& error) {
+    EXPECT_STREQ(error.what(),
+                 "the run needs about 1.95 GiB of memory (2 ranks of 1000.00 MiB, of which activations 400.00 MiB), but this "
+                 "host has 1.95 GiB free: lower train.micro_batch_size or data.max_length, set train.recompute=full, "
+                 "lora.rank or train.dtype=bfloat16, or start fewer ranks");
+  }
+}
+
+TEST(Plan, WhatWouldFitIsSaid) {
+  const ModelConfig c = gpt(8, 512, 8);
+  const Config config = config_with({{"train.micro_batch_size", "4"}, {"checkpoint.async", "false"}});
+  const Plan plan = plan_of(config, c, at::kBFloat16, 2, 2048);
+  const uint64_t needed = plan.total_bytes();
+  EXPECT_TRUE(fit_text(plan, config, c, at::kBFloat16, needed).ends_with(": it fits"));
+  const std::string advice = fit_text(plan, config, c, at::kBFloat16, needed * 9 / 10);
+  EXPECT_NE(advice.find("it does not fit; it would with train.recompute=selective ("), std::string::npos) << advice;
+  EXPECT_NE(advice.find(", or with train.recompute=full ("), std::string::npos) << advice;
+  EXPECT_NE(fit_text(plan, config, c, at::kBFloat16, 1 << 20).find("more ranks along parallel.tensor or parallel.pipeline"), std::string::npos);
+}
+
+}  // namespace
+}  // namespace trireme
