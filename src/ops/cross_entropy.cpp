@@ -51,7 +51,11 @@ void cross_entropy_of_part(at::Tensor logits_NV, const int64_t* target, const Vo
   sums[1].index_copy_(0, here, z.index({here, column}).to(at::kDouble));
   z.exp_();
   at::Tensor exponentials = sums[0];
-  at::sum_out(exponentials, z, at::IntArrayRef{1}, false, at::kDouble);
+  constexpr int64_t kRows = 16;  // at a time: of what it adds up ATen makes a copy in double
+  for (int64_t i = 0; i < n; i += kRows) {
+    at::Tensor part_sums = exponentials.narrow(0, i, std::min(kRows, n - i));
+    at::sum_out(part_sums, z.narrow(0, i, part_sums.size(0)), at::IntArrayRef{1}, false, at::kDouble);
+  }
   part.combine(sums, false);
   const double *sum = sums.const_data_ptr<double>(), *logit = sum + n;
   const int64_t* hit = first.const_data_ptr<int64_t>();

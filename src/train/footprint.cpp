@@ -140,18 +140,17 @@ int64_t peak_of(const std::vector<Action>& actions, const std::map<int, ChunkByt
 }
 
 // ZeRO: a rank's parts, and of buckets what is there for a while.
-void add_shared_out(Footprint& f, const MeshModel& model, const Config& config, const RankModel& rank, int64_t num_batches) {
+void add_shared_out(Footprint& f, const MeshModel& model, const Config& config, const MeshCoords& coords, int64_t num_batches) {
+  const RankModel& rank = model.at(coords.pipeline, coords.tensor);
   const int64_t element = size_of(model.dtype()), wide = size_of(gradient_type(model.dtype()));
   const auto zero = config.parallel.zero;
   const bool pipeline = model.mesh().num_pipeline() > 1;
   int64_t all = 0, parts = 0, largest[2] = {0, 0};
   std::map<int64_t, int64_t> of_block;  // gradients of the buckets that hold some of a block
-  std::map<int64_t, int64_t> units;     // ZeRO 3: weights of each block
   int64_t weight_parts = 0;
   for (const bool of_trained : {true, false})
     for (const Bucket& bucket : model.buckets(rank, config, of_trained)) {
       const int64_t part = bucket.num_elements / MeshModel::shared_out(rank.group_sizes[bucket.group], config, model.mesh()).first;
-      units[bucket.unit] += bucket.num_elements * element;
       weight_parts += part * element;
       if (!of_trained) continue;
       all += bucket.num_elements, parts += part;
@@ -163,18 +162,8 @@ void add_shared_out(Footprint& f, const MeshModel& model, const Config& config, 
     }
   int64_t elements = 0, frozen = 0;
   for (const Parameter& p : rank.parameters) elements += p.value.numel(), frozen += p.value.requires_grad() ? 0 : p.value.numel();
-  bool embedding_trained = false;
-  for (const Parameter& p : rank.parameters) embedding_trained |= p.name == "model.embed_tokens.weight" && p.value.requires_grad();
   f.weights = static_cast<uint64_t>((zero == 0 ? elements : frozen + all) * element);
-  if (zero == 3) {
-    const int64_t outside = units.count(-1) ? units.at(-1) : 0;
-    int64_t two = 0, before = 0;  // a block at work and its neighbour
-    for (const auto& [block, bytes] : units)
-      if (block >= 0) two = std::max(two, before + bytes), before = bytes;
-    // Where nobody asks for the gradient of the first block's input, it stays for the next micro-batch.
-    const bool stays = !embedding_trained && num_batches > 1 && units.size() > 3;
-    f.weights = static_cast<uint64_t>(weight_parts + outside + two + (stays ? units.upper_bound(-1)->second : 0));
-  }
+  if (zero == 3) f.weights = static_cast<uint64_t>(weight_parts + gathered_blocks(model, config, coords, num_batches).peak_bytes);
   f.gradients = static_cast<uint64_t>(all * wide);
   if (zero >= 2) {
     int64_t transient = 0;
@@ -199,7 +188,7 @@ Footprint step_footprint(const MeshModel& model, const Config& config, const Mes
   Footprint f;
   const Mesh& mesh = model.mesh();
   const RankModel& rank = model.at(coords.pipeline, coords.tensor);
-  add_shared_out(f, model, config, rank, num_batches);
+  add_shared_out(f, model, config, coords, num_batches);
   const int64_t multiple = row_multiple(at::kCPU, model.dtype(), mesh.num_tensor());
   const int64_t tokens = (batch.tokens + multiple - 1) / multiple * multiple;
   const Sizes sizes{tokens, tokens / mesh.num_tensor(), size_of(model.dtype()), size_of(gradient_type(model.dtype()))};

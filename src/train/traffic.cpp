@@ -1,6 +1,7 @@
 #include "train/traffic.h"
 
 #include <algorithm>
+#include <map>
 #include <numeric>
 
 #include "base/counted.h"
@@ -26,22 +27,15 @@ void add_gradients(Traffic& t, const MeshModel& model, const Config& config, con
   }
 }
 
-// ZeRO 3: what is outside of the blocks once a step. A block before its forward and again before its backward, but the last
-// one stays in between; and the first one from its first backward on where nothing asks for the gradient of its input.
-void add_gathered_blocks(Traffic& t, const MeshModel& model, const Config& config, const RankModel& rank, int64_t micro_batches) {
-  int64_t first = model.config().num_layers, last = -1;
-  bool embedding_trained = false;
-  for (const Parameter& p : rank.parameters) {
-    if (const int64_t block = block_of(p.name); block >= 0) first = std::min(first, block), last = std::max(last, block);
-    else embedding_trained |= p.name == "model.embed_tokens.weight" && p.value.requires_grad();
-  }
-  for (const bool of_trained : {true, false})
-    for (const Bucket& bucket : model.buckets(rank, config, of_trained)) {
-      if (MeshModel::shared_out(rank.group_sizes[bucket.group], config, model.mesh()).first == 1) continue;
-      int64_t times = bucket.unit < 0 ? 1 : bucket.unit == last ? micro_batches : 2 * micro_batches;
-      if (bucket.unit == first && !embedding_trained) times = first == last ? 1 : 2;
-      t.weights += times * bucket.num_elements * static_cast<int64_t>(c10::elementSize(model.dtype()));
-    }
+bool embedding_trained(const Transformer& chunk) {
+  for (const Parameter& p : chunk.parameters())
+    if (p.name == "model.embed_tokens.weight") return chunk.has_embedding() && p.value.requires_grad();
+  return false;
+}
+
+bool any_trained(const Block& b) {
+  return trained(b.q) || trained(b.k) || trained(b.v) || trained(b.o) || trained(b.gate) || trained(b.up) || trained(b.down) ||
+         trained(b.input_norm.weight_C) || trained(b.post_attention_norm.weight_C) || trained(b.q_norm.weight_C) || trained(b.k_norm.weight_C);
 }
 
 // Tensor parallelism: of each gather of rows in forward the scatter in backward, and the reverse, each of the whole [T, C].
@@ -51,10 +45,8 @@ int64_t row_exchanges(const Transformer& chunk, bool hidden_has_gradient, Recomp
   int64_t times = 0;
   bool gradient = hidden_has_gradient;
   auto pass = [&](int64_t forwards) { times += forwards + (gradient ? 1 : 0); };
-  if (chunk.has_embedding()) {
-    for (const Parameter& p : chunk.parameters()) gradient |= p.name == "model.embed_tokens.weight" && p.value.requires_grad();
-    pass(1);
-  }
+  gradient |= embedding_trained(chunk);
+  if (chunk.has_embedding()) pass(1);
   const int64_t forwards = mode == Recompute::kFull ? 2 : 1;
   const bool again = mode == Recompute::kSelective;
   for (const Block& b : const_cast<Transformer&>(chunk).blocks()) {
@@ -72,6 +64,64 @@ int64_t row_exchanges(const Transformer& chunk, bool hidden_has_gradient, Recomp
 }
 
 }  // namespace
+
+Gathers gathered_blocks(const MeshModel& model, const Config& config, const MeshCoords& coords, int64_t num_batches) {
+  const RankModel& rank = model.at(coords.pipeline, coords.tensor);
+  struct Unit {
+    int64_t bytes = 0, exchanged = 0, uses = 0;
+    bool there = false;
+  };
+  std::map<int64_t, Unit> units;  // by block; -1: outside of them
+  for (const bool of_trained : {true, false})
+    for (const Bucket& bucket : model.buckets(rank, config, of_trained)) {
+      const int64_t bytes = bucket.num_elements * static_cast<int64_t>(c10::elementSize(model.dtype()));
+      units[bucket.unit].bytes += bytes;
+      if (MeshModel::shared_out(rank.group_sizes[bucket.group], config, model.mesh()).first > 1) units[bucket.unit].exchanged += bytes;
+    }
+  const int64_t last = units.rbegin()->first, first = units.upper_bound(-1) == units.end() ? 0 : units.upper_bound(-1)->first;
+  Gathers out;
+  int64_t live = 0;
+  auto start = [&](int64_t block) {
+    Unit& unit = units[block];
+    if (std::exchange(unit.there, true)) return;
+    out.bytes_exchanged += unit.exchanged;
+    out.peak_bytes = std::max(out.peak_bytes, live += unit.bytes);
+  };
+  auto acquire = [&](int64_t block, bool backward) {
+    start(block);
+    ++units[block].uses;
+    const int64_t next = block < 0 ? first : backward ? block - 1 : block + 1;
+    if (next >= first && next <= last) start(next);
+  };
+  auto release = [&](int64_t block, bool backward) {
+    Unit& unit = units[block];
+    if (--unit.uses > 0 || (!backward && block == last)) return;
+    live -= unit.bytes;
+    unit.there = false;
+  };
+  const bool pipeline = model.mesh().num_pipeline() > 1;
+  std::vector<Action> actions;
+  if (pipeline) actions = schedule_of(config, num_batches).actions[static_cast<size_t>(coords.pipeline)];
+  for (int i = 0; !pipeline && i < num_batches; ++i) actions.insert(actions.end(), {{ActionKind::kForward, i, 0}, {ActionKind::kBackward, i, 0}});
+  const std::vector<int> numbers = stages_of(config, model.config()).shape.chunks_of(coords.pipeline);
+  for (const Action& a : actions) {
+    Transformer& chunk = *rank.chunks[static_cast<size_t>(std::find(numbers.begin(), numbers.end(), a.chunk) - numbers.begin())];
+    const std::vector<Block>& blocks = chunk.blocks();
+    if (a.kind == ActionKind::kForward) {
+      acquire(-1, false);
+      for (const Block& b : blocks) acquire(b.index, false), release(b.index, false);
+    } else if (a.kind != ActionKind::kBackwardWeight) {
+      std::vector<bool> asked = {!chunk.has_embedding() || embedding_trained(chunk)};  // for the gradient of each block's input, and of the output
+      for (const Block& b : blocks) asked.push_back(asked.back() || any_trained(b));
+      for (size_t i = blocks.size() + 1; i-- > 0;) {
+        if (!asked[i]) continue;
+        if (i < blocks.size()) release(blocks[i].index, true);
+        if (i > 0) acquire(blocks[i - 1].index, true);
+      }
+    }
+  }
+  return out;
+}
 
 std::string Traffic::text() const {
   std::string out;
@@ -96,7 +146,7 @@ Traffic step_traffic(const MeshModel& model, const Config& config, const MeshCoo
   const int64_t all_rows = std::accumulate(rows.begin(), rows.end(), int64_t{0});
 
   add_gradients(t, model, config, rank, config.parallel.reduce == "micro_batch" ? count : 1);
-  if (config.parallel.zero == 3) add_gathered_blocks(t, model, config, rank, count);
+  if (config.parallel.zero == 3) t.weights = gathered_blocks(model, config, coords, count).bytes_exchanged;
   if (mesh.num_tensor() > 1)
     for (const auto& chunk : rank.chunks) {
       t.tensor += row_exchanges(*chunk, !chunk->has_embedding(), parse_recompute(config.train.recompute)) * all_rows * row_bytes;

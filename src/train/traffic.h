@@ -28,6 +28,14 @@ struct MicroBatch {
   int64_t learnt = 0;
 };
 
+// ZeRO 3: what ShardedWeights gathers of whole weights in a step of so many micro-batches, by the same rules: a block before it is
+// used, with its neighbour; the last one stays between forward and backward; one whose input nobody asks a gradient for, to the end.
+struct Gathers {
+  int64_t bytes_exchanged = 0;  // payload, of groups of more than one rank
+  int64_t peak_bytes = 0;       // of what is there at once, beside this rank's parts
+};
+Gathers gathered_blocks(const MeshModel& model, const Config& config, const MeshCoords& coords, int64_t num_batches);
+
 // What the rank at `coords` exchanges in a step of these micro-batches, of which its stage sees all. No gradient overflows.
 Traffic step_traffic(const MeshModel& model, const Config& config, const MeshCoords& coords, const std::vector<MicroBatch>& batches);
 
