@@ -78,7 +78,7 @@ def test_told_to_stop_twice_and_resumed_it_is_the_run_that_was_never_stopped(wor
         assert ended.returncode == 75, text
         done = steps_done(work, name)
         assert 0 < done < STEPS
-        assert text.endswith(f"stopped after step {done} of {STEPS}; saved. Run the same command again to go on\n"), text
+        assert f"\nstopped after step {done} of {STEPS}; saved. Run the same command again to go on\n" in text, text
         assert (work / name / "checkpoints/latest").read_text() == f"step-{done}\n"
         assert not any(trace in text for trace in TRACES), text
         assert_all_ended(work)
