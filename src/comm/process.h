@@ -35,7 +35,7 @@ HostLoad guess_host_load(const CoreMask& mine, const std::function<const char*(c
 //   - ConfigError, with the command to use, where the environment says several tasks but the world is one process: an
 //     mpirun of another MPI, srun without a PMIx plug-in, a Slurm script that forgot its mpirun.
 //   - SystemError where MPI does not start.
-//   - Where it has started MPI with peers, collectives are watched from then on (comm/watchdog.h, kCommTimeout_s).
+//   - Where it has started MPI with peers, collectives and this object's end are watched (comm/watchdog.h, kCommTimeout_s).
 class Process {
  public:
   explicit Process(int* argc = nullptr, char*** argv = nullptr);
