@@ -15,12 +15,11 @@ def main():
     result = json.loads(out["stdout"])
     rows = []
     for r in result["overlap"]:
-        if r["progress_thread"]:
-            shape = f"{options.ranks} ranks, {r['bytes'] >> 20} MiB, while computing: {r['compute']}"
-            rows.append(measure.row(f"{r['what']}: hidden share", shape, "share", r["hidden_share"],
-                                    target=0.9 if r["compute"] == "sleep" else None))
-            rows.append(measure.row(f"{r['what']}: together", shape, "ms", r["overlapped_ms"], r["sequential_ms"],
-                                    "computing, then communicating"))
+        shape = f"{options.ranks} ranks, {r['bytes'] >> 20} MiB, while computing: {r['compute']}"
+        rows.append(measure.row(f"{r['what']}: hidden share", shape, "share", r["hidden_share"],
+                                target=0.9 if r["compute"] == "sleep" else None))
+        rows.append(measure.row(f"{r['what']}: together", shape, "ms", r["overlapped_ms"], r["sequential_ms"],
+                                "computing, then communicating"))
     for r in result["all_reduce"]:
         rows.append(measure.row("all-reduce, fp32", f"{options.ranks} ranks, {r['bytes']:,} bytes", "us", r["trireme_us"],
                                 r["mpi_iallreduce_us"], "MPI_Iallreduce"))

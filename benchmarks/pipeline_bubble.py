@@ -11,8 +11,8 @@ def main():
     arguments.add_argument("--print", action="store_true", help="do not write the result")
     arguments.add_argument("--ranks", type=int, default=4)
     arguments.add_argument("--micro-batches", type=int, default=8)
-    arguments.add_argument("--repeats", type=int, default=5)
-    arguments.add_argument("--milliseconds", type=int, default=50, help="of an action of a whole stage")
+    arguments.add_argument("--repeats", type=int, default=3)
+    arguments.add_argument("--milliseconds", type=int, default=200, help="of an action of a whole stage")
     options = arguments.parse_args()
     bench = measure.SOURCE / "build/release/bench_pipeline_bubble"
     out = measure.run(measure.mpirun(options.ranks, bench, options.micro_batches, options.repeats, options.milliseconds),
