@@ -260,6 +260,36 @@ class Barrier : public CommOperation {
   const char sent_ = 1;
 };
 
+// Begins where it is moved on, not where it is started: the copy of this rank's part, into memory that may be fresh, is the
+// background thread's business as well.
+class AllGather : public CommOperation {
+ public:
+  AllGather(const Exchange& e, void* output, const void* input, int64_t num_part_bytes)
+      : CommOperation(e.group), e_(e), output_(static_cast<char*>(output)), input_(input), num_part_bytes_(num_part_bytes) {}
+
+ protected:
+  bool advance() override {
+    const int n = e_.group->size(), me = e_.group->rank();
+    if (!posted_) {
+      posted_ = true;
+      for (int i = 1; i < n; ++i) {
+        requests_.receive(output_ + ((me + i) % n) * num_part_bytes_, num_part_bytes_, (me + i) % n, e_.tag);
+        requests_.send(input_, num_part_bytes_, (me + n - i) % n, e_.tag);
+      }
+      char* mine = output_ + me * num_part_bytes_;
+      if (mine != input_ && num_part_bytes_ > 0) std::memcpy(mine, input_, static_cast<size_t>(num_part_bytes_));
+    }
+    return requests_.test();
+  }
+
+ private:
+  Exchange e_;
+  char* output_;
+  const void* input_;
+  int64_t num_part_bytes_;
+  bool posted_ = false;
+};
+
 // Everything is posted at once; done when it has arrived.
 class OneRound : public CommOperation {
  public:
@@ -283,16 +313,7 @@ std::shared_ptr<CommOperation> make_reduce_scatter(const Exchange& e, CommType t
 
 std::shared_ptr<CommOperation> make_all_gather(const Exchange& e, void* output, const void* input,
                                                int64_t num_part_bytes) {
-  auto operation = std::make_shared<OneRound>(e);
-  const int n = e.group->size(), me = e.group->rank();
-  char* out = static_cast<char*>(output);
-  char* mine = out + me * num_part_bytes;
-  if (mine != input && num_part_bytes > 0) std::memcpy(mine, input, static_cast<size_t>(num_part_bytes));
-  for (int i = 1; i < n; ++i) {
-    operation->requests().receive(out + ((me + i) % n) * num_part_bytes, num_part_bytes, (me + i) % n, e.tag);
-    operation->requests().send(mine, num_part_bytes, (me + n - i) % n, e.tag);
-  }
-  return operation;
+  return std::make_shared<AllGather>(e, output, input, num_part_bytes);
 }
 
 std::shared_ptr<CommOperation> make_all_to_all(const Exchange& e, void* output, const void* input,

@@ -83,8 +83,8 @@ class Run {
     try {
       loop();
       if (!stopped_) finish();
-      for (const std::string& line : time_lines(world_)) log_info(line);
       close_trace();
+      for (const std::string& line : time_lines(world_)) log_info(line);
       if (stopped_) return kExitStopped;
     } catch (const AgreedError&) {  // every rank is here: what is being saved in the background is kept
       wait_for_save();
