@@ -1,4 +1,4 @@
-"""Runs the C++ benchmarks (built with -DTRIREME_BENCHMARKS=ON) that are about communication, checkpoints and loading, and
+"""Runs the C++ benchmarks (built with -DTRIREME_BENCHMARKS=ON) that are about checkpoints and loading, and
 keeps what they say as one result. FOLDER is on the disk to be measured."""
 import argparse
 import json
@@ -13,22 +13,6 @@ BUILD = pathlib.Path(measure.BINARY).resolve().parent
 def report(name, *arguments, ranks=0):
     command = [str(BUILD / f"bench_{name}"), *map(str, arguments)]
     return json.loads(measure.run(measure.mpirun(ranks, *command) if ranks else command)["stdout"])
-
-
-def communication():
-    result = report("comm_overlap", ranks=2)
-    rows = []
-    for part in result["overlap"]:
-        if not part["progress_thread"]:
-            continue
-        sleeps = part["compute"] == "sleep"
-        rows.append(measure.row("share of communication hidden", f"2 ranks, 8 x 4 MiB, compute: {part['compute']}", "share",
-                                part["hidden_share"], target=0.9 if sleeps else None))
-    for part in result["all_reduce"]:
-        if part["bytes"] in (64, 32 << 20):
-            rows.append(measure.row("all-reduce, fp32", f"2 ranks, {part['bytes']:,} bytes", "us", part["trireme_us"],
-                                    part["mpi_iallreduce_us"], "MPI_Iallreduce + MPI_Wait"))
-    return rows
 
 
 def checkpoint(folder):
@@ -58,8 +42,8 @@ def main():
     arguments.add_argument("--gigabytes", type=float, default=1)
     arguments.add_argument("--print", action="store_true", help="write no result file")
     options = arguments.parse_args()
-    rows = communication() + checkpoint(options.folder) + loading(options.folder, options.gigabytes)
-    measure.finish("native_speed", rows, "medians of 15 (communication), 7 (checkpoint) and 9 (loading)", not options.print)
+    rows = checkpoint(options.folder) + loading(options.folder, options.gigabytes)
+    measure.finish("native_speed", rows, "medians of 7 (checkpoint) and 9 (loading)", not options.print)
 
 
 if __name__ == "__main__":
