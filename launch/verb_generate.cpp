@@ -79,6 +79,8 @@ void answer_prompts(const Config& config, const CommandLine& line, const MeshCom
   ModelSource source;
   std::optional<TextTools> tools;
   std::unique_ptr<Transformer> model;
+  RecordOptions records;
+  std::optional<RecordEncoder> encoder;
   agree_on(copy, [&] {
     source = find_model(config);
     tools.emplace(load_text_tools(config, source.tokenizer_folder, &source.config));
@@ -86,6 +88,9 @@ void answer_prompts(const Config& config, const CommandLine& line, const MeshCom
       throw ConfigError("generate.chat needs a chat template and the model has none: set data.chat_template to alpaca, chatml, "
                         "gemma, llama3, mistral, phi3, or a file");
     model = build_model(config, source, weight_dtype(config, source), false, false, forward_cut(source.config, comms));
+    const DataOptions data = data_options(config, *tools, 0);
+    records = record_options(data);
+    encoder.emplace(tools->tokenizer, tools->chat ? &*tools->chat : nullptr, encode_options(data));
   });
 
   GenerateOptions options;
@@ -98,7 +103,9 @@ void answer_prompts(const Config& config, const CommandLine& line, const MeshCom
   auto generate_next = [&](const std::vector<int64_t>& ids, const std::function<void(const std::string&)>& on_text) {
     try {
       return generate(*model, tools->tokenizer, ids, index++, options, on_text);
-    } catch (const Error& error) {  // of all ranks
+    } catch (const DataError& error) {  // about the prompt: of all ranks
+      throw AgreedError(error.status(), error.what());
+    } catch (const ConfigError& error) {
       throw AgreedError(error.status(), error.what());
     }
   };
@@ -106,12 +113,9 @@ void answer_prompts(const Config& config, const CommandLine& line, const MeshCom
     while (auto ids = shared.next()) generate_next(*ids, {});
     return;
   }
-  DataOptions data = data_options(config, *tools, 0);
-  RecordOptions records = record_options(data);
-  RecordEncoder encoder(tools->tokenizer, tools->chat ? &*tools->chat : nullptr, encode_options(data));
   auto answer = [&](const Record& prompt, const std::string& place) {
     bool streams = g.format == "text" && g.stream;
-    const std::vector<int64_t> ids = encoder.encode_prompt(prompt, place).ids;
+    const std::vector<int64_t> ids = encoder->encode_prompt(prompt, place).ids;
     shared.give(ids);
     Answer a = generate_next(ids, streams ? [](const std::string& text) { std::cout << text << std::flush; } : std::function<void(const std::string&)>());
     if (g.format == "json") {

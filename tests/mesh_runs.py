@@ -26,7 +26,8 @@ MESHES = {
     "dp4": (4, ["--train.micro_batch_size=1"]),
     "tp2": (2, ["--parallel.tensor=2"]),
     "tp4": (4, ["--parallel.tensor=4"]),
-    "tp2_zero2": (2, ["--parallel.tensor=2", "--parallel.zero=2"]),
+    "dp2_tp2_zero2": (4, ["--parallel.tensor=2", "--parallel.zero=2", "--train.micro_batch_size=2"]),
+    "dp2_pp2_zero2": (4, ["--parallel.pipeline=2", "--parallel.zero=2", "--train.micro_batch_size=2", "--parallel.schedule=gpipe"]),
     "pp2": (2, ["--parallel.pipeline=2"]),
     "pp2_gpipe": (2, ["--parallel.pipeline=2", "--parallel.schedule=gpipe"]),
     "pp2_zb_h1": (2, ["--parallel.pipeline=2", "--parallel.schedule=zb-h1"]),
@@ -57,7 +58,9 @@ def work(tmp_path_factory):
 def keys_of(work, kind, name, *keys):
     usual = [f"--run.dir={work / name}", f"--model.config={work / kind}.json", f"--model.tokenizer={QUICKSTART}/model", "--model.dtype=float64",
              f"--data.train={QUICKSTART}/train.jsonl:90", f"--train.steps={STEPS}", "--train.micro_batch_size=4", "--train.accumulation=3",
-             "--optim.lr=1e-3", "--optim.weight_decay=0.01", "--schedule.warmup_steps=3", "--train.max_grad_norm=0.5"]
+             "--optim.lr=1e-3", "--optim.weight_decay=0.01", "--schedule.warmup_steps=3", "--train.max_grad_norm=0.5",
+             f"--data.eval={QUICKSTART}/eval.jsonl:9", f"--eval.every={STEPS // 2}", "--eval.micro_batch_size=1", "--eval.restore_best=false",
+             "--checkpoint.every=50"]
     return override(usual, [*KINDS[kind][1], *keys])
 
 
@@ -68,15 +71,20 @@ def train(work, kind, name, *keys, ranks=1, status=0):
 
 
 def losses(work, name):
+    """Loss and gradient norm of every step; loss and accuracy of every evaluation."""
     lines = [json.loads(line) for line in (work / name / "metrics.jsonl").read_text().splitlines()]
-    assert [line["step"] for line in lines] == list(range(1, len(lines) + 1))
-    return [line["loss"] for line in lines], [line["grad_norm"] for line in lines]
+    steps, evaluations = ([line for line in lines if line["split"] == split] for split in ("train", "eval"))
+    assert [line["step"] for line in steps] == list(range(1, len(steps) + 1))
+    assert [line["step"] for line in evaluations] == [STEPS // 2, STEPS][:len(evaluations)]
+    of = lambda lines, *keys: [line[key] for line in lines for key in keys]  # noqa: E731
+    return of(steps, "loss"), of(steps, "grad_norm"), of(evaluations, "loss", "token_accuracy", "tokens")
 
 
 def assert_same_run(work, kind, name, whole):
-    for found, expected in zip(losses(work, name), losses(work, whole)):
-        assert len(found) == STEPS
-        assert found == pytest.approx(expected, rel=1e-12)
+    found, expected = losses(work, name), losses(work, whole)
+    assert [len(values) for values in found] == [STEPS, STEPS, 6]
+    for got, wanted in zip(found, expected):
+        assert got == pytest.approx(wanted, rel=1e-12)
     found, expected = (load_file(work / run / KINDS[kind][2]) for run in (name, whole))
     assert found.keys() == expected.keys()
     for key, value in expected.items():

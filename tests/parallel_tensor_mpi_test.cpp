@@ -153,6 +153,7 @@ const Case kCases[] = {
     {"lora_biases", small_config("llama", {{"attention_bias", true}, {"mlp_bias", true}, {"num_key_value_heads", 1}}), true},
     {"full_recompute", small_config("llama"), false, Recompute::kFull},
     {"selective_recompute", small_config("llama"), true, Recompute::kSelective},
+    {"selective_recompute_of_all", small_config("qwen3"), false, Recompute::kSelective},
 };
 INSTANTIATE_TEST_SUITE_P(Models, TensorParallel, testing::ValuesIn(kCases), [](const auto& info) { return std::string(info.param.name); });
 

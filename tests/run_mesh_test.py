@@ -11,11 +11,23 @@ from mesh_runs import KINDS, MESHES, QUICKSTART, assert_same_run, losses, train,
 from program import run
 
 FULL, TIED, LORA = KINDS
-# So that every pair of features meets.
 PAIRS = [(mesh, kind) for mesh, kinds in {
-    "dp2": [FULL], "dp4": [LORA], "pp4": [FULL, LORA], "tp2": KINDS, "tp4": [FULL, LORA], "tp2_zero2": [LORA], "dp2_tp2": [FULL], "dp2_tp2_zero1": [TIED], "dp2_tp2_zero3": [TIED, LORA],
-    "pp2": KINDS, "pp2_gpipe": [FULL], "pp2_zb_h1": [FULL, TIED], "pp2_zb_v": [TIED, LORA], "pp2_interleaved": [FULL], "pp2_tp2": [LORA],
-    "dp2_pp2_zero1": [TIED], "dp2_pp2_zero3": [TIED], "dp2_pp2_zb_v_zero3": [TIED, LORA], "dp2_tp2_pp2_zero3": [FULL], "dp2_tp2_pp2": [TIED]}.items() for kind in kinds]
+    "dp2": [FULL], "dp4": [LORA], "tp2": KINDS, "tp4": [FULL, LORA], "dp2_tp2": [FULL], "dp2_tp2_zero1": [TIED], "dp2_tp2_zero2": [LORA],
+    "dp2_tp2_zero3": [TIED, LORA], "pp2": KINDS, "pp4": [FULL, LORA], "pp2_gpipe": [FULL, LORA], "pp2_zb_h1": KINDS, "pp2_zb_v": KINDS,
+    "pp2_interleaved": KINDS, "pp2_tp2": [LORA], "dp2_pp2_zero1": [TIED], "dp2_pp2_zero2": [TIED], "dp2_pp2_zero3": [TIED],
+    "dp2_pp2_zb_v_zero3": [TIED, LORA], "dp2_tp2_pp2": [TIED], "dp2_tp2_pp2_zero3": [FULL]}.items() for kind in kinds]
+
+
+def test_every_schedule_and_every_way_of_sharing_out_meets_every_kind():
+    def met(*words):
+        return {kind for mesh, kind in PAIRS if any(set(word.split()) <= set(" ".join(MESHES[mesh][1]).split()) for word in words)}
+
+    pipeline = "--parallel.pipeline=2"
+    for schedule in ("gpipe", "interleaved", "zb-h1", "zb-v"):
+        assert met(f"{pipeline} --parallel.schedule={schedule}") == set(KINDS), schedule
+    assert met("--parallel.tensor=2") == met("--parallel.tensor=4", pipeline) == set(KINDS)
+    for zero in (1, 2, 3):  # with the others than plain data parallelism, of which run_zero_test.py compares bits
+        assert met(f"--parallel.zero={zero} --parallel.tensor=2") and met(f"--parallel.zero={zero} {pipeline}"), zero
 
 
 @pytest.mark.parametrize("mesh, kind", PAIRS)

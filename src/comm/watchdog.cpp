@@ -202,11 +202,11 @@ void set_comm_timeout(double timeout_s) {
   if (timeout_s > 0) start_thread(s);
 }
 
-CommTimeoutPause::CommTimeoutPause(bool pauses) : pauses_(pauses) {
+CommTimeoutPause::CommTimeoutPause(bool pauses, double factor) : pauses_(pauses) {
   if (!pauses_) return;
   Settings& s = settings();
   std::lock_guard lock(s.mutex);
-  timeout_s_ = std::exchange(s.timeout_s, 0);
+  timeout_s_ = std::exchange(s.timeout_s, factor * s.timeout_s);
 }
 
 CommTimeoutPause::~CommTimeoutPause() {

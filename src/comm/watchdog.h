@@ -22,11 +22,11 @@ inline constexpr double kCommTimeout_s = 1800;
 // design: switch it off around them.
 void set_comm_timeout(double timeout_s);
 
-// No timeout while it lives: around what may last as long as it wants, such as saving to a slow disk, or on the ranks that
-// wait while rank 0 tokenises.
+// While it lives, no timeout: on the ranks that wait while rank 0 tokenises or waits for a user. With a factor, a timeout so many
+// times as long: for writing to a slow disk.
 class CommTimeoutPause {
  public:
-  explicit CommTimeoutPause(bool pauses = true);  // false: does nothing
+  explicit CommTimeoutPause(bool pauses = true, double factor = 0);  // pauses false: does nothing
   ~CommTimeoutPause();
   CommTimeoutPause(const CommTimeoutPause&) = delete;
   CommTimeoutPause& operator=(const CommTimeoutPause&) = delete;

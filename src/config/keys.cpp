@@ -183,7 +183,7 @@ std::vector<Field> fields(Config& c) {
       {"parallel.shard_within", &c.parallel.shard_within, "copies", "with parallel.zero: neighbours that share out, such as those of a host; the others have the same again; 0: all share out", {}, 0, 1e6},
       {"parallel.reduce", &c.parallel.reduce, "", "when gradients are summed over ranks; micro_batch: with parallel.zero 2 and 3, saves memory under accumulation, rounds otherwise", Words{"step", "micro_batch"}},
       {"comm.bucket_mb", &c.comm.bucket_mb, "MB", "of gradients reduced together", {}, 0.001, 1e6},
-      {"comm.timeout_s", &c.comm.timeout_s, "seconds", "that ranks wait for one another before the job is ended, except for saving and evaluation; 0: for ever", {}, 0, 1e9},
+      {"comm.timeout_s", &c.comm.timeout_s, "seconds", "that ranks wait for one another before the job is ended, ten times that where they save; 0: for ever", {}, 0, 1e9},
       {"comm.overlap", &c.comm.overlap, "", "reduce gradients while backward goes on", {}},
       {"comm.share_device", &c.comm.share_device, "", "ranks of one host may use the same GPU: for tests, slow", {}},
       {"checkpoint.every", &c.checkpoint.every, "steps", "below 1: a fraction of the run; 0: at evaluations and at the end", {}, 0, 1e12},

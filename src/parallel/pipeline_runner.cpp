@@ -105,6 +105,8 @@ class Runner {
 
   void pass_on(const Action& a, at::Tensor output) {
     std::erase_if(sends_, [](Work& send) { return send.test(); });
+    // Forwards alone go one way: without backward to wait for, the first stage would run ahead with the outputs of all.
+    for (; !schedule_.trains && sends_.size() >= 2 * local_.size(); sends_.pop_front()) sends_.front().wait();
     Action next = a;
     next.chunk += a.kind == ActionKind::kForward ? 1 : -1;
     if (schedule_.stage_of(next.chunk) == comm_.rank())
@@ -165,7 +167,7 @@ class Runner {
   std::map<int, Channel> channels_;                        // by tag
   std::map<std::pair<int, int>, at::Tensor> handed_over_;  // within this stage, by tag and micro-batch
   std::map<std::pair<int, int>, Passing> passing_;         // by chunk and micro-batch
-  std::vector<Work> sends_;
+  std::deque<Work> sends_;  // the oldest first
 };
 
 }  // namespace

@@ -12,6 +12,7 @@ Stages make_stages(const ModelConfig& c, PipelineKind kind, int num_stages, int 
   stages.shape = make_forward_schedule(kind, num_stages, virtual_stages, 1);
   const int64_t layer = c.hidden_size * ((2 * c.num_heads + 2 * c.num_kv_heads) * c.head_dim + 3 * c.intermediate_size);
   const double head = static_cast<double>(c.vocab_size * c.hidden_size) / static_cast<double>(layer);
+  // The embedding is a lookup, nothing beside a layer's products.
   stages.layers = split_layers(c.num_layers, stages.shape.num_chunks(), 0.0, head);
   return stages;
 }

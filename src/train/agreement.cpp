@@ -2,9 +2,35 @@
 
 #include "train/agreement.h"
 
+#include <chrono>
+#include <thread>
+
 #include "base/error_text.h"
+#include "base/log.h"
+#include "comm/process.h"
 
 namespace trireme {
+
+namespace {
+
+// A rank that has failed cannot know whether its peers come here too or wait for it in a collective of the phase.
+constexpr std::chrono::seconds kPeersComeWithin{20};
+
+int worst_of(const Communicator& comm, int status, const std::string& message) {
+  at::Tensor worst = at::full({1}, status, at::kLong);
+  Work work = comm.start_all_reduce(worst, ReduceOp::kMax);
+  const auto begin = std::chrono::steady_clock::now();
+  while (status != kExitDone && !work.test()) {
+    std::this_thread::sleep_for(std::chrono::milliseconds(1));
+    if (std::chrono::steady_clock::now() - begin < kPeersComeWithin) continue;
+    log_message(LogLevel::kError, str("[rank ", comm.rank(), "] ", message));
+    Process::abort(status);
+  }
+  work.wait();
+  return static_cast<int>(worst.item<int64_t>());
+}
+
+}  // namespace
 
 void agree_on(const Communicator& comm, const std::function<void()>& phase) {
   int status = kExitDone;
@@ -18,7 +44,7 @@ void agree_on(const Communicator& comm, const std::function<void()>& phase) {
   } catch (const std::exception& error) {
     status = kExitFailure, message = text_of(error);
   }
-  int worst = comm.agree(status);
+  const int worst = worst_of(comm, status, message);
   if (worst == kExitDone) return;
   auto messages = comm.gather_bytes(message);
   std::string first;

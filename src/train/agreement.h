@@ -15,7 +15,7 @@ struct AgreedError : Error {
 
 // Runs `phase` on every rank. If it threw an Error (or bad_alloc) on any, every rank throws an AgreedError with the text
 // of the lowest rank that failed and the highest status. `phase` may hold collectives only before anything that can fail on
-// one rank alone: a rank that has left the phase waits here, and meets whatever collective its peers are in.
+// one rank alone; else a rank that has left the phase says why after twenty seconds, and ends the job with its status.
 void agree_on(const Communicator& comm, const std::function<void()>& phase);
 
 }  // namespace trireme

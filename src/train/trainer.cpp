@@ -41,6 +41,8 @@ int64_t steps_of(double value, int64_t total) {
   return value < 1 ? std::max<int64_t>(1, std::llround(value * static_cast<double>(total))) : std::llround(value);
 }
 
+constexpr double kSlowDisk = 10;  // times comm.timeout_s, for what is written
+
 // A model is not trained beyond the positions that its config.json promises: nothing would say so afterwards.
 void check_positions(const Dataset& data, const ModelConfig& model) {
   int64_t longest = 0;
@@ -427,7 +429,6 @@ class Run {
   // Evaluates and decides: is it the best so far, is patience at its end?
   bool evaluate_now() {
     Span span(TimeKind::kEvaluation, "evaluate");
-    CommTimeoutPause pause;
     const Phase phase = [&](const auto& part) { agree_on(world_, part); };
     auto of_stages = [&] {
       EvalLoader loader(eval_data_, config_.eval.micro_batch_size, comms_.coords.data, mesh_.num_data());
@@ -467,7 +468,7 @@ class Run {
 
   void save(bool now) {
     Span span(TimeKind::kCheckpoint, "save");
-    CommTimeoutPause pause;  // a disk may be slow
+    CommTimeoutPause patient(true, kSlowDisk);
     agree_on(world_, [&] {
       if (metrics_) metrics_->sync();
     });
@@ -482,13 +483,13 @@ class Run {
 
   void wait_for_save() {
     Span span(TimeKind::kCheckpoint, "finish saving");
-    CommTimeoutPause pause;
+    CommTimeoutPause patient(true, kSlowDisk);
     agree_on(world_, [&] { store_->wait(); });
   }
 
   void finish() {
     Span span(TimeKind::kCheckpoint, "export");
-    CommTimeoutPause pause;
+    CommTimeoutPause patient(true, kSlowDisk);
     if (config_.eval.restore_best && eval_data_ && state_.best_step > 0 && state_.best_step != state_.step) {
       agree_on(world_, [&] {
         try {

@@ -245,18 +245,28 @@ void Worker::report_nonfinite(int64_t step, const std::vector<ModelInput>& input
   for (const auto& input : inputs)
     for (const auto& chunk : chunks_)
       if (std::string found = chunk->first_nonfinite(input); where.empty()) where = found;  // tensor ranks meet in each
-  std::string first;
-  for (const auto& text : comms_.world.gather_bytes(where))
-    if (first.empty()) first = text;
-  first = comms_.world.broadcast_bytes(first);
-  // Every output is finite, so it was in backward, which goes from the last parameter to the first.
-  const auto gradients = first.empty() ? reducer_->gathered() : std::vector<GradientSlice>();
-  for (auto slice = gradients.rbegin(); first.empty() && slice != gradients.rend(); ++slice) {
-    const int64_t bad = slice->gradient.numel() - at::isfinite(slice->gradient).sum().item<int64_t>();
-    if (bad > 0) first = str("the gradient of ", slice->name, ": ", bad, " of ", slice->gradient.numel(), " values are not finite");
-  }
+  // What is wrong first: of the weights and of the first stage's outputs, as a forward finds them; else of the gradients, as a
+  // backward does, from the last stage and the last parameter to the first.
+  auto first_of = [&](bool backward) {
+    std::vector<std::string> texts = comms_.world.gather_bytes(where);
+    std::string first;
+    for (int stage = 0; stage < comms_.pipeline.size(); ++stage)
+      for (size_t r = 0; r < texts.size() && first.empty(); ++r)
+        if (comms_.mesh.coords(static_cast<int>(r)).pipeline == (backward ? comms_.pipeline.size() - 1 - stage : stage)) first = texts[r];
+    return comms_.world.broadcast_bytes(first);
+  };
+  std::string first = first_of(false);
   bool damaged = false;
   for (const auto& p : parameters()) damaged |= first.starts_with(p.name + ":");
+  damaged = comms_.world.agree(damaged) != 0;
+  if (first.empty()) {
+    const auto gradients = reducer_->gathered();
+    for (auto slice = gradients.rbegin(); where.empty() && slice != gradients.rend(); ++slice) {
+      const int64_t bad = slice->gradient.numel() - at::isfinite(slice->gradient).sum().item<int64_t>();
+      if (bad > 0) where = str("the gradient of ", slice->name, ": ", bad, " of ", slice->gradient.numel(), " values are not finite");
+    }
+    first = first_of(true);
+  }
   throw AgreedError(kExitFailure,
                     str("step ", step, ": the loss or its gradient is not finite; it appeared first in ", first.empty() ? "the loss" : first,
                         ". Nothing was updated, and checkpoints are as they were. ",
