@@ -117,3 +117,9 @@ def test_a_rank_that_is_stopped_while_the_run_starts(work, verb):
     wait_for(lambda: (work / "cache").exists(), job)
     os.kill(ranks_of(work)[1], signal.SIGSTOP)
     ended(job, rf"rank 1 on {HOST} does not answer: it is stopped or gone.*; rank 0 has waited for [2-9]\.\d s in .*")
+
+
+def test_a_rank_that_fails_while_its_peers_wait_for_it_says_why(work):
+    done = end_of(differing(work, "fails", timeout=1800))
+    assert (done.returncode, done.stderr) == (3, "[rank 2] error: FILE is damaged\n")
+    assert_all_ended(work)

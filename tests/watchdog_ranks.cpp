@@ -13,6 +13,7 @@
 #include "comm/communicator.h"
 #include "comm/process.h"
 #include "comm/watchdog.h"
+#include "train/agreement.h"
 
 using namespace trireme;
 
@@ -47,7 +48,12 @@ int main(int argc, char** argv) {
       work.barrier();
       work.barrier();
       at::Tensor x = at::ones({8});
-      if (differs) differ(what, work, other);
+      if (what == "fails") {
+        agree_on(world, [&] {
+          if (differs) throw DataError("FILE is damaged");
+          work.all_reduce(x);
+        });
+      } else if (differs) differ(what, work, other);
       else if (what == "ends" || what == "order") work.all_reduce(x), other.barrier();
       else work.all_reduce(x);
     } catch (const std::exception& error) {

@@ -23,7 +23,7 @@ int worst_of(const Communicator& comm, int status, const std::string& message) {
   while (status != kExitDone && !work.test()) {
     std::this_thread::sleep_for(std::chrono::milliseconds(1));
     if (std::chrono::steady_clock::now() - begin < kPeersComeWithin) continue;
-    log_message(LogLevel::kError, str("[rank ", comm.rank(), "] ", message));
+    log_message(LogLevel::kError, message);
     Process::abort(status);
   }
   work.wait();
