@@ -39,6 +39,7 @@ struct Toy {
   int num_chunks;
   Variant variant;
   std::vector<std::vector<Parameter>> parameters;  // by chunk
+  double gradient_factor = 1;                      // a fault: of the gradient that a chunk hands back
 
   Toy(int n, Variant v) : num_chunks(n), variant(v) {
     for (int c = 0; c < n; ++c) {
@@ -58,6 +59,7 @@ struct Toy {
       return in[0] + trireme::linear(at::tanh(trireme::linear(in[0], w0, b)), w1);
     };
     at::Tensor x = chunk == 0 ? random(1000 + static_cast<uint64_t>(micro_batch), shape_of(micro_batch)) : hidden;
+    if (gradient_factor != 1 && chunk > 0) x = x * gradient_factor - x.detach() * (gradient_factor - 1);
     at::Tensor y = variant == kRecompute ? recompute(body, {x}) : body({x});
     if (chunk + 1 < num_chunks) return y;
     return variant == kNoLoss && micro_batch == 1 ? at::Tensor() : (y * y).sum();
@@ -163,6 +165,18 @@ TEST(Pipeline, EverySchedule) {
         const PipelineSchedule schedule = make_pipeline_schedule(kind, stages, v, m);
         expect_same(Toy(schedule.num_chunks(), kPlain), schedule);
       }
+}
+
+TEST(Pipeline, AScaledGradientIsToldFromTheRightOne) {
+  if (world().size() == 1) GTEST_SKIP() << "one stage hands nothing back";
+  const PipelineSchedule schedule = make_pipeline_schedule(PipelineKind::k1F1B, world().size(), 0, 4);
+  Toy toy(schedule.num_chunks(), kPlain);
+  const Result expected = alone(toy, 4);
+  toy.gradient_factor = world().size();
+  const Result actual = piped(toy, schedule);
+  const bool last = world().rank() + 1 == world().size();
+  EXPECT_EQ(actual.losses, last ? expected.losses : Result().losses);
+  for (const auto& [name, gradient] : actual.gradients) EXPECT_EQ(same_bits(gradient, expected.gradients.at(name)), last) << name;
 }
 
 TEST(Pipeline, EveryKindOfChunk) {
