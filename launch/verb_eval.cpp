@@ -48,7 +48,6 @@ ExitStatus verb_eval(const Config& config, const CommandLine& line, const Proces
   Communicator world = Communicator::world();
   const MeshComms comms(mesh_of(config, process.size()), world);
   const Communicator adding = world.split(comms.coords.tensor, world.rank(), "sums"), copy = world.split(comms.coords.data, world.rank(), "copy");
-  CommTimeoutPause pause(process.rank() != 0);  // rank 0 may tokenise for long
   ModelSource source;
   std::unique_ptr<Transformer> model;
   std::map<std::string, double> metrics;
@@ -68,12 +67,15 @@ ExitStatus verb_eval(const Config& config, const CommandLine& line, const Proces
     DataOptions options;
     std::string file;
     std::shared_ptr<const Dataset> dataset;
-    agree_on(world, [&] {
-      TextTools tools = load_text_tools(config, source.tokenizer_folder, &source.config);
-      options = data_options(config, tools, source.config.vocab_size);
-      options.train = options.eval;  // prepare() wants a training set; only the evaluation files are read
-      if (process.rank() == 0) file = Dataset::prepare(options, Split::kEval, tools.tokenizer, tools.chat ? &*tools.chat : nullptr);
-    });
+    {
+      CommTimeoutPause pause(process.rank() != 0);  // rank 0 may tokenise for long
+      agree_on(world, [&] {
+        TextTools tools = load_text_tools(config, source.tokenizer_folder, &source.config);
+        options = data_options(config, tools, source.config.vocab_size);
+        options.train = options.eval;  // prepare() wants a training set; only the evaluation files are read
+        if (process.rank() == 0) file = Dataset::prepare(options, Split::kEval, tools.tokenizer, tools.chat ? &*tools.chat : nullptr);
+      });
+    }
     file = world.broadcast_bytes(file);
     agree_on(world, [&] {
       dataset = Dataset::open(options, Split::kEval, file);

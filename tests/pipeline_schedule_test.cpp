@@ -199,7 +199,7 @@ TEST(SplitLayers, ByCost) {
   EXPECT_EQ(
       refusal([] { split_layers(3, 4, 0, 0); }),
       "parallel.pipeline x parallel.virtual_stages = 4 chunks, but the model has only 3 layers: at most 3 chunks, "
-      "of one layer or more, fit");
+      "of one layer or more, fit; lower parallel.pipeline (interleaved and zb-v have 2 chunks a rank, unless told otherwise)");
 }
 
 // The dearest chunk is as cheap as the best of all cuts.

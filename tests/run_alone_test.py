@@ -36,10 +36,9 @@ def check(work, done, status, sentence):
     assert_all_ended(work, done)
 
 
-def test_a_log_that_cannot_be_opened(tmp_path, folders):
-    """The run folder is not shared: rank 1 has none."""
+def test_a_run_folder_that_is_not_that_of_rank_0(tmp_path, folders):
     done = train(tmp_path, folders, f"--model.config={SOURCE}/configs/quickstart/model/config.json", "--train.steps=2", "--run.dir=run")
-    check(tmp_path, done, 1, r"\[rank 1\] cannot write the log run/log\.txt: No such file or directory")
+    check(tmp_path, done, 2, r"rank 1 on \S+ differs from rank 0 on \S+: run\.dir is \S+/rank-1/run there, \S+/rank-0/run here\. Start all ranks .*")
 
 
 def test_a_configuration_that_is_not_there(tmp_path, folders):

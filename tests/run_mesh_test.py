@@ -89,7 +89,7 @@ def test_what_a_mesh_cannot_do_is_refused_before_anything_is_read(work):
     def refusal(ranks, *keys):
         return train(work, "full_untied_packed", "refused", *keys, ranks=ranks, status=2)
 
-    assert ("error: parallel.tensor=3: the 4 heads, 2 key heads, 44 MLP units and 1152 ids of " in (said := refusal(3, "--parallel.tensor=3"))
+    assert ("error: parallel.tensor=3: the 4 heads and the 2 key heads of " in (said := refusal(3, "--parallel.tensor=3"))
             and "cannot be shared out evenly over 3 ranks; sizes that can: 1, 2, 4" in said)
     # Of the meshes of 3 ranks those that 4 heads, 4 layers and 2 micro-batches a step allow.
     assert ("error: parallel.tensor=2 x parallel.pipeline=1 is 2 or a multiple of it, but there are 3 ranks: start 2 (mpirun -n 2 ...), or take one "

@@ -37,7 +37,7 @@ def test_another_configuration(work):
     one = [1, None, BINARY, "train", *small_run(work)]
     two = [2, None, BINARY, "train", *small_run(work, "run", "--optim.lr=0.5", "--train.max_grad_norm=7")]
     refused(together(work, one, two), rf"rank 1 on {HOST} differs from rank 0 on {HOST}: optim\.lr is 0\.5 there, [\d.e-]+ here; train\.max_grad_norm is 7 "
-                                      r"there, [\d.]+ here \(and 1 more ranks differ\)")
+                                      r"there, [\d.]+ here \(and 1 more rank differs\)")
     assert not (work / "run").exists() or not list((work / "run").iterdir())
 
 

@@ -25,12 +25,14 @@ void differ(const std::string& what, const Communicator& work, const Communicato
   else if (what == "size") work.all_reduce(at::ones({16}));
   else if (what == "type") work.all_reduce(at::ones({8}, at::kInt));
   else if (what == "reduction") work.all_reduce(x, ReduceOp::kMax);
-  else if (what == "root") work.broadcast(x, work.rank());
   else if (what == "barrier") work.barrier();
   else if (what == "order") other.barrier(), work.all_reduce(x);
   else if (what == "message") work.receive(x, 0, 5);
   else if (what == "sleeps") std::this_thread::sleep_for(std::chrono::seconds(60));
-  else if (what == "stops") std::this_thread::sleep_for(std::chrono::milliseconds(1500)), std::raise(SIGSTOP);  // after a word to rank 0
+  else if (what == "posts") {
+    const Work ahead = work.start_receive(at::empty({8}), 0, 5);
+    std::this_thread::sleep_for(std::chrono::seconds(60));
+  } else if (what == "stops") std::this_thread::sleep_for(std::chrono::milliseconds(1500)), std::raise(SIGSTOP);  // after a word to rank 0
   else if (what != "ends") throw std::runtime_error(what);
 }
 
@@ -53,6 +55,12 @@ int main(int argc, char** argv) {
           if (differs) throw DataError("FILE is damaged");
           work.all_reduce(x);
         });
+      } else if (what == "computes") {  // longer than the deadline, while a message is on its way that nobody waits for yet
+        at::Tensor y = at::empty({8});
+        Work ahead = work.start_receive(y, (work.rank() + 1) % work.size(), 5);
+        std::this_thread::sleep_for(std::chrono::milliseconds(2500));
+        work.send(x, (work.rank() + work.size() - 1) % work.size(), 5);
+        ahead.wait();
       } else if (differs) differ(what, work, other);
       else if (what == "ends" || what == "order") work.all_reduce(x), other.barrier();
       else work.all_reduce(x);

@@ -94,8 +94,8 @@ class Trace {
   void add(const char* track, const char* category, const char* name, const SpanArgs& args, Clock::time_point begin,
            Clock::time_point end) {
     std::lock_guard lock(mutex_);
-    if (!on() || begin < zero_) return;
     begin = std::min(begin, end);  // the watchdog moves a beginning where the process was stopped
+    if (!on() || begin < zero_) return;
     const int64_t ts = nanoseconds(begin - zero_), length = nanoseconds(end - begin);
     const int tid = track ? track_of(track, ts, ts + length) : 0;
     char text[160];

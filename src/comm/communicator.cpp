@@ -69,6 +69,7 @@ void check_pair(const at::Tensor& output, const at::Tensor& input) {
 // The caller's time until the operation is done (on a device: in its stream's queue).
 void wait_for(CommOperation& operation) {
   Span span(TimeKind::kWait, operation.op.c_str(), {.group = operation.group.c_str(), .num_bytes = operation.num_bytes});
+  flight_waits(operation.flight);
   engine_wait(operation);
   operation.join_stream();
 }

@@ -1,5 +1,6 @@
 #include "comm/flight_recorder.h"
 
+#include <algorithm>
 #include <array>
 #include <atomic>
 #include <chrono>
@@ -27,8 +28,8 @@ struct Entry {
   uint64_t flight = 0;  // from 1; 0: never used
   FlightGroupPtr group;
   FlightCall call{""};
-  Clock::time_point begin, end;
-  bool done = false;
+  Clock::time_point begin, end, wait_begin;
+  bool done = false, waits = false;
   std::weak_ptr<CommOperation> operation;
 };
 
@@ -55,6 +56,8 @@ Flight copy_of(const Entry& e, Clock::time_point now, bool whom) {
   f.num_bytes = e.call.num_bytes, f.number = e.call.number, f.peer = e.call.peer;
   f.age_s = seconds(now - e.begin), f.seconds = seconds((e.done ? e.end : now) - e.begin);
   f.done = e.done;
+  f.waits = f.peer < 0 || e.waits;
+  if (!f.done && f.peer >= 0) f.seconds = e.waits ? seconds(now - e.wait_begin) : 0;
   f.operation = e.operation;
   if (f.done || !whom) return f;
   if (f.peer >= 0) f.awaited = {f.peer};
@@ -88,7 +91,7 @@ uint64_t flight_begin(const FlightGroupPtr& group, const FlightCall& call) {
   std::lock_guard lock(r.mutex);
   Entry& e = r.entries[++r.last % kNumFlights];
   if (e.flight > 0 && !e.done) r.overtaken.emplace(e.flight, std::move(e));
-  e = Entry{r.last, group, call, Clock::now(), {}, false, {}};
+  e = Entry{r.last, group, call, Clock::now(), {}, {}, false, false, {}};
   return r.last;
 }
 
@@ -96,6 +99,14 @@ void flight_has(uint64_t flight, const std::shared_ptr<CommOperation>& operation
   Recorder& r = recorder();
   std::lock_guard lock(r.mutex);
   if (r.entries[flight % kNumFlights].flight == flight) r.entries[flight % kNumFlights].operation = operation;
+}
+
+void flight_waits(uint64_t flight) {
+  Recorder& r = recorder();
+  std::lock_guard lock(r.mutex);
+  auto wait = [](Entry& e) { e.waits = true, e.wait_begin = Clock::now(); };
+  if (Entry& e = r.entries[flight % kNumFlights]; flight > 0 && e.flight == flight) return wait(e);
+  if (auto found = r.overtaken.find(flight); found != r.overtaken.end()) wait(found->second);
 }
 
 void flight_end(uint64_t flight) {
@@ -122,9 +133,10 @@ void forgive_flights(double seconds) {
   Recorder& r = recorder();
   const auto time = std::chrono::duration_cast<Clock::duration>(std::chrono::duration<double>(seconds));
   std::lock_guard lock(r.mutex);
+  auto forgive = [time, now = Clock::now()](Entry& e) { e.begin = std::min(e.begin + time, now), e.wait_begin = std::min(e.wait_begin + time, now); };
   for (Entry& e : r.entries)
-    if (!e.done) e.begin += time;
-  for (auto& [flight, e] : r.overtaken) e.begin += time;
+    if (!e.done) forgive(e);
+  for (auto& [flight, e] : r.overtaken) forgive(e);
 }
 
 std::vector<Flight> flights(size_t num_last, bool whom) {
@@ -140,8 +152,12 @@ std::vector<Flight> flights(size_t num_last, bool whom) {
     }
   }
   for (Flight& f : all)  // without the recorder's lock: an operation that ends takes it, holding its own
-    if (auto operation = f.done || !whom ? nullptr : f.operation.lock())
-      if (std::vector<int> awaited = operation->awaited(); !awaited.empty()) f.awaited = std::move(awaited);
+    if (auto operation = f.done || !whom ? nullptr : f.operation.lock()) {
+      try {
+        if (std::vector<int> awaited = operation->awaited(); !awaited.empty()) f.awaited = std::move(awaited);
+      } catch (const std::exception&) {  // MPI has failed: who waits for the operation will say it
+      }
+    }
   return all;
 }
 
@@ -154,6 +170,7 @@ std::string Flight::name() const {
 }
 
 std::string Flight::text() const {
+  if (!done && !waits) return name() + ", posted";
   char took[64];
   std::snprintf(took, sizeof took, ", %s %.3f s", done ? "took" : "in flight for", seconds);
   return name() + took;
@@ -164,7 +181,7 @@ RankReport my_report(size_t num_last, bool whom) { return {log_rank(), flights(n
 std::string to_text(const RankReport& report) {
   Json all = Json::array();
   for (const Flight& f : report.flights)
-    all.push_back(Json::array({f.op, f.detail, f.group_id, f.group, f.num_bytes, f.number, f.peer, f.age_s, f.seconds, f.done, f.awaited}));
+    all.push_back(Json::array({f.op, f.detail, f.group_id, f.group, f.num_bytes, f.number, f.peer, f.age_s, f.seconds, f.done, f.awaited, f.waits}));
   return dump_json(Json::array({report.rank, all}));
 }
 
@@ -175,7 +192,7 @@ RankReport report_of(const std::string& text) {
     Flight f;
     f.op = j.at(0), f.detail = j.at(1), f.group_id = j.at(2), f.group = j.at(3);
     f.num_bytes = j.at(4), f.number = j.at(5), f.peer = j.at(6), f.age_s = j.at(7), f.seconds = j.at(8), f.done = j.at(9);
-    f.awaited = j.at(10).get<std::vector<int>>();
+    f.awaited = j.at(10).get<std::vector<int>>(), f.waits = j.at(11);
     report.flights.push_back(std::move(f));
   }
   return report;

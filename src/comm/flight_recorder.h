@@ -40,6 +40,7 @@ struct FlightCall {
 };
 uint64_t flight_begin(const FlightGroupPtr& group, const FlightCall& call);
 void flight_has(uint64_t flight, const std::shared_ptr<CommOperation>& operation);  // to ask whom it waits for
+void flight_waits(uint64_t flight);  // a thread waits for it from now on
 void flight_end(uint64_t flight);
 
 std::string flight_name(uint64_t flight);  // as Flight::name(); empty where it is overwritten
@@ -62,6 +63,8 @@ struct Flight {
   int peer = -1;
   double age_s = 0, seconds = 0;  // since it began; that it took, or takes so far
   bool done = false;
+  bool waits = true;              // what is in flight holds somebody up: a message only while a thread waits for it, for it may
+                                  // be posted long before; its seconds count from then on
   std::vector<int> awaited;       // of one in flight, where asked for: ranks of the world that it waits for
   std::weak_ptr<CommOperation> operation;
 

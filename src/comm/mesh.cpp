@@ -71,11 +71,13 @@ Mesh::Mesh(int num_ranks, int num_data, int num_tensor, int num_pipeline, const 
     num_data_ = static_cast<int>(num_ranks / inner);
     return;
   }
+  const bool fits = !can_be_cut || can_be_cut(num_tensor, num_pipeline);
   const std::string others = other_meshes(num_ranks, num_tensor, num_pipeline, can_be_cut);
   throw ConfigError(str(num_data > 0 ? str("parallel.data=", num_data, " x ") : "", "parallel.tensor=", num_tensor, " x parallel.pipeline=",
                         num_pipeline, " is ", asked, num_data > 0 ? "" : " or a multiple of it", ", but there ",
-                        num_ranks == 1 ? "is 1 rank: " : str("are ", num_ranks, " ranks: "), "start ", asked, " (mpirun -n ", asked, " ...)",
-                        others.empty() ? ", for the model cannot be cut over these" : ", or take one of these meshes: ", others));
+                        num_ranks == 1 ? "is 1 rank: " : str("are ", num_ranks, " ranks: "), fits ? str("start ", asked, " (mpirun -n ", asked, " ...)") : "",
+                        others.empty() ? (fits ? ", for the model cannot be cut over these" : "the model cannot be cut so, nor otherwise over these")
+                                       : str(fits ? ", or take" : "take", " one of these meshes: ", others)));
 }
 
 int Mesh::size(MeshAxis axis) const {

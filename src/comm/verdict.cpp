@@ -33,16 +33,16 @@ std::string on_host(const Testimony& known, int rank) { return str("rank ", rank
 std::vector<Flight> open_flights(const RankReport& report) {
   std::vector<Flight> open;
   for (const Flight& f : report.flights)
-    if (!f.done) open.push_back(f);
+    if (!f.done && f.waits) open.push_back(f);
   return open;
 }
 
 // "in all_reduce #4 of ...", "in no operation since barrier #3 of ... ended, 2.1 s before".
 std::string doing(const RankReport& report) {
   if (const auto open = open_flights(report); !open.empty()) return "in " + open[0].name();
-  if (report.flights.empty()) return "in no operation so far";
-  const Flight& last = report.flights.back();
-  return str("in no operation since ", last.name(), " ended, ", in_seconds(last.age_s - last.seconds), " before");
+  const auto last = std::find_if(report.flights.rbegin(), report.flights.rend(), [](const Flight& f) { return f.done; });
+  if (last == report.flights.rend()) return "in no operation so far";
+  return str("in no operation since ", last->name(), " ended, ", in_seconds(last->age_s - last->seconds), " before");
 }
 
 // To an operation of a group; whether a message has been sent nobody knows.
@@ -64,7 +64,7 @@ std::string ended(const Testimony& known) {
     for (const Flight& f : open_flights(report))
       for (int peer : f.awaited)
         if (auto it = known.reports.find(peer); it != known.reports.end() && f.op != kJobEnd && !has_come(known, peer, f))
-          if (const auto open = open_flights(it->second); !open.empty() && open[0].op == kJobEnd)
+          if (const auto open = open_flights(it->second); std::any_of(open.begin(), open.end(), [](const Flight& o) { return o.op == kJobEnd; }))
             return not_come(known, peer, rank, f, "at the end of the program");
   return "";
 }

@@ -154,7 +154,7 @@ std::vector<LayerRange> split_layers(int64_t num_layers, int64_t num_chunks, dou
   if (num_layers < num_chunks)
     throw ConfigError(str("parallel.pipeline x parallel.virtual_stages = ", num_chunks,
                           " chunks, but the model has only ", num_layers, " layers: at most ", num_layers,
-                          " chunks, of one layer or more, fit"));
+                          " chunks, of one layer or more, fit; lower parallel.pipeline (interleaved and zb-v have 2 chunks a rank, unless told otherwise)"));
   std::vector<int64_t> sizes(static_cast<size_t>(num_chunks), 1);
   std::vector<double> costs(sizes.size(), 1.0);
   costs.front() += embedding_cost;

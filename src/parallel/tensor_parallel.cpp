@@ -88,8 +88,15 @@ void check_tensor_parallel(const ModelConfig& c, int64_t n) {
   std::string sizes;
   for (int64_t t = 1; t <= c.num_heads; ++t)
     if (fits(t)) sizes += str(sizes.empty() ? "" : ", ", t);
-  throw ConfigError(str("parallel.tensor=", n, ": the ", c.num_heads, " heads, ", c.num_kv_heads, " key heads, ", c.intermediate_size,
-                        " MLP units and ", c.vocab_size, " ids of ", c.source, " cannot be shared out evenly over ", n,
+  std::string parts;
+  auto wrong = [&](bool fails, int64_t count, const char* what) {
+    if (fails) parts += str(parts.empty() ? "" : " and ", "the ", count, " ", what);
+  };
+  wrong(c.num_heads % n != 0, c.num_heads, "heads");
+  wrong(c.num_kv_heads % n != 0 && n % c.num_kv_heads != 0, c.num_kv_heads, "key heads");
+  wrong(c.intermediate_size < n, c.intermediate_size, "MLP units");
+  wrong(c.vocab_size < n, c.vocab_size, "ids");
+  throw ConfigError(str("parallel.tensor=", n, ": ", parts, " of ", c.source, " cannot be shared out evenly over ", n,
                         " ranks; sizes that can: ", sizes));
 }
 

@@ -140,8 +140,8 @@ Mesh mesh_of(const Config& c, int num_ranks) {
     Config cut = c;
     cut.parallel.pipeline = stages;
     try {
-      if (stages > 1) schedule_of(cut);
       if (model) check_tensor_parallel(*model, tensor), stages_of(cut, *model);
+      if (stages > 1) schedule_of(cut);
     } catch (const ConfigError&) {
       return false;
     }

@@ -7,6 +7,7 @@
 #include <map>
 #include <sstream>
 
+#include "base/counted.h"
 #include "base/file.h"
 #include "base/hash.h"
 #include "checkpoint/hf_hub.h"
@@ -74,7 +75,8 @@ Facts facts_of(const Config& config, const CommandLine& line) {
     if (text.starts_with("[")) section = text.substr(1, text.size() - 2);
     else if (equals != std::string::npos) facts[section + "." + text.substr(0, equals)] = text.substr(equals + 3);
   }
-  facts["run.dir"] = fs::absolute(config.run.dir.empty() ? default_run_dir(line.config_file) : config.run.dir).lexically_normal().string();
+  if (line.verb == "train" || line.verb == "export")  // others write nothing there
+    facts["run.dir"] = fs::absolute(config.run.dir.empty() ? default_run_dir(line.config_file) : config.run.dir).lexically_normal().string();
   add_files(facts, "model.path", folder_of(config.model.path, config.model.revision));
   add_files(facts, "model.config", config.model.config);
   if (!config.model.config.empty())
@@ -100,7 +102,7 @@ std::string differences(const Facts& there, const Facts& here) {
   std::vector<std::string> texts;
   auto value = [](const Facts& facts, const std::string& what) {
     const auto it = facts.find(what);
-    return it == facts.end() ? "not there" : it->second.empty() ? "empty" : it->second;
+    return it == facts.end() ? "missing" : it->second.empty() ? "empty" : it->second;
   };
   if (value(there, kVersion) != value(here, kVersion)) return str(kVersion, " is ", value(there, kVersion), " there, ", value(here, kVersion), " here");
   Facts all = there;
@@ -136,7 +138,7 @@ void check_same_job(const Communicator& world, const Config& config, const Comma
       else sentence = str("rank ", rank, " on ", parse_json(texts[rank], "").at("host").get<std::string>(), " differs from rank 0 on ", host_name(), ": ",
                           differs);
     }
-    if (num_more > 0) sentence += str(" (and ", num_more, " more ranks differ)");
+    if (num_more > 0) sentence += str(" (and ", counted(static_cast<int64_t>(num_more), "more rank"), num_more == 1 ? " differs)" : " differ)");
     if (!sentence.empty()) throw ConfigError(sentence + ". Start all ranks of a job with the same program, configuration and files");
   });
 }

@@ -262,8 +262,8 @@ class Run {
                             " then; ", config_.train.micro_batch_size, ", ", config_.train.accumulation, " now: ",
                             shape_.rows_per_step(), " rows); set these back, or start a new run with another run.dir"));
     if (rows % pass != 0)
-      throw ConfigError(str(from, ", which ", shape_.data_size, " ranks with train.micro_batch_size=", shape_.micro_batch_size,
-                            " cannot share out evenly; start a number of ranks that divides ", rows / shape_.micro_batch_size));
+      throw ConfigError(str(from, ", which ", shape_.data_size, " copies of the model with train.micro_batch_size=", shape_.micro_batch_size,
+                            " cannot share out evenly; take a number of copies (parallel.data) that divides ", rows / shape_.micro_batch_size));
     shape_.accumulation = rows / pass;
     log_info(str("going on with train.accumulation=", shape_.accumulation, ", so that a step keeps its ", rows, " rows"));
   }
