@@ -19,7 +19,8 @@ ExitStatus verb_plan(const Config& config, const CommandLine& line, const Proces
     const int64_t row = std::min(config.data.max_length, source.config.max_positions), accumulation = config.train.accumulation;
     const Plan plan = make_plan(config, source.config, dtype, mesh,
                                 {row, static_cast<double>(row), 0, config.train.micro_batch_size * accumulation * mesh.num_data(), config.train.steps, accumulation});
-    const uint64_t room = config.plan.memory_gb > 0 ? static_cast<uint64_t>(config.plan.memory_gb * 1e9) : available_bytes();
+    const uint64_t room = config.plan.memory_gb > 0 ? static_cast<uint64_t>(config.plan.memory_gb * 1e9)
+                          : available_bytes() / static_cast<uint64_t>(config.plan.ranks > 0 ? 1 : process.local_size());
     log_info(str(plan.text(), "\n", fit_text(plan, config, source.config, dtype, room)));
   });
   return kExitDone;

@@ -175,6 +175,17 @@ TEST(Plan, WhatDoesNotFitIsRefusedWithTheKeysToChange) {
   }
 }
 
+TEST(Plan, AllStagesOfOneHostNeedWhatTheyNeedTogether) {
+  Plan plan;
+  plan.base_bytes = 10;
+  plan.mesh = Mesh(4, 2, 1, 2);
+  plan.stages.resize(2);
+  plan.stages[0].memory.weights = 1000, plan.stages[1].memory.weights = 400;
+  EXPECT_NO_THROW(check_memory(plan, 4, 2 * 1010 + 2 * 410));
+  EXPECT_THROW(check_memory(plan, 4, 2 * 1010 + 2 * 410 - 1), ConfigError);
+  EXPECT_THROW(check_memory(plan, 2, 2 * 1010 - 1), ConfigError);  // which of the stages are on this host?
+}
+
 TEST(Plan, WhatWouldFitIsSaid) {
   const ModelConfig c = gpt(8, 512, 8);
   const Config config = config_with({{"train.micro_batch_size", "4"}, {"checkpoint.async", "false"}});

@@ -183,7 +183,8 @@ void find_missing(const Config& c, const CommandLine& line, std::vector<std::str
   check([&] { check_adapter(c.lora.path); });
   if (!c.data.chat_template.empty()) check([&] { ChatTemplate::find(c.data.chat_template, ""); });
   const std::string folder = c.run.dir.empty() ? default_run_dir(line.config_file) : c.run.dir;
-  if (line.verb == "plan" || line.dry_run || !fs::exists(folder + "/finished.json"))  // a finished run needs no data
+  const bool plans_elsewhere = line.verb == "plan" && c.plan.ranks > 0, finished = fs::exists(folder + "/finished.json");
+  if (!plans_elsewhere && (line.verb == "plan" || line.dry_run || !finished))  // a finished run needs no data
     for (const auto& [key, files] : {std::pair("data.train", &c.data.train), {"data.eval", &c.data.eval}})
       for (const std::string& file : *files)
         check([&] { RecordReader(parse_data_file(file, key, files->size())); });

@@ -73,9 +73,12 @@ std::string Plan::text() const {
 
 void check_memory(const Plan& plan, int num_local_ranks, uint64_t free_bytes) {
   double needed = static_cast<double>(plan.total_bytes()) * num_local_ranks;
+  if (num_local_ranks == plan.mesh.num_ranks())  // every stage is here, and not all are as large as the largest
+    for (const auto& stage : plan.stages)
+      needed -= static_cast<double>(plan.largest().total() - stage.memory.total()) * num_local_ranks / static_cast<double>(plan.stages.size());
   auto there = static_cast<double>(free_bytes);
   if (needed <= there) return;
-  throw ConfigError(str("the run needs about ", bytes_text(needed), " of memory (", counted(num_local_ranks, "rank"), " of ",
+  throw ConfigError(str("the run needs about ", bytes_text(needed), " of memory (", counted(num_local_ranks, "rank"), plan.stages.size() > 1 ? " of at most " : " of ",
                         bytes_text(static_cast<double>(plan.total_bytes())), ", of which activations ",
                         bytes_text(static_cast<double>(plan.largest().activations)), "), but this host has ", bytes_text(there),
                         " free: lower train.micro_batch_size or data.max_length, set train.recompute=full, "

@@ -214,7 +214,7 @@ class Run {
       if (origin_.is_object()) state_.origin = origin_;
     }
     if (mesh_.num_pipeline() > 1)  // with the accumulation as it is now
-      schedule_of(config_, shape_.accumulation);
+      check_schedule();
     if (eval_data_) measure_by(config_.eval.metric, eval_data_->fingerprint());
     total_steps_ = config_.train.steps;
     if (total_steps_ == 0)
@@ -238,6 +238,17 @@ class Run {
     state_.ranks = process_.size();
     state_.threads = at::get_num_threads();
     state_.vectors = at::get_cpu_capability();
+  }
+
+  void check_schedule() const {
+    try {
+      schedule_of(config_, shape_.accumulation);
+    } catch (const ConfigError& error) {
+      if (shape_.accumulation == config_.train.accumulation) throw;
+      throw ConfigError(str(error.what(), ". It is ", shape_.accumulation, " because a step of ", resumed_->folder(), " has ", state_.rows_per_step, " rows, which ",
+                            shape_.data_size, " copies of the model share out: take fewer copies, or a smaller train.micro_batch_size with as much more of "
+                            "train.accumulation"));
+    }
   }
 
   // Values of two metrics, or on two data sets, cannot be compared.
