@@ -49,6 +49,6 @@ def test_a_mesh_that_does_not_fit_is_refused_with_those_that_do(plan):
 
 def test_a_run_needs_what_a_plan_does_without(tmp_path, plan):
     plan()
-    assert plan("--plan.ranks=2", "--data.train=elsewhere.jsonl").count("plan: ") > 2
+    assert plan("--plan.ranks=2", "--data.train=elsewhere.jsonl", "--train.steps=5").count("plan: ") > 2
     done = run(tmp_path, "train", f"--model.config={tmp_path}/config.json", "--dry-run")
     assert done.returncode == 2 and "data.train is not set" in done.stderr and "the length of the run is not set" in done.stderr
