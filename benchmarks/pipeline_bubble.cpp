@@ -55,7 +55,6 @@ Measured run(const PipelineSchedule& schedule, const Communicator& world, double
                              at::Tensor y = Sleeper::apply(c == 0 ? at::zeros(kShape) : hidden, w, seconds);
                              return c + 1 == schedule.num_chunks() ? y.sum() : y;
                            },
-                           {},
                            [](const at::Tensor&, const at::Tensor&) {}});
   step.hidden_shape = [](int) { return kShape; };
   step.hidden_options = at::TensorOptions().dtype(at::kFloat);

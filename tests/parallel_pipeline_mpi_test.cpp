@@ -40,6 +40,7 @@ struct Toy {
   Variant variant;
   std::vector<std::vector<Parameter>> parameters;  // by chunk
   double gradient_factor = 1;                      // a fault: of the gradient that a chunk hands back
+  int replica = 0;                                 // whose rows
 
   Toy(int n, Variant v) : num_chunks(n), variant(v) {
     for (int c = 0; c < n; ++c) {
@@ -58,7 +59,7 @@ struct Toy {
     auto body = [w0 = p[0].value, w1 = p[1].value, b = p[2].value](const std::vector<at::Tensor>& in) {
       return in[0] + trireme::linear(at::tanh(trireme::linear(in[0], w0, b)), w1);
     };
-    at::Tensor x = chunk == 0 ? random(1000 + static_cast<uint64_t>(micro_batch), shape_of(micro_batch)) : hidden;
+    at::Tensor x = chunk == 0 ? random(1000 + static_cast<uint64_t>(100 * replica + micro_batch), shape_of(micro_batch)) : hidden;
     if (gradient_factor != 1 && chunk > 0) x = x * gradient_factor - x.detach() * (gradient_factor - 1);
     at::Tensor y = variant == kRecompute ? recompute(body, {x}) : body({x});
     if (chunk + 1 < num_chunks) return y;
@@ -93,24 +94,17 @@ Result piped(const Toy& toy, const PipelineSchedule& schedule, std::vector<Pipel
   Result result;
   PipelineStep step;
   std::vector<std::unique_ptr<GradientReducer>> reducers;
-  std::vector<int> num_last;
-  const std::vector<int> local = schedule.chunks_of(world().rank());
-  num_last.resize(local.size());
-  for (size_t i = 0; i < local.size(); ++i) {
-    const int c = local[i];
+  for (int c : schedule.chunks_of(world().rank())) {
     reducers.push_back(std::make_unique<GradientReducer>(toy.parameters[static_cast<size_t>(c)], Communicator::self()));
     GradientReducer* reducer = reducers.back().get();
     reducer->begin_step();
+    reducer->before_all_backwards();
     PipelineChunk chunk;
     chunk.forward = [&, c](int micro_batch, const at::Tensor& hidden) {
       EXPECT_EQ(hidden.defined(), c > 0);
       at::Tensor out = toy.forward(c, micro_batch, hidden);
       if (c + 1 == toy.num_chunks && out.defined()) result.losses[micro_batch] = out.item<double>();
       return out;
-    };
-    chunk.before_backward = [&, i, reducer](bool is_last) {
-      num_last[i] += is_last;
-      reducer->before_backward(is_last);
     };
     chunk.contribute = [reducer](const at::Tensor& w, const at::Tensor& g) { reducer->contribute(w, g); };
     step.chunks.push_back(std::move(chunk));
@@ -121,10 +115,9 @@ Result piped(const Toy& toy, const PipelineSchedule& schedule, std::vector<Pipel
     if (events != nullptr) events->push_back(event);
   };
   run_pipeline(schedule, world(), step);
-  for (size_t i = 0; i < reducers.size(); ++i) {
-    EXPECT_EQ(num_last[i], schedule.trains ? 1 : 0);
-    reducers[i]->finish();
-    for (const auto& slice : reducers[i]->slices()) result.gradients[slice.name] = slice.gradient.clone();
+  for (const auto& reducer : reducers) {
+    reducer->finish();
+    for (const auto& slice : reducer->slices()) result.gradients[slice.name] = slice.gradient.clone();
   }
   return result;
 }
@@ -197,6 +190,64 @@ TEST(Pipeline, ForwardsOnly) {
     }
     for (const auto& [name, gradient] : actual.gradients) EXPECT_EQ(gradient.abs().sum().item<double>(), 0.0) << name;
   }
+}
+
+// Two replicas of a pipeline, one reducer for all chunks of a rank and a bucket for each parameter: what is summed in two steps.
+std::vector<at::Tensor> overlapped(PipelineKind kind, const GradientReducerOptions& options) {
+  constexpr int kMicroBatches = 4;
+  const int stages = world().size() / 2, replica = world().rank() / stages;
+  const Communicator pipeline = world().split(replica, world().rank(), "pipeline");
+  const Communicator data = world().split(pipeline.rank(), replica, "data");
+  const PipelineSchedule schedule = make_pipeline_schedule(kind, stages, 0, kMicroBatches);
+  Toy toy(schedule.num_chunks(), kPlain);
+  toy.replica = replica;
+  std::vector<Parameter> parameters;
+  for (int c : schedule.chunks_of(pipeline.rank())) {
+    const auto& own = toy.parameters[static_cast<size_t>(c)];
+    parameters.insert(parameters.end(), own.begin(), own.end());
+  }
+  GradientReducer reducer(parameters, data, options);
+  EXPECT_EQ(reducer.layout().size(), parameters.size());
+  PipelineStep step;
+  for (int c : schedule.chunks_of(pipeline.rank()))
+    step.chunks.push_back({[&toy, c](int micro_batch, const at::Tensor& hidden) { return toy.forward(c, micro_batch, hidden); },
+                           [&reducer](const at::Tensor& w, const at::Tensor& g) { reducer.contribute(w, g); }});
+  step.hidden_shape = shape_of;
+  step.hidden_options = at::TensorOptions().dtype(at::kDouble);
+  auto num_reductions = [&] {
+    int64_t calls = 0;
+    for (const auto& line : data.statistics().lines)
+      if (line.op == "all_reduce" || line.op == "reduce_scatter") calls += line.num_calls;
+    return calls;
+  };
+  std::vector<at::Tensor> sums;
+  for (int i = 0; i < 2; ++i) {
+    const int64_t before = num_reductions();
+    reducer.begin_step();
+    reducer.before_all_backwards();
+    run_pipeline(schedule, pipeline, step);
+    const int64_t started = num_reductions() - before, all = static_cast<int64_t>(parameters.size());
+    if (i == 0 || !options.overlap) EXPECT_EQ(started, 0);  // the first step counts contributions
+    else if (options.zero < 2) EXPECT_EQ(started, all);
+    else EXPECT_GE(started, 2);  // more than two only where the first ones have ended
+    reducer.finish([&](bool late) { return late; });
+    EXPECT_EQ(num_reductions() - before, all);
+    EXPECT_EQ(reducer.num_late_contributions(), 0);
+    for (const GradientPart& part : reducer.parts()) sums.push_back(part.gradient.clone());
+  }
+  return sums;
+}
+
+TEST(Pipeline, EveryBucketIsSentBeforeTheStepEnds) {
+  if (world().size() == 1) GTEST_SKIP() << "nothing is sent by one rank";
+  for (PipelineKind kind : kKinds)
+    for (int zero : {0, 1, 2}) {
+      SCOPED_TRACE(str(pipeline_kind_name(kind), " zero ", zero));
+      const auto right = overlapped(kind, {.bucket_bytes = 1, .overlap = false, .zero = zero});
+      const auto sums = overlapped(kind, {.bucket_bytes = 1, .overlap = true, .zero = zero});
+      ASSERT_EQ(sums.size(), right.size());
+      for (size_t i = 0; i < right.size(); ++i) EXPECT_TRUE(same_bits(sums[i], right[i])) << i;
+    }
 }
 
 TEST(Pipeline, EventsAreTheActions) {

@@ -32,8 +32,8 @@ struct GradientReducer::Impl {
     size_t bucket = 0;
     int64_t offset = 0;             // in the bucket
     bool empty = true;              // the slice holds nothing of this step yet
-    int64_t num_arrived = 0;        // in this backward
-    int64_t num_expected = -1;      // a backward; -1: not known yet
+    int64_t num_arrived = 0;        // in this backward, or step (counts_steps)
+    int64_t num_expected = -1;      // in one; -1: not known yet
     at::Tensor late;                // came after the bucket had been sent; reduced in finish()
   };
   struct State {         // of a bucket
@@ -65,9 +65,11 @@ struct GradientReducer::Impl {
   std::vector<at::Tensor> spare;             // transient buffers, kept for the next bucket
   std::mutex mutex;                          // backward of one model may run in several threads
   bool in_step = false, in_backward = false, overlapping = false;
+  bool counts_steps = false;                 // not backwards
   int64_t bytes_last = 0, bytes_step = 0, num_late = 0;
 
   bool transient() const { return options.zero >= 2; }
+  bool full(const Group& group) const { return transient() && group.next - group.settled >= kMaxInFlight; }
   void lay_out();
   void list_parts();
   void attach(size_t b);
@@ -200,7 +202,8 @@ bool GradientReducer::Impl::complete(const Bucket& bucket) const {
 void GradientReducer::Impl::start_complete_buckets() {
   if (!overlapping) return;
   for (Group& group : groups) {
-    while (group.next < group.last && complete(layout[group.next])) start(group);
+    auto must_wait = [&] { return counts_steps && full(group) && !reduced(group, false); };
+    while (group.next < group.last && complete(layout[group.next]) && !must_wait()) start(group);
     while (group.settled < group.next && reduced(group, false)) settle(group);
   }
 }
@@ -208,7 +211,7 @@ void GradientReducer::Impl::start_complete_buckets() {
 void GradientReducer::Impl::start(Group& group) {
   const size_t b = group.next;
   State& state = states[b];
-  while (transient() && group.next - group.settled >= kMaxInFlight) settle(group);
+  while (full(group)) settle(group);
   attach(b);
   for (size_t i : layout[b].parameters)
     if (leaves[i].empty) slices[i].gradient.zero_();
@@ -362,6 +365,13 @@ void GradientReducer::before_backward(bool is_last) {
   impl_->end_backward();
   impl_->in_backward = true;
   impl_->overlapping = (is_last || impl_->options.every_backward) && impl_->options.overlap;
+}
+
+void GradientReducer::before_all_backwards() {
+  TRIREME_CHECK(!impl_->options.every_backward, "a micro-batch's sums are not apart from the others'");
+  before_backward(true);
+  if (!std::exchange(impl_->counts_steps, true))
+    for (auto& leaf : impl_->leaves) leaf.num_expected = -1;
 }
 
 void GradientReducer::contribute(const at::Tensor& weight, const at::Tensor& gradient) {

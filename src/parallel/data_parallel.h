@@ -14,6 +14,10 @@
 // that fires without a gradient (a Function that returned none) counts for nothing. A group's buckets always start in the
 // same order on all its ranks (last parameters first), whatever order hooks fire in and whatever else its ranks hold.
 //
+// In a pipeline micro-batches and chunks take turns, and weight gradients come in actions of their own: there contributions
+// are counted over the step (before_all_backwards()), and a bucket starts when its leaves have had as many as in the step
+// before. Of a stage's chunks the last layers' are done first by every schedule, as the buckets' order wants it.
+//
 // ZeRO (Rajbhandari et al. 2020): a bucket has as many equal parts as its group has ranks, and rank r keeps the sum of
 // part r alone (reduce-scatter). The sum's bits are those of plain data parallelism.
 //   zero 0  every rank has all sums (all-reduce)
@@ -21,7 +25,8 @@
 //   zero 2+ only the parts stay. A bucket exists from the first contribution to the end of its reduction, of which at most
 //           two of a group are under way. Micro-batches but the last still add up in whole buckets, because their sum must
 //           come before the sum over ranks for the same bits; `every_backward` reduces after each micro-batch instead, with
-//           the memory of one, other last bits and that many times the bytes.
+//           the memory of one, other last bits and that many times the bytes. While two are under way backward waits with a
+//           third; in a pipeline, where a peer may wait for what comes out of this backward, the third waits instead.
 //
 // Hybrid (`num_replicas` R): the ranks of a group are R runs of neighbours, such as those of one host, and only these share
 // out: parts are summed over a run (reduce-scatter), then over the runs (all-reduce). With R > 1 runs of more than one rank
@@ -85,8 +90,10 @@ class GradientReducer {
 
   void begin_step();
   void before_backward(bool is_last_of_step);
+  // Once a step, instead: all its backwards follow, in any order of micro-batches and parts of the model. Not with every_backward.
+  void before_all_backwards();
   // A gradient that does not come through the leaf's .grad, such as a weight gradient that was delayed: part of the
-  // present backward, until the next before_backward() or finish(). Any thread.
+  // present backward (or of them all), until the next before_backward() or finish(). Any thread.
   void contribute(const at::Tensor& weight, const at::Tensor& gradient);
   // Waits for all buckets. Parameters without a gradient have zeros. After it the parts hold the sum over micro-batches
   // and ranks, with the same bits on every rank that keeps them.

@@ -35,10 +35,8 @@ class Runner {
       : schedule_(schedule), comm_(pipeline), step_(step), local_(schedule.chunks_of(pipeline.rank())) {
     TRIREME_CHECK(pipeline.size() == schedule.stages && step.chunks.size() == local_.size(), pipeline.size(),
                   " ranks, ", schedule.stages, " stages, ", step.chunks.size(), " chunks");
-    for (const Action& a : actions()) {
+    for (const Action& a : actions())
       if (schedule.source(a) >= 0) channels_[tag(a)].micro_batches.push_back(a.micro_batch);
-      if (a.kind == ActionKind::kBackward || a.kind == ActionKind::kBackwardInput) ++num_backwards_[a.chunk];
-    }
   }
 
   void run() {
@@ -136,8 +134,7 @@ class Runner {
   // `gradient` of the output; returns that of the input, for the chunk before.
   at::Tensor backward(const Action& a, at::Tensor gradient) {
     Passing& passing = passing_.at({a.chunk, a.micro_batch});
-    const bool is_last = --num_backwards_[a.chunk] == 0, split = a.kind == ActionKind::kBackwardInput;
-    if (chunk(a).before_backward) chunk(a).before_backward(is_last);
+    const bool split = a.kind == ActionKind::kBackwardInput;
     if (passing.root.is_valid()) {  // else nothing before here is trained, or there is no loss
       const bool fills = !split && step_.fill_waits;
       DelayWeightGradients delay(split || fills ? &passing.weights : nullptr, fills ? chunk(a).contribute : WeightGradientQueue::Sink());
@@ -163,7 +160,6 @@ class Runner {
   const Communicator& comm_;
   const PipelineStep& step_;
   std::vector<int> local_;
-  std::map<int, int> num_backwards_;                       // still to come, by chunk
   std::map<int, Channel> channels_;                        // by tag
   std::map<std::pair<int, int>, at::Tensor> handed_over_;  // within this stage, by tag and micro-batch
   std::map<std::pair<int, int>, Passing> passing_;         // by chunk and micro-batch

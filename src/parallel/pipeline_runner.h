@@ -20,8 +20,6 @@ struct PipelineChunk {
   // What this chunk makes of a micro-batch. `hidden` is what the chunk before has returned, undefined for chunk 0. The
   // last chunk returns what backward starts from, a scalar; undefined or without a graph: no gradient comes from it.
   std::function<at::Tensor(int micro_batch, const at::Tensor& hidden)> forward;
-  // Before each backward of this chunk (GradientReducer::before_backward, of a reducer of its own); may be empty.
-  std::function<void(bool is_last_of_step)> before_backward;
   // Takes a weight gradient that waited (GradientReducer::contribute). Called where the schedule splits backward, and with
   // fill_waits.
   WeightGradientQueue::Sink contribute;
@@ -43,7 +41,8 @@ struct PipelineStep {
 };
 
 // Collective over `pipeline`, whose rank is the stage; every stage has the same schedule. The gradients of parameters
-// arrive as always (.grad and its hooks, or contribute()), in the order of the micro-batches unless they wait. Without gradients where
+// arrive as always (.grad and its hooks, or contribute(); GradientReducer::before_all_backwards() comes first), in the order of
+// the micro-batches unless they wait. Without gradients where
 // the schedule does not train. An exception of a chunk passes through, and its peers wait: the caller ends the job.
 void run_pipeline(const PipelineSchedule& schedule, const Communicator& pipeline, const PipelineStep& step);
 

@@ -168,7 +168,7 @@ void add_shared_out(Footprint& f, const MeshModel& model, const Config& config, 
   if (zero >= 2) {
     int64_t transient = 0;
     for (const auto& [block, bytes] : of_block) transient = std::max(transient, bytes + largest[0] + largest[1]);
-    // Micro-batches add up in whole buckets; a pipeline reduces behind its last backward.
+    // Micro-batches add up in whole buckets; so do a pipeline's.
     const bool adds_up = config.parallel.reduce == "step" && (num_batches > 1 || pipeline);
     if (adds_up || !config.comm.overlap) transient = all * wide;
     f.gradients = static_cast<uint64_t>(parts * wide + std::min(all * wide, transient));

@@ -122,7 +122,7 @@ PipelineStep Worker::pipeline_step(const std::vector<ModelInput>& inputs,
                              input.hidden_TC = hidden;
                              return model->has_head() ? last(*model, input) : model->forward(input);
                            },
-                           {}, {}});
+                           {}});
   const Transformer& model = *chunks_[0];
   step.hidden_shape = [&inputs, rows = model.seams().row_multiple, width = model.config().hidden_size](int micro_batch) {
     return std::vector<int64_t>{inputs[static_cast<size_t>(micro_batch)].tokens_T.size(0) / rows, width};
@@ -135,24 +135,18 @@ PipelineStep Worker::pipeline_step(const std::vector<ModelInput>& inputs,
 Worker::Sums Worker::accumulate_in_pipeline(std::vector<ModelInput>& inputs) {
   Sums sums;
   for (int64_t micro = 0; micro < accumulation_; ++micro) inputs.push_back(load(micro, sums));
-  const PipelineSchedule schedule = make_pipeline_schedule(parse_pipeline_kind(config_.parallel.schedule), comms_.pipeline.size(),
-                                                           static_cast<int>(config_.parallel.virtual_stages), static_cast<int>(accumulation_));
-  const bool split = schedule.kind == PipelineKind::kZbH1 || schedule.kind == PipelineKind::kZbV;
   PipelineStep step = pipeline_step(inputs, [&](Transformer& model, const ModelInput& input) {
     TaskResult result = task_->run(model, input, loss_scale_.value);
     sums.loss += result.sums.at("loss");
     sums.learnt += result.count;
     return result.loss_sum;
   });
-  size_t chunks_left = chunks_.size();
-  for (PipelineChunk& chunk : step.chunks) {
-    // Weight gradients that wait arrive behind the last backward: then nothing is reduced before finish().
-    chunk.before_backward = [&, split](bool is_last) { reducer_->before_backward(is_last && --chunks_left == 0 && !split); };
+  for (PipelineChunk& chunk : step.chunks)
     chunk.contribute = [&](const at::Tensor& weight, const at::Tensor& gradient) { reducer_->contribute(weight, gradient); };
-  }
   reducer_->begin_step();
+  reducer_->before_all_backwards();
   if (weights_) weights_->prefetch();
-  run_pipeline(schedule, comms_.pipeline, step);
+  run_pipeline(schedule_of(config_, accumulation_), comms_.pipeline, step);
   return sums;
 }
 
