@@ -14,6 +14,7 @@ CASES = {
     "1 rank": (1, []),
     "data 2": (2, []),
     "ZeRO-1": (2, ["--parallel.zero=1"]),
+    "ZeRO-1, optimizer by way of host memory": (2, ["--parallel.zero=1", "--optim.offload=true"]),
     "ZeRO-2": (2, ["--parallel.zero=2"]),
     "ZeRO-3": (2, ["--parallel.zero=3"]),
     "tensor 2": (2, ["--parallel.tensor=2"]),

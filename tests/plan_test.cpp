@@ -40,6 +40,9 @@ TEST(Plan, WeightsGradientsAndOptimizer) {
   EXPECT_EQ(plan.largest().optimizer, 8 * n);
   EXPECT_EQ(plan.stages[0].traffic, Traffic());
   EXPECT_EQ(plan.checkpoint_bytes, 12 * n);
+  plan = plan_of(config_with({{"optim.offload", "true"}}), tiny(), at::kBFloat16, 1);
+  EXPECT_EQ(plan.largest().optimizer, 12 * n + 2 * 800 * (2 + 4));  // and two buffers of the largest weight and its gradient
+  EXPECT_EQ(plan.total_bytes() - plan.device_bytes(), plan.largest().optimizer);
   const uint64_t adapters = 2 * 2 * (8 + 8 + 8 + 4 + 8 + 4 + 8 + 8 + 8 + 16 + 8 + 16 + 16 + 8);  // rank 2, two layers
   plan = plan_of(config_with({{"lora.rank", "2"}}), tiny(), at::kBFloat16, 1);
   EXPECT_EQ(plan.trainable, static_cast<int64_t>(adapters));
@@ -195,6 +198,17 @@ TEST(Plan, WhatWouldFitIsSaid) {
   const std::string advice = fit_text(plan, config, c, at::kBFloat16, needed * 9 / 10);
   EXPECT_NE(advice.find("it does not fit; it would with train.recompute=selective ("), std::string::npos) << advice;
   EXPECT_NE(advice.find(", or with train.recompute=full ("), std::string::npos) << advice;
+  EXPECT_EQ(advice.find("optim.offload"), std::string::npos) << advice;
+  Config device = config;  // whose memory is not the host's
+  device.plan.memory_gb = 1, device.train.recompute = "full", device.train.micro_batch_size = 1;
+  const Plan least = plan_of(device, c, at::kBFloat16, 2, 2048);
+  const uint64_t rest = least.total_bytes() - least.largest().optimizer;
+  const std::string offload = fit_text(least, device, c, at::kBFloat16, rest);
+  EXPECT_NE(offload.find("it does not fit; it would with optim.offload=true ("), std::string::npos) << offload;
+  device.optim.offload = true;
+  const std::string beside = fit_text(plan_of(device, c, at::kBFloat16, 2, 2048), device, c, at::kBFloat16, rest);
+  EXPECT_NE(beside.find(" beside what is in host memory and has "), std::string::npos) << beside;
+  EXPECT_TRUE(beside.ends_with(": it fits")) << beside;
   EXPECT_NE(fit_text(plan, config, c, at::kBFloat16, 1 << 20).find("more ranks along parallel.tensor or parallel.pipeline"), std::string::npos);
 }
 

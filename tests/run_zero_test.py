@@ -2,6 +2,7 @@
 product are those of plain data parallelism, bit for bit."""
 import json
 
+import h5py
 import pytest
 
 from program import run, small_run
@@ -81,3 +82,24 @@ def test_neighbours_share_out_and_groups_of_them_repeat(tmp_path):
     for keys, wrong in [((1, 4, "--parallel.shard_within=3"), "parallel.shard_within=3 does not divide the 4 copies of the model"),
                         ((0, 1, "--parallel.shard_within=1"), "parallel.shard_within=1 needs parallel.zero=1, 2 or 3")]:
         assert wrong in train(tmp_path, "refused", "lora", *keys, status=2)
+
+
+def saved(work, name, step):
+    """All tensors of a checkpoint: name, shape, dtype, bytes."""
+    with h5py.File(work / name / f"checkpoints/step-{step}/all.h5") as file:
+        tensors = {}
+        file.visititems(lambda path, item: tensors.update({path: (item.shape, str(item.dtype), item[()].tobytes())}) if isinstance(item, h5py.Dataset) else None)
+    return tensors
+
+
+@pytest.mark.parametrize("kind, zero, ranks, keys", [("full", 0, 2, ()), ("lora", 1, 2, ("--train.dtype=bfloat16",)), ("tensor", 3, 4, ())])
+def test_an_optimizer_in_host_memory_changes_nothing(tmp_path, kind, zero, ranks, keys):
+    train(tmp_path, "plain", kind, zero, ranks, *keys)
+    train(tmp_path, "host", kind, zero, ranks, *keys, "--optim.offload=true")
+    for start, offload in enumerate(("true", "false", "true")):  # one goes on where the other has saved
+        train(tmp_path, "both", kind, zero, ranks, *keys, f"--optim.offload={offload}", *(["--train.stop_after=1"] if start < 2 else []), status=0 if start == 2 else 75)
+    state = saved(tmp_path, "plain", 4)
+    assert sum(name.startswith("optimizer/exp_avg/") for name in state) > 5
+    for name in ("host", "both"):
+        assert outcome(tmp_path, name, kind) == outcome(tmp_path, "plain", kind), name
+        assert saved(tmp_path, name, 4) == state, name

@@ -161,6 +161,7 @@ std::vector<Field> fields(Config& c) {
       {"optim.beta1", &c.optim.beta1, "", "decay of the mean gradient", {}, 0, 0.9999999},
       {"optim.beta2", &c.optim.beta2, "", "decay of the mean squared gradient", {}, 0, 0.9999999},
       {"optim.epsilon", &c.optim.epsilon, "", "added to the root of the mean squared gradient", {}, 1e-30, 1},
+      {"optim.offload", &c.optim.offload, "", "moments and masters live in host memory, where the update is computed, for weights on a device", {}},
       {"schedule.kind", &c.schedule.kind, "", "of the learning rate", Words{"constant", "linear", "cosine", "exponential"}},
       {"schedule.warmup_steps", &c.schedule.warmup_steps, "steps", "of linear warm-up; below 1: a fraction of the run", {}, 0, 1e12},
       {"schedule.min_lr", &c.schedule.min_lr, "", "learning rate at the end", {}, 0, 1e6},
@@ -217,7 +218,7 @@ std::vector<Field> fields(Config& c) {
       {"log.level", &c.log.level, "", "least that is printed", Words{"info", "warn", "error"}},
       {"log.trace", &c.log.trace, "", "write trace/rank-N.json: when each rank computes, communicates and waits (Chrome, Perfetto)", {}},
       {"plan.ranks", &c.plan.ranks, "ranks", "to plan for, none of which is started; rows are full then, as without data.train; 0: those of this job", {}, 0, 1e6},
-      {"plan.memory_gb", &c.plan.memory_gb, "GB", "(10^9 bytes) that a rank may use; 0: what is free here", {}, 0, 1e9},
+      {"plan.memory_gb", &c.plan.memory_gb, "GB", "(10^9 bytes) that a rank may use, with optim.offload of its device; 0: what is free here", {}, 0, 1e9},
   };
 }
 

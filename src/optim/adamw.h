@@ -4,6 +4,7 @@
 //   m += (1 - beta1) * (g - m);  v = beta2 * v + (1 - beta2) * g^2
 //   w -= lr / (1 - beta1^t) * m / (sqrt(v) / sqrt(1 - beta2^t) + epsilon)
 // bf16 and fp16 weights have an fp32 master, which is updated and then rounded to the weight.
+// With `offload` the state is in host memory and the update is computed there, with the same bits (optim/offload.h).
 #pragma once
 
 #include "base/tensor.h"
@@ -27,12 +28,15 @@ struct OptimState {
 
 struct AdamWOptions {
   double beta1 = 0.9, beta2 = 0.999, epsilon = 1e-8;
+  bool offload = false;
 };
+
+class HostStaging;
 
 class AdamW {
  public:
   // The masters start as the weights are now. InternalError: a tensor is not flat and contiguous, or grad's dtype or
-  // length is another.
+  // length is another. ConfigError: weights on a device without offload.
   AdamW(std::vector<OptimTensor> tensors, const AdamWOptions& options);
 
   // One update with gradients grad * grad_scale (clipping and averaging). Elements do not depend on threads or on how
@@ -54,6 +58,7 @@ class AdamW {
   std::vector<OptimTensor> tensors_;
   std::vector<Moments> moments_;
   AdamWOptions options_;
+  std::shared_ptr<HostStaging> staging_;  // with offload
   int64_t num_steps_ = 0;
 };
 

@@ -3,7 +3,7 @@
 #include <algorithm>
 #include <map>
 
-#include "optim/adamw.h"
+#include "optim/offload.h"
 #include "tasks/task.h"
 
 namespace trireme {
@@ -147,7 +147,7 @@ void add_shared_out(Footprint& f, const MeshModel& model, const Config& config, 
   const bool pipeline = model.mesh().num_pipeline() > 1;
   int64_t all = 0, parts = 0, largest[2] = {0, 0};
   std::map<int64_t, int64_t> of_block;  // gradients of the buckets that hold some of a block
-  int64_t weight_parts = 0;
+  int64_t weight_parts = 0, longest = 0;  // `longest`: what is updated at once
   for (const bool of_trained : {true, false})
     for (const Bucket& bucket : model.buckets(rank, config, of_trained)) {
       const int64_t part = bucket.num_elements / MeshModel::shared_out(rank.group_sizes[bucket.group], config, model.mesh()).first;
@@ -156,6 +156,8 @@ void add_shared_out(Footprint& f, const MeshModel& model, const Config& config, 
       all += bucket.num_elements, parts += part;
       for (int64_t bytes = bucket.num_elements * wide; int64_t& place : largest)
         if (bytes > place) std::swap(bytes, place);
+      for (size_t i : bucket.parameters)
+        longest = std::max(longest, zero == 0 ? rank.parameters[i].value.numel() : std::min(part, rank.parameters[i].value.numel()));
       std::map<int64_t, bool> blocks;
       for (size_t i : bucket.parameters) blocks[block_of(rank.parameters[i].name)] = true;
       for (const auto& [block, there] : blocks) of_block[block] += bucket.num_elements * wide;
@@ -174,6 +176,7 @@ void add_shared_out(Footprint& f, const MeshModel& model, const Config& config, 
     f.gradients = static_cast<uint64_t>(parts * wide + std::min(all * wide, transient));
   }
   f.optimizer = static_cast<uint64_t>(zero == 0 ? all : parts) * AdamW::state_bytes_per_element(model.dtype());
+  if (config.optim.offload) f.optimizer += HostStaging::bytes(longest, model.dtype());
 }
 
 }  // namespace

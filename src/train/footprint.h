@@ -15,7 +15,7 @@ namespace trireme {
 struct Footprint {
   uint64_t weights = 0;      // with the blocks that ZeRO 3 has gathered
   uint64_t gradients = 0;    // with the buckets that ZeRO 2 and 3 have on their way
-  uint64_t optimizer = 0;
+  uint64_t optimizer = 0;    // with optim.offload all of it is host memory, and so are the buffers of its update, counted here
   uint64_t activations = 0;  // kept for backward, and what the largest moment of forward, loss or backward adds
   uint64_t buffers = 0;      // the step's batches, hidden states between stages
   uint64_t block = 0;        // of these activations, those of one block without recomputation

@@ -13,8 +13,8 @@ namespace {
 
 std::string b(uint64_t n) { return bytes_text(static_cast<double>(n)); }
 
-std::string parts_text(const Footprint& f) {
-  return str("weights ", b(f.weights), ", gradients ", b(f.gradients), ", optimizer ", b(f.optimizer), ", activations at most ", b(f.activations),
+std::string parts_text(const Footprint& f, bool offload) {
+  return str("weights ", b(f.weights), ", gradients ", b(f.gradients), ", optimizer ", b(f.optimizer), offload ? " in host memory" : "", ", activations at most ", b(f.activations),
              ", buffers ", b(f.buffers));
 }
 
@@ -24,12 +24,18 @@ const Footprint& Plan::largest() const {
   return std::max_element(stages.begin(), stages.end(), [](const Stage& x, const Stage& y) { return x.memory.total() < y.memory.total(); })->memory;
 }
 
+uint64_t Plan::device_bytes() const {
+  uint64_t most = 0;
+  for (const Stage& stage : stages) most = std::max(most, stage.memory.total() - (offload ? stage.memory.optimizer : 0));
+  return most + checkpoint_bytes + base_bytes;
+}
+
 Plan make_plan(const Config& config, const ModelConfig& model, at::ScalarType dtype, const Mesh& mesh, const PlannedData& data) {
   const MeshModel cut(config, model, dtype, mesh);
   Plan plan;
   plan.parameters = model.num_parameters();
   plan.trainable = cut.num_trained();
-  plan.mesh = mesh, plan.data = data;
+  plan.mesh = mesh, plan.data = data, plan.offload = config.optim.offload;
   const int64_t most = config.train.micro_batch_size * data.longest_row;
   const auto mean = static_cast<int64_t>(std::llround(static_cast<double>(config.train.micro_batch_size) * data.mean_row));
   const std::vector<MicroBatch> batches(static_cast<size_t>(data.accumulation), {mean, mean});
@@ -56,11 +62,11 @@ std::string Plan::text() const {
   if (data.rows_per_epoch > 0)
     out += str(", ", counted(data.rows_per_epoch, "row"), " an epoch (",
                counted((data.rows_per_epoch + data.rows_per_step - 1) / std::max<int64_t>(data.rows_per_step, 1), "step"), ")");
-  out += str("\nplan: memory of a rank: ", parts_text(largest()), checkpoint_bytes > 0 ? ", copy for a checkpoint " + b(checkpoint_bytes) : "",
+  out += str("\nplan: memory of a rank: ", parts_text(largest(), offload), checkpoint_bytes > 0 ? ", copy for a checkpoint " + b(checkpoint_bytes) : "",
              ", program ", b(base_bytes), ": ", b(total_bytes()));
   if (mesh.num_ranks() == 1) return out;
   for (size_t s = 0; s < stages.size() && stages.size() > 1; ++s)
-    out += str("\nplan: stage ", s, " of the pipeline: ", parts_text(stages[s].memory), ": ", b(stages[s].memory.total()));
+    out += str("\nplan: stage ", s, " of the pipeline: ", parts_text(stages[s].memory, offload), ": ", b(stages[s].memory.total()));
   out += str("\nplan: ", mesh.text());
   for (size_t s = 0; s < stages.size(); ++s)
     if (s == 0 || stages[s].traffic != stages[s - 1].traffic)
@@ -87,8 +93,10 @@ void check_memory(const Plan& plan, int num_local_ranks, uint64_t free_bytes) {
 }
 
 std::string fit_text(const Plan& plan, const Config& config, const ModelConfig& model, at::ScalarType dtype, uint64_t bytes) {
-  const std::string room = str("plan: a rank needs ", b(plan.total_bytes()), " and has ", b(bytes), ": ");
-  if (plan.total_bytes() <= bytes) return room + "it fits";
+  const bool of_device = config.plan.memory_gb > 0;
+  auto needed = [&](const Plan& p) { return of_device ? p.device_bytes() : p.total_bytes(); };
+  const std::string room = str("plan: a rank needs ", b(needed(plan)), of_device && plan.offload ? " beside what is in host memory" : "", " and has ", b(bytes), ": ");
+  if (needed(plan) <= bytes) return room + "it fits";
   // Each change alone, then together with those before it.
   struct Change {
     const char* text;
@@ -101,13 +109,14 @@ std::string fit_text(const Plan& plan, const Config& config, const ModelConfig& 
       {"parallel.zero=1", [&](Config& c) { return copies && c.parallel.zero < 1 && set(c.parallel.zero, 1); }},
       {"parallel.zero=2", [&](Config& c) { return copies && c.parallel.zero < 2 && set(c.parallel.zero, 2); }},
       {"parallel.zero=3", [&](Config& c) { return copies && c.parallel.zero < 3 && set(c.parallel.zero, 3); }},
+      {"optim.offload=true", [&](Config& c) { return of_device && set(c.optim.offload, true); }},
       {"train.recompute=full", [&](Config& c) { return set(c.train.recompute, "full"); }},
       {"train.micro_batch_size=1", [&](Config& c) { return set(c.train.micro_batch_size, 1); }}};
   std::vector<std::string> fitting;
   auto try_it = [&](const Config& changed, const std::string& text) {
     const Plan other = make_plan(changed, model, dtype, plan.mesh, plan.data);
-    if (other.total_bytes() <= bytes) fitting.push_back(str(text, " (", b(other.total_bytes()), ")"));
-    return other.total_bytes() <= bytes;
+    if (needed(other) <= bytes) fitting.push_back(str(text, " (", b(needed(other)), ")"));
+    return needed(other) <= bytes;
   };
   for (const Change& change : changes)
     if (Config alone = config; change.make(alone)) try_it(alone, change.text);

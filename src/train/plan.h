@@ -31,11 +31,13 @@ struct Plan {
   uint64_t checkpoint_bytes = 0;  // a rank's share of weights and optimizer, copied for checkpoint.async
   // Program and libraries; and of the heap what lies between tensors that are kept, in holes too small for a block at work.
   uint64_t base_bytes = 300ull << 20;
+  bool offload = false;  // the optimizer is in host memory, and weights may be elsewhere
   std::string schedule;  // of the pipeline; "" where there is none
   double bubble = 0;     // its share of idle time, where forward, input and weight gradients of all stages cost the same
 
   const Footprint& largest() const;
   uint64_t total_bytes() const { return largest().total() + checkpoint_bytes + base_bytes; }
+  uint64_t device_bytes() const;  // the same without what is in host memory by `offload`
   std::string text() const;
 };
 
@@ -45,7 +47,8 @@ Plan make_plan(const Config& config, const ModelConfig& model, at::ScalarType dt
 // ConfigError where `num_local_ranks` such ranks do not fit this host's free memory; names the keys to change.
 void check_memory(const Plan& plan, int num_local_ranks, uint64_t free_bytes = available_bytes());
 
-// Whether a rank fits `bytes`, and else by which changes of the configuration it would. One line.
+// Whether a rank fits `bytes` (with plan.memory_gb of a device: without what is in host memory), and else by which changes of the
+// configuration it would. One line.
 std::string fit_text(const Plan& plan, const Config& config, const ModelConfig& model, at::ScalarType dtype, uint64_t bytes);
 
 }  // namespace trireme

@@ -42,7 +42,7 @@ Worker::Worker(const Config& config, Chunks chunks, std::unique_ptr<Task> task, 
   std::vector<OptimTensor> tensors;
   for (const auto& part : reducer_->parts())
     tensors.push_back({part.name, flat_weight(part), part.gradient, part.weight.dim() >= 2 ? config.optim.weight_decay : 0.0});
-  AdamWOptions adam{config.optim.beta1, config.optim.beta2, config.optim.epsilon};
+  AdamWOptions adam{config.optim.beta1, config.optim.beta2, config.optim.epsilon, config.optim.offload};
   optimizer_ = std::make_unique<AdamW>(std::move(tensors), adam);
 }
 
