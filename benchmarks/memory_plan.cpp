@@ -3,47 +3,17 @@
 //   mpirun -n 2 bench_memory_plan --model.config=... (keys of train; train.stop_after leaves the export out; full rows)
 #include "base/tensor.h"
 
-#include <c10/core/CPUAllocator.h>
-
-#include <atomic>
 #include <fstream>
 #include <iostream>
 
 #include "base/json.h"
+#include "tests/tensor_bytes.h"
 #include "train/footprint.h"
 #include "train/memory.h"
 #include "train/trainer.h"
 
 namespace trireme {
 namespace {
-
-std::atomic<int64_t> live{0}, peak{0};
-
-// The usual allocator, counted.
-class CountingAllocator final : public c10::Allocator {
- public:
-  explicit CountingAllocator(c10::Allocator* base) : base_(base) {}
-  c10::DataPtr allocate(size_t bytes) override {
-    auto* block = new Block{base_->allocate(bytes), static_cast<int64_t>(bytes)};
-    const int64_t now = live += block->bytes;
-    for (int64_t most = peak; now > most && !peak.compare_exchange_weak(most, now);) {
-    }
-    return {block->memory.get(), block, &release, c10::Device(c10::kCPU)};
-  }
-  void copy_data(void* to, const void* from, size_t bytes) const override { default_copy_data(to, from, bytes); }
-
- private:
-  struct Block {
-    c10::DataPtr memory;
-    int64_t bytes;
-  };
-  static void release(void* context) {
-    auto* block = static_cast<Block*>(context);
-    live -= block->bytes;
-    delete block;
-  }
-  c10::Allocator* base_;
-};
 
 uint64_t resident_bytes() {
   std::ifstream status("/proc/self/status");
@@ -53,8 +23,7 @@ uint64_t resident_bytes() {
 }
 
 int run(int argc, char** argv) {
-  static CountingAllocator counting(c10::GetCPUAllocator());
-  c10::SetCPUAllocator(&counting, 255);
+  const auto& counted = test::TensorBytes::install();
   Process process(&argc, &argv);
   std::vector<const char*> words = {argv[0], "train"};
   for (int i = 1; i < argc; ++i) words.push_back(argv[i]);
@@ -69,7 +38,7 @@ int run(int argc, char** argv) {
   const int64_t tokens = config.train.micro_batch_size * config.data.max_length;
   const Footprint f = step_footprint(MeshModel(config, source.config, train_dtype(config, source), mesh), config, mesh.coords(process.rank()),
                                      {tokens, tokens}, config.train.accumulation);
-  const Json own = {{"rank", process.rank()}, {"tensor_bytes", peak.load()}, {"planned_bytes", f.total()}, {"weights", f.weights},
+  const Json own = {{"rank", process.rank()}, {"tensor_bytes", counted.peak()}, {"planned_bytes", f.total()}, {"weights", f.weights},
                     {"gradients", f.gradients}, {"optimizer", f.optimizer}, {"activations", f.activations}, {"buffers", f.buffers},
                     {"resident_bytes", peak_resident_bytes() - before}, {"resident_before", before}};
   for (const auto& text : Communicator::world().gather_bytes(dump_json(own))) std::cout << text << "\n";

@@ -39,8 +39,9 @@ class Checkpoint {
 
   // Fills the targets, bit for bit. Local: no communication. DataError lists names that are missing, names that no
   // target and no other rank asks for (unless `partial`), and shapes and dtypes that differ. Optimizer state of checkpoints
-  // that hold it flat is taken too.
+  // that hold it flat is taken too. check() is the part of it that reads nothing; its targets may be on the meta device.
   void load(const std::vector<NamedTensor>& targets, bool partial = false, const std::set<std::string>& of_others = {}) const;
+  void check(const std::vector<NamedTensor>& targets, bool partial = false, const std::set<std::string>& of_others = {}) const;
 
  private:
   friend class CheckpointStore;

@@ -82,7 +82,7 @@ bool is_flat_form(const StoredTensor& stored, const std::vector<int64_t>& shape)
 
 }  // namespace
 
-void Checkpoint::load(const std::vector<NamedTensor>& targets, bool partial, const std::set<std::string>& of_others) const {
+void Checkpoint::check(const std::vector<NamedTensor>& targets, bool partial, const std::set<std::string>& of_others) const {
   Complaint missing{"Missing", {}}, surplus{"Not asked for", {}}, differing{"Different", {}};
   std::set<std::string> asked;
   for (const NamedTensor& target : targets) {
@@ -103,7 +103,10 @@ void Checkpoint::load(const std::vector<NamedTensor>& targets, bool partial, con
   std::string complaints = missing.text() + surplus.text() + differing.text();
   if (!complaints.empty())
     throw DataError(str(folder_, ": the tensors of the checkpoint are not those of this run.", complaints));
+}
 
+void Checkpoint::load(const std::vector<NamedTensor>& targets, bool partial, const std::set<std::string>& of_others) const {
+  check(targets, partial, of_others);
   std::map<std::string, Hdf5File> files;
   for (const NamedTensor& target : targets) {
     const StoredTensor& tensor = manifest_.tensors.at(target.name);

@@ -21,6 +21,6 @@ void copy_tokenizer_files(const std::string& source, const std::string& folder, 
 // refused (ConfigError). With `writes` false it only calls every get(), for ranks that take part in gathering.
 void export_model_folder(const std::string& folder, const std::string& model, const std::string& tokenizer, const Json& config,
                          const std::vector<TensorSource>& tensors, const ExportedChat& chat = {}, bool writes = true,
-                         uint64_t max_shard_bytes = 5'000'000'000);
+                         uint64_t max_shard_bytes = kMaxShardBytes);
 
 }  // namespace trireme

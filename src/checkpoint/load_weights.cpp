@@ -4,6 +4,7 @@
 #include <unistd.h>
 
 #include <algorithm>
+#include <atomic>
 #include <cerrno>
 #include <exception>
 #include <filesystem>
@@ -20,6 +21,8 @@ namespace fs = std::filesystem;
 
 constexpr uint64_t kChunkBytes = 1 << 20;  // of one read: fits the cache, so that converting it costs no memory traffic
 constexpr size_t kMaxListed = 8;           // names in one message
+
+std::atomic<uint64_t> bytes_read{0};
 
 // "a, b, c and 12 more"
 std::string listed(const std::vector<std::string>& items) {
@@ -65,11 +68,21 @@ struct Match {
   const SafetensorsFile* file;
 };
 
-// Does the slice cover whole rows, so that it is one run of bytes in the file?
+// Is the slice one run of bytes in the file? Whole rows are, and a part of one row.
 bool is_run(const Parameter& target) {
-  for (int64_t d = 1; d < target.value.dim(); ++d)
-    if (target.value.size(d) != target.shard.global_shape[static_cast<size_t>(d)]) return false;
+  bool is_one = true;  // so far, of the dims before
+  for (int64_t d = 0; d < target.value.dim(); ++d) {
+    if (!is_one && target.value.size(d) != target.shard.global_shape[static_cast<size_t>(d)]) return false;
+    is_one = is_one && target.value.size(d) == 1;
+  }
   return true;
+}
+
+// Elements of the whole tensor before the slice's first, row-major.
+int64_t first_element(const ShardSpec& shard) {
+  int64_t first = 0;
+  for (size_t d = 0; d < shard.offset.size(); ++d) first = first * shard.global_shape[d] + shard.offset[d];
+  return first;
 }
 
 // A piece of work for one thread: `count` elements of a run, from element `first` of the target on.
@@ -83,10 +96,8 @@ void read_piece(const Piece& piece, int fd) {
   const SafetensorsInfo& info = match.file->info(match.name);
   uint64_t item = c10::elementSize(info.dtype);
   const Parameter& target = *match.target;
-  int64_t row_elements = 1;
-  for (size_t d = 1; d < info.shape.size(); ++d) row_elements *= info.shape[d];
-  int64_t skipped = info.shape.empty() ? 0 : target.shard.offset[0] * row_elements;
-  uint64_t offset = info.offset + static_cast<uint64_t>(skipped + piece.first) * item;
+  uint64_t offset = info.offset + static_cast<uint64_t>(first_element(target.shard) + piece.first) * item;
+  bytes_read += static_cast<uint64_t>(piece.count) * item;
 
   at::Tensor flat = target.value.detach().view({-1}).narrow(0, piece.first, piece.count);
   if (flat.is_cpu() && flat.scalar_type() == info.dtype) {
@@ -106,6 +117,7 @@ void copy_slice(const Match& match) {
   for (int64_t d = 0; d < source.dim(); ++d)
     source = source.narrow(d, target.shard.offset[static_cast<size_t>(d)], target.value.size(d));
   target.value.detach().copy_(source);
+  bytes_read += source.nbytes();
   match.file->release(match.name);
 }
 
@@ -145,7 +157,7 @@ std::vector<Match> match_targets(const SafetensorsFolder& folder, const std::vec
   auto elsewhere = [&](const std::string& name) {
     return options.elsewhere && (options.elsewhere(name) || options.elsewhere(options.optional_prefix + name));
   };
-  for (const std::string& name : folder.names())
+  for (const std::string& name : options.partial ? std::vector<std::string>() : folder.names())
     if (!used.count(name) && !elsewhere(name) && std::none_of(options.tolerated.begin(), options.tolerated.end(),
                                           [&](const std::string& end) { return ends_with(name, end); }))
       surplus.push_back(name);
@@ -242,8 +254,13 @@ const SafetensorsFile& SafetensorsFolder::file_of(const std::string& name) const
 // --- loading
 // ----------------------------------------------------------------------------------------------------------
 
-void load_weights(const std::string& folder_path, const std::vector<Parameter>& targets, const LoadOptions& options) {
-  SafetensorsFolder folder(folder_path, options.stem);
+uint64_t weight_bytes_read() { return bytes_read; }
+
+void load_weights(const std::string& folder, const std::vector<Parameter>& targets, const LoadOptions& options) {
+  load_weights(SafetensorsFolder(folder, options.stem), targets, options);
+}
+
+void load_weights(const SafetensorsFolder& folder, const std::vector<Parameter>& targets, const LoadOptions& options) {
   std::vector<Match> matches = match_targets(folder, targets, options);
   if (options.headers_only) return;
   std::stable_sort(matches.begin(), matches.end(), [](const Match& a, const Match& b) {

@@ -38,12 +38,16 @@ struct LoadOptions {
   std::vector<std::string> tolerated = {"lm_head.weight", "rotary_emb.inv_freq"};
   std::function<bool(const std::string&)> elsewhere;  // surplus tensors that other ranks hold; empty: none
   bool headers_only = false;  // names and shapes are checked, nothing is read
+  bool partial = false;       // the targets are some of the model's: nothing is surplus
 };
 
 // Fills every target with the slice that its shard names, converted to the target's dtype, on its device. Everything is
 // checked before the first byte is read; then every byte needed is read once, by all threads, straight into its place;
 // memory grows by no more than the largest tensor. DataError lists what is missing, what is surplus, and shapes that
 // differ; a file cut short meanwhile is one too.
+void load_weights(const SafetensorsFolder& folder, const std::vector<Parameter>& targets, const LoadOptions& options = {});
 void load_weights(const std::string& folder, const std::vector<Parameter>& targets, const LoadOptions& options = {});
+
+uint64_t weight_bytes_read();  // from files of weights, by this process so far
 
 }  // namespace trireme

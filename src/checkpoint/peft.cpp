@@ -140,11 +140,12 @@ void write_adapter(const std::string& folder, const Json& config, const std::vec
   write_file_atomic(folder + "/adapter_config.json", dump_json_pretty(config));
 }
 
-void load_adapter(const std::string& folder, const std::vector<Parameter>& targets, LoadOptions options) {
+LoadOptions adapter_options() {
+  LoadOptions options;
   options.stem = "adapter_model";
   options.optional_prefix.clear();
   options.tolerated.clear();
-  load_weights(folder, targets, options);
+  return options;
 }
 
 }  // namespace trireme

@@ -33,7 +33,7 @@ std::vector<std::string> adapter_modules(const std::vector<std::string>& tensor_
 // Writes the folder. The tensors carry PEFT's names. `writes` as write_safetensors_folder().
 void write_adapter(const std::string& folder, const Json& config, const std::vector<TensorSource>& tensors, bool writes = true);
 
-// Fills the targets, which carry PEFT's names. DataError as load_weights(); also where only adapter_model.bin is there.
-void load_adapter(const std::string& folder, const std::vector<Parameter>& targets, LoadOptions options = {});
+// How load_weights() is to read an adapter's folder into targets that carry PEFT's names.
+LoadOptions adapter_options();
 
 }  // namespace trireme

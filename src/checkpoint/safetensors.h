@@ -68,12 +68,14 @@ struct TensorSource {
 void write_safetensors(const std::string& path, const std::vector<TensorSource>& tensors,
                        const std::map<std::string, std::string>& metadata = {}, bool writes = true);
 
+constexpr uint64_t kMaxShardBytes = 5'000'000'000;
+
 // Writes `folder`/<stem>.safetensors, or, above max_shard_bytes, <stem>-00001-of-0000N.safetensors with
 // <stem>.safetensors.index.json, the names that transformers reads; files of an earlier save under this stem go.
 // With `writes` false (also above) nothing is written, but every get() is called in the same order: the other ranks of a
 // gathering save call it so. A rank that fails to write still calls every get() before it throws, so no peer waits for ever.
 void write_safetensors_folder(const std::string& folder, const std::vector<TensorSource>& tensors,
-                              uint64_t max_shard_bytes = 5'000'000'000, bool writes = true,
+                              uint64_t max_shard_bytes = kMaxShardBytes, bool writes = true,
                               const std::string& stem = "model");
 
 }  // namespace trireme

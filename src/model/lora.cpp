@@ -75,15 +75,11 @@ bool has_lora(Transformer& model) {
   return false;
 }
 
-void merge_lora(Transformer& model) {
+void merge_lora(const at::Tensor& weight_OI, const LoraAdapter& adapter) {
   at::NoGradGuard no_grad;
-  for (Linear* l : model.linears()) {
-    if (!l->lora) continue;
-    auto wide = l->weight_OI.scalar_type() == at::kDouble ? at::kDouble : at::kFloat;
-    at::Tensor update = at::matmul(l->lora->b_OR.to(wide), l->lora->a_RI.to(wide)).mul_(l->lora->scale);
-    l->weight_OI.copy_(update.add_(l->weight_OI.to(wide)));
-    l->lora.reset();
-  }
+  const auto wide = weight_OI.scalar_type() == at::kDouble ? at::kDouble : at::kFloat;
+  at::Tensor update = at::matmul(adapter.b_OR.to(wide), adapter.a_RI.to(wide)).mul_(adapter.scale);
+  weight_OI.detach().copy_(update.add_(weight_OI.to(wide)));
 }
 
 std::vector<std::string> lora_targets(Transformer& model) {

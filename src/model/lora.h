@@ -25,8 +25,8 @@ void attach_lora(Transformer& model, const LoraConfig& config, uint64_t seed, We
 
 bool has_lora(Transformer& model);
 
-// W += scale * B A, computed in fp32 (fp64 for fp64) and rounded once; then removes the adapters.
-void merge_lora(Transformer& model);
+// W += scale * B A, computed in fp32 (fp64 for fp64) and rounded once.
+void merge_lora(const at::Tensor& weight_OI, const LoraAdapter& adapter);
 
 // The adapters' target_modules: a short name where every layer of that name has an adapter, else whole paths.
 std::vector<std::string> lora_targets(Transformer& model);

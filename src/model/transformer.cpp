@@ -148,12 +148,13 @@ void Transformer::slice(const std::function<std::pair<at::Tensor, ShardSpec>(con
 
 void Transformer::materialize(at::Device device, uint64_t seed, const std::function<bool(const std::string&)>& fill) {
   for_each_leaf([&](const std::string&, at::Tensor& leaf) {
-    leaf = at::empty(leaf.sizes(), leaf.options().requires_grad(false).device(device)).requires_grad_(leaf.requires_grad());
+    const auto options = leaf.options().requires_grad(false).device(device);
+    leaf = (fill ? at::empty(leaf.sizes(), options) : at::empty({}, options).expand(leaf.sizes())).requires_grad_(leaf.requires_grad());
   });
   device_ = device;
   inv_freq_ = inv_freq_.to(device);
   for (const auto& p : parameters())
-    if (fill(p.name)) fill_initial(p, seed, config_.initializer_range);
+    if (fill && fill(p.name)) fill_initial(p, seed, config_.initializer_range);
 }
 
 std::vector<Linear*> Transformer::linears() {

@@ -99,7 +99,7 @@ class Transformer {
   void slice(const std::function<std::pair<at::Tensor, ShardSpec>(const Parameter& whole)>& cut);
   void set_seams(ModelSeams seams) { seams_ = std::move(seams); }
   const ModelSeams& seams() const { return seams_; }
-  // Memory on `device` for all leaves; those that `fill` names have their initial values, the others what was there.
+  // Memory on `device` for all leaves; those that `fill` names have initial values. An empty `fill`: none, set_data() gives it.
   void materialize(at::Device device, uint64_t seed, const std::function<bool(const std::string& name)>& fill);
   // Where two parts of one tied model are on one rank, embedding and head are one tensor again.
   void share_tied_embedding(const Transformer& first);

@@ -28,8 +28,9 @@ ShardedWeights::ShardedWeights(const std::vector<Parameter>& parameters, const H
   std::vector<Parameter> trained, frozen;
   Holders of_frozen{holders.all, reducer.groups(), {}};
   std::vector<size_t> numbers;
+  std::vector<Parameter> kept, *unfilled = fill ? &kept : nullptr;
   for (const GradientSlice& s : reducer.slices()) trained.push_back({s.name, s.weight, s.shard});
-  for (const Bucket& bucket : reducer.layout()) add(bucket, trained, !fill);
+  for (const Bucket& bucket : reducer.layout()) add(bucket, trained, unfilled);
   if (zero_ < 3) return;
   for (size_t i = 0; i < parameters.size(); ++i) {
     if (parameters[i].value.requires_grad()) continue;
@@ -39,7 +40,7 @@ ShardedWeights::ShardedWeights(const std::vector<Parameter>& parameters, const H
   }
   std::vector<Bucket> buckets = reducer.layout();
   for (const Bucket& bucket : cut_buckets(frozen, numbers, of_frozen, bucket_bytes, true)) {
-    add(bucket, frozen, !fill);
+    add(bucket, frozen, unfilled);
     buckets.push_back(bucket);
   }
   first_ = std::numeric_limits<int64_t>::max(), last_ = -1;
@@ -49,46 +50,34 @@ ShardedWeights::ShardedWeights(const std::vector<Parameter>& parameters, const H
     if (static_cast<size_t>(block + 2) > units_.size()) units_.resize(static_cast<size_t>(block + 2));
     units_[static_cast<size_t>(block + 1)].flats.push_back(b);
   }
-  if (!fill) return;
-  at::NoGradGuard no_grad;
-  for (const Unit& unit : units_) {
-    std::vector<Parameter> members;
-    for (size_t b : unit.flats) {
-      set_memory(flats_[b].whole, size_of(flats_[b].whole));
-      members.insert(members.end(), flats_[b].parameters.begin(), flats_[b].parameters.end());
-    }
-    fill(members);
-    for (size_t b : unit.flats) {
-      const Flat& flat = flats_[b];
-      int64_t used = 0;
-      for (const Parameter& p : flat.parameters) used += p.value.numel();
-      flat.whole.narrow(0, used, flat.whole.numel() - used).zero_();
-      flats_[b].part.copy_(flat.whole.narrow(0, flat.group.rank() * flat.part.numel(), flat.part.numel()));
-      set_memory(flat.whole, 0);
-    }
-  }
+  if (fill) fill(kept);
 }
 
-void ShardedWeights::add(const Bucket& bucket, const std::vector<Parameter>& parameters, bool has_values) {
+void ShardedWeights::add(const Bucket& bucket, const std::vector<Parameter>& parameters, std::vector<Parameter>* unfilled) {
   at::NoGradGuard no_grad;
   const Communicator& group = groups_[bucket.group];
-  Flat flat{group, at::empty({bucket.num_elements}, bucket.options), at::Tensor(), {}};
+  Flat flat{group, at::empty({bucket.num_elements}, bucket.options), at::Tensor()};
   int64_t used = 0;
   for (size_t k = 0; k < bucket.parameters.size(); ++k) {
     at::Tensor leaf = parameters[bucket.parameters[k]].value;
     at::Tensor view = flat.whole.narrow(0, bucket.offsets[k], leaf.numel()).view(leaf.sizes());
-    if (has_values) view.copy_(leaf.detach());
+    if (!unfilled) view.copy_(leaf.detach());
     leaf.set_data(view);
-    flat.parameters.push_back(parameters[bucket.parameters[k]]);
     used = bucket.offsets[k] + leaf.numel();
   }
-  if (has_values) flat.whole.narrow(0, used, bucket.num_elements - used).zero_();
+  if (!unfilled) flat.whole.narrow(0, used, bucket.num_elements - used).zero_();
   const int64_t size = bucket.num_elements / group.size();
   flat.part = flat.whole.narrow(0, group.rank() * size, size);
   if (zero_ == 3) {
-    flat.part = has_values ? flat.part.clone() : at::zeros_like(flat.part);
+    flat.part = unfilled ? at::zeros_like(flat.part) : flat.part.clone();
     set_memory(flat.whole, 0);
   }
+  if (unfilled)
+    for (const PartRange& r : ranges_of_part(bucket, parameters, group.rank(), group.size())) {
+      const Parameter& p = parameters[r.parameter];
+      for (Parameter& piece : rectangles(p.name, flat.part.narrow(0, r.offset, r.end - r.begin), p.value.sizes(), p.shard, r.begin, r.end))
+        unfilled->push_back(std::move(piece));
+    }
   flats_.push_back(std::move(flat));
 }
 

@@ -16,8 +16,7 @@ namespace trireme {
 class ShardedWeights : public BlockWeights {
  public:
   // `parameters` of the model, `holders` of these; the trained ones are cut as the reducer's gradients. Collective.
-  // `fill` (zero 3): the leaves have no values yet; it is asked for those of a block after the other, so that no rank ever
-  // has the whole model.
+  // `fill` (zero 3): the leaves have no memory yet; it is asked once, for the slices of them that this rank keeps.
   ShardedWeights(const std::vector<Parameter>& parameters, const Holders& holders, const GradientReducer& reducer, int zero,
                  int64_t bucket_bytes, const WeightFill& fill = {});
 
@@ -45,7 +44,6 @@ class ShardedWeights : public BlockWeights {
   struct Flat {
     Communicator group;
     at::Tensor whole, part;
-    std::vector<Parameter> parameters;
   };
   struct Unit {
     std::vector<size_t> flats;
@@ -54,7 +52,7 @@ class ShardedWeights : public BlockWeights {
     std::vector<Work> work;
   };
 
-  void add(const Bucket& bucket, const std::vector<Parameter>& parameters, bool has_values);
+  void add(const Bucket& bucket, const std::vector<Parameter>& parameters, std::vector<Parameter>* unfilled);
   void start(Unit& unit);
   void wait(Unit& unit);
   void drop(Unit& unit);

@@ -10,7 +10,6 @@
 #include "base/file.h"
 #include "base/hash.h"
 #include "base/log.h"
-#include "checkpoint/export_folder.h"
 #include "checkpoint/hf_hub.h"
 #include "checkpoint/load_weights.h"
 #include "checkpoint/peft.h"
@@ -19,7 +18,6 @@
 #include "data/records.h"
 #include "model/initialize.h"
 #include "optim/schedule.h"
-#include "parallel/gather.h"
 #include "parallel/tensor_parallel.h"
 #include "tasks/task.h"
 #include "train/run_folder.h"
@@ -28,14 +26,6 @@ namespace trireme {
 namespace {
 
 namespace fs = std::filesystem;
-
-bool is_adapter(const Parameter& p) { return p.name.find(".lora_") != std::string::npos; }
-
-std::vector<Parameter> only(const Chunks& model, bool adapters) {
-  std::vector<Parameter> out = parameters_of(model);
-  std::erase_if(out, [&](const Parameter& p) { return is_adapter(p) != adapters; });
-  return out;
-}
 
 void check_adapter(const std::string& path) {
   if (!path.empty() && !fs::exists(path + "/adapter_config.json"))
@@ -268,6 +258,8 @@ ModelCut forward_cut(const ModelConfig& model, const MeshComms& comms) {
   };
 }
 
+bool is_adapter(const Parameter& p) { return p.name.find(".lora_") != std::string::npos; }
+
 std::vector<Parameter> parameters_of(const Chunks& chunks) {
   std::vector<Parameter> all;
   std::set<std::string> names;
@@ -301,67 +293,31 @@ std::unique_ptr<Transformer> build_model(const Config& config, const ModelSource
   const auto seed = static_cast<uint64_t>(config.run.seed);
   at::NoGradGuard no_grad;
   auto model = model_shapes(config, source.config, dtype, attach);
-  const bool stored_adapter = !config.lora.path.empty();
   std::set<std::string> whole;
   for (const auto& p : model->parameters()) whole.insert(p.name);
   if (cut) cut(*model);
-  if (!shapes_only) model->materialize(at::kCPU, seed, [](const std::string&) { return false; });
-  const WeightFill fill_now = [whole, seed, stored_adapter, shapes_only, folder = source.folder, adapter = config.lora.path,
-                               range = source.config.initializer_range](const std::vector<Parameter>& parameters) {
+  using Stored = std::shared_ptr<const SafetensorsFolder>;  // opened once, whoever reads how often; null: random values
+  const Stored base = source.folder.empty() ? nullptr : std::make_shared<SafetensorsFolder>(source.folder);
+  const Stored adapter = config.lora.path.empty() ? nullptr : std::make_shared<SafetensorsFolder>(config.lora.path, adapter_options().stem);
+  const auto load = [base, adapter, seed, range = source.config.initializer_range](const std::vector<Parameter>& parameters,
+                                                                                   const std::set<std::string>* names_to_check) {
     at::NoGradGuard no_grad;
-    std::vector<Parameter> of_kind[2];  // base, adapters
-    for (const auto& p : parameters) of_kind[is_adapter(p)].push_back(p);
-    LoadOptions options;
-    options.headers_only = shapes_only;
-    options.elsewhere = [&](const std::string& name) { return whole.count(name) != 0; };
     for (const bool adapters : {false, true}) {
-      if (adapters ? stored_adapter : !folder.empty()) {
-        adapters ? load_adapter(adapter, of_kind[1], options) : load_weights(folder, of_kind[0], options);
-      } else if (!shapes_only) {
-        for (const auto& p : of_kind[adapters]) fill_initial(p, seed, range);
-      }
+      std::vector<Parameter> targets = parameters;
+      std::erase_if(targets, [&](const Parameter& p) { return is_adapter(p) != adapters; });
+      LoadOptions options = adapters ? adapter_options() : LoadOptions();
+      options.headers_only = names_to_check != nullptr, options.partial = !names_to_check;
+      options.elsewhere = [&](const std::string& name) { return names_to_check->count(name) != 0; };
+      if (const Stored& stored = adapters ? adapter : base) load_weights(*stored, targets, options);
+      else if (!names_to_check) for (const auto& p : targets) fill_initial(p, seed, range);
     }
   };
+  load(model->parameters(), &whole);
+  const WeightFill fill_now = [load](const std::vector<Parameter>& parameters) { load(parameters, nullptr); };
   if (fill) *fill = fill_now;
-  else fill_now(model->parameters());
+  if (!shapes_only) model->materialize(at::kCPU, seed, fill ? std::function<bool(const std::string&)>() : [](const std::string&) { return false; });
+  if (!shapes_only && !fill) fill_now(model->parameters());
   return model;
-}
-
-ExportedChat exported_chat(const Config& config, const ModelSource& source) {
-  ExportedChat chat;
-  if (config.data.chat_template.empty()) return chat;
-  TextTools tools = load_text_tools(config, source.tokenizer_folder, &source.config);
-  chat.chat_template = tools.chat->text();
-  for (auto [name, id] : {std::pair("bos_token", tools.bos_id), std::pair("eos_token", tools.eos_id)})
-    if (id >= 0) chat.special_tokens[name] = tools.tokenizer.id_to_token(id);
-  if (auto id = end_of_turn(config, tools)) chat.end_ids.push_back(*id);
-  return chat;
-}
-
-void export_model(const std::string& folder, const Chunks& model, const Config& config, const ModelSource& source,
-                  const Communicator& world, const HoldWeight& hold) {
-  at::NoGradGuard no_grad;
-  for (const auto& chunk : model) merge_lora(*chunk);
-  std::string dtype = dtype_name(model[0]->dtype());
-  Json json = source.folder.empty() ? model_config_from_fields(source.config, dtype) : model_config_to_json(source.config, dtype);
-  // A run from random weights writes the Hub's fields it was given too: tokenizer ids, architectures and the like.
-  if (source.folder.empty())
-    for (const auto& [key, value] : source.config.raw.items())
-      if (!json.contains(key)) json[key] = value;
-  std::string files = source.folder.empty() ? fs::path(source.config.source).parent_path().string() : source.folder;
-  export_model_folder(folder, files, source.tokenizer_folder, json, whole_tensors(only(model, false), world, hold),
-                      exported_chat(config, source), world.rank() == 0);
-}
-
-void export_adapter(const std::string& folder, const Chunks& model, const Config& config, const ModelSource& source,
-                    const Communicator& world, const HoldWeight& hold) {
-  at::NoGradGuard no_grad;
-  LoraConfig lora = lora_config(config);
-  // A part of the model cannot say whether every layer of a name has an adapter.
-  const auto targets = lora_targets(*build_model(config, source, model[0]->dtype(), true, true));
-  PeftConfig peft{lora.rank, lora.alpha, lora.dropout, lora.rank_stabilized, targets, false, source.name, source.revision};
-  write_adapter(folder, peft_config_to_json(peft), whole_tensors(only(model, true), world, hold), world.rank() == 0);
-  if (world.rank() == 0 && !source.tokenizer_folder.empty()) copy_tokenizer_files(source.tokenizer_folder, folder, exported_chat(config, source));
 }
 
 TextTools load_text_tools(const Config& config, const std::string& folder, const ModelConfig* model) {

@@ -62,7 +62,8 @@ std::unique_ptr<Transformer> model_shapes(const Config& config, const ModelConfi
 // The model on the CPU, with weights read or random, then the adapter of lora.path, or (`attach`) new adapters by lora.*.
 // `shapes_only`: nothing is allocated or read but headers; every file and key is checked all the same. `cut`: leaves of the
 // model, which has no memory yet, what this rank is to hold; no more than that is allocated and read.
-// `fill`: the leaves' memory is reserved, but not written, which costs none; the function put there fills those it is given.
+// `fill`: the leaves have no memory (each is given some by set_data()). The function put there writes the values of any slices of
+// any of the whole model's parameters.
 using ModelCut = std::function<void(Transformer& model)>;
 std::unique_ptr<Transformer> build_model(const Config& config, const ModelSource& source, at::ScalarType dtype,
                                          bool attach, bool shapes_only = false, const ModelCut& cut = {}, WeightFill* fill = nullptr);
@@ -74,16 +75,9 @@ ModelCut forward_cut(const ModelConfig& model, const MeshComms& comms);
 // Of the adapter in lora.path, else of the lora.* keys. DataError: what the adapter's files have wrong.
 LoraConfig lora_config(const Config& config);
 
-// Writes the model's weights (adapters merged) as a Hugging Face folder, or the adapter as a PEFT folder. With
-// data.chat_template, the product has that template, and its end of turn among its end tokens. Collective over `world`, whose
-// ranks may each hold a part of the model; its rank 0 writes.
 using Chunks = std::vector<std::unique_ptr<Transformer>>;
-using HoldWeight = std::function<void(const std::string& name)>;  // see whole_tensors()
 std::vector<Parameter> parameters_of(const Chunks& chunks);  // each name once: a tied embedding may be in two chunks
-void export_model(const std::string& folder, const Chunks& model, const Config& config, const ModelSource& source,
-                  const Communicator& world = Communicator::self(), const HoldWeight& hold = {});
-void export_adapter(const std::string& folder, const Chunks& model, const Config& config, const ModelSource& source,
-                    const Communicator& world = Communicator::self(), const HoldWeight& hold = {});
+bool is_adapter(const Parameter& parameter);                 // by its name
 
 struct TextTools {
   Tokenizer tokenizer;

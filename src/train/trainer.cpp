@@ -18,6 +18,7 @@
 #include "eval/evaluate.h"
 #include "parallel/tensor_parallel.h"
 #include "train/agreement.h"
+#include "train/export.h"
 #include "train/memory.h"
 #include "train/plan.h"
 #include "train/progress.h"

@@ -1,0 +1,118 @@
+#include "train/export.h"
+
+#include <algorithm>
+#include <filesystem>
+
+#include "base/check.h"
+#include "checkpoint/export_folder.h"
+#include "checkpoint/peft.h"
+#include "parallel/gather.h"
+
+namespace trireme {
+namespace {
+
+namespace fs = std::filesystem;
+
+std::vector<Parameter> only(std::vector<Parameter> parameters, bool adapters) {
+  std::erase_if(parameters, [&](const Parameter& p) { return is_adapter(p) != adapters; });
+  return parameters;
+}
+
+ExportedChat exported_chat(const Config& config, const ModelSource& source) {
+  ExportedChat chat;
+  if (config.data.chat_template.empty()) return chat;
+  TextTools tools = load_text_tools(config, source.tokenizer_folder, &source.config);
+  chat.chat_template = tools.chat->text();
+  for (auto [name, id] : {std::pair("bos_token", tools.bos_id), std::pair("eos_token", tools.eos_id)})
+    if (id >= 0) chat.special_tokens[name] = tools.tokenizer.id_to_token(id);
+  if (auto id = end_of_turn(config, tools)) chat.end_ids.push_back(*id);
+  return chat;
+}
+
+void write_model(const std::string& folder, const std::vector<TensorSource>& tensors, at::ScalarType type, const Config& config,
+                 const ModelSource& source, bool writes, uint64_t max_shard_bytes) {
+  const std::string dtype = dtype_name(type);
+  Json json = source.folder.empty() ? model_config_from_fields(source.config, dtype) : model_config_to_json(source.config, dtype);
+  // A run from random weights writes the Hub's fields it was given too: tokenizer ids, architectures and the like.
+  if (source.folder.empty())
+    for (const auto& [key, value] : source.config.raw.items())
+      if (!json.contains(key)) json[key] = value;
+  const std::string files = source.folder.empty() ? fs::path(source.config.source).parent_path().string() : source.folder;
+  export_model_folder(folder, files, source.tokenizer_folder, json, tensors, exported_chat(config, source), writes, max_shard_bytes);
+}
+
+void write_peft(const std::string& folder, const std::vector<TensorSource>& tensors, at::ScalarType type, const Config& config,
+                const ModelSource& source, bool writes) {
+  const LoraConfig lora = lora_config(config);
+  // A part of the model cannot say whether every layer of a name has an adapter.
+  const auto targets = lora_targets(*model_shapes(config, source.config, type, true));
+  const PeftConfig peft{lora.rank, lora.alpha, lora.dropout, lora.rank_stabilized, targets, false, source.name, source.revision};
+  write_adapter(folder, peft_config_to_json(peft), tensors, writes);
+  if (writes && !source.tokenizer_folder.empty()) copy_tokenizer_files(source.tokenizer_folder, folder, exported_chat(config, source));
+}
+
+at::ScalarType trained_dtype(const Checkpoint& checkpoint) {
+  for (const auto& [name, tensor] : checkpoint.tensors())
+    if (name.starts_with("model/")) return tensor.dtype;
+  throw DataError(str(checkpoint.folder(), " holds no weights of a model"));
+}
+
+}  // namespace
+
+void export_model(const std::string& folder, const Chunks& model, const Config& config, const ModelSource& source,
+                  const Communicator& world, const HoldWeight& hold) {
+  at::NoGradGuard no_grad;
+  write_model(folder, whole_tensors(parameters_of(model), world, hold), model[0]->dtype(), config, source, world.rank() == 0, kMaxShardBytes);
+}
+
+void export_adapter(const std::string& folder, const Chunks& model, const Config& config, const ModelSource& source,
+                    const Communicator& world, const HoldWeight& hold) {
+  at::NoGradGuard no_grad;
+  write_peft(folder, whole_tensors(only(parameters_of(model), true), world, hold), model[0]->dtype(), config, source, world.rank() == 0);
+}
+
+void export_stored(const std::string& folder, const Config& config, const ModelSource& source,
+                   const std::optional<Checkpoint>& checkpoint, uint64_t max_shard_bytes) {
+  const at::ScalarType dtype = checkpoint ? trained_dtype(*checkpoint) : weight_dtype(config, source);
+  WeightFill fill;
+  const auto shapes = build_model(config, source, dtype, checkpoint.has_value(), true, {}, &fill);
+  if (checkpoint && !has_lora(*shapes) &&
+      std::any_of(checkpoint->tensors().begin(), checkpoint->tensors().end(), [](const auto& t) { return t.first.find(".lora_") != std::string::npos; }))
+    throw ConfigError(str("the checkpoint ", checkpoint->folder(), " holds adapters, but lora.rank is 0: name the run's config.ini, as in "
+                          "trireme export RUN/config.ini --run.resume=", checkpoint->folder(), " --run.dir=OUT"));
+  // A checkpoint holds what was trained: all weights, or the adapters.
+  auto stored_as = [](const Parameter& p, const at::Tensor& value) { return NamedTensor{"model/" + p.name, value, p.shard}; };
+  std::vector<NamedTensor> trained;
+  std::map<std::string, Parameter> by_name;
+  for (const Parameter& p : shapes->parameters()) {
+    by_name[p.name] = p;
+    if (p.value.requires_grad()) trained.push_back(stored_as(p, p.value.detach()));
+  }
+  if (checkpoint) checkpoint->check(trained, true);
+  auto read = [&](const Parameter& p) {
+    const at::Tensor value = at::empty(p.value.sizes(), p.value.scalar_type());
+    if (checkpoint && p.value.requires_grad()) checkpoint->load({stored_as(p, value)}, true);
+    else fill({{p.name, value, p.shard}});
+    return value;
+  };
+  std::map<std::string, const Linear*> adapted;
+  for (const Linear* l : shapes->linears())
+    if (l->lora) adapted[l->path + ".weight"] = l;
+
+  const bool adapters = !adapted.empty() && !config.lora.merge;
+  std::vector<TensorSource> tensors;
+  for (const Parameter& p : only(shapes->parameters(), adapters))
+    tensors.push_back({p.name, dtype, p.value.sizes().vec(), [&, p] {
+                         const at::Tensor value = read(p);
+                         if (auto l = adapted.find(p.name); l != adapted.end()) {
+                           const std::string name = "base_model.model." + l->second->path;
+                           merge_lora(value, {read(by_name.at(name + ".lora_A.weight")), read(by_name.at(name + ".lora_B.weight")),
+                                              l->second->lora->scale, 0.0});
+                         }
+                         return value;
+                       }});
+  if (adapters) write_peft(folder, tensors, dtype, config, source, true);
+  else write_model(folder, tensors, dtype, config, source, true, max_shard_bytes);
+}
+
+}  // namespace trireme

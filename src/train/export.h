@@ -1,0 +1,25 @@
+// What a run or a model leaves behind for others: a Hugging Face model folder or a PEFT adapter folder. Tensors go to the file one
+// at a time. With data.chat_template, the product has that template, and its end of turn among its end tokens.
+#pragma once
+
+#include "checkpoint/checkpoint.h"
+#include "checkpoint/safetensors.h"
+#include "train/build.h"
+
+namespace trireme {
+
+// Writes the weights of a trained model, or its adapter. Collective over `world`, whose ranks may each hold a part of the model;
+// its rank 0 writes.
+using HoldWeight = std::function<void(const std::string& name)>;  // see whole_tensors()
+void export_model(const std::string& folder, const Chunks& model, const Config& config, const ModelSource& source,
+                  const Communicator& world = Communicator::self(), const HoldWeight& hold = {});
+void export_adapter(const std::string& folder, const Chunks& model, const Config& config, const ModelSource& source,
+                    const Communicator& world = Communicator::self(), const HoldWeight& hold = {});
+
+// Writes what files hold: the model's weights, those that `checkpoint` has from there, with adapters merged (lora.merge), or the
+// adapters alone. This process alone reads and writes, and has one weight in memory at a time (with its update, where an adapter is
+// merged). ConfigError where the checkpoint holds adapters and the configuration none; DataError where it is of another model.
+void export_stored(const std::string& folder, const Config& config, const ModelSource& source,
+                   const std::optional<Checkpoint>& checkpoint, uint64_t max_shard_bytes = kMaxShardBytes);
+
+}  // namespace trireme
