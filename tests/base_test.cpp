@@ -1,6 +1,10 @@
 #include "base/check.h"
 
 #include <gtest/gtest.h>
+#include <sys/resource.h>
+
+#include <csignal>
+#include <filesystem>
 
 #include "base/json.h"
 #include "base/trace.h"
@@ -63,6 +67,56 @@ TEST(Trace, IsJsonWhateverTheClocksSay) {
   for (const Json& event : events)
     if (event["ph"] == "X") durations.push_back(event["dur"].get<double>());
   EXPECT_EQ(durations, (std::vector<double>{0, 200e3}));
+  std::filesystem::remove_all(folder);
+}
+
+// Between two flushes of its owner, such as while it evaluates for an hour.
+TEST(Trace, DoesNotGrowInMemory) {
+  const std::string folder = scratch_folder(), path = folder + "/trace.json";
+  start_time_spent();
+  open_trace(path, 0, "host");
+  start_trace(std::chrono::steady_clock::now());
+  constexpr size_t kLeast = 80;  // bytes of an event
+  size_t num_events = 0;
+  for (; num_events < 3 * kTraceBuffer / kLeast; ++num_events) {
+    const auto now = std::chrono::steady_clock::now();
+    trace_collective("all_reduce", "data", 8, now, now);
+  }
+  EXPECT_LT(std::filesystem::file_size(path), 1000u);
+  { Span span(TimeKind::kCompute, "forward"); }
+  EXPECT_GT(std::filesystem::file_size(path), num_events * kLeast);
+  close_trace();
+  EXPECT_GT(read_json_file(path)["traceEvents"].size(), num_events);
+  std::filesystem::remove_all(folder);
+}
+
+TEST(Trace, OfAFullDiskEndsWithAWarningAndStaysWhole) {
+  const std::string folder = scratch_folder(), path = folder + "/trace.json";
+  const auto begin = std::chrono::steady_clock::now();
+  open_trace(path, 0, "host");
+  start_trace(begin);
+  auto add = [&](int n) {
+    for (int i = 0; i < n; ++i) trace_collective("all_reduce", "data", 8, begin, begin + std::chrono::milliseconds(1));
+    flush_trace();
+  };
+  add(10);
+  rlimit limit{};
+  ASSERT_EQ(getrlimit(RLIMIT_FSIZE, &limit), 0);
+  const rlimit small{4096, limit.rlim_max};
+  const auto handler = std::signal(SIGXFSZ, SIG_IGN);
+  ASSERT_EQ(setrlimit(RLIMIT_FSIZE, &small), 0);
+  testing::internal::CaptureStderr();
+  add(100);
+  const std::string said = testing::internal::GetCapturedStderr();
+  setrlimit(RLIMIT_FSIZE, &limit);
+  std::signal(SIGXFSZ, handler);
+  EXPECT_NE(said.find("warning: cannot write the trace " + path + ": File too large; nothing more is recorded\n"), std::string::npos) << said;
+  add(10);
+  close_trace();
+  size_t num_spans = 0;
+  const Json events = read_json_file(path)["traceEvents"];
+  for (const Json& event : events) num_spans += event["ph"] == "X";
+  EXPECT_EQ(num_spans, 10u);
   std::filesystem::remove_all(folder);
 }
 

@@ -35,6 +35,7 @@ MESHES = {
     "pp2_interleaved": (2, ["--parallel.pipeline=2", "--parallel.schedule=interleaved", "--train.micro_batch_size=3", "--train.accumulation=4"]),
     "pp4": (4, ["--parallel.pipeline=4", "--train.micro_batch_size=2", "--train.accumulation=6"]),
     "pp2_tp2": (4, ["--parallel.pipeline=2", "--parallel.tensor=2"]),
+    "pp2_tp2_zb_h1": (4, ["--parallel.pipeline=2", "--parallel.tensor=2", "--parallel.schedule=zb-h1"]),
     "dp2_pp2_zero1": (4, ["--parallel.pipeline=2", "--parallel.zero=1", "--train.micro_batch_size=2"]),
     "dp2_tp2_pp2": (8, ["--parallel.pipeline=2", "--parallel.tensor=2", "--train.micro_batch_size=2"]),
     "dp2_tp2": (4, ["--parallel.tensor=2", "--train.micro_batch_size=6", "--train.accumulation=1"]),

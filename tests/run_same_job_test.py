@@ -45,6 +45,8 @@ def test_another_verb_or_help(work):
     keys = small_run(work)
     refused(together(work, [1, None, BINARY, "train", *keys], [1, None, BINARY, "train", *keys, "--dry-run"]),
             rf"rank 1 on {HOST} differs from rank 0 on {HOST}: the verb is train --dry-run there, train here")
+    refused(together(work, [1, None, BINARY, "train", *keys], [1, None, BINARY, "train", "--help"]),
+            rf"rank 1 on {HOST} differs from rank 0 on {HOST}: the verb is train --help there, train here")
 
 
 def test_the_same_words_in_other_folders_are_other_files(work):

@@ -8,9 +8,10 @@ import pytest
 
 from program import kill_all, processes, run, small_run, start, command, wait_for, end_of
 
-STAGES, COPIES, MICRO_BATCHES, STEPS = 2, 2, 3, 4
+STAGES, COPIES, PARTS, MICRO_BATCHES, STEPS = 2, 2, 2, 3, 4
+RANKS_OF_STAGE = COPIES * PARTS  # pipeline is the outermost axis
 KINDS = {"other", "compute", "wait", "bubble", "data", "optimizer", "checkpoint", "evaluation", "communication"}
-MESH = (f"--parallel.pipeline={STAGES}", f"--train.accumulation={MICRO_BATCHES}", "--train.micro_batch_size=1", "--log.trace=true")
+MESH = (f"--parallel.pipeline={STAGES}", f"--parallel.tensor={PARTS}", f"--train.accumulation={MICRO_BATCHES}", "--train.micro_batch_size=1", "--log.trace=true")
 
 
 def spans_of(path):
@@ -50,9 +51,9 @@ def shares(line):
 @pytest.fixture(scope="module")
 def traced(tmp_path_factory):
     work = tmp_path_factory.mktemp("trace")
-    done = run(work, "train", *small_run(work, "run", *MESH), ranks=STAGES * COPIES)
+    done = run(work, "train", *small_run(work, "run", *MESH), ranks=STAGES * RANKS_OF_STAGE)
     assert done.returncode == 0, done.stderr
-    return done.stderr, [spans_of(work / f"run/trace/rank-{rank}.json") for rank in range(STAGES * COPIES)]
+    return done.stderr, [spans_of(work / f"run/trace/rank-{rank}.json") for rank in range(STAGES * RANKS_OF_STAGE)]
 
 
 def test_spans_are_whole_and_nest(traced):
@@ -66,7 +67,7 @@ def test_spans_are_whole_and_nest(traced):
             tree = nested(of_track)
             if tid > 0:  # collectives of a group: one after the other on each of its tracks
                 assert not any(inside for _, inside in tree), tracks[tid]
-        assert {"data", "pipeline", "world"} <= set(tracks.values())
+        assert {"data", "pipeline", "tensor", "world"} <= set(tracks.values())
 
 
 def test_every_action_of_the_schedule_is_there_once_a_step(traced):
@@ -74,7 +75,7 @@ def test_every_action_of_the_schedule_is_there_once_a_step(traced):
         main = [s for s in spans if s["tid"] == 0]
         steps = [s for s in main if s["name"] == "step"]
         assert [s["args"]["step"] for s in steps] == list(range(1, STEPS + 1))
-        stage = rank // COPIES  # pipeline is the outermost axis
+        stage = rank // RANKS_OF_STAGE
         for step in steps:
             inside = [s for s in main if within(step, s) and s is not step]
             assert {s["args"]["step"] for s in inside} == {step["args"]["step"]}
@@ -92,10 +93,10 @@ def test_every_action_of_the_schedule_is_there_once_a_step(traced):
 
 def test_what_is_sent_is_received_and_clocks_agree(traced):
     traces = [spans for spans, _ in traced[1]]
-    for copy in range(COPIES):
+    for row in range(RANKS_OF_STAGE):
         moved = [collections.Counter(), collections.Counter()]
         for stage in range(STAGES):
-            for s in traces[stage * COPIES + copy]:
+            for s in traces[stage * RANKS_OF_STAGE + row]:
                 if s["cat"] == "communication" and s["args"]["group"] == "pipeline":
                     moved[s["name"] == "send"][1 - stage if s["name"] == "send" else stage] += s["args"]["bytes"]
         assert moved[0] == moved[1] and min(moved[0].values()) > 0

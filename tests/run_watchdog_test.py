@@ -13,7 +13,7 @@ from program import (BINARY, SOURCE, TRACES, TRAIN, assert_all_ended, command, e
 RANKS = next(str(path) for path in pathlib.Path(BINARY).parent.rglob("watchdog_ranks"))
 HOST = re.escape(os.uname().nodename)
 END = (r"(, more than comm\.timeout_s=\d+)?(; what each rank did is in (?P<folder>\S+))?\. All ranks are ended; a training run goes on from its last "
-       r"checkpoint when the same command is run again\n")
+       r"checkpoint, if it has one, when the same command is run again\n")
 REDUCE = r"all_reduce #3 of group work, 32 bytes \(float32\)"
 
 
@@ -72,6 +72,8 @@ def test_another_size_is_an_error_at_once(work):
                r"ended, \d+\.\d s before"),
     ("posts", rf"rank 2 on {HOST} has not come to {REDUCE}, where rank \d waits for it; it is in no operation since barrier #2 of group work, 0 bytes "
               r"ended, \d+\.\d s before"),
+    ("root", rf"rank 2 on {HOST} is in broadcast #3 of group work, 32 bytes \(float32, from rank 2\), where ranks 0, 1, 3 are in broadcast #3 of group "
+             r"work, 32 bytes \(float32, from rank 0\): the ranks do not do the same operations"),
     ("ends", rf"rank 2 on {HOST} has not come to {REDUCE}, where rank \d waits for it; it is at the end of the program"),
     ("order", rf"ranks wait for one another: (rank [013] for rank 2 in {REDUCE}(; )?|rank 2 for rank [013] in barrier #1 of group other, 0 bytes(; )?){{2}}"),
     ("message", rf"ranks wait for one another: (rank 0 for rank 2 in {REDUCE}(; )?|rank 2 for rank 0 in receive with rank 0 of group work, 32 bytes \(float32\)(; )?){{2}}"),
@@ -80,7 +82,16 @@ def test_another_size_is_an_error_at_once(work):
 def test_a_rank_that_does_not_come_is_named_at_the_deadline(work, what, tells):
     ended(differing(work, what), tells)
     told = flights(work, [0, 1, 3] if what == "stops" else range(4))
-    assert re.search(REDUCE + ", in flight", told[0][-1]), told[0]
+    assert re.search(REDUCE.replace("3", "4" if what == "root" else "3", 1) + ", in flight", told[0][-1]), told[0]
+
+
+@pytest.mark.parametrize("rank, sentence", [
+    (2, rf"rank 2 of 4 has not come to the start of the program 3 s after rank 0 on {HOST}: stopped or gone\. All ranks are ended"),
+    (0, rf"rank [123] on {HOST} has waited 13 s for rank 0 to come to the start of the program: stopped or gone\. All ranks are ended")])
+def test_a_rank_that_is_stopped_before_the_job_has_begun(work, rank, sentence):
+    done = end_of(differing(work, "starts", rank=rank))
+    assert done.returncode == 9 and re.search(f"^{sentence}\n", done.stderr), done.stderr
+    assert_all_ended(work)
 
 
 def test_a_message_that_nobody_waits_for_is_not_late(work):

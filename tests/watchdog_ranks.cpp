@@ -2,6 +2,8 @@
 // RANK add up 8 numbers as the third operation of the group "work"; RANK does WHAT.
 #include "base/tensor.h"
 
+#include <mpi.h>
+
 #include <csignal>
 #include <cstdio>
 #include <cstdlib>
@@ -12,6 +14,7 @@
 #include "base/log.h"
 #include "comm/communicator.h"
 #include "comm/process.h"
+#include "comm/watch_channel.h"
 #include "comm/watchdog.h"
 #include "train/agreement.h"
 
@@ -27,6 +30,7 @@ void differ(const std::string& what, const Communicator& work, const Communicato
   else if (what == "reduction") work.all_reduce(x, ReduceOp::kMax);
   else if (what == "barrier") work.barrier();
   else if (what == "order") other.barrier(), work.all_reduce(x);
+  else if (what == "root") work.broadcast(x, 2), std::this_thread::sleep_for(std::chrono::seconds(60));
   else if (what == "message") work.receive(x, 0, 5);
   else if (what == "sleeps") std::this_thread::sleep_for(std::chrono::seconds(60));
   else if (what == "posts") {
@@ -42,6 +46,12 @@ int main(int argc, char** argv) {
   const std::string what = argv[1], folder = argv[3];
   const bool differs = [&] { return std::getenv("OMPI_COMM_WORLD_RANK") == std::string(argv[2]); }();
   try {
+    if (what == "starts") {  // RANK has started MPI, and comes no further
+      int provided = 0;
+      MPI_Init_thread(&argc, &argv, MPI_THREAD_MULTIPLE, &provided);
+      if (differs) std::raise(SIGSTOP);
+      WatchChannel channel(3);
+    }
     Process process(&argc, &argv);
     set_comm_timeout(argc > 4 ? std::atof(argv[4]) : 1800);
     if (!folder.empty()) set_flight_folder(folder);
@@ -62,6 +72,7 @@ int main(int argc, char** argv) {
         work.send(x, (work.rank() + work.size() - 1) % work.size(), 5);
         ahead.wait();
       } else if (differs) differ(what, work, other);
+      else if (what == "root") work.broadcast(x, 0), work.all_reduce(x);
       else if (what == "ends" || what == "order") work.all_reduce(x), other.barrier();
       else work.all_reduce(x);
     } catch (const std::exception& error) {

@@ -72,9 +72,10 @@ class Trace {
     write();
   }
   void start(Clock::time_point zero) {
+    std::lock_guard file_lock(file_mutex_);
     std::lock_guard lock(mutex_);
     zero_ = zero;
-    on_ = true;
+    on_ = fd_ >= 0;
   }
   void set_step(int64_t step) { step_ = step; }
 
@@ -90,12 +91,12 @@ class Trace {
     ::close(std::exchange(fd_, -1));
   }
 
-  // `track` null: the main thread.
-  void add(const char* track, const char* category, const char* name, const SpanArgs& args, Clock::time_point begin,
+  // `track` null: the main thread. Whether it is time for a flush.
+  bool add(const char* track, const char* category, const char* name, const SpanArgs& args, Clock::time_point begin,
            Clock::time_point end) {
     std::lock_guard lock(mutex_);
     begin = std::min(begin, end);  // the watchdog moves a beginning where the process was stopped
-    if (!on() || begin < zero_) return;
+    if (!on() || begin < zero_) return false;
     const int64_t ts = nanoseconds(begin - zero_), length = nanoseconds(end - begin);
     const int tid = track ? track_of(track, ts, ts + length) : 0;
     char text[160];
@@ -108,6 +109,7 @@ class Trace {
     if (args.micro_batch >= 0) event += str(",\"micro_batch\":", args.micro_batch);
     if (args.chunk >= 0) event += str(",\"chunk\":", args.chunk);
     append(event + "}}");
+    return buffer_.size() > kTraceBuffer;
   }
 
  private:
@@ -148,7 +150,7 @@ class Trace {
         on_ = false;
         if (::ftruncate(fd_, end_) == 0 && end_ > 0) std::ignore = ::pwrite(fd_, kTail, sizeof kTail - 1, end_);
         ::close(std::exchange(fd_, -1));
-        throw SystemError(str("cannot write the trace ", path_, ": ", why, "; log.trace=false does without it"));
+        return log_warn(str("cannot write the trace ", path_, ": ", why, "; nothing more is recorded"));
       }
       done += static_cast<size_t>(n);
     }
@@ -196,7 +198,9 @@ Span::~Span() {
     main_time->count_for(outer_, end);
     main_time->closed = false;
   }
-  if (Trace::get().on()) Trace::get().add(main_time ? nullptr : "other threads", time_kind_name(kind_), name_, args_, begin_, end);
+  if (!Trace::get().on()) return;
+  const bool full = Trace::get().add(main_time ? nullptr : "other threads", time_kind_name(kind_), name_, args_, begin_, end);
+  if (full && main_time) Trace::get().flush();
 }
 
 void start_time_spent() {

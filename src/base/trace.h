@@ -46,12 +46,14 @@ std::map<std::string, double> time_spent();
 // thread and for each collective {"ph":"X","pid":rank,"tid":track,"cat":kind or "communication","name","ts","dur" in
 // microseconds since `zero`,"args":{"step", "group", "bytes", "micro_batch", "chunk"}}. Track 0 is the main thread; every group
 // has tracks of its own, so many that its collectives do not overlap on one; so have the spans of other threads.
-// In memory is what came since the last flush. At kMaxTraceBytes the recording ends, with a warning.
+// In memory is what came since the last flush, which the main thread does at kTraceBuffer by itself. At kMaxTraceBytes, or where
+// the file cannot be written, the recording ends, with a warning.
 inline constexpr int64_t kMaxTraceBytes = int64_t{256} << 20;
+inline constexpr size_t kTraceBuffer = size_t{4} << 20;
 void open_trace(const std::string& path, int rank, const std::string& host);  // SystemError: it exists, cannot be written
 void start_trace(std::chrono::steady_clock::time_point zero);                 // records what begins from then on
 void set_trace_step(int64_t step);  // of what ends from now on
-void flush_trace();                 // SystemError where it could not be written; nothing without a trace
+void flush_trace();                 // nothing without a trace
 void close_trace();                 // the same, for the last time
 // A collective that has ended, any thread; costs nothing without a trace.
 void trace_collective(const char* op, const char* group, int64_t num_bytes, std::chrono::steady_clock::time_point begin,

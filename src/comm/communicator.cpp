@@ -4,6 +4,7 @@
 #include <chrono>
 #include <map>
 #include <mutex>
+#include <set>
 #include <utility>
 
 #include "base/check.h"
@@ -81,6 +82,14 @@ const char* detail(const at::Tensor& tensor, ReduceOp op = ReduceOp::kSum) {
       {"bfloat16", "bfloat16, max", "bfloat16, min"}, {"float16", "float16, max", "float16, min"},
       {"int64", "int64, max", "int64, min"}, {"int32", "int32, max", "int32, min"}, {"uint8", "uint8, max", "uint8, min"}};
   return kWords[static_cast<int>(comm_type(tensor))][static_cast<int>(op)];
+}
+
+// Literals for the recorder are few: as many as there are ranks that broadcast a type.
+const char* detail_of_broadcast(const at::Tensor& tensor, int root) {
+  static std::mutex mutex;
+  static auto* words = new std::set<std::string>;  // never destroyed: the watchdog's thread looks at them
+  std::lock_guard lock(mutex);
+  return words->insert(str(detail(tensor), ", from rank ", root)).first->c_str();
 }
 
 // What a collective does, for its tag.
@@ -186,7 +195,7 @@ struct Communicator::Impl {
     check_tensor(tensor);
     check_rank(root);
     const Exchange e = next(kind_of(kBroadcast, tensor));
-    return run(blocking, {"broadcast", bytes(tensor), num_collectives, detail(tensor)}, {tensor}, [&] {
+    return run(blocking, {"broadcast", bytes(tensor), num_collectives, detail_of_broadcast(tensor, world_rank(root))}, {tensor}, [&] {
       return tensor.is_cpu() ? make_broadcast(e, tensor.data_ptr(), bytes(tensor), root)
                              : device_collective(tensor).broadcast(tensor.data_ptr(), bytes(tensor), root);
     });

@@ -11,20 +11,20 @@
 
 namespace trireme {
 
-namespace {
-
-std::string in_seconds(double seconds) {
-  char text[32];
-  std::snprintf(text, sizeof text, "%.1f s", seconds);
-  return text;
-}
-
 std::string ranks_text(const std::vector<int>& ranks) {
   std::string text = ranks.size() == 1 ? "rank " : "ranks ";
   for (size_t i = 0; i < ranks.size(); ++i) {
     if (i == 8) return text + str(" and ", ranks.size() - i, " more");
     text += str(i > 0 ? ", " : "", ranks[i]);
   }
+  return text;
+}
+
+namespace {
+
+std::string in_seconds(double seconds) {
+  char text[32];
+  std::snprintf(text, sizeof text, "%.1f s", seconds);
   return text;
 }
 

@@ -8,6 +8,8 @@
 
 namespace trireme {
 
+std::string ranks_text(const std::vector<int>& ranks);  // "rank 3", "ranks 0, 3"; of many the first eight
+
 // What is known of the ranks of a job, by rank.
 struct Testimony {
   std::vector<std::string> hosts{""};   // by rank

@@ -3,14 +3,25 @@
 #include <mpi.h>
 
 #include <array>
+#include <chrono>
 #include <list>
+#include <thread>
 
 #include "base/check.h"
 #include "comm/process.h"
+#include "comm/verdict.h"
 
 namespace trireme {
 
 struct WatchChannel::Impl {
+  struct Received {  // a long message is there before its text is
+    Message message;
+    MPI_Request request = MPI_REQUEST_NULL;
+    bool whole() {
+      int done = 0;
+      return MPI_Test(&request, &done, MPI_STATUS_IGNORE) == MPI_SUCCESS && done;
+    }
+  };
   struct Sent {
     std::string text;
     MPI_Request request = MPI_REQUEST_NULL;
@@ -22,23 +33,66 @@ struct WatchChannel::Impl {
   MPI_Comm comm = MPI_COMM_NULL;
   std::vector<std::string> hosts;
   std::list<Sent> posted;
+  std::list<Received> arriving;
   Sent beat;
   MPI_Request closing = MPI_REQUEST_NULL;
   bool is_closing = false;
 };
 
-WatchChannel::WatchChannel() : impl_(std::make_unique<Impl>()) {
+namespace {
+
+using Name = std::array<char, 64>;
+
+// Host names of all ranks, at rank 0 and from there. Nothing blocks, so that a rank that does not come can be told.
+std::vector<std::string> meet(double patience_s) {
+  using Clock = std::chrono::steady_clock;
+  int rank = 0, size = 1;
+  MPI_Comm_rank(MPI_COMM_WORLD, &rank);
+  MPI_Comm_size(MPI_COMM_WORLD, &size);
+  const auto begin = Clock::now();
+  // All of these have ended within so many seconds?
+  auto wait = [&](std::vector<MPI_Request>& requests, double seconds) {
+    for (;;) {
+      bool all = true;
+      for (MPI_Request& request : requests) {
+        int done = 0;
+        if (MPI_Test(&request, &done, MPI_STATUS_IGNORE) != MPI_SUCCESS) throw SystemError("MPI_Test failed");
+        all &= done != 0;
+      }
+      if (all) return true;
+      if (std::chrono::duration<double>(Clock::now() - begin).count() > seconds) return false;
+      std::this_thread::sleep_for(std::chrono::microseconds(200));
+    }
+  };
+  std::vector<Name> names(static_cast<size_t>(size));
+  host_name().copy(names[static_cast<size_t>(rank)].data(), sizeof(Name) - 1);
+  std::vector<MPI_Request> requests(static_cast<size_t>(rank == 0 ? size : 1), MPI_REQUEST_NULL);
+  if (rank > 0) MPI_Isend(&names[static_cast<size_t>(rank)], sizeof(Name), MPI_BYTE, 0, 0, MPI_COMM_WORLD, requests.data());
+  else
+    for (size_t r = 1; r < names.size(); ++r) MPI_Irecv(&names[r], sizeof(Name), MPI_BYTE, static_cast<int>(r), 0, MPI_COMM_WORLD, &requests[r]);
+  if (rank == 0 && !wait(requests, patience_s)) {
+    std::vector<int> missing;
+    for (int r = 1; r < size; ++r)
+      if (requests[static_cast<size_t>(r)] != MPI_REQUEST_NULL) missing.push_back(r);
+    throw SystemError(str(ranks_text(missing), " of ", size, missing.size() == 1 ? " has" : " have", " not come to the start of the program ", patience_s,
+                          " s after rank 0 on ", host_name(), ": stopped or gone. All ranks are ended"));
+  }
+  requests.emplace_back();
+  MPI_Ibcast(names.data(), size * static_cast<int>(sizeof(Name)), MPI_BYTE, 0, MPI_COMM_WORLD, &requests.back());
+  constexpr double kAnswer_s = 10;  // rank 0 tells who is missing, if it lives
+  if (!wait(requests, patience_s + kAnswer_s))
+    throw SystemError(str("rank ", rank, " on ", host_name(), " has waited ", patience_s + kAnswer_s, " s for rank 0 to come to the start of the program: stopped or gone. All ranks are ended"));
+  std::vector<std::string> hosts;
+  for (const Name& name : names) hosts.emplace_back(name.data());
+  return hosts;
+}
+
+}  // namespace
+
+WatchChannel::WatchChannel(double patience_s) : impl_(std::make_unique<Impl>()) {
+  impl_->hosts = meet(patience_s);
   if (MPI_Comm_dup(MPI_COMM_WORLD, &impl_->comm) != MPI_SUCCESS) throw SystemError("MPI_Comm_dup failed");
   MPI_Comm_set_errhandler(impl_->comm, MPI_ERRORS_RETURN);
-  int size = 1;
-  MPI_Comm_size(impl_->comm, &size);
-  using Name = std::array<char, 64>;
-  Name mine{};
-  host_name().copy(mine.data(), mine.size() - 1);
-  std::vector<Name> all(static_cast<size_t>(size));
-  if (MPI_Allgather(mine.data(), sizeof mine, MPI_BYTE, all.data(), sizeof mine, MPI_BYTE, impl_->comm) != MPI_SUCCESS)
-    throw SystemError("MPI_Allgather failed");
-  for (const Name& name : all) impl_->hosts.emplace_back(name.data());
 }
 
 WatchChannel::~WatchChannel() {
@@ -60,14 +114,24 @@ void WatchChannel::beat(int to, const std::string& text) {
 }
 
 std::optional<WatchChannel::Message> WatchChannel::receive() {
-  int found = 0, num_bytes = 0;
-  MPI_Status status;
-  if (MPI_Iprobe(MPI_ANY_SOURCE, MPI_ANY_TAG, impl_->comm, &found, &status) != MPI_SUCCESS || !found) return std::nullopt;
-  MPI_Get_count(&status, MPI_BYTE, &num_bytes);
-  Message message{status.MPI_SOURCE, static_cast<Kind>(status.MPI_TAG), std::string(static_cast<size_t>(num_bytes), '\0')};
-  if (MPI_Recv(message.text.data(), num_bytes, MPI_BYTE, status.MPI_SOURCE, status.MPI_TAG, impl_->comm, MPI_STATUS_IGNORE) != MPI_SUCCESS)
-    return std::nullopt;
-  return message;
+  int found = 1;
+  for (;;) {
+    MPI_Message handle;
+    MPI_Status status;
+    if (MPI_Improbe(MPI_ANY_SOURCE, MPI_ANY_TAG, impl_->comm, &found, &handle, &status) != MPI_SUCCESS || !found) break;
+    int num_bytes = 0;
+    MPI_Get_count(&status, MPI_BYTE, &num_bytes);
+    Impl::Received& next = impl_->arriving.emplace_back();
+    next.message = {status.MPI_SOURCE, static_cast<Kind>(status.MPI_TAG), std::string(static_cast<size_t>(num_bytes), '\0')};
+    MPI_Imrecv(next.message.text.data(), num_bytes, MPI_BYTE, &handle, &next.request);
+  }
+  for (auto next = impl_->arriving.begin(); next != impl_->arriving.end(); ++next) {
+    if (!next->whole()) continue;
+    Message message = std::move(next->message);
+    impl_->arriving.erase(next);
+    return message;
+  }
+  return std::nullopt;
 }
 
 bool WatchChannel::close() {

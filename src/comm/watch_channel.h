@@ -18,7 +18,9 @@ class WatchChannel {
     std::string text;
   };
 
-  WatchChannel();  // collective over the world
+  // Collective over the world: begins when all ranks are there. SystemError that names those which have not come `patience_s`
+  // after rank 0.
+  explicit WatchChannel(double patience_s);
   ~WatchChannel();
   const std::vector<std::string>& hosts() const;  // by rank
 

@@ -30,6 +30,7 @@ using std::chrono::milliseconds;
 constexpr milliseconds kTick{100}, kTickAtEnd{1};
 constexpr milliseconds kBeat{1000};
 constexpr milliseconds kWriteTime{2000}, kLastWords{10000};
+constexpr double kMeetingTime_s = 120;  // ranks leave MPI_Init together
 constexpr size_t kNumTold = 1;  // of finished operations, in a heartbeat
 
 double seconds(Clock::duration duration) { return std::chrono::duration<double>(duration).count(); }
@@ -150,7 +151,7 @@ class Watchdog {
     const std::string tail = dump_flight_recorder(16);
     if (s.folder.empty() && !tail.empty()) log_warn("the last operations of this rank:\n" + tail.substr(0, tail.size() - 1));  // first: the sentence is to be seen at the end
     if (!s.folder.empty()) sentence += str("; what each rank did is in ", s.folder);
-    log_message(LogLevel::kError, sentence + ". All ranks are ended; a training run goes on from its last checkpoint when the same command is run again");
+    log_message(LogLevel::kError, sentence + ". All ranks are ended; a training run goes on from its last checkpoint, if it has one, when the same command is run again");
     if (auto operation = late_ ? late_->flight.operation.lock() : nullptr) {
       std::thread([operation] { operation->abort(); }).detach();  // may itself hang where a device does
       std::this_thread::sleep_for(milliseconds(500));
@@ -229,7 +230,7 @@ void set_flight_folder(const std::string& folder) {
 }
 
 void open_watch_channel() {
-  auto channel = std::make_unique<WatchChannel>();
+  auto channel = std::make_unique<WatchChannel>(kMeetingTime_s);
   Settings& s = settings();
   std::lock_guard lock(s.mutex);
   s.channel = std::move(channel);

@@ -20,8 +20,8 @@ size_t size_of(const at::Tensor& whole) { return static_cast<size_t>(whole.numel
 }  // namespace
 
 ShardedWeights::ShardedWeights(const std::vector<Parameter>& parameters, const Holders& holders, const GradientReducer& reducer,
-                               int zero, int64_t bucket_bytes, const WeightFill& fill)
-    : zero_(zero) {
+                               int zero, int64_t bucket_bytes, const WeightFill& fill, bool overlap)
+    : zero_(zero), overlap_(overlap) {
   TRIREME_CHECK(zero >= 1 && zero <= 3 && (zero == 3 || !fill), zero);
   // Gathers of backward fall between the reducer's collectives in an order of their own.
   for (const Communicator& group : reducer.groups()) groups_.push_back(group.split(0, group.rank(), "weights"));
@@ -121,7 +121,7 @@ void ShardedWeights::acquire(int64_t block, bool backward) {
   ++unit.num_uses;
   wait(unit);
   const int64_t next = block < 0 ? first_ : backward ? block - 1 : block + 1;
-  if (next >= first_ && next <= last_) start(units_[static_cast<size_t>(next + 1)]);
+  if (overlap_ && next >= first_ && next <= last_) start(units_[static_cast<size_t>(next + 1)]);
 }
 
 void ShardedWeights::release(int64_t block, bool backward) {

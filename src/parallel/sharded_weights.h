@@ -17,8 +17,9 @@ class ShardedWeights : public BlockWeights {
  public:
   // `parameters` of the model, `holders` of these; the trained ones are cut as the reducer's gradients. Collective.
   // `fill` (zero 3): the leaves have no memory yet; it is asked once, for the slices of them that this rank keeps.
+  // `overlap` (zero 3): a block is gathered while the one before it computes.
   ShardedWeights(const std::vector<Parameter>& parameters, const Holders& holders, const GradientReducer& reducer, int zero,
-                 int64_t bucket_bytes, const WeightFill& fill = {});
+                 int64_t bucket_bytes, const WeightFill& fill = {}, bool overlap = true);
 
   // Where the optimizer works: this rank's part of bucket `b` of the reducer's layout. The same memory for ever.
   at::Tensor part(size_t b) const { return flats_[b].part; }
@@ -58,6 +59,7 @@ class ShardedWeights : public BlockWeights {
   void drop(Unit& unit);
 
   int zero_;
+  bool overlap_;
   std::vector<Communicator> groups_;
   std::vector<Flat> flats_;  // the reducer's layout, then the frozen weights
   std::vector<Unit> units_;  // [0]: outside of blocks, [1 + i]: block i; empty ones for blocks of other pipeline stages

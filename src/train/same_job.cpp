@@ -21,7 +21,7 @@ namespace {
 
 namespace fs = std::filesystem;
 
-constexpr char kVersion[] = "the version of trireme";
+constexpr char kVersion[] = "the version of trireme", kVerb[] = "the verb";
 constexpr uint64_t kWholeBytes = 16 << 20, kEndBytes = 1 << 20;
 
 using Facts = std::map<std::string, std::string>;  // what, and how it is on this rank
@@ -43,9 +43,9 @@ void add_file(Facts& facts, const std::string& what, const fs::path& path) {
 void add_files(Facts& facts, const std::string& key, const std::string& path) {
   std::error_code error;
   add_file(facts, str("the file of ", key), path);
-  for (const auto& entry : fs::directory_iterator(path, error))
+  for (fs::directory_iterator entry(path, error), end; !error && entry != end; entry.increment(error))
     for (const char* kind : {".json", ".safetensors", ".jinja", ".txt", ".model"})
-      if (entry.path().extension() == kind) add_file(facts, str(entry.path().filename().string(), " of ", key), entry.path());
+      if (entry->path().extension() == kind) add_file(facts, str(entry->path().filename().string(), " of ", key), entry->path());
 }
 
 // A path that cannot be had is none: whoever reads it says what is wrong.
@@ -59,13 +59,14 @@ std::string where_readable(const Find& find) {
 }
 
 std::string folder_of(const std::string& name, const std::string& revision) {
-  return name.empty() || fs::exists(name) ? name : where_readable([&] { return resolve_model_folder(name, revision); });
+  std::error_code error;
+  return name.empty() || fs::exists(name, error) ? name : where_readable([&] { return resolve_model_folder(name, revision); });
 }
 
 Facts facts_of(const Config& config, const CommandLine& line) {
   Facts facts;
   facts[kVersion] = str(TRIREME_VERSION, " (build ", hash_file("/proc/self/exe").substr(0, 12), ")");
-  facts["the verb"] = line.verb + (line.dry_run ? " --dry-run" : "") + (line.help ? " --help" : "") + (line.version ? " --version" : "") +
+  facts[kVerb] = line.verb + (line.dry_run ? " --dry-run" : "") + (line.help ? " --help" : "") + (line.version ? " --version" : "") +
                       (line.print_config ? " --print-config" : "");
   if (!line.arguments.empty()) facts["the prompt"] = joined(line.arguments, " ");
   std::istringstream ini(config_to_ini(config, false));
@@ -104,7 +105,8 @@ std::string differences(const Facts& there, const Facts& here) {
     const auto it = facts.find(what);
     return it == facts.end() ? "missing" : it->second.empty() ? "empty" : it->second;
   };
-  if (value(there, kVersion) != value(here, kVersion)) return str(kVersion, " is ", value(there, kVersion), " there, ", value(here, kVersion), " here");
+  for (const char* what : {kVersion, kVerb})  // then what else differs follows from it
+    if (value(there, what) != value(here, what)) return str(what, " is ", value(there, what), " there, ", value(here, what), " here");
   Facts all = there;
   all.insert(here.begin(), here.end());
   for (const auto& [what, unused] : all)

@@ -75,19 +75,17 @@ double compute_share(const std::map<std::string, double>& seconds) {
 
 void open_run_trace(const std::string& run_dir, const Communicator& world) {
   const std::string folder = run_dir + "/trace";
-  auto file = [&](int rank, int number) { return str(folder, "/rank-", rank, number > 1 ? str(".", number) : "", ".json"); };
-  std::string number;
+  auto file = [&](int number) { return str(folder, "/rank-", world.rank(), number > 1 ? str(".", number) : "", ".json"); };
   agree_on(world, [&] {
     if (world.rank() != 0) return;
     std::error_code error;
     fs::create_directories(folder, error);
     if (error) throw SystemError(str("cannot create ", folder, ": ", error.message(), "; log.trace=false does without it"));
-    int free = 1;
-    while (fs::exists(file(0, free))) ++free;
-    number = std::to_string(free);
   });
-  number = world.broadcast_bytes(number);
-  agree_on(world, [&] { open_trace(file(world.rank(), std::stoi(number)), world.rank(), host_name()); });
+  int free = 1;
+  for (std::error_code error; fs::exists(file(free), error);) ++free;
+  free = static_cast<int>(world.max(free));  // the files of a run have one number
+  agree_on(world, [&] { open_trace(file(free), world.rank(), host_name()); });
   start_trace(common_zero(world));
 }
 

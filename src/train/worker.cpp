@@ -36,7 +36,7 @@ Worker::Worker(const Config& config, Chunks chunks, std::unique_ptr<Task> task, 
   holders_ = find_holders(parameters, comms_);
   reducer_ = std::make_unique<GradientReducer>(parameters, holders_, options);
   if (options.zero > 0)
-    weights_ = std::make_unique<ShardedWeights>(parameters, holders_, *reducer_, options.zero, options.bucket_bytes, fill);
+    weights_ = std::make_unique<ShardedWeights>(parameters, holders_, *reducer_, options.zero, options.bucket_bytes, fill, options.overlap);
   if (options.zero == 3)
     for (auto& chunk : chunks_) chunk->set_block_weights(weights_.get());
   std::vector<OptimTensor> tensors;
@@ -273,9 +273,7 @@ void Worker::write_gradients(const std::string& path) const {
   std::vector<Parameter> gradients;
   for (const auto& slice : reducer_->gathered()) gradients.push_back({slice.name, slice.gradient, slice.shard});
   agree_on(comms_.world, [&] {
-    std::vector<TensorSource> tensors = whole_tensors(gradients, comms_.world);
-    for (auto& tensor : tensors) tensor.dtype = at::kFloat;
-    write_safetensors(path, tensors, {}, comms_.world.rank() == 0);
+    write_safetensors(path, whole_tensors(gradients, comms_.world), {}, comms_.world.rank() == 0);
   });
 }
 
