@@ -46,48 +46,110 @@ std::vector<Parameter> parameters_of(const Mesh& mesh, int rank) {
   return out;
 }
 
+// Trains a step or two on every rank's own gradients and compares with what every rank gives to each of its slices, by plain loops.
+// What differs; "" where nothing does.
+std::string difference(const Mesh& mesh, const std::vector<Parameter>& parameters, const Holders& holders, const GradientReducerOptions& options,
+                       int num_steps) {
+  std::map<std::pair<std::string, std::vector<int64_t>>, std::pair<double, int64_t>> sums;  // and elements
+  for (int r = 0; r < world().size(); ++r)
+    for (const Parameter& p : parameters_of(mesh, r)) {
+      if (!p.value.requires_grad()) continue;
+      auto& [sum, count] = sums[{p.name, p.shard.offset}];
+      sum += r + 1, count = p.value.numel();
+    }
+  double norm = 0;
+  for (const auto& [slice, sum] : sums) norm += sum.first * sum.first * static_cast<double>(sum.second);
+
+  std::string found;
+  GradientReducer reducer(parameters, holders, options);
+  for (int step = 0; step < num_steps; ++step) {
+    reducer.begin_step();
+    reducer.before_backward(true);
+    at::Tensor loss = at::zeros({}, at::kDouble);
+    for (const Parameter& p : parameters)
+      if (p.value.requires_grad()) loss = loss + p.value.sum() * (world().rank() + 1);
+    torch::autograd::backward({loss}, {});
+    reducer.finish();
+    EXPECT_EQ(reducer.gathered().size(), parameters.size() - 1);
+    for (const GradientSlice& s : reducer.gathered())
+      if (!(s.gradient == sums.at({s.name, s.shard.offset}).first).all().item<bool>()) found += s.name + " ";
+    if (reducer.squared_norm() != norm) found += "norm";
+  }
+  return found;
+}
+
 TEST(Holders, SumOverAllThatHoldASliceAndCountItOnce) {
-  const int me = world().rank();
   for (const Mesh& mesh : meshes())
     for (int zero : {0, 1, 2, 3})
       for (int64_t bucket_bytes : {64, 1 << 20}) {
         SCOPED_TRACE(str(mesh.text(), ", zero ", zero, ", bucket ", bucket_bytes));
         const MeshComms comms(mesh, world());
-        const std::vector<Parameter> parameters = parameters_of(mesh, me);
+        const std::vector<Parameter> parameters = parameters_of(mesh, world().rank());
         const Holders holders = find_holders(parameters, comms);
-        // What every rank gives to each of its slices, by plain loops.
-        std::map<std::pair<std::string, std::vector<int64_t>>, std::pair<double, int64_t>> sums;  // and elements
-        for (int r = 0; r < world().size(); ++r)
-          for (const Parameter& p : parameters_of(mesh, r)) {
-            if (!p.value.requires_grad()) continue;
-            auto& [sum, count] = sums[{p.name, p.shard.offset}];
-            sum += r + 1, count = p.value.numel();
-          }
-        double norm = 0;
-        for (const auto& [slice, sum] : sums) norm += sum.first * sum.first * static_cast<double>(sum.second);
-
         GradientReducerOptions options;
         options.bucket_bytes = bucket_bytes, options.zero = zero;
-        GradientReducer reducer(parameters, holders, options);
-        for (int step = 0; step < 2; ++step) {
-          reducer.begin_step();
-          reducer.before_backward(true);
-          at::Tensor loss = at::zeros({}, at::kDouble);
-          for (const Parameter& p : parameters)
-            if (p.value.requires_grad()) loss = loss + p.value.sum() * (me + 1);
-          torch::autograd::backward({loss}, {});
-          reducer.finish();
-          EXPECT_EQ(reducer.gathered().size(), parameters.size() - 1);
-          for (const GradientSlice& s : reducer.gathered())
-            EXPECT_TRUE((s.gradient == sums.at({s.name, s.shard.offset}).first).all().item<bool>()) << s.name;
-          EXPECT_EQ(reducer.squared_norm(), norm);
-        }
+        EXPECT_EQ(difference(mesh, parameters, holders, options, 2), "");
         if (mesh.num_ranks() == mesh.num_data()) {
           EXPECT_TRUE(holders.everywhere());
         }
         EXPECT_LE(holders.groups.size(), 4u);
         check_parameters_equal(parameters, holders);
       }
+}
+
+// The negative control: a parameter whose gradient is summed over the ranks of its place in the model alone, and not with
+// those of another place that hold the same slice.
+TEST(Holders, AWrongGroupIsSeen) {
+  if (world().size() < 2) GTEST_SKIP() << "one rank";
+  struct Wrong {
+    const char* name;
+    int tensor, pipeline;
+  };
+  for (const Wrong& wrong : {Wrong{"norm", 2, 1}, {"embedding", 1, 2}, {"key", 4, 1}}) {
+    if (world().size() % (wrong.tensor * wrong.pipeline) != 0) continue;
+    for (int zero : {0, 1, 3}) {
+      SCOPED_TRACE(str(wrong.name, ", zero ", zero));
+      const Mesh mesh(world().size(), 0, wrong.tensor, wrong.pipeline);
+      const MeshComms comms(mesh, world());
+      const std::vector<Parameter> parameters = parameters_of(mesh, world().rank());
+      Holders holders = find_holders(parameters, comms);
+      GradientReducerOptions options;
+      options.zero = zero;
+      EXPECT_EQ(difference(mesh, parameters, holders, options, 1), "");
+      std::string expected;
+      for (size_t i = 0; i < parameters.size(); ++i)
+        if (parameters[i].name.ends_with(wrong.name)) {
+          holders.group_of[i] = holders.groups.size();
+          expected = parameters[i].name + " ";
+        }
+      holders.groups.push_back(comms.data);
+      const std::string found = difference(mesh, parameters, holders, options, 1);
+      EXPECT_TRUE(found.starts_with(expected)) << found;
+    }
+  }
+}
+
+// parallel.shard_within: whoever shares out a slice has the same part of the data axis, at whatever place in the model.
+TEST(Holders, RunsOfAGroupAreRunsOfTheDataAxis) {
+  if (world().size() < 4) GTEST_SKIP() << "two copies of two parts need four ranks";
+  for (const char* order : {"pipeline-data-tensor", "data-pipeline-tensor", "tensor-data-pipeline"})
+    for (auto [tensor, pipeline] : {std::pair(1, 2), {2, 1}}) {
+      SCOPED_TRACE(str(order, ", tensor ", tensor));
+      const Mesh mesh(world().size(), 2, tensor, pipeline, parse_mesh_order(order));
+      const MeshComms comms(mesh, world());
+      const std::vector<Parameter> parameters = parameters_of(mesh, world().rank());
+      const Holders holders = find_holders(parameters, comms);
+      GradientReducerOptions options;
+      options.zero = 1, options.num_replicas = 2;
+      EXPECT_EQ(difference(mesh, parameters, holders, options, 1), "");
+      const GradientReducer reducer(parameters, holders, options);
+      bool any_pair = false;
+      for (const Communicator& run : reducer.groups()) {
+        EXPECT_EQ(run.sum(int64_t{comms.coords.data}), int64_t{run.size()} * comms.coords.data);
+        any_pair = any_pair || run.size() == 2;
+      }
+      EXPECT_TRUE(any_pair);
+    }
 }
 
 TEST(Holders, ADifferenceIsNamedByThoseWhoHoldTheSlice) {

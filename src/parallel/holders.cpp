@@ -105,7 +105,7 @@ Holders find_holders(const std::vector<Parameter>& parameters, const MeshComms& 
     int color = -1;
     for (const auto& [ranks, place] : places)
       if (place.first == round && mine(ranks)) color = place.second;
-    split.push_back(world.split(color, world.rank(), "holders"));
+    split.push_back(world.split(color, comms.coords.data * world.size() + world.rank(), "holders"));
   }
   for (auto& [ranks, number] : numbers) {
     if (!mine(ranks)) continue;

@@ -20,8 +20,8 @@ struct Holders {
   bool everywhere() const { return groups.size() == 1 && groups[0].size() == all.size(); }
 };
 
-// Collective. Every rank tells its parameters (name, slice, dtype, trained or not), and the sets of ranks with the same
-// slice become groups, ordered by rank in the world; the mesh's own data axis serves where a set is one.
+// Collective. Every rank tells its parameters (name, slice, dtype, trained or not), and the sets of ranks with the same slice
+// become groups, ordered along the data axis, then by rank: parts of that axis are runs of any group; the axis itself may be one.
 // TRIREME_CHECK: slices of one name that overlap or do not make up the whole, or differ in dtype or in being trained; a
 // name that one rank has twice; parameters of a group in another order on another of its ranks.
 Holders find_holders(const std::vector<Parameter>& parameters, const MeshComms& comms);
