@@ -1,0 +1,251 @@
+// The threads of a block are fibers, which run one at a time in a random order, each until it waits.
+#include <boost/context/fiber.hpp>
+#include <boost/context/protected_fixedsize_stack.hpp>
+
+#include <algorithm>
+#include <deque>
+#include <memory>
+#include <random>
+#include <string>
+#include <vector>
+
+#include "kernels/arch.h"
+
+namespace trireme::kernels::emulated {
+namespace {
+
+namespace context = boost::context;
+
+constexpr int kNumBarriers = 16;
+constexpr size_t kStackBytes = 256 << 10;  // of which a thread touches what it needs
+constexpr unsigned char kPoison = 0xff;    // a NaN of every kind of number
+constexpr int kAlignment = 1024;           // of shared memory
+
+uint64_t next_seed = 1;
+
+// Stacks are kept: making one costs two system calls.
+class Stacks {
+ public:
+  context::stack_context allocate() {
+    if (free_.empty()) return source_.allocate();
+    const context::stack_context stack = free_.back();
+    free_.pop_back();
+    return stack;
+  }
+  void deallocate(const context::stack_context& stack) { free_.push_back(stack); }
+
+ private:
+  context::protected_fixedsize_stack source_{kStackBytes};
+  std::vector<context::stack_context> free_;
+};
+Stacks& stacks() {
+  static Stacks* stacks = new Stacks;
+  return *stacks;
+}
+struct StackAllocator {
+  context::stack_context allocate() { return stacks().allocate(); }
+  void deallocate(context::stack_context& stack) { stacks().deallocate(stack); }
+};
+
+struct Copy {
+  void* to;
+  const void* from;
+  bool valid;
+};
+
+struct Thread {
+  int index = 0;
+  context::fiber here, back;       // where it goes on; where it goes when it waits
+  bool ended = false;
+  std::string waits;               // what for
+  std::vector<Copy> uncommitted;
+  std::deque<std::vector<Copy>> groups;
+};
+
+struct Barrier {
+  int num_threads = 0;  // that it is for, while some wait
+  std::vector<Thread*> waiting;
+};
+
+struct Warp {
+  const char* op = nullptr;
+  void* slots[32] = {};
+  std::vector<Thread*> waiting;
+};
+
+struct Block {
+  arch::Index3 index, grid;
+  std::vector<Thread> threads;
+  std::vector<Warp> warps;
+  Barrier barriers[kNumBarriers];
+  std::vector<char> memory;
+  char* shared = nullptr;
+  int shared_bytes = 0;
+  std::vector<Thread*> ready;
+  std::mt19937_64 random;
+  std::exception_ptr error;
+};
+
+Block* block = nullptr;
+Thread* thread = nullptr;
+
+[[noreturn]] void fault(const std::string& what) {
+  throw Fault("block (" + std::to_string(block->index.x) + ", " + std::to_string(block->index.y) + ", " + std::to_string(block->index.z) + "), thread " +
+              std::to_string(thread->index) + ": " + what);
+}
+
+void wait(std::string what) {
+  Thread* me = thread;
+  me->waits = std::move(what);
+  me->back = std::move(me->back).resume();
+  thread = me;
+  me->waits.clear();
+}
+
+void wake(std::vector<Thread*>& waiting) {
+  block->ready.insert(block->ready.end(), waiting.begin(), waiting.end());
+  waiting.clear();
+}
+
+// Others first.
+void yield() {
+  block->ready.push_back(thread);
+  wait("its turn");
+}
+
+void run_block(const std::function<void()>& body) {
+  for (Thread& t : block->threads) {
+    t.here = context::fiber(std::allocator_arg, StackAllocator(), [&t, &body](context::fiber&& back) {
+      t.back = std::move(back);
+      thread = &t;
+      try {
+        body();
+        if (!t.uncommitted.empty() || !t.groups.empty()) fault("has ended with copies under way that nobody waited for");
+      } catch (const context::detail::forced_unwind&) {
+        throw;
+      } catch (...) {
+        if (!block->error) block->error = std::current_exception();
+      }
+      t.ended = true;
+      return std::move(t.back);
+    });
+    block->ready.push_back(&t);
+  }
+  while (!block->ready.empty() && !block->error) {
+    const size_t pick = block->random() % block->ready.size();
+    std::swap(block->ready[pick], block->ready.back());
+    thread = block->ready.back();
+    block->ready.pop_back();
+    Thread* running = thread;
+    running->here = std::move(running->here).resume();
+  }
+  if (block->error) std::rethrow_exception(block->error);
+  for (Thread& t : block->threads)
+    if (!t.ended) {
+      thread = &t;
+      fault("waits for ever in " + t.waits);
+    }
+}
+
+}  // namespace
+
+void set_seed(uint64_t seed) { next_seed = seed; }
+
+namespace arch {
+
+void run_grid(const Index3& grid, int num_threads, int shared_bytes, const std::function<void()>& body) {
+  if (grid.x < 1 || grid.y < 1 || grid.z < 1 || grid.y > 65535 || grid.z > 65535 || num_threads < 32 || num_threads > 1024 || num_threads % 32 != 0)
+    throw Fault("a launch of " + std::to_string(grid.x) + " x " + std::to_string(grid.y) + " x " + std::to_string(grid.z) + " blocks of " +
+                std::to_string(num_threads) + " threads");
+  std::vector<Index3> order;
+  for (int z = 0; z < grid.z; ++z)
+    for (int y = 0; y < grid.y; ++y)
+      for (int x = 0; x < grid.x; ++x) order.push_back({x, y, z});
+  std::mt19937_64 random(next_seed++);
+  std::shuffle(order.begin(), order.end(), random);
+  for (const Index3& index : order) {
+    Block b;
+    b.index = index, b.grid = grid, b.random.seed(random());
+    b.threads.resize(static_cast<size_t>(num_threads));
+    for (int t = 0; t < num_threads; ++t) b.threads[static_cast<size_t>(t)].index = t;
+    b.warps.resize(static_cast<size_t>(num_threads / 32));
+    b.memory.assign(static_cast<size_t>(shared_bytes + kAlignment), static_cast<char>(kPoison));
+    b.shared = b.memory.data() + (kAlignment - reinterpret_cast<uintptr_t>(b.memory.data()) % kAlignment) % kAlignment;
+    b.shared_bytes = shared_bytes;
+    block = &b;
+    run_block(body);
+  }
+  block = nullptr;
+}
+
+int thread_index() { return thread->index; }
+Index3 block_index() { return block->index; }
+Index3 grid_size() { return block->grid; }
+
+void sync_named(int id, int num_threads) {
+  if (id < 0 || id >= kNumBarriers || num_threads % 32 != 0) fault("barrier " + std::to_string(id) + " of " + std::to_string(num_threads) + " threads");
+  Barrier& barrier = block->barriers[id];
+  if (barrier.waiting.empty()) barrier.num_threads = num_threads;
+  if (barrier.num_threads != num_threads)
+    fault("comes to barrier " + std::to_string(id) + " as one of " + std::to_string(num_threads) + " threads, where others wait as of " + std::to_string(barrier.num_threads));
+  barrier.waiting.push_back(thread);
+  if (static_cast<int>(barrier.waiting.size()) == num_threads) wake(barrier.waiting);
+  wait("barrier " + std::to_string(id));
+}
+void sync_threads() { sync_named(0, static_cast<int>(block->threads.size())); }
+
+void meet(const char* op, void* mine, void (*act)(Lanes lanes)) {
+  Warp& warp = block->warps[static_cast<size_t>(thread->index / 32)];
+  if (warp.waiting.empty()) warp.op = op;
+  if (std::strcmp(warp.op, op) != 0) fault(std::string("comes to ") + op + ", where other lanes of its warp wait in " + warp.op);
+  warp.slots[thread->index % 32] = mine;
+  warp.waiting.push_back(thread);
+  if (warp.waiting.size() == 32) {
+    act(warp.slots);
+    wake(warp.waiting);
+  }
+  wait(op);
+}
+
+char* shared_bytes(int offset, int count) {
+  if (offset < 0 || count < 0 || offset > block->shared_bytes - count)
+    fault("bytes " + std::to_string(offset) + " .. " + std::to_string(offset + count) + " of the " + std::to_string(block->shared_bytes) + " of shared memory");
+  return block->shared + offset;
+}
+
+void check_index(int i, int size) {
+  if (i < 0 || i >= size) fault("element " + std::to_string(i) + " of " + std::to_string(size) + " in shared memory");
+}
+
+void check_aligned(const void* p, size_t alignment, const char* op) {
+  if (reinterpret_cast<uintptr_t>(p) % alignment != 0) fault(std::string(op) + " at an address that is no multiple of " + std::to_string(alignment));
+}
+
+void check_shared(const void* p, size_t count, const char* op) {
+  const char* begin = static_cast<const char*>(p);
+  if (begin < block->shared || begin + count > block->shared + block->shared_bytes) fault(std::string(op) + " outside of shared memory");
+  check_aligned(p, 16, op);
+}
+
+void copy_async(void* to, const void* from, bool valid) {
+  check_shared(to, 16, "copy_async");
+  if (valid) check_aligned(from, 16, "copy_async");
+  std::memset(to, kPoison, 16);
+  thread->uncommitted.push_back({to, from, valid});
+}
+
+void copy_async_commit() { thread->groups.push_back(std::exchange(thread->uncommitted, {})); }
+
+void wait_for_copies(int num_groups_left) {
+  yield();
+  while (static_cast<int>(thread->groups.size()) > num_groups_left) {
+    for (const Copy& c : thread->groups.front()) {
+      if (c.valid) std::memcpy(c.to, c.from, 16);
+      else std::memset(c.to, 0, 16);
+    }
+    thread->groups.pop_front();
+  }
+}
+
+}  // namespace arch
+}  // namespace trireme::kernels::emulated
