@@ -2,8 +2,11 @@
 // header, so that every room compiles without a CUDA compiler. Built where TRIREME_CUDA is ON.
 #pragma once
 
+#include <algorithm>
 #include <cstddef>
 #include <string>
+
+#include "kernels/types.h"
 
 namespace trireme::kernels {
 
@@ -27,5 +30,48 @@ struct DeviceReport {
 // Facts of device `index` (0 .. num_devices() - 1), and a kernel run on it whose 64 Ki results are compared with the
 // host's: proves that driver, device and this build's machine code fit together. Leaves nothing allocated.
 DeviceReport probe_device(int index);
+
+// --- operations --------------------------------------------------------------------------------------------------------
+// Tensors are row-major and contiguous, of `type` unless said otherwise, and may be at any address of their elements'
+// alignment: rows whose bytes are a multiple of 16 are read 16 bytes at a time where they begin at such an address. Values are
+// computed in fp32 and rounded once to the dtype of the output, to the nearest even, unless said otherwise. Calls return when
+// the work is in the stream; sums have a fixed order, so that the same call gives the same bits. Refused: what a contract does
+// not cover, in a sentence that names it.
+
+// y = round(round(s * rstd) * weight), rstd = 1 / sqrt(mean(s^2) + eps) over a row, s = x, or with a residual x + residual,
+// rounded (Zhang & Sennrich 2019; rounded as Hugging Face's Llama). A row has at most 16384
+// values, or 8192 where it is not in whole 16 bytes.
+struct RmsNormForward {
+  Type type;
+  int64_t num_rows, width;
+  const void *x, *residual;  // [rows, width]; residual: null for none
+  const void* weight;        // [width]
+  float eps;
+  void *y, *sum;             // [rows, width]; sum: s, with a residual only
+  float* rstd;               // [rows]
+};
+
+// With g = grad_y * weight: grad_x = rstd * (g - s * rstd^2 * mean(g * s)) + grad_sum;
+// grad_weight = sum over the rows of grad_y * round(s * rstd).
+struct RmsNormBackward {
+  Type type;
+  int64_t num_rows, width;
+  const void *grad_y, *grad_sum;  // [rows, width]; grad_sum: null for none
+  const void *s, *weight;
+  const float* rstd;
+  void* grad_x;                   // [rows, width]; null: not wanted
+  float* grad_weight;             // [width], fp32; null: not wanted
+  float* workspace;               // rms_norm_workspace(num_rows, width) elements, where grad_weight is wanted
+};
+constexpr int64_t kRmsNormPartials = 512;  // sums of the weights' gradient: a few for each multiprocessor
+constexpr int64_t rms_norm_workspace(int64_t num_rows, int64_t width) { return std::min(num_rows, kRmsNormPartials) * width; }
+
+// Every operation, for one kind of device.
+struct Kernels {
+  void (*rms_norm_forward)(const RmsNormForward&, Stream);
+  void (*rms_norm_backward)(const RmsNormBackward&, Stream);
+};
+const Kernels& cuda_kernels();
+const Kernels& emulated_kernels();  // on the host, for tests: kernels/emu
 
 }  // namespace trireme::kernels

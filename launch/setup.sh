@@ -10,7 +10,7 @@ set -euo pipefail
 cd "$(dirname "$0")/.."
 
 deps=${TRIREME_DEPS:-$HOME/.cache/trireme}
-packages=(g++ cmake ninja-build python3-venv openmpi-bin libopenmpi-dev libhdf5-dev libboost-program-options-dev libgtest-dev
+packages=(g++ cmake ninja-build python3-venv openmpi-bin libopenmpi-dev libhdf5-dev libboost-program-options-dev libboost-context-dev libgtest-dev
   nlohmann-json3-dev libpcre2-dev libxxhash-dev libutf8proc-dev pkg-config ccache git)
 tests=OFF
 

@@ -1,4 +1,6 @@
-// The threads of a block are fibers, which run one at a time in a random order, each until it waits.
+// The threads of a block are fibers, which run one at a time, each until it waits. Who is next is random but not fair: each
+// block has warps that lag behind and others that run ahead as far as they can (Burckhardt et al. 2010, "A randomized scheduler
+// with probabilistic guarantees of finding bugs"), for a fair order hides that a barrier is missing.
 #include <boost/context/fiber.hpp>
 #include <boost/context/protected_fixedsize_stack.hpp>
 
@@ -20,6 +22,7 @@ constexpr int kNumBarriers = 16;
 constexpr size_t kStackBytes = 256 << 10;  // of which a thread touches what it needs
 constexpr unsigned char kPoison = 0xff;    // a NaN of every kind of number
 constexpr int kAlignment = 1024;           // of shared memory
+constexpr int kCandidates = 8;             // of those who could run, of whom the first in priority does
 
 uint64_t next_seed = 1;
 
@@ -55,6 +58,7 @@ struct Copy {
 
 struct Thread {
   int index = 0;
+  uint64_t priority = 0;
   context::fiber here, back;       // where it goes on; where it goes when it waits
   bool ended = false;
   std::string waits;               // what for
@@ -132,7 +136,9 @@ void run_block(const std::function<void()>& body) {
     block->ready.push_back(&t);
   }
   while (!block->ready.empty() && !block->error) {
-    const size_t pick = block->random() % block->ready.size();
+    size_t pick = block->random() % block->ready.size();
+    for (int i = 1; i < kCandidates; ++i)
+      if (const size_t other = block->random() % block->ready.size(); block->ready[other]->priority > block->ready[pick]->priority) pick = other;
     std::swap(block->ready[pick], block->ready.back());
     thread = block->ready.back();
     block->ready.pop_back();
@@ -167,8 +173,13 @@ void run_grid(const Index3& grid, int num_threads, int shared_bytes, const std::
     Block b;
     b.index = index, b.grid = grid, b.random.seed(random());
     b.threads.resize(static_cast<size_t>(num_threads));
-    for (int t = 0; t < num_threads; ++t) b.threads[static_cast<size_t>(t)].index = t;
     b.warps.resize(static_cast<size_t>(num_threads / 32));
+    uint64_t of_warp = 0;
+    for (int t = 0; t < num_threads; ++t) {
+      if (t % 32 == 0) of_warp = b.random();
+      b.threads[static_cast<size_t>(t)].index = t;
+      b.threads[static_cast<size_t>(t)].priority = of_warp + b.random() % 32;
+    }
     b.memory.assign(static_cast<size_t>(shared_bytes + kAlignment), static_cast<char>(kPoison));
     b.shared = b.memory.data() + (kAlignment - reinterpret_cast<uintptr_t>(b.memory.data()) % kAlignment) % kAlignment;
     b.shared_bytes = shared_bytes;

@@ -1,0 +1,31 @@
+// The table of all operations; each file of kernels fills in its own.
+#include "kernels/arch.h"
+#include "kernels/kernels.h"
+
+namespace trireme::kernels {
+
+namespace TRIREME_ARCH {
+
+void add_norm(Kernels& kernels);
+
+namespace {
+
+const Kernels& all() {
+  static const Kernels kernels = [] {
+    Kernels k{};
+    add_norm(k);
+    return k;
+  }();
+  return kernels;
+}
+
+}  // namespace
+}  // namespace TRIREME_ARCH
+
+#ifdef __CUDACC__
+const Kernels& cuda_kernels() { return cuda::all(); }
+#else
+const Kernels& emulated_kernels() { return emulated::all(); }
+#endif
+
+}  // namespace trireme::kernels

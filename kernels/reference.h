@@ -1,0 +1,27 @@
+// Plain loops in fp64 that define the operations of kernels.h, for tests: inputs are the values that the kernels read, outputs
+// are not rounded but where the contract rounds on the way (`type`).
+#pragma once
+
+#include <vector>
+
+#include "kernels/types.h"
+
+namespace trireme::kernels::reference {
+
+using Values = std::vector<double>;
+
+// To the nearest value of the type, ties to even.
+double round_to(Type type, double x);
+Values round_to(Type type, Values x);
+
+struct RmsNorm {
+  Values s, rstd, y;
+};
+RmsNorm rms_norm(Type type, const Values& x, const Values& residual, const Values& weight, double eps);  // residual may be empty
+
+struct RmsNormGradient {
+  Values x, weight;
+};
+RmsNormGradient rms_norm_gradient(Type type, const Values& grad_y, const Values& grad_sum, const Values& s, const Values& weight, const Values& rstd);
+
+}  // namespace trireme::kernels::reference
