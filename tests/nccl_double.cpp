@@ -63,6 +63,7 @@ struct Device {
   std::recursive_mutex mutex;
   std::map<c10::StreamId, Stream> streams;
   std::list<Item> jobs;  // of NCCL's own threads
+  std::list<Comm> comms;  // for ever: kernels in streams look at them
   std::mt19937 random{7};
   bool paused = false, calls_paused = false;
   MPI_Comm world = MPI_COMM_NULL;
@@ -427,7 +428,7 @@ int comm_init(NcclHandle* handle, int size, NcclUniqueId id, int rank, NcclConfi
   if (config->size != sizeof(NcclConfig) || config->magic != 0xcafebeef || config->blocking != 0 || rank >= size)
     return refuse("a wrong configuration", kInvalidArgument);
   std::lock_guard lock(d.mutex);
-  auto* comm = new Comm;
+  Comm* comm = &d.comms.emplace_back();
   auto join = std::make_shared<Join>();
   std::memcpy(&join->id, id.bytes, sizeof join->id);
   join->comm = comm;
@@ -459,7 +460,6 @@ int finalize(NcclHandle handle) {
   return kNcclInProgress;
 }
 
-// Comm is kept: kernels in streams look at it.
 int destroy(NcclHandle handle) {
   std::lock_guard lock(device().mutex);
   if (!static_cast<Comm*>(handle)->order.empty()) return refuse("it is at work");
