@@ -1,3 +1,4 @@
+#include "ops/device.h"
 #include "ops/op_support.h"
 #include "ops/ops.h"
 
@@ -19,6 +20,11 @@ NormResult run_rms_norm(const at::Tensor& x, const at::Tensor& residual, const a
   out.y = at::empty_like(x);
   out.rstd = at::empty({rows}, x.options().dtype(compute_dtype(x.scalar_type())));
   if (residual.defined()) out.sum = at::empty_like(x);
+  if (const kernels::Kernels* k = kernels_of(x)) {
+    k->rms_norm_forward({kernel_type(x), rows, size, data_of(x), data_of(residual), data_of(weight_C), static_cast<float>(eps), data_of(out.y), data_of(out.sum),
+                         out.rstd.data_ptr<float>()}, stream_of(x));
+    return out;
+  }
   dispatch_floating(x.scalar_type(), [&](auto zero) {
     using T = decltype(zero);
     using A = typename ComputeType<T>::type;
@@ -39,6 +45,16 @@ std::pair<at::Tensor, at::Tensor> run_rms_norm_backward(const at::Tensor& grad_y
                                                         const at::Tensor& rstd, bool want_x, bool want_weight) {
   const int64_t size = weight_C.numel(), rows = size ? x.numel() / size : 0;
   at::Tensor grad_x = want_x ? at::empty_like(x) : at::Tensor(), grad_weight;
+  if (const kernels::Kernels* k = kernels_of(x)) {
+    at::Tensor workspace;
+    if (want_weight) {
+      grad_weight = at::empty({size}, rstd.options());
+      workspace = at::empty({kernels::rms_norm_workspace(rows, size)}, rstd.options());
+    }
+    k->rms_norm_backward({kernel_type(x), rows, size, data_of(grad_y), data_of(grad_sum), data_of(x), data_of(weight_C), rstd.data_ptr<float>(), data_of(grad_x),
+                          static_cast<float*>(data_of(grad_weight)), static_cast<float*>(data_of(workspace))}, stream_of(x));
+    return {grad_x, want_weight ? grad_weight.to(x.scalar_type()) : grad_weight};
+  }
   dispatch_floating(x.scalar_type(), [&](auto zero) {
     using T = decltype(zero);
     using A = typename ComputeType<T>::type;

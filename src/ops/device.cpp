@@ -1,0 +1,40 @@
+#include "base/tensor.h"
+
+#include "ops/device.h"
+
+#include <c10/core/impl/VirtualGuardImpl.h>
+
+#include <array>
+
+#include "base/check.h"
+
+namespace trireme {
+namespace {
+
+std::array<const kernels::Kernels*, static_cast<size_t>(at::DeviceType::COMPILE_TIME_MAX_DEVICE_TYPES)> sets{};
+
+bool known(at::ScalarType dtype) { return dtype == at::kFloat || dtype == at::kBFloat16 || dtype == at::kHalf; }
+
+}  // namespace
+
+void set_kernels(at::DeviceType device, const kernels::Kernels* kernels) { sets.at(static_cast<size_t>(device)) = kernels; }
+
+const kernels::Kernels* kernels_of(const at::Tensor& x) {
+  const kernels::Kernels* found = sets[static_cast<size_t>(x.device().type())];
+  if (x.is_cpu()) return known(x.scalar_type()) ? found : nullptr;
+  TRIREME_CHECK(found, "no kernels for ", x.device().str());
+  TRIREME_CHECK(known(x.scalar_type()), c10::toString(x.scalar_type()), " on ", x.device().str(), " is not float32, bfloat16 or float16");
+  return found;
+}
+
+kernels::Type kernel_type(const at::Tensor& x) {
+  return x.scalar_type() == at::kFloat ? kernels::Type::kFloat32 : x.scalar_type() == at::kHalf ? kernels::Type::kFloat16 : kernels::Type::kBFloat16;
+}
+
+kernels::Stream stream_of(const at::Tensor& x) {
+  if (x.is_cpu()) return nullptr;
+  const c10::impl::VirtualGuardImpl device(x.device().type());
+  return device.getStreamNativeHandle(device.getStream(x.device()));
+}
+
+}  // namespace trireme

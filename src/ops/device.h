@@ -1,0 +1,21 @@
+// Which code computes an operation: the kernels of a tensor's device, where the program has given any. CPU tensors have code of
+// their own here (ops/loops.h), but in tests, which may put the emulated kernels in its place.
+#pragma once
+
+#include "base/tensor.h"
+#include "kernels/kernels.h"
+
+namespace trireme {
+
+// Before any operation; null: none. They stay for ever.
+void set_kernels(at::DeviceType device, const kernels::Kernels* kernels);
+
+// Null: the CPU code. InternalError of a tensor on a device without kernels, or of a dtype that they do not know (on the CPU
+// these go to the CPU code).
+const kernels::Kernels* kernels_of(const at::Tensor& x);
+
+kernels::Type kernel_type(const at::Tensor& x);      // of one that has kernels
+kernels::Stream stream_of(const at::Tensor& x);      // the current one of its device; null on the CPU
+inline void* data_of(const at::Tensor& x) { return x.defined() ? x.data_ptr() : nullptr; }  // null: undefined
+
+}  // namespace trireme

@@ -1,0 +1,100 @@
+// Operations through the kernels, emulated on the host, against the CPU code: values and gradients of every argument.
+#include "support.h"
+
+#include "base/check.h"
+#include "kernels/kernels.h"
+#include "ops/device.h"
+#include "ops/ops.h"
+
+namespace trireme {
+namespace {
+
+using test::near;
+
+// While one lives, CPU tensors go to the emulated kernels; of which it counts the calls.
+class Emulated {
+ public:
+  Emulated() {
+    real() = &kernels::emulated_kernels();
+    num_calls() = 0;
+    static kernels::Kernels counting = *real();
+    counting.rms_norm_forward = [](const kernels::RmsNormForward& p, kernels::Stream s) { ++num_calls(), real()->rms_norm_forward(p, s); };
+    counting.rms_norm_backward = [](const kernels::RmsNormBackward& p, kernels::Stream s) { ++num_calls(), real()->rms_norm_backward(p, s); };
+    set_kernels(at::kCPU, &counting);
+  }
+  ~Emulated() { set_kernels(at::kCPU, nullptr); }
+  static int& num_calls() {
+    static int calls = 0;
+    return calls;
+  }
+
+ private:
+  static const kernels::Kernels*& real() {
+    static const kernels::Kernels* kernels = nullptr;
+    return kernels;
+  }
+};
+
+using Op = std::function<std::vector<at::Tensor>(const std::vector<at::Tensor>&)>;
+
+struct Outcome {
+  std::vector<at::Tensor> outputs, gradients;
+};
+
+Outcome run(const Op& op, const std::vector<at::Tensor>& inputs) {
+  std::vector<at::Tensor> leaves;
+  for (const auto& x : inputs) leaves.push_back(x.detach().clone().requires_grad_(x.is_floating_point()));
+  Outcome out{op(leaves), {}};
+  at::Tensor loss;
+  for (size_t i = 0; i < out.outputs.size(); ++i) {
+    at::Tensor weights = at::linspace(-1, 1 + static_cast<double>(i), out.outputs[i].numel(), at::kFloat).view(out.outputs[i].sizes()).to(out.outputs[i].scalar_type());
+    at::Tensor term = (out.outputs[i] * weights).sum();
+    loss = loss.defined() ? loss + term : term;
+  }
+  loss.backward();
+  for (const auto& x : leaves) out.gradients.push_back(x.grad());
+  return out;
+}
+
+void expect_same(const Op& op, const std::vector<at::Tensor>& inputs, int num_calls) {
+  const Outcome expected = run(op, inputs);
+  const Outcome got = [&] {
+    Emulated emulated;
+    return run(op, inputs);
+  }();
+  EXPECT_EQ(Emulated::num_calls(), num_calls);
+  for (size_t i = 0; i < expected.outputs.size(); ++i) EXPECT_TRUE(near(got.outputs[i], expected.outputs[i]));
+  for (size_t i = 0; i < expected.gradients.size(); ++i)
+    if (expected.gradients[i].defined()) {
+      // Sums over rows, in another order, of terms that may be rounded the other way.
+      EXPECT_TRUE(near(got.gradients[i], expected.gradients[i], 4));
+    }
+}
+
+class OpsEmulated : public testing::TestWithParam<at::ScalarType> {
+ protected:
+  at::Tensor random(at::IntArrayRef sizes) const { return at::randn(sizes, at::kFloat).to(GetParam()); }
+};
+
+TEST_P(OpsEmulated, RmsNorm) {
+  at::manual_seed(1);
+  expect_same([](const auto& in) { return std::vector{rms_norm(in[0], in[1], 1e-5)}; }, {random({7, 48}), random({48})}, 2);
+  expect_same([](const auto& in) { return std::vector{rms_norm(in[0], in[1], 1e-5)}; }, {random({5, 3, 17}), random({17})}, 2);
+  expect_same([](const auto& in) {
+    auto [sum, y] = add_rms_norm(in[0], in[1], in[2], 1e-6);
+    return std::vector{sum, y};
+  }, {random({9, 40}), random({9, 40}), random({40})}, 2);
+}
+
+INSTANTIATE_TEST_SUITE_P(Types, OpsEmulated, testing::Values(at::kFloat, at::kBFloat16, at::kHalf), [](const auto& type) { return std::string(c10::toString(type.param)); });
+
+TEST(OpsDevice, OtherDtypesOfTheHostGoToItsOwnCode) {
+  Emulated emulated;
+  rms_norm(at::ones({2, 8}, at::kDouble), at::ones({8}, at::kDouble), 1e-5);
+  EXPECT_EQ(Emulated::num_calls(), 0);
+}
+
+TEST(OpsDevice, ADeviceWithoutKernelsIsAnError) { EXPECT_THROW(kernels_of(at::empty({2}, at::kMeta)), InternalError); }
+
+}  // namespace
+}  // namespace trireme
