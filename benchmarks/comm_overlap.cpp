@@ -61,7 +61,6 @@ Json all_reduce_times(const Communicator& world) {
     at::Tensor x = at::zeros({bytes / 4});
     const int count = static_cast<int>(x.numel());
     const int calls = bytes <= (64 << 10) ? 50 : 1;  // the clock is coarse against a small one
-    at::Tensor half = at::zeros({bytes / 2}, at::kBFloat16);
     auto repeated = [&](std::function<void()> run) -> std::function<void()> {
       return [run, calls] { for (int i = 0; i < calls; ++i) run(); };
     };
@@ -71,13 +70,11 @@ Json all_reduce_times(const Communicator& world) {
           MPI_Request request;
           MPI_Iallreduce(MPI_IN_PLACE, x.data_ptr(), count, MPI_FLOAT, MPI_SUM, MPI_COMM_WORLD, &request);
           MPI_Wait(&request, MPI_STATUS_IGNORE);
-        }),
-        repeated([&] { MPI_Allreduce(MPI_IN_PLACE, x.data_ptr(), count, MPI_FLOAT, MPI_SUM, MPI_COMM_WORLD); }),
-        repeated([&] { world.all_reduce(half); })});
+        })});
     Json row;
     row["bytes"] = bytes;
     size_t column = 0;
-    for (const char* name : {"trireme_us", "mpi_iallreduce_us", "mpi_allreduce_us", "trireme_bf16_us"})
+    for (const char* name : {"trireme_us", "mpi_iallreduce_us"})
       row[name] = medians[column++] / calls * 1e6;
     rows.push_back(row);
   }

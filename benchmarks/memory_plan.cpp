@@ -37,10 +37,10 @@ int run(int argc, char** argv) {
   const Mesh mesh = mesh_of(config, process.size());
   const int64_t tokens = config.train.micro_batch_size * config.data.max_length;
   const Footprint f = step_footprint(MeshModel(config, source.config, train_dtype(config, source), mesh), config, mesh.coords(process.rank()),
-                                     {tokens, tokens}, config.train.accumulation);
+                                     {tokens, tokens}, config.train.accumulation, {config.eval.micro_batch_size * config.data.max_length, 0});
   const Json own = {{"rank", process.rank()}, {"tensor_bytes", counted.peak()}, {"planned_bytes", f.total()}, {"weights", f.weights},
                     {"gradients", f.gradients}, {"optimizer", f.optimizer}, {"activations", f.activations}, {"buffers", f.buffers},
-                    {"resident_bytes", peak_resident_bytes() - before}, {"resident_before", before}};
+                    {"resident_bytes", peak_resident_bytes() - before}};
   for (const auto& text : Communicator::world().gather_bytes(dump_json(own))) std::cout << text << "\n";
   return 0;
 }

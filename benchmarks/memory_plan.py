@@ -10,6 +10,7 @@ import measure
 SHAPE = "46 M parameters (hidden 512, 12 layers, vocabulary 8,192), 4 rows of 256 tokens, fp32"
 CONFIG = dict(model_type="llama", vocab_size=8192, hidden_size=512, intermediate_size=1536, num_hidden_layers=12, num_attention_heads=8,
               num_key_value_heads=4, head_dim=64, rms_norm_eps=1e-5, max_position_embeddings=1024, tie_word_embeddings=False)
+EVALUATION = ["--train.recompute=full", "--eval.micro_batch_size=48", "--eval.every=2", "--data.eval_fraction=0.5"]
 CASES = {
     "1 rank": (1, []),
     "data 2": (2, []),
@@ -22,6 +23,9 @@ CASES = {
     "tensor 2, full recomputation": (2, ["--parallel.tensor=2", "--train.recompute=full"]),
     "pipeline 2, 1f1b of 4 micro-batches": (2, ["--parallel.pipeline=2", "--train.accumulation=4"]),
     "pipeline 2, zb-h1 of 4 micro-batches": (2, ["--parallel.pipeline=2", "--train.accumulation=4", "--parallel.schedule=zb-h1"]),
+    "evaluation of 48 rows": (1, EVALUATION),
+    "tensor 2, evaluation of 48 rows": (2, ["--parallel.tensor=2", *EVALUATION]),
+    "pipeline 2, evaluation of 48 rows": (2, ["--parallel.pipeline=2", "--train.accumulation=2", *EVALUATION]),
     "ZeRO-3, LoRA, 2 micro-batches": (2, ["--parallel.zero=3", "--lora.rank=8", "--train.accumulation=2"]),
 }
 

@@ -85,6 +85,30 @@ TEST(Plan, ActivationsOfABlockByHand) {
   EXPECT_EQ(kept(Recompute::kNone, 1), 32u * 4 * (8 + 8 + 8 + 4 + 4 + 8 + 8 + 16 + 16 + 2) + 32 * 4 * (2 + 2));
 }
 
+// Forwards keep nothing: of 640 tokens in 4 bytes the block's input, its norm, what attention adds, the sum and its norm; gate, up,
+// their product and what comes of it; cos and sin. Of the pipeline's stages each has a receive and two outputs on their way.
+TEST(Plan, AnEvaluationOfLargerBatches) {
+  const ModelConfig c = tiny({{"vocab_size", 40}});
+  auto of = [&](const char* rows, std::vector<std::pair<std::string, std::string>> keys, int ranks, int64_t longest) {
+    keys.push_back({"eval.micro_batch_size", rows});
+    const Config config = config_with(keys);
+    return make_plan(config, c, at::kFloat, mesh_of(config, ranks), {32, 32, 10, 4, 5, config.train.accumulation, longest, 6400}).largest();
+  };
+  EXPECT_FALSE(of("1", {}, 1, 32).in_evaluation);
+  EXPECT_FALSE(of("20", {}, 1, 0).in_evaluation);
+  const Footprint large = of("20", {}, 1, 32);
+  EXPECT_TRUE(large.in_evaluation);
+  EXPECT_EQ(large.activations, 640u * 4 * (5 * 8 + 3 * 16 + 8 + 2 * 4));
+  EXPECT_EQ(large.buffers, 640u * 24);
+  EXPECT_EQ(large.weights, of("1", {}, 1, 32).weights);
+  EXPECT_EQ(of("0", {}, 1, 32).buffers, 2048u * 24);      // as many rows as have 2,048 tokens together
+  EXPECT_EQ(of("0", {}, 4, 32).buffers, 1600u * 24);      // or fewer, so that four copies have some
+  EXPECT_EQ(of("1", {}, 1, 5000).buffers, 5000u * 24);
+  EXPECT_EQ(of("400", {}, 1, 32).buffers, 6400u * 24);  // all that there is
+  const Footprint staged = of("20", {{"parallel.pipeline", "2"}, {"train.accumulation", "2"}}, 2, 32);
+  EXPECT_EQ(staged.buffers, 6400u * 24 + 3 * 640 * 8 * 4);
+}
+
 TEST(Plan, TrafficOfAPlainMeshByHand) {
   const ModelConfig c = tiny();
   const int64_t n = c.num_parameters();

@@ -10,8 +10,6 @@ namespace trireme {
 namespace {
 
 int64_t size_of(at::ScalarType dtype) { return static_cast<int64_t>(c10::elementSize(dtype)); }
-bool trained(const at::Tensor& t) { return t.defined() && t.requires_grad(); }
-bool keeps_input(const Linear& l) { return l.lora || trained(l.weight_OI); }
 int64_t rank_of(const Linear& l) { return l.lora ? l.lora->a_RI.size(0) : 0; }
 int64_t gradient_of(const Linear& l) { return trained(l.weight_OI) ? l.weight_OI.numel() : 0; }
 
@@ -21,6 +19,15 @@ struct Sizes {
   int64_t element, wide;
   bool shared() const { return rows < tokens; }
 };
+
+at::Tensor weight_of(const Transformer& chunk, const char* name) {
+  for (const Parameter& p : chunk.parameters())
+    if (p.name == name) return p.value;
+  return {};
+}
+at::Tensor head_of(const Transformer& chunk, const ModelConfig& c) {
+  return weight_of(chunk, c.tie_embeddings ? "model.embed_tokens.weight" : "lm_head.weight");
+}
 
 // What a block needs for backward, in bytes, in states that follow one another.
 struct BlockBytes {
@@ -77,13 +84,7 @@ struct ChunkBytes {
 
 ChunkBytes bytes_of(const Transformer& chunk, const ModelConfig& c, const Sizes& s, Recompute mode, int64_t learnt) {
   ChunkBytes bytes;
-  const Parameter *embedding = nullptr, *head = nullptr;
-  const std::vector<Parameter> parameters = chunk.parameters();
-  for (const Parameter& p : parameters) {
-    if (p.name == "model.embed_tokens.weight") embedding = &p;
-    if (p.name == (c.tie_embeddings ? "model.embed_tokens.weight" : "lm_head.weight")) head = &p;
-  }
-  bool gradient = !chunk.has_embedding() || trained(embedding->value);
+  bool gradient = !chunk.has_embedding() || trained(weight_of(chunk, "model.embed_tokens.weight"));
   for (const Block& b : const_cast<Transformer&>(chunk).blocks()) {
     const BlockBytes block = bytes_of(b, c, s, mode, gradient);
     bytes.blocks.kept += block.kept, bytes.blocks.split += block.split;
@@ -95,8 +96,9 @@ ChunkBytes bytes_of(const Transformer& chunk, const ModelConfig& c, const Sizes&
   bytes.blocks.kept += 2 * s.tokens * c.head_dim * s.wide;  // cos and sin
   bytes.forward = 2 * row + (s.shared() ? all : 0);         // the last block's output, and what it is the sum of
   if (!chunk.has_head()) return bytes;
-  const bool trains = trained(head->value);
-  const int64_t vocabulary = head->value.size(0), whole = trains ? head->value.numel() : 0;
+  const at::Tensor head = head_of(chunk, c);
+  const bool trains = trained(head);
+  const int64_t vocabulary = head.size(0), whole = trains ? head.numel() : 0;
   const int64_t chunk_rows = cross_entropy_chunk_rows(c.vocab_size, chunk.dtype(), trains), rows = std::min(learnt, chunk_rows);
   const int64_t padded = rows <= 64 ? rows : (rows + 63) / 64 * 64;
   const int64_t logits = padded * ((vocabulary + 63) / 64 * 64) * s.element, gathered = padded * c.hidden_size * s.element;
@@ -108,6 +110,24 @@ ChunkBytes bytes_of(const Transformer& chunk, const ModelConfig& c, const Sizes&
   bytes.loss_backward = bytes.loss_kept + std::max(all, whole * s.element);
   bytes.through = c.tie_embeddings && chunk.has_embedding() ? whole * s.element : 0;
   return bytes;
+}
+
+// Of a forward that keeps nothing, at its largest moment. What run_block() has named lives to its end.
+int64_t forward_bytes(const Transformer& chunk, const ModelConfig& c, const Sizes& s) {
+  const int64_t row = s.rows * c.hidden_size, all = s.tokens * c.hidden_size, gathered = s.shared() ? all : 0;
+  int64_t most = 0;
+  for (const Block& b : const_cast<Transformer&>(chunk).blocks()) {
+    const int64_t q = b.q.out_features(), kv = b.k.out_features() + b.v.out_features(), f = b.gate.out_features();
+    const int64_t heads = 2 * row + gathered + s.tokens * (q + kv) + std::max(2 * s.tokens * q, s.tokens * q + all);  // the input and its norm
+    const int64_t mlp = 5 * row + gathered + 3 * s.tokens * f + all + (s.shared() ? row : 0);  // and what was added, the sum and its norm
+    most = std::max({most, heads, mlp});
+  }
+  if (chunk.has_head()) {
+    const int64_t vocabulary = head_of(chunk, c).size(0), rows = std::min(s.tokens, cross_entropy_chunk_rows(c.vocab_size, chunk.dtype(), false));
+    const int64_t copies = s.shared() ? rows * vocabulary * s.wide / s.element : 0;
+    most = std::max(most, row + gathered + rows * ((vocabulary + 63) / 64 * 64 + c.hidden_size) + copies);
+  }
+  return most * s.element + 2 * s.tokens * c.head_dim * s.wide;
 }
 
 // The largest sum while a stage does its part of a step. One chunk and its micro-batches in turn are the same with one stage.
@@ -181,44 +201,59 @@ void add_shared_out(Footprint& f, const MeshModel& model, const Config& config, 
 
 }  // namespace
 
-uint64_t kept_by_block(const Block& block, const ModelConfig& config, at::ScalarType dtype, int64_t tokens, int num_tensor, Recompute mode,
-                       bool input_has_gradient) {
+uint64_t kept_by_block(const Block& block, const ModelConfig& config, at::ScalarType dtype, int64_t tokens, int num_tensor, Recompute mode) {
   const Sizes sizes{tokens, tokens / num_tensor, size_of(dtype), size_of(gradient_type(dtype))};
-  return static_cast<uint64_t>(bytes_of(block, config, sizes, mode, input_has_gradient).kept);
+  return static_cast<uint64_t>(bytes_of(block, config, sizes, mode, true).kept);
 }
 
-Footprint step_footprint(const MeshModel& model, const Config& config, const MeshCoords& coords, const MicroBatch& batch, int64_t num_batches) {
+Footprint step_footprint(const MeshModel& model, const Config& config, const MeshCoords& coords, const MicroBatch& batch, int64_t num_batches,
+                         const EvalBatches& evaluation) {
   Footprint f;
   const Mesh& mesh = model.mesh();
   const RankModel& rank = model.at(coords.pipeline, coords.tensor);
   add_shared_out(f, model, config, coords, num_batches);
   const int64_t multiple = row_multiple(at::kCPU, model.dtype(), mesh.num_tensor());
-  const int64_t tokens = (batch.tokens + multiple - 1) / multiple * multiple;
-  const Sizes sizes{tokens, tokens / mesh.num_tensor(), size_of(model.dtype()), size_of(gradient_type(model.dtype()))};
+  auto sizes_of = [&](int64_t tokens) {
+    tokens = (tokens + multiple - 1) / multiple * multiple;
+    return Sizes{tokens, tokens / mesh.num_tensor(), size_of(model.dtype()), size_of(gradient_type(model.dtype()))};
+  };
+  const Sizes sizes = sizes_of(batch.tokens);
   const Recompute mode = parse_recompute(config.train.recompute);
   const std::vector<int> numbers = stages_of(config, model.config()).shape.chunks_of(coords.pipeline);
   std::map<int, ChunkBytes> chunks;
   for (size_t i = 0; i < numbers.size(); ++i)
-    chunks[numbers[i]] = bytes_of(*rank.chunks[i], model.config(), sizes, mode, std::min(batch.learnt, tokens));
+    chunks[numbers[i]] = bytes_of(*rank.chunks[i], model.config(), sizes, mode, std::min(batch.learnt, sizes.tokens));
   for (const auto& [number, chunk] : chunks) f.block = std::max(f.block, static_cast<uint64_t>(chunk.block));
-  const int64_t ids = 3 * 8 * tokens;  // tokens, targets, positions of a micro-batch, until the step is done
-  f.buffers = static_cast<uint64_t>(num_batches * ids);
+  constexpr int64_t kIds = 3 * 8;  // token, target and position
+  auto hidden = [&](const Sizes& s, int64_t count) { return count * s.rows * model.config().hidden_size * s.element; };
+  int64_t buffers = num_batches * kIds * sizes.tokens, activations = 0;  // ids of all micro-batches until the step is done
   if (mesh.num_pipeline() == 1) {
-    f.activations = static_cast<uint64_t>(peak_of({{ActionKind::kForward, 0, 0}, {ActionKind::kBackward, 0, 0}}, chunks));
-    return f;
+    activations = peak_of({{ActionKind::kForward, 0, 0}, {ActionKind::kBackward, 0, 0}}, chunks);
+  } else {
+    const PipelineSchedule schedule = schedule_of(config, num_batches);
+    const auto& actions = schedule.actions[static_cast<size_t>(coords.pipeline)];
+    activations = peak_of(actions, chunks);
+    // A receive is posted of whatever comes next to a chunk, in each direction, and a message is on its way to each receiver.
+    std::map<std::pair<int, bool>, int64_t> receives, sends;
+    Action waiting{};
+    for (const Action& a : actions) {
+      const std::pair<int, bool> channel{a.chunk, a.kind == ActionKind::kForward};
+      if (schedule.source(a) >= 0) receives[channel] = 1;
+      if (schedule.consumer(a, &waiting)) sends[channel] = 1;
+    }
+    buffers += hidden(sizes, static_cast<int64_t>(receives.size() + sends.size()));
   }
-  const PipelineSchedule schedule = schedule_of(config, num_batches);
-  const auto& actions = schedule.actions[static_cast<size_t>(coords.pipeline)];
-  f.activations = static_cast<uint64_t>(peak_of(actions, chunks));
-  // A receive is posted of whatever comes next to a chunk, in each direction, and a message is on its way to each receiver.
-  std::map<std::pair<int, bool>, int64_t> receives, sends;
-  Action waiting{};
-  for (const Action& a : actions) {
-    const std::pair<int, bool> channel{a.chunk, a.kind == ActionKind::kForward};
-    if (schedule.source(a) >= 0) receives[channel] = 1;
-    if (schedule.consumer(a, &waiting)) sends[channel] = 1;
+  if (evaluation.tokens > 0) {
+    const Sizes evaluated = sizes_of(evaluation.tokens);
+    int64_t forward = 0, around = kIds * evaluated.tokens;
+    for (const auto& chunk : rank.chunks) forward = std::max(forward, forward_bytes(*chunk, model.config(), evaluated));
+    // Of each chunk a receive is posted, and two outputs may be on their way (PipelineRunner).
+    if (mesh.num_pipeline() > 1)
+      around = kIds * std::max(evaluation.tokens_of_copy, evaluated.tokens) + hidden(evaluated, 3 * static_cast<int64_t>(numbers.size()));
+    f.in_evaluation = forward + around > activations + buffers;
+    if (f.in_evaluation) activations = forward, buffers = around;
   }
-  f.buffers += (receives.size() + sends.size()) * static_cast<uint64_t>(sizes.rows * model.config().hidden_size * sizes.element);
+  f.activations = static_cast<uint64_t>(activations), f.buffers = static_cast<uint64_t>(buffers);
   return f;
 }
 

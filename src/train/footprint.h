@@ -1,4 +1,4 @@
-// Bytes of tensors that a rank holds at the peak of a training step, from shapes alone.
+// Bytes of tensors that a rank holds at the peak of training, in a step or an evaluation, from shapes alone.
 //
 // The formulas follow the operations (ops/ops.h says what each keeps) as Korthikanti et al. 2022 ("Reducing Activation
 // Recomputation in Large Transformer Models") do for theirs: a GPT layer of theirs without dropout and attention scores keeps
@@ -19,14 +19,21 @@ struct Footprint {
   uint64_t activations = 0;  // kept for backward, and what the largest moment of forward, loss or backward adds
   uint64_t buffers = 0;      // the step's batches, hidden states between stages
   uint64_t block = 0;        // of these activations, those of one block without recomputation
+  bool in_evaluation = false;  // activations and buffers are those of an evaluation, which has more
   uint64_t total() const { return weights + gradients + optimizer + activations + buffers; }
 };
 
-// Of the rank at `coords` in a step of `num_batches` micro-batches like this one.
-Footprint step_footprint(const MeshModel& model, const Config& config, const MeshCoords& coords, const MicroBatch& batch, int64_t num_batches);
+// The batches of an evaluation, whose forwards keep nothing; gradients and optimizer stay where they are.
+struct EvalBatches {
+  int64_t tokens = 0;          // of the largest; 0: nothing is evaluated
+  int64_t tokens_of_copy = 0;  // of all that one copy of the model has, which are there at once in a pipeline
+};
+
+// Of the rank at `coords` in a step of `num_batches` micro-batches like this one, or in an evaluation between two.
+Footprint step_footprint(const MeshModel& model, const Config& config, const MeshCoords& coords, const MicroBatch& batch, int64_t num_batches,
+                         const EvalBatches& evaluation = {});
 
 // What one block keeps for backward of a micro-batch of so many tokens.
-uint64_t kept_by_block(const Block& block, const ModelConfig& config, at::ScalarType dtype, int64_t tokens, int num_tensor, Recompute mode,
-                       bool input_has_gradient = true);
+uint64_t kept_by_block(const Block& block, const ModelConfig& config, at::ScalarType dtype, int64_t tokens, int num_tensor, Recompute mode);
 
 }  // namespace trireme

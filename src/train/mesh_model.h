@@ -12,6 +12,11 @@
 
 namespace trireme {
 
+inline bool trained(const at::Tensor& t) { return t.defined() && t.requires_grad(); }
+// Keeps its input, for the gradient of its weight or adapter.
+inline bool keeps_input(const Linear& l) { return l.lora || trained(l.weight_OI); }
+inline bool trained(const Linear& l) { return keeps_input(l) || trained(l.bias_O); }
+
 struct RankModel {
   Chunks chunks;                      // on the meta device, in the order of the layers
   std::vector<Parameter> parameters;  // of all of them, each once

@@ -2,9 +2,11 @@
 
 #include <algorithm>
 #include <cmath>
+#include <limits>
 
 #include "base/check.h"
 #include "base/counted.h"
+#include "data/loader.h"
 #include "optim/adamw.h"
 #include "train/progress.h"
 
@@ -14,7 +16,7 @@ namespace {
 std::string b(uint64_t n) { return bytes_text(static_cast<double>(n)); }
 
 std::string parts_text(const Footprint& f, bool offload) {
-  return str("weights ", b(f.weights), ", gradients ", b(f.gradients), ", optimizer ", b(f.optimizer), offload ? " in host memory" : "", ", activations at most ", b(f.activations),
+  return str("weights ", b(f.weights), ", gradients ", b(f.gradients), ", optimizer ", b(f.optimizer), offload ? " in host memory" : "", ", activations at most ", b(f.activations), f.in_evaluation ? " (of an evaluation)" : "",
              ", buffers ", b(f.buffers));
 }
 
@@ -39,9 +41,16 @@ Plan make_plan(const Config& config, const ModelConfig& model, at::ScalarType dt
   const int64_t most = config.train.micro_batch_size * data.longest_row;
   const auto mean = static_cast<int64_t>(std::llround(static_cast<double>(config.train.micro_batch_size) * data.mean_row));
   const std::vector<MicroBatch> batches(static_cast<size_t>(data.accumulation), {mean, mean});
+  EvalBatches evaluation;
+  if (data.longest_eval_row > 0) {
+    const int64_t known = data.eval_tokens > 0 ? data.eval_tokens : std::numeric_limits<int64_t>::max(), share = known / mesh.num_data();
+    evaluation.tokens = config.eval.micro_batch_size > 0 ? std::min(known, config.eval.micro_batch_size * data.longest_eval_row)
+                                                         : std::max(data.longest_eval_row, std::min(share, kEvalTokens));  // as EvalLoader
+    evaluation.tokens_of_copy = data.eval_tokens / mesh.num_data();
+  }
   for (int stage = 0; stage < mesh.num_pipeline(); ++stage) {
     const MeshCoords coords{stage, 0, mesh.num_tensor() - 1};  // uneven parts: the last has the most
-    plan.stages.push_back({step_footprint(cut, config, coords, {most, most}, data.accumulation), step_traffic(cut, config, coords, batches)});
+    plan.stages.push_back({step_footprint(cut, config, coords, {most, most}, data.accumulation, evaluation), step_traffic(cut, config, coords, batches)});
   }
   plan.base_bytes += 3 * plan.largest().block;  // resident memory was up to three blocks above the tensors (tests/run_memory_test.py)
   if (config.checkpoint.async)  // what is saved is shared out evenly among the ranks
@@ -87,7 +96,7 @@ void check_memory(const Plan& plan, int num_local_ranks, uint64_t free_bytes) {
   throw ConfigError(str("the run needs about ", bytes_text(needed), " of memory (", counted(num_local_ranks, "rank"), plan.stages.size() > 1 ? " of at most " : " of ",
                         bytes_text(static_cast<double>(plan.total_bytes())), ", of which activations ",
                         bytes_text(static_cast<double>(plan.largest().activations)), "), but this host has ", bytes_text(there),
-                        " free: lower train.micro_batch_size or data.max_length, set train.recompute=full, "
+                        " free: lower ", plan.largest().in_evaluation ? "eval" : "train", ".micro_batch_size or data.max_length, set train.recompute=full, "
                         "lora.rank or train.dtype=bfloat16, ",
                         plan.checkpoint_bytes > 0 ? "set checkpoint.async=false, " : "", "or start fewer ranks"));
 }
@@ -111,6 +120,7 @@ std::string fit_text(const Plan& plan, const Config& config, const ModelConfig& 
       {"parallel.zero=3", [&](Config& c) { return copies && c.parallel.zero < 3 && set(c.parallel.zero, 3); }},
       {"optim.offload=true", [&](Config& c) { return of_device && set(c.optim.offload, true); }},
       {"train.recompute=full", [&](Config& c) { return set(c.train.recompute, "full"); }},
+      {"eval.micro_batch_size=1", [&](Config& c) { return plan.largest().in_evaluation && set(c.eval.micro_batch_size, 1); }},
       {"train.micro_batch_size=1", [&](Config& c) { return set(c.train.micro_batch_size, 1); }}};
   std::vector<std::string> fitting;
   auto try_it = [&](const Config& changed, const std::string& text) {

@@ -17,6 +17,8 @@ struct PlannedData {
   int64_t rows_per_epoch = 0;  // 0: not known
   int64_t rows_per_step = 0, steps = 0;
   int64_t accumulation = 1;    // micro-batches a step, of each copy of the model
+  int64_t longest_eval_row = 0;  // tokens; 0: nothing is evaluated
+  int64_t eval_tokens = 0;       // of all that is evaluated; 0: not known
 };
 
 struct Plan {

@@ -12,9 +12,6 @@
 namespace trireme {
 namespace {
 
-bool trained(const at::Tensor& t) { return t.defined() && t.requires_grad(); }
-bool trained(const Linear& l) { return trained(l.weight_OI) || trained(l.bias_O) || l.lora; }
-
 // Sums over the ranks, and what they bring to each: of buckets over all that hold the same.
 void add_gradients(Traffic& t, const MeshModel& model, const Config& config, const RankModel& rank, int64_t passes) {
   for (const Bucket& bucket : model.buckets(rank, config, true)) {
@@ -41,21 +38,20 @@ bool any_trained(const Block& b) {
 // Tensor parallelism: of each gather of rows in forward the scatter in backward, and the reverse, each of the whole [T, C].
 // Backward comes as far as something before it is trained.
 int64_t row_exchanges(const Transformer& chunk, bool hidden_has_gradient, Recompute mode) {
-  auto keeps = [](const Linear& l) { return trained(l.weight_OI) || l.lora; };  // and under selective recomputation gathers again
   int64_t times = 0;
   bool gradient = hidden_has_gradient;
   auto pass = [&](int64_t forwards) { times += forwards + (gradient ? 1 : 0); };
   gradient |= embedding_trained(chunk);
   if (chunk.has_embedding()) pass(1);
   const int64_t forwards = mode == Recompute::kFull ? 2 : 1;
-  const bool again = mode == Recompute::kSelective;
+  const bool again = mode == Recompute::kSelective;  // gathers what was not kept
   for (const Block& b : const_cast<Transformer&>(chunk).blocks()) {
     gradient |= trained(b.input_norm.weight_C);
-    pass(forwards + (again && (keeps(b.q) || keeps(b.k) || keeps(b.v)) ? 1 : 0));  // all rows for q, k and v
+    pass(forwards + (again && (keeps_input(b.q) || keeps_input(b.k) || keeps_input(b.v)) ? 1 : 0));  // all rows for q, k and v
     gradient |= trained(b.q) || trained(b.k) || trained(b.v) || trained(b.o) || trained(b.q_norm.weight_C) || trained(b.k_norm.weight_C);
     pass(forwards);  // behind o
     gradient |= trained(b.post_attention_norm.weight_C);
-    pass(forwards + (again && (keeps(b.gate) || keeps(b.up)) ? 1 : 0));  // for gate and up
+    pass(forwards + (again && (keeps_input(b.gate) || keeps_input(b.up)) ? 1 : 0));  // for gate and up
     gradient |= trained(b.gate) || trained(b.up) || trained(b.down);
     pass(forwards);  // behind down
   }

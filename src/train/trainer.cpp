@@ -329,8 +329,12 @@ class Run {
       longest = std::max(longest, train_data_->row_tokens(r));
       total += train_data_->row_tokens(r);
     }
-    Plan plan = make_plan(config_, source_.config, dtype_, mesh_, {longest, static_cast<double>(total) / static_cast<double>(rows), rows,
-                                                                   shape_.rows_per_step(), total_steps_, shape_.accumulation});
+    PlannedData planned{longest, static_cast<double>(total) / static_cast<double>(rows), rows, shape_.rows_per_step(), total_steps_, shape_.accumulation};
+    for (int64_t r = 0; eval_data_ && r < eval_data_->num_rows(); ++r) {
+      planned.longest_eval_row = std::max(planned.longest_eval_row, eval_data_->row_tokens(r));
+      planned.eval_tokens += eval_data_->row_tokens(r);
+    }
+    const Plan plan = make_plan(config_, source_.config, dtype_, mesh_, planned);
     log_info(plan.text());
     if (rank0() && rows < shape_.rows_per_step())
       log_warn(str("a step takes ", shape_.rows_per_step(), " rows, but the training data has ", rows,
