@@ -107,8 +107,15 @@ inline void check(cudaError_t error, const char* call) {
   if (error != cudaSuccess) throw std::runtime_error(std::string(call) + ": " + cudaGetErrorString(error));
 }
 
+// Blocks that a multiprocessor shall hold, which bounds their registers: Kernel::kBlocks, or 1. Left to the compiler, it spills.
 template <typename Kernel>
-__global__ void __launch_bounds__(Kernel::kThreads) entry(const __grid_constant__ typename Kernel::Params params) {
+constexpr int blocks_together() {
+  if constexpr (requires { Kernel::kBlocks; }) return Kernel::kBlocks;
+  else return 1;
+}
+
+template <typename Kernel>
+__global__ void __launch_bounds__(Kernel::kThreads, blocks_together<Kernel>()) entry(const __grid_constant__ typename Kernel::Params params) {
   Kernel::run(params);
 }
 

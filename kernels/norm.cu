@@ -49,6 +49,7 @@ template <typename T, int kTeam, int kPer>
 struct Forward {
   using Params = RmsNormForward;
   static constexpr int kThreads = kTeam == arch::kWarp ? 256 : kTeam;
+  static constexpr int kBlocks = std::max(1, (sizeof(T) == 2 ? 1024 : 512) / kThreads);  // 64 or 128 registers: a row, and vectors of another
   using R = Row<T, kTeam, kPer>;
 
   ARCH_FN static void run(const Params& p) {
@@ -79,6 +80,7 @@ struct Backward {
     int64_t num_teams;
   };
   static constexpr int kThreads = kTeam == arch::kWarp ? 256 : kTeam;
+  static constexpr int kBlocks = std::max(1, 512 / kThreads);  // 128 registers: three rows
   using R = Row<T, kTeam, kPer>;
 
   ARCH_FN static void run(const Params& p) {
