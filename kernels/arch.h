@@ -29,7 +29,7 @@
 //   load_matrix(r, row), load_matrix_transposed(r, row)  four 8x8 matrices; lane l gives row l % 8 of matrix l / 8
 //   mma<T>(d, a, b)                        d[16,8] += a[16,16] b[16,8]
 // Numbers: bf16, fp16; to_float(x), from_float<T>(x) (to the nearest even), pack<T>(low, high), unpack<T>(u, low, high);
-//   exp2(x), log2(x), rsqrt(x); load<V>(p), store<V>(p, v): 16 bytes at once of aligned addresses.
+//   exp(x), exp2(x), log2(x), rsqrt(x), erf(x); load<V>(p), store<V>(p, v): 16 bytes at once of aligned addresses.
 #pragma once
 
 #include <cstddef>

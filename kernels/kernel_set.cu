@@ -6,6 +6,7 @@ namespace trireme::kernels {
 
 namespace TRIREME_ARCH {
 
+void add_elementwise(Kernels& kernels);
 void add_norm(Kernels& kernels);
 
 namespace {
@@ -13,6 +14,7 @@ namespace {
 const Kernels& all() {
   static const Kernels kernels = [] {
     Kernels k{};
+    add_elementwise(k);
     add_norm(k);
     return k;
   }();

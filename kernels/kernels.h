@@ -66,10 +66,45 @@ struct RmsNormBackward {
 constexpr int64_t kRmsNormPartials = 512;  // sums of the weights' gradient: a few for each multiprocessor
 constexpr int64_t rms_norm_workspace(int64_t num_rows, int64_t width) { return std::min(num_rows, kRmsNormPartials) * width; }
 
+// Rotary position embedding of the first `rotary_dims` of each head's values (Su et al. 2021, by halves as Hugging Face's):
+// y = x * cos + concat(-x[R/2:R], x[:R/2]) * sin; `inverse`: the transposed rotation, its gradient. The others are copied.
+struct Rope {
+  Type type;
+  int64_t num_tokens, num_heads, head_dim, rotary_dims;
+  const void* x;            // a token's heads stand together, tokens x_stride values apart
+  int64_t x_stride;
+  const float *cos, *sin;   // [num_tokens, rotary_dims]
+  void* y;                  // may be x, with its stride
+  int64_t y_stride;
+  bool inverse;
+};
+
+// y = act(gate) * up (Shazeer 2020), act(g) = g * sigmoid(g), or gelu(g) = g/2 * (1 + erf(g / sqrt(2))), or its
+// approximation g/2 * (1 + tanh(sqrt(2/pi) * (g + 0.044715 g^3))) (Hendrycks & Gimpel 2016).
+enum class Gate { kSilu, kGelu, kGeluTanh };
+struct GluForward {
+  Type type;
+  Gate activation;
+  int64_t num_rows, width, stride;
+  const void *gate, *up;  // rows stand `stride` values apart: both may be slices of one tensor
+  void* y;                // [num_rows, width]
+};
+struct GluBackward {
+  Type type;
+  Gate activation;
+  int64_t num_rows, width, stride;
+  const void* grad_y;            // [num_rows, width]
+  const void *gate, *up;         // rows `stride` values apart
+  void *grad_gate, *grad_up;     // the same; may be gate and up
+};
+
 // Every operation, for one kind of device.
 struct Kernels {
   void (*rms_norm_forward)(const RmsNormForward&, Stream);
   void (*rms_norm_backward)(const RmsNormBackward&, Stream);
+  void (*rope)(const Rope&, Stream);
+  void (*glu_forward)(const GluForward&, Stream);
+  void (*glu_backward)(const GluBackward&, Stream);
 };
 const Kernels& cuda_kernels();
 const Kernels& emulated_kernels();  // on the host, for tests: kernels/emu

@@ -45,13 +45,13 @@ ARCH_FN float rounded(float x) {
   return arch::to_float(arch::from_float<T>(x));
 }
 
-// kPer values at once: one, or 16 bytes.
+// kPer values at once: one, or 16 bytes, or several times 16.
 template <typename T, int kPer>
 ARCH_FN void load_values(const T* from, float* to) {
   if constexpr (kPer == 1) {
     *to = arch::to_float(*from);
   } else {
-    static_assert(kPer * sizeof(T) == 16);
+    static_assert(kPer * sizeof(T) % 16 == 0);
     struct alignas(16) Values {
       T value[kPer];
     };
@@ -65,7 +65,7 @@ ARCH_FN void store_values(T* to, const float* from) {
   if constexpr (kPer == 1) {
     *to = arch::from_float<T>(*from);
   } else {
-    static_assert(kPer * sizeof(T) == 16);
+    static_assert(kPer * sizeof(T) % 16 == 0);
     struct alignas(16) Values {
       T value[kPer];
     } values;

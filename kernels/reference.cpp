@@ -51,4 +51,33 @@ RmsNormGradient rms_norm_gradient(Type type, const Values& grad_y, const Values&
   return out;
 }
 
+Values rope(const Values& x, int64_t num_heads, int64_t head_dim, const Values& cos, const Values& sin, bool inverse) {
+  const size_t heads = static_cast<size_t>(num_heads), dim = static_cast<size_t>(head_dim), tokens = x.size() / (heads * dim), rotary = cos.size() / tokens;
+  Values y = x;
+  for (size_t t = 0; t < tokens; ++t)
+    for (size_t h = 0; h < heads; ++h)
+      for (size_t c = 0; c < rotary / 2; ++c) {
+        const size_t i = (t * heads + h) * dim + c, j = i + rotary / 2, low = t * rotary + c, high = low + rotary / 2;
+        y[i] = x[i] * cos[low] - x[j] * (inverse ? -sin[high] : sin[low]);
+        y[j] = x[j] * cos[high] + x[i] * (inverse ? -sin[low] : sin[high]);
+      }
+  return y;
+}
+
+double activate(Gate gate, double g) {
+  if (gate == Gate::kSilu) return g / (1 + std::exp(-g));
+  if (gate == Gate::kGelu) return g / 2 * std::erfc(-g / std::sqrt(2));
+  return g / 2 * (1 + std::tanh(std::sqrt(2 / M_PI) * (g + 0.044715 * g * g * g)));
+}
+
+double activate_slope(Gate gate, double g) {
+  if (gate == Gate::kSilu) {
+    const double sigmoid = 1 / (1 + std::exp(-g));
+    return sigmoid * (1 + g * (1 - sigmoid));
+  }
+  if (gate == Gate::kGelu) return std::erfc(-g / std::sqrt(2)) / 2 + g * std::exp(-g * g / 2) / std::sqrt(2 * M_PI);
+  const double scale = std::sqrt(2 / M_PI), t = std::tanh(scale * (g + 0.044715 * g * g * g));
+  return (1 + t) / 2 + g / 2 * (1 - t * t) * scale * (1 + 3 * 0.044715 * g * g);
+}
+
 }  // namespace trireme::kernels::reference

@@ -4,7 +4,7 @@
 
 #include <vector>
 
-#include "kernels/types.h"
+#include "kernels/kernels.h"
 
 namespace trireme::kernels::reference {
 
@@ -23,5 +23,11 @@ struct RmsNormGradient {
   Values x, weight;
 };
 RmsNormGradient rms_norm_gradient(Type type, const Values& grad_y, const Values& grad_sum, const Values& s, const Values& weight, const Values& rstd);
+
+// x and y: tokens of num_heads heads; tables of rotary_dims values a token.
+Values rope(const Values& x, int64_t num_heads, int64_t head_dim, const Values& cos, const Values& sin, bool inverse);
+
+double activate(Gate gate, double g);
+double activate_slope(Gate gate, double g);
 
 }  // namespace trireme::kernels::reference
