@@ -1,13 +1,15 @@
 // The bytes that a step exchanges: what the Communicators of a worker counted is what shapes say, to the byte, on every rank,
-// for every way of sharing out on 1, 2 and 4 ranks.
+// for every way of sharing out on 1, 2 and 4 ranks. And the bytes of tensors until the first step: at most those of a step.
 #include "base/tensor.h"
 
 #include "data_fixture.h"
 #include "scratch.h"
+#include "tensor_bytes.h"
 #include "tiny_model.h"
 
 #include "comm/process.h"
 #include "parallel/tensor_parallel.h"
+#include "train/footprint.h"
 #include "train/worker.h"
 
 namespace trireme {
@@ -96,17 +98,26 @@ TEST_P(TrafficOf, AStepIsWhatTheShapesSay) {
   Loader loader(Dataset::open(options, Split::kTrain, file), batches, false, 0);
 
   const Stages stages = stages_of(config, source.config);
-  Chunks chunks;
-  for (int chunk : stages.shape.chunks_of(comms.coords.pipeline)) {
-    chunks.push_back(build_model(config, source, dtype, true, false, [&](Transformer& whole) {
-      keep_chunk(whole, stages, chunk);
-      apply_tensor_parallel(whole, comms.tensor);
-    }));
-    chunks.back()->share_tied_embedding(*chunks[0]);
-  }
-  Worker worker(config, std::move(chunks), make_task("sft"), loader, Schedule(ScheduleKind::kConstant, 1e-3, 10, 0, 0),
-                config.train.accumulation, comms);
+  std::optional<Worker> started;
+  const int64_t grown = test::TensorBytes::install().grown([&] {
+    Chunks chunks;
+    WeightFill fill;
+    for (int chunk : stages.shape.chunks_of(comms.coords.pipeline)) {
+      chunks.push_back(build_model(config, source, dtype, true, false, [&](Transformer& whole) {
+        keep_chunk(whole, stages, chunk);
+        apply_tensor_parallel(whole, comms.tensor);
+      }, config.parallel.zero == 3 ? &fill : nullptr));
+      chunks.back()->share_tied_embedding(*chunks[0]);
+    }
+    started.emplace(config, std::move(chunks), make_task("sft"), loader, Schedule(ScheduleKind::kConstant, 1e-3, 10, 0, 0),
+                    config.train.accumulation, comms, fill);
+  });
+  Worker& worker = *started;
   const MeshModel model(config, source.config, dtype, comms.mesh);
+  const Footprint f = step_footprint(model, config, comms.coords, {8, 8}, config.train.accumulation);
+  const auto frequencies = static_cast<int64_t>(worker.chunks().size()) * source.config.head_dim / 2 * 4;  // of positions: in no plan
+  EXPECT_LE(grown, static_cast<int64_t>(f.weights + f.gradients + f.optimizer) + frequencies);
+  EXPECT_GE(grown, static_cast<int64_t>(f.optimizer));
   Traffic before = worker.exchanged();
   for (int step = 1; step <= 3; ++step) {  // the first counts contributions, the next ones overlap
     std::vector<MicroBatch> micro_batches;
