@@ -11,28 +11,30 @@ namespace {
 
 using test::near;
 
-// While one lives, CPU tensors go to the emulated kernels; of which it counts the calls.
-class Emulated {
- public:
+int num_calls = 0;  // of kernels
+
+template <typename Args, void (*kernels::Kernels::*kOperation)(const Args&, kernels::Stream)>
+void counted(const Args& args, kernels::Stream stream) {
+  ++num_calls;
+  (kernels::emulated_kernels().*kOperation)(args, stream);
+}
+template <auto kOperation>
+struct Counted;
+template <typename Args, void (*kernels::Kernels::*kOperation)(const Args&, kernels::Stream)>
+struct Counted<kOperation> {
+  explicit Counted(kernels::Kernels& kernels) { kernels.*kOperation = counted<Args, kOperation>; }
+};
+
+// While one lives, CPU tensors go to the emulated kernels, whose calls are counted.
+struct Emulated {
   Emulated() {
-    real() = &kernels::emulated_kernels();
-    num_calls() = 0;
-    static kernels::Kernels counting = *real();
-    counting.rms_norm_forward = [](const kernels::RmsNormForward& p, kernels::Stream s) { ++num_calls(), real()->rms_norm_forward(p, s); };
-    counting.rms_norm_backward = [](const kernels::RmsNormBackward& p, kernels::Stream s) { ++num_calls(), real()->rms_norm_backward(p, s); };
-    set_kernels(at::kCPU, &counting);
+    using K = kernels::Kernels;
+    static K all{};
+    Counted<&K::rms_norm_forward>{all}, Counted<&K::rms_norm_backward>{all}, Counted<&K::rope>{all}, Counted<&K::glu_forward>{all}, Counted<&K::glu_backward>{all};
+    num_calls = 0;
+    set_kernels(at::kCPU, &all);
   }
   ~Emulated() { set_kernels(at::kCPU, nullptr); }
-  static int& num_calls() {
-    static int calls = 0;
-    return calls;
-  }
-
- private:
-  static const kernels::Kernels*& real() {
-    static const kernels::Kernels* kernels = nullptr;
-    return kernels;
-  }
 };
 
 using Op = std::function<std::vector<at::Tensor>(const std::vector<at::Tensor>&)>;
@@ -56,13 +58,13 @@ Outcome run(const Op& op, const std::vector<at::Tensor>& inputs) {
   return out;
 }
 
-void expect_same(const Op& op, const std::vector<at::Tensor>& inputs, int num_calls) {
+void expect_same(const Op& op, const std::vector<at::Tensor>& inputs, int expected_calls) {
   const Outcome expected = run(op, inputs);
   const Outcome got = [&] {
     Emulated emulated;
     return run(op, inputs);
   }();
-  EXPECT_EQ(Emulated::num_calls(), num_calls);
+  EXPECT_EQ(num_calls, expected_calls);
   for (size_t i = 0; i < expected.outputs.size(); ++i) EXPECT_TRUE(near(got.outputs[i], expected.outputs[i]));
   for (size_t i = 0; i < expected.gradients.size(); ++i)
     if (expected.gradients[i].defined()) {
@@ -86,12 +88,24 @@ TEST_P(OpsEmulated, RmsNorm) {
   }, {random({9, 40}), random({9, 40}), random({40})}, 2);
 }
 
+TEST_P(OpsEmulated, Rope) {
+  at::manual_seed(2);
+  const at::Tensor angles = at::rand({6, 16}) * 6;
+  for (int64_t rotary : {16, 8})
+    expect_same([&](const auto& in) { return std::vector{rope(in[0], angles.cos().slice(1, 0, rotary), angles.sin().slice(1, 0, rotary))}; }, {random({6, 3, 16})}, 2);
+}
+
+TEST_P(OpsEmulated, Swiglu) {
+  at::manual_seed(3);
+  expect_same([](const auto& in) { return std::vector{swiglu(in[0], in[1])}; }, {random({5, 33}), random({5, 33})}, 2);
+}
+
 INSTANTIATE_TEST_SUITE_P(Types, OpsEmulated, testing::Values(at::kFloat, at::kBFloat16, at::kHalf), [](const auto& type) { return std::string(c10::toString(type.param)); });
 
 TEST(OpsDevice, OtherDtypesOfTheHostGoToItsOwnCode) {
   Emulated emulated;
   rms_norm(at::ones({2, 8}, at::kDouble), at::ones({8}, at::kDouble), 1e-5);
-  EXPECT_EQ(Emulated::num_calls(), 0);
+  EXPECT_EQ(num_calls, 0);
 }
 
 TEST(OpsDevice, ADeviceWithoutKernelsIsAnError) { EXPECT_THROW(kernels_of(at::empty({2}, at::kMeta)), InternalError); }

@@ -1,4 +1,5 @@
 // rope, swiglu and dropout.
+#include "ops/device.h"
 #include "ops/dropout_mask.h"
 #include "ops/op_support.h"
 #include "ops/ops.h"
@@ -14,6 +15,11 @@ using torch::autograd::variable_list;
 at::Tensor run_rope(const at::Tensor& x_THD, const at::Tensor& cos_TR, const at::Tensor& sin_TR, bool inverse) {
   at::Tensor y = at::empty_like(x_THD);
   const int64_t tokens = x_THD.size(0), heads = x_THD.size(1), dim = x_THD.size(2), rotary = cos_TR.size(1);
+  if (const kernels::Kernels* k = kernels_of(x_THD)) {
+    k->rope({kernel_type(x_THD), tokens, heads, dim, rotary, data_of(x_THD), heads * dim, cos_TR.data_ptr<float>(), sin_TR.data_ptr<float>(), data_of(y), heads * dim,
+             inverse}, stream_of(x_THD));
+    return y;
+  }
   dispatch_floating(x_THD.scalar_type(), [&](auto zero) {
     using T = decltype(zero);
     using A = typename ComputeType<T>::type;
@@ -40,6 +46,10 @@ struct Rope : Function<Rope> {
 
 at::Tensor run_swiglu(const at::Tensor& gate, const at::Tensor& up) {
   at::Tensor y = at::empty_like(gate);
+  if (const kernels::Kernels* k = kernels_of(gate)) {
+    k->glu_forward({kernel_type(gate), kernels::Gate::kSilu, 1, gate.numel(), gate.numel(), data_of(gate), data_of(up), data_of(y)}, stream_of(gate));
+    return y;
+  }
   dispatch_floating(gate.scalar_type(), [&](auto zero) {
     using T = decltype(zero);
     for_rows(gate.numel(), 1, [&](int64_t begin, int64_t end) {
@@ -60,6 +70,11 @@ struct Swiglu : Function<Swiglu> {
     auto saved = ctx->get_saved_variables();
     at::Tensor grad_y = grads[0].contiguous();
     at::Tensor grad_gate = at::empty_like(saved[0]), grad_up = at::empty_like(saved[0]);
+    if (const kernels::Kernels* k = kernels_of(grad_y)) {
+      k->glu_backward({kernel_type(grad_y), kernels::Gate::kSilu, 1, grad_y.numel(), grad_y.numel(), data_of(grad_y), data_of(saved[0]), data_of(saved[1]),
+                       data_of(grad_gate), data_of(grad_up)}, stream_of(grad_y));
+      return {grad_gate, grad_up};
+    }
     dispatch_floating(grad_y.scalar_type(), [&](auto zero) {
       using T = decltype(zero);
       for_rows(grad_y.numel(), 1, [&](int64_t begin, int64_t end) {
