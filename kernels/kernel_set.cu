@@ -6,6 +6,7 @@ namespace trireme::kernels {
 
 namespace TRIREME_ARCH {
 
+void add_cross_entropy(Kernels& kernels);
 void add_elementwise(Kernels& kernels);
 void add_norm(Kernels& kernels);
 
@@ -14,6 +15,7 @@ namespace {
 const Kernels& all() {
   static const Kernels kernels = [] {
     Kernels k{};
+    add_cross_entropy(k);
     add_elementwise(k);
     add_norm(k);
     return k;

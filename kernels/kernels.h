@@ -98,6 +98,32 @@ struct GluBackward {
   void *grad_gate, *grad_up;     // the same; may be gate and up
 };
 
+// Of logits z with L = log(sum(exp(z))) over a row, V in number: loss = L - (1 - s) z[target] - s mean(z) + c L^2 (Szegedy et
+// al. 2016; z-loss: Chowdhery et al. 2022); correct: the target is the first of the largest. With `gradient` the logits become
+// gradient_scale * (softmax(z) (1 + 2 c L) - s / V - (1 - s) [target]).
+struct CrossEntropy {
+  Type type;
+  int64_t num_rows, width, stride;
+  void* logits;             // [num_rows, width], rows `stride` values apart, at any address
+  const int64_t* targets;   // [num_rows]; below 0: the row is ignored, all its results are 0; beyond the last: the loss is NaN
+  float label_smoothing, z_loss, gradient_scale;  // s and c, 0: none
+  bool gradient;
+  float* loss;              // [num_rows], as is
+  uint8_t* correct;         // 0 or 1
+};
+
+// The same over several devices, which hold columns first_id .. first_id + rows.width - 1 of a vocabulary each.
+// cross_entropy_part gives what a row's columns here say; then maximum becomes the largest of all devices, sum the sum of
+// sum * exp(maximum here - maximum of all), target_logit and logit_sum their sums, largest the least of those devices that
+// have the maximum; with which cross_entropy_finish gives loss and correct of the whole, and the gradient of the columns here.
+struct CrossEntropyPart {
+  CrossEntropy rows;
+  int64_t first_id, vocabulary;
+  float *maximum, *sum;             // [num_rows]; sum of exp(z - maximum)
+  float *target_logit, *logit_sum;  // 0 where the target is not here, and without label smoothing
+  int64_t* largest;                 // the first id that has the maximum
+};
+
 // Every operation, for one kind of device.
 struct Kernels {
   void (*rms_norm_forward)(const RmsNormForward&, Stream);
@@ -105,6 +131,9 @@ struct Kernels {
   void (*rope)(const Rope&, Stream);
   void (*glu_forward)(const GluForward&, Stream);
   void (*glu_backward)(const GluBackward&, Stream);
+  void (*cross_entropy)(const CrossEntropy&, Stream);
+  void (*cross_entropy_part)(const CrossEntropyPart&, Stream);
+  void (*cross_entropy_finish)(const CrossEntropyPart&, Stream);
 };
 const Kernels& cuda_kernels();
 const Kernels& emulated_kernels();  // on the host, for tests: kernels/emu

@@ -1,5 +1,6 @@
 #include "kernels/reference.h"
 
+#include <algorithm>
 #include <cmath>
 
 namespace trireme::kernels::reference {
@@ -78,6 +79,23 @@ double activate_slope(Gate gate, double g) {
   if (gate == Gate::kGelu) return std::erfc(-g / std::sqrt(2)) / 2 + g * std::exp(-g * g / 2) / std::sqrt(2 * M_PI);
   const double scale = std::sqrt(2 / M_PI), t = std::tanh(scale * (g + 0.044715 * g * g * g));
   return (1 + t) / 2 + g / 2 * (1 - t * t) * scale * (1 + 3 * 0.044715 * g * g);
+}
+
+CrossEntropy cross_entropy(const Values& logits, int64_t width, const std::vector<int64_t>& targets, double label_smoothing, double z_loss, double gradient_scale) {
+  CrossEntropy out{{}, Values(logits.size()), {}};
+  for (size_t row = 0; row < targets.size(); ++row) {
+    const auto begin = logits.begin() + static_cast<int64_t>(row) * width, end = begin + width, largest = std::max_element(begin, end);
+    const bool ignored = targets[row] < 0;
+    double sum = 0, total = 0;
+    for (auto x = begin; x != end; ++x) sum += std::exp(*x - *largest), total += *x;
+    const double log_sum = *largest + std::log(sum), every = label_smoothing / static_cast<double>(width);
+    out.loss.push_back(ignored ? 0 : log_sum - (1 - label_smoothing) * begin[targets[row]] - every * total + z_loss * log_sum * log_sum);
+    out.correct.push_back(!ignored && largest - begin == targets[row]);
+    for (int64_t c = 0; c < width && !ignored; ++c)
+      out.gradient[row * static_cast<size_t>(width) + static_cast<size_t>(c)] =
+          gradient_scale * (std::exp(begin[c] - log_sum) * (1 + 2 * z_loss * log_sum) - every - (c == targets[row] ? 1 - label_smoothing : 0));
+  }
+  return out;
 }
 
 }  // namespace trireme::kernels::reference

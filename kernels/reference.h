@@ -30,4 +30,10 @@ Values rope(const Values& x, int64_t num_heads, int64_t head_dim, const Values& 
 double activate(Gate gate, double g);
 double activate_slope(Gate gate, double g);
 
+struct CrossEntropy {
+  Values loss, gradient;
+  std::vector<bool> correct;
+};
+CrossEntropy cross_entropy(const Values& logits, int64_t width, const std::vector<int64_t>& targets, double label_smoothing, double z_loss, double gradient_scale);
+
 }  // namespace trireme::kernels::reference
