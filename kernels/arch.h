@@ -29,7 +29,8 @@
 //   load_matrix(r, row), load_matrix_transposed(r, row)  four 8x8 matrices; lane l gives row l % 8 of matrix l / 8
 //   mma<T>(d, a, b)                        d[16,8] += a[16,16] b[16,8]
 // Numbers: bf16, fp16; to_float(x), from_float<T>(x) (to the nearest even), pack<T>(low, high), unpack<T>(u, low, high);
-//   exp(x), exp2(x), log2(x), rsqrt(x), erf(x); load<V>(p), store<V>(p, v): 16 bytes at once of aligned addresses.
+//   exp(x), exp2(x), log2(x), rsqrt(x), sqrt(x), erf(x); bits_of(x), float_of(bits); load<V>(p), store<V>(p, v): 16 bytes at once of
+//   aligned addresses.
 #pragma once
 
 #include <cstddef>
@@ -83,7 +84,8 @@ struct alignas(16) Bytes16 {
 ARCH_FN int warp_index() { return thread_index() / kWarp; }
 ARCH_FN int lane_index() { return thread_index() % kWarp; }
 
-ARCH_FN float warp_sum(float x) {
+template <typename T>
+ARCH_FN T warp_sum(T x) {
   ARCH_UNROLL
   for (int mask = kWarp / 2; mask > 0; mask /= 2) x += shuffle_xor(x, mask);
   return x;
@@ -96,8 +98,8 @@ ARCH_FN float warp_max(float x) {
 
 // Over a block of kThreads, the same bits in every thread; `scratch` has kThreads / 32 elements, which are free again after
 // the next sync_threads().
-template <int kThreads>
-ARCH_FN float block_sum(float x, const Shared<float>& scratch) {
+template <int kThreads, typename T>
+ARCH_FN T block_sum(T x, const Shared<T>& scratch) {
   x = warp_sum(x);
   if (lane_index() == 0) scratch[warp_index()] = x;
   sync_threads();

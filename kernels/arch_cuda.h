@@ -77,6 +77,10 @@ ARCH_FN float erf(float x) { return erff(x); }
 ARCH_FN float exp2(float x) { return exp2f(x); }
 ARCH_FN float log2(float x) { return log2f(x); }
 ARCH_FN float rsqrt(float x) { return rsqrtf(x); }
+ARCH_FN float sqrt(float x) { return sqrtf(x); }
+ARCH_FN double sqrt(double x) { return ::sqrt(x); }
+ARCH_FN uint32_t bits_of(float x) { return __float_as_uint(x); }
+ARCH_FN float float_of(uint32_t bits) { return __uint_as_float(bits); }
 ARCH_FN float to_float(float x) { return x; }
 ARCH_FN float to_float(bf16 x) { return __bfloat162float(x); }
 ARCH_FN float to_float(fp16 x) { return __half2float(x); }

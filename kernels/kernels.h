@@ -124,6 +124,62 @@ struct CrossEntropyPart {
   int64_t* largest;                 // the first id that has the maximum
 };
 
+// One step of AdamW (Loshchilov & Hutter 2019) on tensors with weights of `type`, in one launch (some 450 tensors each):
+//   g = grad * grad_scale;  m += (g - m) (1 - beta1);  v = v beta2 + g^2 (1 - beta2)
+//   w = w (1 - lr weight_decay) - m / (sqrt(v) / sqrt(correction2) + epsilon) * lr / correction1
+// in fp32, in this order. w is the master, which the weights are rounded from. Without one, weights are fp32, or bf16 that are rounded
+// to one of their two neighbours at random, so that the mean over many steps is kept: by 16 bits, half `i % 2` of word i % 8 / 2 of
+// the Philox block with stream kRounding (base/random.h), high counter step * 2^32 + id and low counter i / 8, where i = first + the
+// element: the same on any mesh. Where grad_scale is not finite nothing is written: no step is taken, which the host need not know.
+struct AdamWTensor {
+  int64_t size;
+  void* weight;
+  float* master;                  // null: none
+  const float* grad;
+  float *exp_avg, *exp_avg_sq;
+  int64_t first;                  // of this part's elements in the whole tensor
+  uint32_t id;                    // of the whole tensor
+};
+struct AdamW {
+  Type type;
+  const AdamWTensor* tensors;     // on the host
+  int64_t num_tensors;
+  double lr, weight_decay, beta1, beta2, epsilon;
+  double correction1, correction2;  // 1 - beta^t
+  const float* grad_scale;          // on the device; null: 1
+  uint64_t seed, step;              // of the random rounding; step < 2^32
+};
+
+// squares = the sum of the squares of all values, in fp64; in two launches (some 1,500 tensors each). The order of the sum depends on
+// the sizes alone. NaN and infinities stay. Then norm and factor as ClipFactor has them.
+struct GradientTensor {
+  int64_t size;
+  const void* data;
+};
+struct GradientNorm {
+  Type type;
+  const GradientTensor* tensors;  // on the host
+  int64_t num_tensors;
+  double* workspace;              // gradient_norm_workspace(tensors, num_tensors) elements
+  double max_norm;
+  double* squares;
+  float *norm, *factor;           // null: not wanted
+};
+constexpr int64_t kGradientChunk = 16384;
+constexpr int64_t gradient_norm_workspace(const GradientTensor* tensors, int64_t num_tensors) {
+  int64_t chunks = 0;
+  for (int64_t i = 0; i < num_tensors; ++i) chunks += (tensors[i].size + kGradientChunk - 1) / kGradientChunk;
+  return chunks;
+}
+
+// norm = sqrt(squares), factor = min(1, max_norm / (norm + 1e-6)), or 1 where max_norm is not positive; NaN where the norm is not
+// finite. For squares that were added up over ranks.
+struct ClipFactor {
+  const double* squares;
+  double max_norm;
+  float *norm, *factor;           // null: not wanted
+};
+
 // Every operation, for one kind of device.
 struct Kernels {
   void (*rms_norm_forward)(const RmsNormForward&, Stream);
@@ -134,6 +190,9 @@ struct Kernels {
   void (*cross_entropy)(const CrossEntropy&, Stream);
   void (*cross_entropy_part)(const CrossEntropyPart&, Stream);
   void (*cross_entropy_finish)(const CrossEntropyPart&, Stream);
+  void (*adamw)(const AdamW&, Stream);
+  void (*gradient_norm)(const GradientNorm&, Stream);
+  void (*clip_factor)(const ClipFactor&, Stream);
 };
 const Kernels& cuda_kernels();
 const Kernels& emulated_kernels();  // on the host, for tests: kernels/emu

@@ -45,17 +45,18 @@ ARCH_FN float rounded(float x) {
   return arch::to_float(arch::from_float<T>(x));
 }
 
-// kPer values at once: one, or 16 bytes, or several times 16.
+// kPer values at once: one, or 2 to 16 bytes at a multiple of as many, or several times 16.
+template <typename T, int kPer>
+struct alignas(kPer * sizeof(T) < 16 ? kPer * sizeof(T) : 16) Several {
+  static_assert(kPer * sizeof(T) < 16 || kPer * sizeof(T) % 16 == 0);
+  T value[kPer];
+};
 template <typename T, int kPer>
 ARCH_FN void load_values(const T* from, float* to) {
   if constexpr (kPer == 1) {
     *to = arch::to_float(*from);
   } else {
-    static_assert(kPer * sizeof(T) % 16 == 0);
-    struct alignas(16) Values {
-      T value[kPer];
-    };
-    const Values values = arch::load<Values>(from);
+    const auto values = arch::load<Several<T, kPer>>(from);
     ARCH_UNROLL
     for (int i = 0; i < kPer; ++i) to[i] = arch::to_float(values.value[i]);
   }
@@ -65,10 +66,7 @@ ARCH_FN void store_values(T* to, const float* from) {
   if constexpr (kPer == 1) {
     *to = arch::from_float<T>(*from);
   } else {
-    static_assert(kPer * sizeof(T) % 16 == 0);
-    struct alignas(16) Values {
-      T value[kPer];
-    } values;
+    Several<T, kPer> values;
     ARCH_UNROLL
     for (int i = 0; i < kPer; ++i) values.value[i] = arch::from_float<T>(from[i]);
     arch::store(to, values);

@@ -98,4 +98,21 @@ CrossEntropy cross_entropy(const Values& logits, int64_t width, const std::vecto
   return out;
 }
 
+AdamWState adamw(const AdamWNumbers& n, AdamWState state, const Values& grad) {
+  for (size_t i = 0; i < grad.size(); ++i) {
+    const double g = grad[i] * n.grad_scale;
+    double &w = state.weight[i], &m = state.exp_avg[i], &v = state.exp_avg_sq[i];
+    m += (g - m) * (1 - n.beta1);
+    v = v * n.beta2 + g * g * (1 - n.beta2);
+    w = w * (1 - n.lr * n.weight_decay) - m / (std::sqrt(v) / std::sqrt(n.correction2) + n.epsilon) * n.lr / n.correction1;
+  }
+  return state;
+}
+
+double sum_of_squares(const Values& x) {
+  double sum = 0;
+  for (double value : x) sum += value * value;
+  return sum;
+}
+
 }  // namespace trireme::kernels::reference

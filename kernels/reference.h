@@ -36,4 +36,14 @@ struct CrossEntropy {
 };
 CrossEntropy cross_entropy(const Values& logits, int64_t width, const std::vector<int64_t>& targets, double label_smoothing, double z_loss, double gradient_scale);
 
+struct AdamWNumbers {
+  double lr, weight_decay, beta1, beta2, epsilon, correction1, correction2, grad_scale;
+};
+struct AdamWState {
+  Values weight, exp_avg, exp_avg_sq;
+};
+AdamWState adamw(const AdamWNumbers& numbers, AdamWState state, const Values& grad);
+
+double sum_of_squares(const Values& x);
+
 }  // namespace trireme::kernels::reference

@@ -22,7 +22,7 @@ inline std::array<uint32_t, 4> philox(uint64_t key, uint64_t counter_high, uint6
 }
 
 // What random numbers are drawn for; each has its own stream.
-enum class RandomStream : uint64_t { kInit = 1, kShuffle = 2, kDropout = 3, kSampling = 4, kSplit = 5 };
+enum class RandomStream : uint64_t { kInit = 1, kShuffle = 2, kDropout = 3, kSampling = 4, kSplit = 5, kRounding = 6 };
 
 // Uniform 64 bits.
 inline uint64_t random_bits(uint64_t seed, RandomStream stream, uint64_t a, uint64_t b = 0) {

@@ -1,0 +1,189 @@
+// The optimizer's step: AdamW on many tensors at once, the norm of their gradients and the factor that clips it.
+#include <cmath>
+
+#include "kernels/arch.h"
+#include "kernels/kernels.h"
+#include "kernels/launch.h"
+#include "kernels/random.h"
+#include "kernels/tensor_list.h"
+
+namespace trireme::kernels::TRIREME_ARCH {
+namespace {
+
+constexpr int kVector = 4;  // values at once: 16 bytes of fp32
+constexpr int64_t kUpdateChunk = 8192;
+
+// To one of the two neighbours in bf16, the probability of the upper one being the distance from the lower: adds 16 random bits
+// below those that stay. What is not finite stays.
+ARCH_FN float round_stochastically(float x, uint32_t random16) {
+  const uint32_t bits = arch::bits_of(x);
+  return (bits & 0x7f800000u) == 0x7f800000u ? x : arch::float_of((bits + random16) & 0xffff0000u);
+}
+
+// T: of the weights.
+template <typename T>
+struct Update {
+  struct Numbers {  // as in src/optim/update_loops.inc
+    float keep, mix, beta2, mix2, root, size, epsilon;
+    const float* grad_scale;
+    uint64_t key, step;
+  };
+  struct Params {
+    Numbers numbers;
+    TensorList<AdamWTensor, kUpdateChunk> list;
+  };
+  static constexpr int kThreads = 256, kBlocks = 4;
+
+  ARCH_FN static void run(const Params& p) {
+    const float scale = p.numbers.grad_scale ? *p.numbers.grad_scale : 1.0f;
+    if (!(scale - scale == 0)) return;  // not finite: no step
+    p.list.with_chunk(arch::block_index().x, [&](const AdamWTensor& t, int64_t begin, int64_t end) {
+      const uintptr_t addresses = reinterpret_cast<uintptr_t>(t.grad) | reinterpret_cast<uintptr_t>(t.exp_avg) | reinterpret_cast<uintptr_t>(t.exp_avg_sq) |
+                                  reinterpret_cast<uintptr_t>(t.master) | reinterpret_cast<uintptr_t>(t.weight) * (4 / sizeof(T));
+      const bool in_vectors = addresses % 16 == 0 && t.first % kVector == 0;
+      const int64_t whole = in_vectors ? begin + (end - begin) / kVector * kVector : begin;
+      for (int64_t i = begin + arch::thread_index() * kVector; i < whole; i += kThreads * kVector) update<kVector>(p.numbers, t, i, scale);
+      for (int64_t i = whole + arch::thread_index(); i < end; i += kThreads) update<1>(p.numbers, t, i, scale);
+    });
+  }
+
+  template <int kPer>
+  ARCH_FN static void update(const Numbers& n, const AdamWTensor& t, int64_t i, float scale) {
+    T* weight = static_cast<T*>(t.weight) + i;
+    float g[kPer], m[kPer], v[kPer], w[kPer];
+    load_values<float, kPer>(t.grad + i, g);
+    load_values<float, kPer>(t.exp_avg + i, m);
+    load_values<float, kPer>(t.exp_avg_sq + i, v);
+    if (t.master) load_values<float, kPer>(t.master + i, w);
+    else load_values<T, kPer>(weight, w);
+    ARCH_UNROLL
+    for (int e = 0; e < kPer; ++e) {
+      g[e] *= scale;
+      m[e] = m[e] + (g[e] - m[e]) * n.mix;
+      v[e] = v[e] * n.beta2 + g[e] * g[e] * n.mix2;
+      w[e] = w[e] * n.keep - m[e] / (arch::sqrt(v[e]) / n.root + n.epsilon) * n.size;
+    }
+    store_values<float, kPer>(t.exp_avg + i, m);
+    store_values<float, kPer>(t.exp_avg_sq + i, v);
+    if (t.master) store_values<float, kPer>(t.master + i, w);
+    if constexpr (std::is_same_v<T, arch::bf16>) {
+      if (!t.master) {
+        const uint64_t index = static_cast<uint64_t>(t.first + i);
+        const Random4 random = philox(n.key, n.step << 32 | t.id, index / 8);
+        ARCH_UNROLL
+        for (int e = 0; e < kPer; ++e) {
+          const uint32_t at = static_cast<uint32_t>(index & (kPer == 1 ? 7 : 4)) + static_cast<uint32_t>(e);  // of the 8 halves of words
+          const uint32_t low = at & 2 ? random.word[1] : random.word[0], high = at & 2 ? random.word[3] : random.word[2];
+          w[e] = round_stochastically(w[e], (at & 4 ? high : low) >> (at & 1) * 16 & 0xffff);
+        }
+      }
+    }
+    store_values<T, kPer>(weight, w);
+  }
+};
+
+void adamw(const AdamW& p, Stream stream) {
+  for (int64_t i = 0; i < p.num_tensors; ++i)
+    if (p.type == Type::kFloat16 && !p.tensors[i].master)
+      throw Refused("adamw of tensor " + std::to_string(i) + ": weights in float16 need a master in fp32; bfloat16 does without, by stochastic rounding");
+  with_type(p.type, [&]<typename T>(T) {
+    using Kernel = Update<T>;
+    const auto f = [](double x) { return static_cast<float>(x); };
+    typename Kernel::Params params{{f(1 - p.lr * p.weight_decay), f(1 - p.beta1), f(p.beta2), f(1 - p.beta2), f(std::sqrt(p.correction2)), f(p.lr / p.correction1),
+                                    f(p.epsilon), p.grad_scale, random_key(p.seed, kRounding), p.step}, {}};
+    for_lists<kUpdateChunk>("adamw", p.tensors, p.num_tensors, params.list,
+                            [&](int64_t) { arch::launch<Kernel>({params.list.num_chunks, 1, 1}, 0, stream, params); });
+  });
+}
+
+// The sum of the squares of chunk c in fp64, where no square of an fp32 overflows: each thread its values, then the threads.
+template <typename T>
+struct SumSquares {
+  struct Params {
+    double* partials;
+    TensorList<GradientTensor, kGradientChunk> list;
+  };
+  static constexpr int kThreads = 256, kPer = 16 / sizeof(T);
+
+  ARCH_FN static void run(const Params& p) {
+    p.list.with_chunk(arch::block_index().x, [&](const GradientTensor& t, int64_t begin, int64_t end) {
+      const T* x = static_cast<const T*>(t.data);
+      const bool in_vectors = reinterpret_cast<uintptr_t>(x) % 16 == 0;
+      const int64_t whole = in_vectors ? begin + (end - begin) / kPer * kPer : begin;
+      double sum = 0;
+      for (int64_t i = begin + arch::thread_index() * kPer; i < whole; i += kThreads * kPer) add<kPer>(x + i, sum);
+      for (int64_t i = whole + arch::thread_index(); i < end; i += kThreads) add<1>(x + i, sum);
+      sum = arch::block_sum<kThreads>(sum, arch::shared<double>(0, kThreads / arch::kWarp));
+      if (arch::thread_index() == 0) p.partials[arch::block_index().x] = sum;
+    });
+  }
+  template <int kCount>
+  ARCH_FN static void add(const T* from, double& sum) {
+    float x[kCount];
+    load_values<T, kCount>(from, x);
+    ARCH_UNROLL
+    for (int e = 0; e < kCount; ++e) sum += double{x[e]} * double{x[e]};
+  }
+};
+
+ARCH_FN void set_clip(double squares, const ClipFactor& p) {
+  const double norm = arch::sqrt(squares);
+  if (p.norm) *p.norm = static_cast<float>(norm);
+  // Not finite: NaN, for infinity would make a factor of 0 that looks like a step.
+  const double factor = p.max_norm > 0 ? p.max_norm / (norm + 1e-6) : 1.0;
+  if (p.factor) *p.factor = norm - norm == 0 ? static_cast<float>(factor < 1 ? factor : 1.0) : static_cast<float>(norm - norm);
+}
+
+struct SumOfPartials {
+  struct Params {
+    const double* partials;
+    int64_t num_partials;
+    double* squares;
+    ClipFactor clip;
+  };
+  static constexpr int kThreads = 1024;
+
+  ARCH_FN static void run(const Params& p) {
+    double sum = 0;
+    for (int64_t i = arch::thread_index(); i < p.num_partials; i += kThreads) sum += p.partials[i];
+    sum = arch::block_sum<kThreads>(sum, arch::shared<double>(0, kThreads / arch::kWarp));
+    if (arch::thread_index() > 0) return;
+    *p.squares = sum;
+    set_clip(sum, p.clip);
+  }
+};
+
+struct Clip {
+  using Params = ClipFactor;
+  static constexpr int kThreads = 32;
+  ARCH_FN static void run(const Params& p) {
+    if (arch::thread_index() == 0) set_clip(*p.squares, p);
+  }
+};
+
+void gradient_norm(const GradientNorm& p, Stream stream) {
+  int64_t num_partials = 0;
+  with_type(p.type, [&]<typename T>(T) {
+    using Kernel = SumSquares<T>;
+    typename Kernel::Params params{};
+    for_lists<kGradientChunk>("gradient_norm", p.tensors, p.num_tensors, params.list, [&](int64_t chunks_before) {
+      params.partials = p.workspace + chunks_before;
+      arch::launch<Kernel>({params.list.num_chunks, 1, 1}, Kernel::kThreads / arch::kWarp * int{sizeof(double)}, stream, params);
+      num_partials = chunks_before + params.list.num_chunks;
+    });
+  });
+  arch::launch<SumOfPartials>({1, 1, 1}, SumOfPartials::kThreads / arch::kWarp * int{sizeof(double)}, stream,
+                              {p.workspace, num_partials, p.squares, {p.squares, p.max_norm, p.norm, p.factor}});
+}
+
+void clip_factor(const ClipFactor& p, Stream stream) { arch::launch<Clip>({1, 1, 1}, 0, stream, p); }
+
+}  // namespace
+
+void add_adamw(Kernels& kernels) {
+  kernels.adamw = adamw;
+  kernels.gradient_norm = gradient_norm;
+  kernels.clip_factor = clip_factor;
+}
+
+}  // namespace trireme::kernels::TRIREME_ARCH

@@ -1,0 +1,228 @@
+// The optimizer's kernels, emulated, against the loops that define them.
+#include <algorithm>
+#include <list>
+
+#include "emulated.h"
+#include "src/base/random.h"
+
+namespace trireme::kernels {
+namespace {
+
+using namespace test;
+using reference::round_to;
+
+constexpr int64_t kSizes[] = {1, 15, 16, 17, 127, 128, 129, 8191, 8192, 8193, 0, 20000};  // chunks have 8,192
+
+constexpr reference::AdamWNumbers kNumbers{1e-2, 0.1, 0.9, 0.95, 1e-8, 1 - 0.9 * 0.9, 1 - 0.95 * 0.95, 0.5};
+
+// A tensor with its state in guarded memory, each of which begins `skip` elements later than it is aligned.
+struct State {
+  State(Type type, int64_t size, bool with_master, uint64_t seed, int64_t skip = 0) : skip(skip), size(size), before{
+        random_values(with_master ? Type::kFloat32 : type, size, seed), random_values(Type::kFloat32, size, seed + 1), random_values(Type::kFloat32, size, seed + 2)},
+        grads(random_values(Type::kFloat32, size, seed + 3)), type(type) {
+    for (double& v : before.exp_avg_sq) v = round_to(Type::kFloat32, 0.5 + std::abs(v));
+    if (with_master) master.emplace_back(Type::kFloat32, padded(before.weight));
+    weight.emplace_back(type, with_master ? Values(static_cast<size_t>(size + skip), 9) : padded(before.weight));
+    grad.emplace_back(Type::kFloat32, padded(grads));
+    exp_avg.emplace_back(Type::kFloat32, padded(before.exp_avg));
+    exp_avg_sq.emplace_back(Type::kFloat32, padded(before.exp_avg_sq));
+  }
+  Values padded(const Values& x) const {
+    Values out(static_cast<size_t>(skip), 7);
+    out.insert(out.end(), x.begin(), x.end());
+    return out;
+  }
+  Values read(std::list<Tensor>& t) const {
+    const Values all = t.front().values();
+    EXPECT_EQ(Values(all.begin(), all.begin() + skip), Values(static_cast<size_t>(skip), &t == &weight && !master.empty() ? 9 : 7));
+    return {all.begin() + skip, all.end()};
+  }
+  AdamWTensor part(int64_t first, int64_t count, uint32_t id) {
+    auto at = [&](std::list<Tensor>& t) { return t.front().memory.as<float>() + skip + first; };
+    return {count, weight.front().memory.as<char>() + (skip + first) * size_of(type), master.empty() ? nullptr : at(master), at(grad), at(exp_avg), at(exp_avg_sq), first, id};
+  }
+  AdamWTensor whole(uint32_t id) { return part(0, size, id); }
+
+  int64_t skip, size;
+  reference::AdamWState before;
+  Values grads;
+  Type type;
+  std::list<Tensor> weight, master, grad, exp_avg, exp_avg_sq;
+};
+
+// `scale` null: as in kNumbers.
+void step(Type type, const std::vector<AdamWTensor>& tensors, const float* scale = nullptr) {
+  const float half = 0.5f;
+  const auto& n = kNumbers;
+  emulated_kernels().adamw({type, tensors.data(), static_cast<int64_t>(tensors.size()), n.lr, n.weight_decay, n.beta1, n.beta2, n.epsilon, n.correction1, n.correction2,
+                            scale ? scale : &half, 11, 3}, nullptr);
+}
+
+// Some ten roundings, here and of the constants, of numbers below 8. An update is some 0.01: 10^4 times this.
+constexpr double kBound = 10 * 8 * 0x1p-24;
+
+class AdamWKernel : public testing::TestWithParam<std::tuple<Type, bool, int64_t>> {};
+
+TEST_P(AdamWKernel, IsTheLoop) {
+  const auto [type, with_master, skip] = GetParam();
+  std::list<State> states;
+  std::vector<AdamWTensor> tensors;
+  for (int64_t size : kSizes) {
+    states.emplace_back(type, size, with_master, 10 * states.size(), skip);
+    tensors.push_back(states.back().whole(static_cast<uint32_t>(states.size())));
+  }
+  step(type, tensors);
+  for (State& s : states) {
+    const auto expected = reference::adamw(kNumbers, s.before, s.grads);
+    EXPECT_TRUE(near(s.read(s.exp_avg), expected.exp_avg, 0, kBound));
+    EXPECT_TRUE(near(s.read(s.exp_avg_sq), expected.exp_avg_sq, 0, kBound));
+    EXPECT_TRUE(near(s.read(with_master ? s.master : s.weight), expected.weight, with_master || type == Type::kFloat32 ? 0 : 2 * unit(type), kBound));
+    if (with_master) {
+      EXPECT_EQ(s.read(s.weight), round_to(type, s.read(s.master)));
+    }
+    EXPECT_EQ(s.read(s.grad), s.grads);
+  }
+}
+INSTANTIATE_TEST_SUITE_P(Types, AdamWKernel, testing::Values(
+    std::tuple{Type::kFloat32, false, 0}, std::tuple{Type::kFloat32, false, 1}, std::tuple{Type::kBFloat16, true, 0}, std::tuple{Type::kBFloat16, true, 2},
+    std::tuple{Type::kFloat16, true, 0}, std::tuple{Type::kFloat16, true, 3}, std::tuple{Type::kBFloat16, false, 0}, std::tuple{Type::kBFloat16, false, 1}));
+
+// Of the whole tensor in fp32, by the same kernel, and the generator of the CPU code.
+TEST(AdamWKernelWithoutMaster, RoundsByTheBitsOfItsElements) {
+  constexpr int64_t kSize = 8300;
+  State exact(Type::kBFloat16, kSize, false, 1), in_fp32(Type::kFloat32, kSize, false, 1);
+  for (int64_t i = 0; i < kSize; ++i) in_fp32.weight.front().memory.as<float>()[i] = static_cast<float>(exact.before.weight[static_cast<size_t>(i)]);
+  step(Type::kFloat32, {in_fp32.whole(0)});
+  Values expected = in_fp32.read(in_fp32.weight);
+  for (size_t i = 0; i < expected.size(); ++i) {
+    const auto random = philox(11 ^ uint64_t{6} << 56, uint64_t{3} << 32 | 5, i / 8);
+    const uint32_t word = random[i % 8 / 2], bits = std::bit_cast<uint32_t>(static_cast<float>(expected[i]));
+    expected[i] = std::bit_cast<float>((bits + (i % 2 ? word >> 16 : word & 0xffff)) & 0xffff0000);
+  }
+  step(Type::kBFloat16, {exact.whole(5)});
+  EXPECT_EQ(exact.read(exact.weight), expected);
+  EXPECT_NE(expected, round_to(Type::kBFloat16, in_fp32.read(in_fp32.weight)));
+
+  State shared(Type::kBFloat16, kSize, false, 1);  // in parts, of which some are not aligned
+  step(Type::kBFloat16, {shared.part(0, 21, 5), shared.part(21, 3, 5), shared.part(24, 4101, 5), shared.part(4125, kSize - 4125, 5)});
+  EXPECT_EQ(shared.read(shared.weight), expected);
+}
+
+TEST(AdamWKernelWithoutMaster, RoundsPartsThatBeginAnywhere) {
+  State aligned(Type::kBFloat16, 40, false, 1), not_aligned(Type::kBFloat16, 40, false, 1, 1);
+  for (State* s : {&aligned, &not_aligned}) {
+    AdamWTensor part = s->whole(5);
+    part.first = 21;
+    step(Type::kBFloat16, {part});
+  }
+  EXPECT_EQ(aligned.read(aligned.weight), not_aligned.read(not_aligned.weight));
+}
+
+TEST(AdamWKernelWithoutMaster, KeepsTheMeanOfSmallUpdates) {
+  constexpr int64_t kSize = 20000;
+  Tensor weight(Type::kBFloat16, Values(kSize, 1)), grad(Type::kFloat32, Values(kSize, 1)), m(Type::kFloat32, Values(kSize, 0)), v(Type::kFloat32, Values(kSize, 0));
+  // The first step changes a weight by lr: an eighth of the distance to the next number below.
+  const AdamWTensor tensor{kSize, weight.data(), nullptr, grad.memory.as<float>(), m.memory.as<float>(), v.memory.as<float>(), 0, 1};
+  emulated_kernels().adamw({Type::kBFloat16, &tensor, 1, 0x1p-11, 0, 0.9, 0.95, 0, 1 - 0.9, 1 - 0.95, nullptr, 1, 1}, nullptr);
+  double mean = 0;
+  for (double w : weight.values()) mean += (1 - w) / 0x1p-11 / kSize;
+  EXPECT_NEAR(mean, 1, 5 * std::sqrt(7.0 / kSize));  // its variance is 8 - 1 for one weight
+}
+
+TEST(AdamWKernel, TakesMoreTensorsThanOneLaunch) {
+  std::list<State> states;
+  std::vector<AdamWTensor> tensors;
+  for (uint64_t i = 0; i < 1000; ++i) tensors.push_back(states.emplace_back(Type::kFloat32, 2, false, i).whole(0));
+  step(Type::kFloat32, tensors);
+  for (State& s : states) ASSERT_TRUE(near(s.read(s.weight), reference::adamw(kNumbers, s.before, s.grads).weight, 0, kBound));
+}
+
+TEST(AdamWKernel, TakesNoStepWhereTheScaleIsNotFinite) {
+  for (float scale : {NAN, INFINITY, -INFINITY}) {
+    State s(Type::kBFloat16, 40, true, 1);
+    step(Type::kBFloat16, {s.whole(0)}, &scale);
+    EXPECT_EQ(s.read(s.master), s.before.weight);
+    EXPECT_EQ(s.read(s.exp_avg), s.before.exp_avg);
+    EXPECT_EQ(s.read(s.exp_avg_sq), s.before.exp_avg_sq);
+    EXPECT_EQ(s.read(s.weight), Values(40, 9));
+  }
+}
+
+TEST(AdamWKernel, RefusesHalvesWithoutMaster) {
+  State s(Type::kFloat16, 4, false, 1);
+  try {
+    step(Type::kFloat16, {s.whole(0)});
+    FAIL() << "not refused";
+  } catch (const Refused& error) {
+    EXPECT_STREQ(error.what(), "adamw of tensor 0: weights in float16 need a master in fp32; bfloat16 does without, by stochastic rounding");
+  }
+}
+
+class GradientNormKernel : public testing::TestWithParam<Type> {};
+
+struct Norm {
+  double squares;
+  float norm, factor;
+};
+Norm norm_of(Type type, const std::vector<GradientTensor>& tensors, double max_norm) {
+  Guarded workspace(gradient_norm_workspace(tensors.data(), static_cast<int64_t>(tensors.size())) * 8);
+  Norm out{NAN, NAN, NAN};
+  emulated_kernels().gradient_norm({type, tensors.data(), static_cast<int64_t>(tensors.size()), workspace.as<double>(), max_norm, &out.squares, &out.norm, &out.factor}, nullptr);
+  return out;
+}
+
+TEST_P(GradientNormKernel, IsTheLoop) {
+  const Type type = GetParam();
+  std::list<Tensor> grads;
+  std::vector<GradientTensor> tensors;
+  double expected = 0;
+  for (int64_t size : {1, 15, 16, 17, 127, 128, 129, 0, 16384, 16385, 40001}) {
+    const Values x = random_values(type, size + 1, static_cast<uint64_t>(size));
+    grads.emplace_back(type, x);
+    const int64_t skip = size % 2;  // odd ones at an address that is not aligned
+    tensors.push_back({size, grads.back().memory.as<char>() + skip * size_of(type)});
+    expected += reference::sum_of_squares({x.begin() + skip, x.begin() + skip + size});
+  }
+  const Norm norm = norm_of(type, tensors, 2.5);
+  EXPECT_NEAR(norm.squares, expected, expected * 300 * 0x1p-53);  // a thread adds 64 values, then 8 + 32 + 32 sums
+  EXPECT_FLOAT_EQ(norm.norm, static_cast<float>(std::sqrt(expected)));
+  EXPECT_FLOAT_EQ(norm.factor, static_cast<float>(2.5 / (std::sqrt(expected) + 1e-6)));
+  for (uint64_t seed : {1, 2, 3}) {
+    emulated::set_seed(seed);
+    EXPECT_EQ(norm_of(type, tensors, 0).squares, norm.squares);
+  }
+  EXPECT_EQ(norm_of(type, tensors, 0).factor, 1);
+  EXPECT_EQ(norm_of(type, tensors, 1e6).factor, 1);
+
+  float factor = 0;
+  emulated_kernels().clip_factor({&norm.squares, 2.5, nullptr, &factor}, nullptr);
+  EXPECT_EQ(factor, norm.factor);
+}
+INSTANTIATE_TEST_SUITE_P(Types, GradientNormKernel, testing::Values(Type::kFloat32, Type::kBFloat16, Type::kFloat16));
+
+TEST(GradientNormKernel, ShowsWhatIsNotFinite) {
+  for (double bad : {static_cast<double>(NAN), static_cast<double>(INFINITY), -static_cast<double>(INFINITY)}) {
+    Values x(20000, 1);
+    x[16999] = bad;
+    Tensor grad(Type::kFloat32, x);
+    const Norm norm = norm_of(Type::kFloat32, {{20000, grad.data()}}, 1);
+    EXPECT_FALSE(std::isfinite(norm.squares));
+    EXPECT_FALSE(std::isfinite(norm.norm));
+    EXPECT_TRUE(std::isnan(norm.factor));
+  }
+  Tensor large(Type::kFloat32, Values(3, 3e38));  // whose squares are beyond fp32
+  EXPECT_FLOAT_EQ(norm_of(Type::kFloat32, {{3, large.data()}}, 1).factor, static_cast<float>(1 / (std::sqrt(3.0) * 3e38)));
+}
+
+TEST(GradientNormKernel, TakesAnyNumberOfTensors) {
+  EXPECT_EQ(norm_of(Type::kFloat32, {}, 1).squares, 0);
+  Tensor grad(Type::kFloat32, Values(1, 2));
+  EXPECT_EQ(norm_of(Type::kFloat32, std::vector<GradientTensor>(1700, {1, grad.data()}), 1).squares, 6800);
+}
+
+TEST(GradientNormKernel, RefusesSizesThatAreNone) {
+  EXPECT_THROW(norm_of(Type::kFloat32, {{-1, nullptr}}, 1), Refused);
+}
+
+}  // namespace
+}  // namespace trireme::kernels
