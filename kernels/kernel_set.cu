@@ -8,6 +8,7 @@ namespace TRIREME_ARCH {
 
 void add_cross_entropy(Kernels& kernels);
 void add_elementwise(Kernels& kernels);
+void add_dropout(Kernels& kernels);
 void add_norm(Kernels& kernels);
 void add_adamw(Kernels& kernels);
 
@@ -18,6 +19,7 @@ const Kernels& all() {
     Kernels k{};
     add_cross_entropy(k);
     add_elementwise(k);
+    add_dropout(k);
     add_norm(k);
     add_adamw(k);
     return k;

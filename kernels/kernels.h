@@ -66,6 +66,22 @@ struct RmsNormBackward {
 constexpr int64_t kRmsNormPartials = 512;  // sums of the weights' gradient: a few for each multiprocessor
 constexpr int64_t rms_norm_workspace(int64_t num_rows, int64_t width) { return std::min(num_rows, kRmsNormPartials) * width; }
 
+// y = x * (0, or 1 / (1 - p)), or with `add` y + that, rounded once; x may be y. An element's 32 bits, below floor(2^32 p) dropped, are
+// word c / 16 % 4 of the Philox block with stream kDropout (base/random.h), high counter row_ids[row] and low counter
+// module * 2^32 + c / 64 * 16 + c % 16, where c = first_feature + its column: the CPU's, and the same on any mesh and when computed
+// again. Forward and gradient are the same operation.
+struct Dropout {
+  Type type;
+  int64_t num_rows, width;
+  const void* x;           // [rows, width]
+  const int64_t* row_ids;  // [rows]
+  uint64_t seed, module;   // module < 2^32
+  int64_t first_feature;
+  double p;                // 0 <= p < 1
+  bool add;
+  void* y;                 // [rows, width]
+};
+
 // Rotary position embedding of the first `rotary_dims` of each head's values (Su et al. 2021, by halves as Hugging Face's):
 // y = x * cos + concat(-x[R/2:R], x[:R/2]) * sin; `inverse`: the transposed rotation, its gradient. The others are copied.
 struct Rope {
@@ -184,6 +200,7 @@ struct ClipFactor {
 struct Kernels {
   void (*rms_norm_forward)(const RmsNormForward&, Stream);
   void (*rms_norm_backward)(const RmsNormBackward&, Stream);
+  void (*dropout)(const Dropout&, Stream);
   void (*rope)(const Rope&, Stream);
   void (*glu_forward)(const GluForward&, Stream);
   void (*glu_backward)(const GluBackward&, Stream);
