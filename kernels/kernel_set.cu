@@ -6,22 +6,28 @@ namespace trireme::kernels {
 
 namespace TRIREME_ARCH {
 
-void add_cross_entropy(Kernels& kernels);
-void add_elementwise(Kernels& kernels);
-void add_dropout(Kernels& kernels);
-void add_norm(Kernels& kernels);
 void add_adamw(Kernels& kernels);
+void add_casts(Kernels& kernels);
+void add_cross_entropy(Kernels& kernels);
+void add_dropout(Kernels& kernels);
+void add_elementwise(Kernels& kernels);
+void add_embedding(Kernels& kernels);
+void add_norm(Kernels& kernels);
+void add_sums(Kernels& kernels);
 
 namespace {
 
 const Kernels& all() {
   static const Kernels kernels = [] {
     Kernels k{};
-    add_cross_entropy(k);
-    add_elementwise(k);
-    add_dropout(k);
-    add_norm(k);
     add_adamw(k);
+    add_casts(k);
+    add_cross_entropy(k);
+    add_dropout(k);
+    add_elementwise(k);
+    add_embedding(k);
+    add_norm(k);
+    add_sums(k);
     return k;
   }();
   return kernels;

@@ -196,6 +196,58 @@ struct ClipFactor {
   float *norm, *factor;           // null: not wanted
 };
 
+// y[t] = row ids[t] - first_id of the weight; zeros where it has none: ids of other devices.
+struct Embedding {
+  Type type;
+  int64_t num_tokens, width;
+  const int64_t* ids;              // [num_tokens]
+  const void* weight;              // [num_ids, width]
+  int64_t first_id, num_ids;
+  void* y;                         // [num_tokens, width]
+};
+
+// Adds to the rows of the ids, in fp32, the sums of their tokens' rows in the order of the tokens; other rows are not touched.
+// Takes num_tokens^2 comparisons of ids.
+struct EmbeddingGradient {
+  Type type, weight_type;          // weight_type: fp32, or the type
+  int64_t num_tokens, width;       // at most kEmbeddingTokens
+  const int64_t* ids;
+  const void* grad_y;              // [num_tokens, width]
+  int64_t first_id, num_ids;
+  void* grad_weight;               // [num_ids, width] of weight_type
+  int64_t* workspace;              // [num_tokens, 2]
+};
+constexpr int64_t kEmbeddingTokens = 1 << 18;
+
+// y = scale * x, or with `add` y + scale * x, rounded to y's type; y may be x, of the same type.
+struct Convert {
+  Type from, to;
+  int64_t count;
+  const void* x;
+  void* y;
+  float scale;
+  bool add;
+};
+
+// y[c][r] = x[r][c], the same bits.
+struct Transpose {
+  Type type;
+  int64_t num_rows, num_columns;
+  const void* x;  // [num_rows, num_columns]
+  void* y;        // [num_columns, num_rows], elsewhere
+};
+
+// sum[c] = sum over the rows of x[r][c]
+struct SumRows {
+  Type type;
+  int64_t num_rows, width;
+  const void* x;     // [num_rows, width]
+  float* sum;        // [width]
+  float* workspace;  // sum_rows_workspace(num_rows, width) elements
+};
+constexpr int64_t sum_rows_slices(int64_t num_rows) { return std::clamp<int64_t>(num_rows / 64, 1, 128); }
+constexpr int64_t sum_rows_workspace(int64_t num_rows, int64_t width) { return sum_rows_slices(num_rows) > 1 ? sum_rows_slices(num_rows) * width : 0; }
+
 // Every operation, for one kind of device.
 struct Kernels {
   void (*rms_norm_forward)(const RmsNormForward&, Stream);
@@ -210,6 +262,11 @@ struct Kernels {
   void (*adamw)(const AdamW&, Stream);
   void (*gradient_norm)(const GradientNorm&, Stream);
   void (*clip_factor)(const ClipFactor&, Stream);
+  void (*embedding)(const Embedding&, Stream);
+  void (*embedding_gradient)(const EmbeddingGradient&, Stream);
+  void (*convert)(const Convert&, Stream);
+  void (*transpose)(const Transpose&, Stream);
+  void (*sum_rows)(const SumRows&, Stream);
 };
 const Kernels& cuda_kernels();
 const Kernels& emulated_kernels();  // on the host, for tests: kernels/emu
