@@ -15,7 +15,7 @@
 #include "launch/verbs.h"
 #include "ops/device.h"
 #include "train/agreement.h"
-#include "train/build.h"
+#include "train/check_config.h"
 #include "train/same_job.h"
 #include "train/signals.h"
 #include "train/trainer.h"

@@ -12,7 +12,9 @@
 #include "data/records.h"
 #include "launch/verbs.h"
 #include "train/build.h"
+#include "train/check_config.h"
 #include "train/progress.h"
+#include "train/text_tools.h"
 
 namespace trireme {
 

@@ -13,6 +13,8 @@
 #include "tasks/task.h"
 #include "train/agreement.h"
 #include "train/build.h"
+#include "train/check_config.h"
+#include "train/text_tools.h"
 
 namespace trireme {
 namespace {

@@ -7,6 +7,7 @@
 
 #include "base/log.h"
 #include "launch/verbs.h"
+#include "train/check_config.h"
 #include "train/export.h"
 
 namespace trireme {

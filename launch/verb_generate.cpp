@@ -15,6 +15,8 @@
 #include "serve/generate.h"
 #include "train/agreement.h"
 #include "train/build.h"
+#include "train/check_config.h"
+#include "train/text_tools.h"
 
 namespace trireme {
 namespace {

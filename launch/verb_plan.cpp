@@ -5,6 +5,7 @@
 #include "comm/communicator.h"
 #include "launch/verbs.h"
 #include "train/agreement.h"
+#include "train/check_config.h"
 #include "train/plan.h"
 #include "train/trainer.h"
 

@@ -13,6 +13,7 @@
 #include "scratch.h"
 #include "train/agreement.h"
 #include "train/build.h"
+#include "train/check_config.h"
 #include "train/memory.h"
 #include "train/signals.h"
 #include "train/timeline.h"

@@ -1,13 +1,10 @@
-// From a configuration to the parts of a run: model, tokenizer, chat template, data options.
+// From a configuration to the model of a run: where it is, its dtype and adapters, how a mesh cuts it, its values.
 #pragma once
 
 #include <optional>
 
 #include "comm/mesh.h"
 #include "config/config.h"
-#include "data/chat_template.h"
-#include "data/dataset.h"
-#include "data/tokenizer.h"
 #include "model/lora.h"
 #include "model/transformer.h"
 #include "parallel/stages.h"
@@ -22,16 +19,6 @@ struct ModelSource {
   Json identity;                 // what a run that goes on must share: config.json, and what the weights are "of"
 };
 
-// Adds what contradicts each other or the number of ranks and, where nothing was wrong before, what is missing. Touches no file
-// (but config.json, where the mesh is wrong, to name meshes that the model allows).
-void find_conflicts(const Config& config, const CommandLine& line, int num_ranks, std::vector<std::string>& problems);
-// The ranks of the run: of `plan` those of plan.ranks, where it is set.
-inline int planned_ranks(const Config& config, const CommandLine& line, int num_ranks) {
-  return line.verb == "plan" && config.plan.ranks > 0 ? static_cast<int>(config.plan.ranks) : num_ranks;
-}
-// Adds the files and folders that a training run is to read and that are not there, in the words of those who read them.
-// DataError with all of them where nothing else is wrong.
-void find_missing(const Config& config, const CommandLine& line, std::vector<std::string>& problems);
 // The mesh of parallel.*; ConfigError where it does not fit the ranks.
 Mesh mesh_of(const Config& config, int num_ranks);
 
@@ -41,15 +28,15 @@ PipelineSchedule schedule_of(const Config& config, int64_t micro_batches = 0);
 // How parallel.* deals the layers out; ConfigError.
 Stages stages_of(const Config& config, const ModelConfig& model);
 
-// What find_conflicts() finds for one rank, all in one ConfigError.
-void check_config(const Config& config, const CommandLine& line);
-
 // ConfigError: neither or both of model.path and model.config; DataError: what the files have wrong.
 ModelSource find_model(const Config& config);
 
 // Of the whole files of weights and adapter. Reading them takes as long as loading does: once, for it is remembered beside the
 // token files for as long as they stay untouched.
 std::string hash_of_weights(const Config& config, const ModelSource& source);
+
+// DataError: `path`, of lora.path, is set, but no PEFT adapter.
+void check_adapter(const std::string& path);
 
 // The dtype that weights have in this run.
 at::ScalarType weight_dtype(const Config& config, const ModelSource& source);
@@ -78,19 +65,5 @@ LoraConfig lora_config(const Config& config);
 using Chunks = std::vector<std::unique_ptr<Transformer>>;
 std::vector<Parameter> parameters_of(const Chunks& chunks);  // each name once: a tied embedding may be in two chunks
 bool is_adapter(const Parameter& parameter);                 // by its name
-
-struct TextTools {
-  Tokenizer tokenizer;
-  std::optional<ChatTemplate> chat;
-  int64_t bos_id = -1, eos_id = -1;
-};
-
-// Tokenizer and chat template. ConfigError where there is no tokenizer; DataError where its ids exceed the embedding.
-TextTools load_text_tools(const Config& config, const std::string& tokenizer_folder, const ModelConfig* model);
-
-// The token that ends a turn by the chat template; none where there is no template, or it shows none.
-std::optional<int64_t> end_of_turn(const Config& config, const TextTools& tools);
-
-DataOptions data_options(const Config& config, const TextTools& tools, int64_t embedding_rows);
 
 }  // namespace trireme

@@ -7,6 +7,7 @@
 #include "checkpoint/export_folder.h"
 #include "checkpoint/peft.h"
 #include "parallel/gather.h"
+#include "train/text_tools.h"
 
 namespace trireme {
 namespace {

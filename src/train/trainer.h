@@ -1,12 +1,9 @@
 // The training run: rank 0 decides when to evaluate, save and stop; all ranks do it.
 #pragma once
 
-#include <memory>
-
 #include "base/check.h"
-#include "comm/mesh.h"
 #include "comm/process.h"
-#include "train/build.h"
+#include "config/config.h"
 
 namespace trireme {
 

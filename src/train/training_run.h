@@ -10,6 +10,7 @@
 #include "train/progress.h"
 #include "train/run_folder.h"
 #include "train/state.h"
+#include "train/text_tools.h"
 #include "train/trainer.h"
 #include "train/worker.h"
 

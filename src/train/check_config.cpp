@@ -1,0 +1,130 @@
+#include "base/tensor.h"
+
+#include "train/check_config.h"
+
+#include <cmath>
+#include <filesystem>
+
+#include "base/check.h"
+#include "checkpoint/hf_hub.h"
+#include "data/chat_template.h"
+#include "data/records.h"
+#include "optim/schedule.h"
+#include "tasks/task.h"
+#include "train/build.h"
+#include "train/run_folder.h"
+
+namespace trireme {
+namespace {
+
+namespace fs = std::filesystem;
+
+// The product of a run, model/ or adapter/, never replaces what the run begins with.
+void check_product(const Config& c, const std::string& run_dir, std::vector<std::string>& problems) {
+  std::error_code none;
+  for (const auto& [key, begin, product] : {std::tuple("model.path", c.model.path, "model"), {"lora.path", c.lora.path, "adapter"}})
+    if (!begin.empty() && fs::equivalent(begin, fs::path(run_dir) / product, none))
+      problems.push_back(str("run.dir=", run_dir, ": the run would write ", product, "/ over ", key, "=", begin, "; set another run.dir"));
+}
+
+}  // namespace
+
+void find_conflicts(const Config& c, const CommandLine& line, int num_ranks, std::vector<std::string>& problems) {
+  auto wrong = [&](const auto&... parts) { problems.push_back(str(parts...)); };
+  const bool complete = problems.empty();  // else what seems missing may be what was misspelt
+  if (c.model.path.empty() == c.model.config.empty() && (complete || !c.model.path.empty()))
+    wrong(c.model.path.empty() ? "neither model.path nor model.config is set" : "model.path and model.config are both set",
+          ": set model.path to a Hugging Face folder, or model.config to a config.json for random weights",
+          line.verb == "prepare" || line.verb == "tokenize" ? ", or model.tokenizer to a folder with a tokenizer.json" : "");
+  const std::string& resume = c.run.resume;
+  // A checkpoint that is gone may be where a run began that goes on from its own.
+  if (resume != "auto" && resume != "never" && !fs::is_directory(resume) && !fs::path(resume).filename().string().starts_with("step-"))
+    wrong("run.resume=", resume, " is ", fs::exists(resume) ? "no folder" : "not there", ": allowed are auto, never, and the folder of a "
+          "checkpoint, RUN/checkpoints/step-N");
+  bool trains = line.verb == "train" || line.verb == "plan";
+  if (trains) {
+    check_product(c, c.run.dir.empty() ? default_run_dir(line.config_file) : c.run.dir, problems);
+    const bool has_data = line.verb != "plan" || !c.data.train.empty();  // a plan does without
+    if (complete && c.data.train.empty() && has_data) wrong("data.train is not set: name one or more .jsonl, .json or .txt files");
+    if ((c.train.steps > 0) == (c.train.epochs > 0) && ((complete && has_data) || c.train.steps > 0))
+      wrong(c.train.steps > 0 ? "train.steps and train.epochs are both set; set one"
+                              : "the length of the run is not set: set train.steps or train.epochs");
+    const Config d;  // values count, not what was written: the resolved configuration of a run names every key
+    const std::pair<const char*, bool> lora_keys[] = {{"lora.alpha", c.lora.alpha != d.lora.alpha},
+                                                      {"lora.dropout", c.lora.dropout != d.lora.dropout},
+                                                      {"lora.targets", c.lora.targets != d.lora.targets},
+                                                      {"lora.rslora", c.lora.rslora != d.lora.rslora}};
+    for (const auto& [key, is_set] : lora_keys)
+      if (is_set && !c.lora.path.empty())
+        wrong(key, " and lora.path are both set: the adapter of lora.path brings its own; leave ", key, " out");
+      else if (is_set && c.lora.rank == 0)
+        wrong(key, " is set, but lora.rank is 0: set lora.rank, or leave ", key, " out");
+    if (c.lora.rank > 0 && !c.lora.path.empty()) wrong("lora.rank and lora.path are both set: the adapter of lora.path has a rank; set one");
+    if (complete && c.eval.patience > 0 && c.eval.every == 0) wrong("eval.patience needs eval.every");
+    if (complete && c.eval.every > 0 && c.data.eval.empty() && c.data.eval_fraction == 0)
+      wrong("eval.every is set, but there is nothing to evaluate: set data.eval or data.eval_fraction");
+    for (const auto& [key, every] : {std::pair("eval.every", c.eval.every), {"checkpoint.every", c.checkpoint.every}})
+      if (every >= 1 && every != std::floor(every))
+        wrong(key, "=", every, ": a whole number of steps is expected, or a fraction of the run below 1");
+    auto check = [&](const auto& part) {
+      try {
+        part();
+      } catch (const ConfigError& error) {
+        wrong(error.what());
+      }
+    };
+    check([&] {
+      Schedule(parse_schedule_kind(c.schedule.kind), c.optim.lr, c.train.steps > 0 ? c.train.steps : int64_t{1} << 50,
+               c.schedule.warmup_steps, c.schedule.min_lr);  // of epochs the number of steps is not known yet
+    });
+    if (c.parallel.pipeline > 1) {
+      check([&] { schedule_of(c); });
+      if (c.parallel.reduce != "step") wrong("parallel.reduce=", c.parallel.reduce, " is not possible with parallel.pipeline=", c.parallel.pipeline);
+    } else if (c.parallel.virtual_stages > 1) {
+      wrong("parallel.virtual_stages=", c.parallel.virtual_stages, " needs parallel.pipeline of 2 or more");
+    }
+    if (c.parallel.reduce != "step" && c.parallel.zero < 2)
+      wrong("parallel.reduce=", c.parallel.reduce, " needs parallel.zero=2 or 3: other ranks' sums would have nowhere to add up");
+    check([&] { (void)make_task(c.task.kind)->larger_is_better(c.eval.metric); });
+    check([&] {
+      const Mesh mesh = mesh_of(c, num_ranks);
+      const int64_t within = c.parallel.shard_within;
+      if (within > 0 && (c.parallel.zero == 0 || mesh.num_data() % within != 0))
+        throw ConfigError(str("parallel.shard_within=", within, c.parallel.zero == 0 ? " needs parallel.zero=1, 2 or 3" : str(" does not divide the ",
+                              mesh.num_data(), " copies of the model: use a divisor of that, or 0: all share out")));
+    });
+  }
+  if (!c.data.eval.empty() && c.data.eval_fraction > 0) wrong("data.eval and data.eval_fraction are both set; set one");
+}
+
+void check_config(const Config& config, const CommandLine& line) {
+  std::vector<std::string> problems;
+  find_conflicts(config, line, 1, problems);
+  if (!problems.empty()) throw ConfigError(joined(problems, "\n"));
+}
+
+void find_missing(const Config& c, const CommandLine& line, std::vector<std::string>& problems) {
+  bool only_files = problems.empty();
+  auto check = [&](const auto& open) {
+    try {
+      open();
+    } catch (const Error& error) {
+      problems.push_back(error.what());
+      only_files = only_files && error.status() == kExitData;
+    }
+  };
+  if (!c.model.path.empty()) check([&] { resolve_model_folder(c.model.path, c.model.revision, {true, c.model.tokenizer.empty()}); });
+  if (!c.model.config.empty()) check([&] { read_model_config(c.model.config); });
+  if (!c.model.tokenizer.empty()) check([&] { resolve_model_folder(c.model.tokenizer, "main", {false, true}); });
+  check([&] { check_adapter(c.lora.path); });
+  if (!c.data.chat_template.empty()) check([&] { ChatTemplate::find(c.data.chat_template, ""); });
+  const std::string folder = c.run.dir.empty() ? default_run_dir(line.config_file) : c.run.dir;
+  const bool plans_elsewhere = line.verb == "plan" && c.plan.ranks > 0, finished = fs::exists(folder + "/finished.json");
+  if (!plans_elsewhere && (line.verb == "plan" || line.dry_run || !finished))  // a finished run needs no data
+    for (const auto& [key, files] : {std::pair("data.train", &c.data.train), {"data.eval", &c.data.eval}})
+      for (const std::string& file : *files)
+        check([&] { RecordReader(parse_data_file(file, key, files->size())); });
+  if (only_files && !problems.empty()) throw DataError(joined(problems, "\n"));
+}
+
+}  // namespace trireme
