@@ -5,10 +5,17 @@
 //     computing
 //   ZeRO-3: a forward and a backward over the blocks of ShardedWeights, whose first gather nothing can hide;
 //     sequential = compute, then that without compute; overlapped = both together
-// Compute is a sleep (the cores are free) or matrix products (they are not). Medians of 15. Prints one JSON object.
+//   rows of tensor parallelism: two blocks of a model cut over the ranks, forward and backward; overlapped = as trained, and with
+//     products that wait for all rows (what is hidden then are the waits that weight gradients fill); sequential = without
+//     messages, then the messages alone. The messages go by MPI, or over a link that is a timer: a rate, and no work for the cores.
+// Compute is a sleep (the cores are free) or matrix products (they are not). Medians of 15. Prints one JSON object;
+// with an argument of the rows alone, without one of the others.
 #include <mpi.h>
 
+#include <torch/csrc/autograd/autograd.h>
+
 #include <algorithm>
+#include <array>
 #include <chrono>
 #include <cstdio>
 #include <functional>
@@ -21,7 +28,10 @@
 #include "base/tensor.h"
 #include "comm/communicator.h"
 #include "comm/process.h"
+#include "model/lora.h"
+#include "ops/delayed_gradients.h"
 #include "parallel/sharded_weights.h"
+#include "parallel/tensor_parallel.h"
 
 namespace {
 
@@ -151,6 +161,144 @@ Json hidden_prefetch(const Communicator& world, const char* compute, const std::
   return share_row("ZeRO-3 prefetch", compute, (2 * kNumBlocks - 1) * kBucketBytes, medians);
 }
 
+// Rows that a rank sends itself, in as many copies as there are ranks: the work of a product's seams without a message. A message
+// takes its bytes / rate, 0: none.
+struct Timer {
+  double rate = 0;
+  std::chrono::steady_clock::time_point free = {};  // when the messages before have gone
+
+  std::function<void()> start(const at::Tensor& whole, int num_ranks) {
+    if (rate == 0) return [] {};
+    const double seconds = static_cast<double>(whole.nbytes()) / num_ranks * (num_ranks - 1) / rate;
+    free = std::max(free, std::chrono::steady_clock::now()) +
+           std::chrono::duration_cast<std::chrono::steady_clock::duration>(std::chrono::duration<double>(seconds));
+    return [until = free] {
+      while (std::chrono::steady_clock::now() < until && compute_waiting_gradient()) {}
+      std::this_thread::sleep_until(until);
+    };
+  }
+};
+
+struct Copied : torch::autograd::Function<Copied> {
+  static at::Tensor forward(torch::autograd::AutogradContext* ctx, const at::Tensor& x, int64_t num_ranks, Timer* timer) {
+    ctx->saved_data["timer"] = static_cast<int64_t>(reinterpret_cast<intptr_t>(timer));
+    ctx->saved_data["ranks"] = num_ranks;
+    return x.repeat({num_ranks, 1});
+  }
+  static torch::autograd::variable_list backward(torch::autograd::AutogradContext* ctx, const torch::autograd::variable_list& grads) {
+    const int64_t n = ctx->saved_data["ranks"].toInt();
+    reinterpret_cast<Timer*>(static_cast<intptr_t>(ctx->saved_data["timer"].toInt()))->start(grads[0], static_cast<int>(n))();
+    return {grads[0].narrow(0, 0, grads[0].size(0) / n).contiguous(), at::Tensor(), at::Tensor()};
+  }
+};
+
+constexpr int64_t kTokens = 1024, kHidden = 512, kBlocks = 2, kMessages = 4 * kBlocks;  // of a forward, or a backward
+
+// A model whose rows travel by MPI, or by `timer`.
+std::unique_ptr<Transformer> cut_model(const Communicator& world, bool lora, const RowOverlap& overlap, Timer* timer) {
+  const Json shape = {{"model_type", "llama"}, {"vocab_size", 64}, {"hidden_size", kHidden}, {"intermediate_size", 1408},
+                      {"num_hidden_layers", kBlocks}, {"num_attention_heads", 8}, {"num_key_value_heads", 8}, {"head_dim", 64},
+                      {"rms_norm_eps", 1e-5}, {"max_position_embeddings", kTokens}};
+  auto model = std::make_unique<Transformer>(model_config_from_json(shape, "shape"), at::kFloat, 1, Weights::kRandom, at::kMeta);
+  if (lora) attach_lora(*model, {8, 16.0, 0.0, false, {"all-linear"}}, 1);
+  if (timer) keep_tensor_part(*model, world.rank(), world.size());
+  else apply_tensor_parallel(*model, world, overlap);
+  model->materialize(at::kCPU, 1, [](const std::string&) { return true; });
+  model->set_training(true);
+  if (!timer) return model;
+  const int n = world.size();
+  RowSum sum;
+  sum.num_ranks = n;
+  sum.num_pieces = [overlap](int64_t, bool) { return overlap.num_pieces; };
+  sum.start = [timer, n](const at::Tensor& part, const at::Tensor& partial) {
+    part.copy_(partial.narrow(0, 0, part.size(0)));
+    return timer->start(partial, n);
+  };
+  auto arriving = [timer, n, overlap](const at::Tensor& all, const at::Tensor& here) {
+    ArrivingRows rows(all, here, 0, timer->start(all, n));
+    if (here.size(0) < overlap.least_rows) rows.wait();
+    return rows;
+  };
+  sum.gather = [arriving, n](const at::Tensor& part) { return arriving(part.repeat({n, 1}), part); };
+  for (Linear* l : model->linears())
+    if (l->path.ends_with("o_proj") || l->path.ends_with("down_proj")) l->after = std::make_shared<RowSum>(sum);
+  ModelSeams seams;
+  seams.row_multiple = n;
+  seams.embed = [n](const at::Tensor& w, const at::Tensor& ids) { return trireme::embedding(w, ids.narrow(0, 0, ids.size(0) / n) % w.size(0)); };
+  seams.all_rows = [arriving, timer, n](const at::Tensor& x) { return arriving(Copied::apply(x, int64_t{n}, timer), x.detach()); };
+  model->set_seams(std::move(seams));
+  return model;
+}
+
+// Seconds of forward and of backward.
+using Phases = std::array<double, 2>;
+Phases pass(Transformer& model) {
+  ModelInput input;
+  input.tokens_T = at::arange(kTokens).remainder(64);
+  input.positions_T = at::arange(kTokens);
+  input.cu_seqlens = {0, kTokens};
+  input.sample_ids = {0};
+  at::Tensor sum;
+  const double forward = seconds_of([&] { sum = model.forward(input).sum(); });
+  const double backward = seconds_of([&] {
+    WeightGradientQueue waiting;
+    const WeightGradientQueue::Sink sink = [](const at::Tensor&, const at::Tensor&) {};
+    {
+      DelayWeightGradients delay(&waiting, sink);  // as Worker does
+      torch::autograd::backward({sum}, {});
+    }
+    waiting.run(sink);
+  });
+  for (const auto& p : model.parameters()) p.value.mutable_grad() = at::Tensor();
+  return {forward, backward};
+}
+
+Json hidden_rows(const Communicator& world, bool lora, double rate) {
+  const RowOverlap waits{.least_rows = kTokens, .num_pieces = 1}, gathers{.least_rows = 64, .num_pieces = 1}, pieces{.least_rows = 64, .num_pieces = 2};
+  Timer none, link{rate, {}};
+  Timer* timer = rate > 0 ? &link : nullptr;
+  at::Tensor part = at::zeros({kTokens / world.size(), kHidden}), whole = at::zeros({kTokens, kHidden});
+  std::vector<std::function<Phases()>> runs;
+  std::vector<std::unique_ptr<Transformer>> models;
+  models.push_back(cut_model(world, lora, waits, &none));
+  for (const RowOverlap& overlap : {waits, gathers, pieces}) models.push_back(cut_model(world, lora, overlap, timer));
+  for (const auto& model : models) runs.push_back([&model] { return pass(*model); });
+  runs.push_back([&] {
+    const double seconds = seconds_of([&] {
+      for (int64_t i = 0; i < kMessages; ++i) {
+        if (timer) timer->start(whole, world.size())();
+        else if (i % 2 == 0) world.start_all_gather(whole, part).wait();
+        else world.start_reduce_scatter(part, whole).wait();
+      }
+    });
+    // Below the first adapters nothing is trained: one message less comes back.
+    return Phases{seconds, lora ? seconds * (kMessages - 1) / kMessages : seconds};
+  });
+  std::vector<std::array<std::vector<double>, 2>> times(runs.size());
+  for (int i = 0; i < kRepeats + 2; ++i)
+    for (size_t r = 0; r < runs.size(); ++r) {
+      world.barrier();
+      const Phases seconds = runs[r]();
+      for (size_t phase = 0; phase < 2; ++phase)
+        if (const double slowest = world.max(seconds[phase]); i >= 2) times[r][phase].push_back(slowest);
+    }
+  Json rows = Json::array();
+  for (size_t phase = 0; phase < 2; ++phase) {
+    std::vector<double> medians;
+    for (auto& run : times) {
+      std::sort(run[phase].begin(), run[phase].end());
+      medians.push_back(run[phase][run[phase].size() / 2]);
+    }
+    const double computing = medians[0], messages = medians[4];
+    auto share = [&](double seconds) { return 1 - (seconds - computing) / messages; };
+    rows.push_back({{"phase", phase == 0 ? "forward" : "backward"}, {"lora", lora}, {"link", rate > 0 ? "timer" : "MPI"},
+                    {"rate", rate}, {"compute_ms", computing * 1e3}, {"messages_ms", messages * 1e3},
+                    {"waits_ms", medians[1] * 1e3}, {"gathers_ms", medians[2] * 1e3}, {"pieces_ms", medians[3] * 1e3},
+                    {"waits_share", share(medians[1])}, {"gathers_share", share(medians[2])}, {"pieces_share", share(medians[3])}});
+  }
+  return rows;
+}
+
 }  // namespace
 
 int main(int argc, char** argv) {
@@ -165,15 +313,23 @@ int main(int argc, char** argv) {
   result["cores"] = process.load().num_cores;
   result["yield_when_idle"] = process.load().oversubscribed();
   result["mpi"] = mpi_version();
-  result["all_reduce"] = all_reduce_times(world);
-  at::Tensor a = at::randn({384, 384}), b = at::randn({384, 384}), c = at::empty({384, 384});
-  // Longer than a piece's communication takes: what is measured is whether it is hidden, not whether it could be.
-  auto sleep = [] { std::this_thread::sleep_for(std::chrono::milliseconds(12)); };
-  auto multiply = [&] { for (int i = 0; i < 6; ++i) at::mm_out(c, a, b); };
-  result["overlap"] = Json::array();
-  for (const auto& [name, piece] :
-       std::vector<std::pair<const char*, std::function<void()>>>{{"sleep", sleep}, {"matrix products", multiply}})
-    for (auto* hidden : {&hidden_buckets, &hidden_prefetch}) result["overlap"].push_back(hidden(world, name, piece));
+  if (argc == 1) {
+    result["all_reduce"] = all_reduce_times(world);
+    at::Tensor a = at::randn({384, 384}), b = at::randn({384, 384}), c = at::empty({384, 384});
+    // Longer than a piece's communication takes: what is measured is whether it is hidden, not whether it could be.
+    auto sleep = [] { std::this_thread::sleep_for(std::chrono::milliseconds(12)); };
+    auto multiply = [&] { for (int i = 0; i < 6; ++i) at::mm_out(c, a, b); };
+    result["overlap"] = Json::array();
+    for (const auto& [name, piece] :
+         std::vector<std::pair<const char*, std::function<void()>>>{{"sleep", sleep}, {"matrix products", multiply}})
+      for (auto* hidden : {&hidden_buckets, &hidden_prefetch}) result["overlap"].push_back(hidden(world, name, piece));
+  } else {  // "rows"
+    result["rows"] = Json::array();
+    constexpr double kRate = 0.5e9;  // of the link that is a timer: bytes a second; a message takes less than what there is to hide it
+    for (const bool lora : {false, true})
+      for (const double rate : {kRate, 0.0})
+        for (const Json& row : hidden_rows(world, lora, rate)) result["rows"].push_back(row);
+  }
   if (process.rank() == 0) std::printf("%s\n", result.dump(2).c_str());
   return 0;
 }

@@ -39,10 +39,13 @@ struct Case {
 };
 void PrintTo(const Case& c, std::ostream* out) { *out << c.name; }
 
-std::unique_ptr<Transformer> build(const Case& c, at::ScalarType dtype, const Communicator& tensor) {
+// Whatever the number of rows, products go on with those that are here, and are summed in two pieces.
+constexpr RowOverlap kOverlap{.least_rows = 1, .num_pieces = 2};
+
+std::unique_ptr<Transformer> build(const Case& c, at::ScalarType dtype, const Communicator& tensor, const RowOverlap& overlap = {}) {
   auto model = std::make_unique<Transformer>(config_of(c.config), dtype, 1, Weights::kRandom, at::kMeta);
   if (c.lora) attach_lora(*model, {4, 8.0, 0.2, false, {"all-linear"}}, 1);
-  apply_tensor_parallel(*model, tensor);
+  apply_tensor_parallel(*model, tensor, overlap);
   model->materialize(at::kCPU, 1, [](const std::string&) { return true; });
   for (auto& p : model->parameters())  // neither zeros nor ones: they would hide what is not computed
     if (p.value.dim() == 1 || p.name.ends_with(".lora_B.weight")) fill_normal(p, 5, 0.4);
@@ -100,14 +103,19 @@ class TensorParallel : public testing::TestWithParam<Case> {
 };
 
 TEST_P(TensorParallel, IsTheWholeModel) {
-  auto whole = build(GetParam(), at::kDouble, Communicator::self()), cut = build(GetParam(), at::kDouble, world());
-  const Outcome expected = run(*whole, Communicator::self()), got = run(*cut, world());
-  EXPECT_NEAR(got.loss, expected.loss, 1e-13 * expected.loss);
-  EXPECT_EQ(got.correct, expected.correct);
-  EXPECT_LT(worst_gradient(got, expected), kGradientBound);
-  at::NoGradGuard no_grad;
-  whole->set_training(false), cut->set_training(false);
-  EXPECT_TRUE(near(cut->logits(cut->all_rows(cut->forward(packed()))), whole->logits(whole->forward(packed()))));
+  auto whole = build(GetParam(), at::kDouble, Communicator::self());
+  const Outcome expected = run(*whole, Communicator::self());
+  for (const RowOverlap& overlap : {RowOverlap{}, kOverlap}) {
+    whole->set_training(true);
+    auto cut = build(GetParam(), at::kDouble, world(), overlap);
+    const Outcome got = run(*cut, world());
+    EXPECT_NEAR(got.loss, expected.loss, 1e-13 * expected.loss);
+    EXPECT_EQ(got.correct, expected.correct);
+    EXPECT_LT(worst_gradient(got, expected), kGradientBound);
+    at::NoGradGuard no_grad;
+    whole->set_training(false), cut->set_training(false);
+    EXPECT_TRUE(near(cut->logits(cut->all_rows(cut->forward(packed()))), whole->logits(whole->forward(packed()))));
+  }
 }
 
 TEST_P(TensorParallel, ARankHoldsItsShareOfEveryMatrix) {
@@ -163,19 +171,37 @@ TEST(TensorParallelFaults, ABrokenSeamIsToldFromAWholeOne) {
   auto whole = build(c, at::kDouble, Communicator::self());
   const Outcome expected = run(*whole, Communicator::self());
   const int n = world().size();
-  auto scatter = [n](const at::Tensor& y) { return y.chunk(n)[world().rank()].contiguous(); };
+  auto with = [](Linear& layer, const std::function<void(RowSum&)>& change) {
+    auto sum = std::make_shared<RowSum>(*layer.after);
+    change(*sum);
+    layer.after = sum;
+  };
   const std::pair<const char*, std::function<void(Transformer&)>> faults[] = {
-      {"a sum over the ranks left out", [&](Transformer& m) { m.blocks()[1].down.after = scatter; }},
+      {"a sum over the ranks left out", [&](Transformer& m) {
+         with(m.blocks()[1].down, [n](RowSum& sum) {
+           sum.start = [n](const at::Tensor& part, const at::Tensor& y) {
+             part.copy_(y.chunk(n)[world().rank()]);
+             return [] {};
+           };
+         });
+       }},
       {"a gradient scaled by the ranks", [&](Transformer& m) {
-         auto after = m.blocks()[0].o.after;
-         m.blocks()[0].o.after = [after, n](const at::Tensor& y) {
-           at::Tensor z = after(y);
-           return z * n - z.detach() * (n - 1);
-         };
+         with(m.blocks()[0].o, [n](RowSum& sum) {
+           sum.gather = [right = sum.gather, n](const at::Tensor& part) { return right(part * n); };
+         });
        }},
       {"rows of another rank", [&](Transformer& m) {
-         auto after = m.blocks()[0].down.after;
-         m.blocks()[0].down.after = [after](const at::Tensor& y) { return after(y.roll(1, 0)); };
+         with(m.blocks()[0].down, [](RowSum& sum) {
+           sum.start = [right = sum.start](const at::Tensor& part, const at::Tensor& y) { return right(part, y.roll(1, 0)); };
+         });
+       }},
+      {"rows that are here at another rank's place", [&](Transformer& m) {
+         with(m.blocks()[0].o, [n](RowSum& sum) {
+           sum.gather = [right = sum.gather, n](const at::Tensor& part) {
+             const at::Tensor all = right(part).wait();
+             return ArrivingRows(all, part, (world().rank() + 1) % n * part.size(0), [] {});
+           };
+         });
        }},
       {"a part of the vocabulary misplaced", [&](Transformer& m) {
          ModelSeams seams = m.seams();

@@ -6,7 +6,7 @@
 
 namespace trireme {
 
-at::Tensor Linear::forward(const at::Tensor& x_TI, const DropoutContext& dropout) const {
+at::Tensor Linear::forward(const ArrivingRows& x_TI, const DropoutContext& dropout) const {
   // Behind an `after` the bias is added to what it returns: a row-parallel layer adds it once, not once a rank.
   at::Tensor fused_bias = after ? at::Tensor() : bias_O;
   at::Tensor y;
@@ -14,13 +14,11 @@ at::Tensor Linear::forward(const at::Tensor& x_TI, const DropoutContext& dropout
     DropoutKey key;
     if (dropout.active && lora->dropout > 0)
       key = {lora->dropout, dropout.seed, static_cast<uint64_t>(index), dropout.row_ids_T, first_feature};
-    y = lora_linear(x_TI, weight_OI, fused_bias, lora->a_RI, lora->b_OR, lora->scale, key);
+    y = lora_linear(x_TI, weight_OI, fused_bias, lora->a_RI, lora->b_OR, lora->scale, key, after);
   } else {
-    y = trireme::linear(x_TI, weight_OI, fused_bias);
+    y = trireme::linear(x_TI, weight_OI, fused_bias, after);
   }
-  if (!after) return y;
-  y = after(y);
-  return bias_O.defined() ? y + bias_O : y;
+  return after && bias_O.defined() ? y + bias_O : y;
 }
 
 }  // namespace trireme

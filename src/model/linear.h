@@ -2,6 +2,7 @@
 #pragma once
 
 #include "base/parameter.h"
+#include "ops/row_exchange.h"
 
 namespace trireme {
 
@@ -20,9 +21,8 @@ struct LoraAdapter {
   double dropout = 0.0;
 };
 
-// forward(x) = after(x W^T + lora) + bias. Weight [O, I] as in Hugging Face files. `after` is empty (identity) on one
-// device; where parallel/ has sliced the inputs (a row-parallel layer) it sums over the ranks. The bias has the width of
-// what `after` returns.
+// forward(x) = after(x W^T + lora) + bias. Weight [O, I] as in Hugging Face files. `after` is null (identity) on one
+// device; where parallel/ has sliced the inputs (a row-parallel layer) it sums over the ranks.
 class Linear {
  public:
   std::string path;      // model.layers.0.self_attn.q_proj
@@ -30,10 +30,10 @@ class Linear {
   at::Tensor weight_OI;  // leaf
   at::Tensor bias_O;     // leaf, or undefined
   std::unique_ptr<LoraAdapter> lora;
-  std::function<at::Tensor(const at::Tensor&)> after;
+  std::shared_ptr<const RowSum> after;
   int64_t first_feature = 0;  // of x in the whole layer's inputs, where they are sliced; keys the dropout masks
 
-  at::Tensor forward(const at::Tensor& x_TI, const DropoutContext& dropout) const;
+  at::Tensor forward(const ArrivingRows& x_TI, const DropoutContext& dropout) const;
   int64_t out_features() const { return weight_OI.size(0); }
   int64_t in_features() const { return weight_OI.size(1); }
 };

@@ -197,7 +197,7 @@ Transformer::Pass Transformer::prepare(const ModelInput& input, KvCache* cache) 
   return pass;
 }
 
-at::Tensor Transformer::attention(const Block& b, const at::Tensor& x_TC, const Pass& pass) const {
+at::Tensor Transformer::attention(const Block& b, const ArrivingRows& x_TC, const Pass& pass) const {
   auto see = [&](const std::string& path, const at::Tensor& out) {
     if (pass.observe) pass.observe(path, out);
     return out;
@@ -224,7 +224,7 @@ at::Tensor Transformer::attention(const Block& b, const at::Tensor& x_TC, const 
   return see(b.o.path, b.o.forward(out_THD.reshape({t, -1}), pass.dropout));
 }
 
-at::Tensor Transformer::mlp(const Block& b, const at::Tensor& x_TC, const Pass& pass) const {
+at::Tensor Transformer::mlp(const Block& b, const ArrivingRows& x_TC, const Pass& pass) const {
   at::Tensor gate_TF = b.gate.forward(x_TC, pass.dropout), up_TF = b.up.forward(x_TC, pass.dropout);
   at::Tensor out_TC = b.down.forward(swiglu(gate_TF, up_TF), pass.dropout);
   if (pass.observe) {
@@ -238,10 +238,10 @@ at::Tensor Transformer::mlp(const Block& b, const at::Tensor& x_TC, const Pass& 
 at::Tensor Transformer::run_block(const Block& b, const at::Tensor& x_TC, const Pass& pass) const {
   at::Tensor normed = rms_norm(x_TC, b.input_norm.weight_C, config_.rms_norm_eps);
   if (pass.observe) pass.observe(b.input_norm.path, normed);
-  at::Tensor attended = attention(b, all_rows(normed), pass);
+  at::Tensor attended = attention(b, arriving_rows(normed), pass);
   auto [sum_TC, normed_sum] = add_rms_norm(attended, x_TC, b.post_attention_norm.weight_C, config_.rms_norm_eps);
   if (pass.observe) pass.observe(b.post_attention_norm.path, normed_sum);
-  return sum_TC + mlp(b, all_rows(normed_sum), pass);
+  return sum_TC + mlp(b, arriving_rows(normed_sum), pass);
 }
 
 at::Tensor Transformer::run(const ModelInput& input, Pass& pass) {

@@ -46,7 +46,7 @@ struct Block {
 // The residual stream, the norms and the output of forward() have a share of the rows there, in the order of the ranks.
 struct ModelSeams {
   std::function<at::Tensor(const at::Tensor& w_VC, const at::Tensor& ids_T)> embed;
-  std::function<at::Tensor(const at::Tensor& x_TC)> all_rows;      // of what lies spread over the ranks by rows
+  std::function<ArrivingRows(const at::Tensor& x_TC)> all_rows;    // of what lies spread over the ranks by rows
   std::function<at::Tensor(const at::Tensor& part_TV)> all_logits;  // from every rank's part of the vocabulary
   std::optional<VocabularyPart> vocabulary;  // that the head has here
   int64_t row_multiple = 1;                    // number of rows of which T is a multiple
@@ -84,7 +84,7 @@ class Transformer {
   // only (ModelSeams) all have them.
   at::Tensor logits(const at::Tensor& hidden_TC, int64_t chunk_rows = 512) const;
   // Of what forward() returns: every row, on every rank.
-  at::Tensor all_rows(const at::Tensor& hidden_TC) const { return seams_.all_rows ? seams_.all_rows(hidden_TC) : hidden_TC; }
+  at::Tensor all_rows(const at::Tensor& hidden_TC) const { return arriving_rows(hidden_TC).wait(); }
   // Next-token loss of what forward() returned; see linear_cross_entropy() in ops/ops.h. 0 of 0 rows where the head is on
   // another stage.
   LossSum cross_entropy(const at::Tensor& hidden_TC, const at::Tensor& targets_T, double gradient_scale = 1) const;
@@ -131,8 +131,9 @@ class Transformer {
   Pass prepare(const ModelInput& input, KvCache* cache) const;
   at::Tensor run(const ModelInput& input, Pass& pass);
   at::Tensor run_block(const Block& block, const at::Tensor& x_TC, const Pass& pass) const;
-  at::Tensor attention(const Block& block, const at::Tensor& x_TC, const Pass& pass) const;
-  at::Tensor mlp(const Block& block, const at::Tensor& x_TC, const Pass& pass) const;
+  ArrivingRows arriving_rows(const at::Tensor& x_TC) const { return seams_.all_rows ? seams_.all_rows(x_TC) : x_TC; }
+  at::Tensor attention(const Block& block, const ArrivingRows& x_TC, const Pass& pass) const;
+  at::Tensor mlp(const Block& block, const ArrivingRows& x_TC, const Pass& pass) const;
 
   // fn(name, leaf), in the order of parameters(); leaves may be replaced.
   void for_each_leaf(const std::function<void(const std::string& name, at::Tensor& leaf)>& fn);

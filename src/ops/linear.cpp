@@ -33,11 +33,18 @@ void product_of_few_rows(const at::Tensor& x_in, const at::Tensor& w_OI, double 
   });
 }
 
-// x w^T (+ bias)
-at::Tensor product(const at::Tensor& x_TI, const at::Tensor& w_OI, const std::optional<at::Tensor>& bias_O = {}) {
-  if (!has_few_rows(x_TI, w_OI)) return bias_O ? at::addmm(*bias_O, x_TI, w_OI.t()) : at::mm(x_TI, w_OI.t());
+// y = x w^T (+ bias)
+void product(const at::Tensor& x_TI, const at::Tensor& w_OI, const std::optional<at::Tensor>& bias_O, at::Tensor y_TO) {
+  if (has_few_rows(x_TI, w_OI))
+    product_of_few_rows(x_TI, w_OI, 1.0, bias_O ? bias_O->contiguous().expand_as(y_TO) : at::Tensor(), y_TO);
+  else if (bias_O)
+    at::addmm_out(y_TO, *bias_O, x_TI, w_OI.t());
+  else
+    at::mm_out(y_TO, x_TI, w_OI.t());
+}
+at::Tensor product(const at::Tensor& x_TI, const at::Tensor& w_OI) {
   at::Tensor y_TO = at::empty({x_TI.size(0), w_OI.size(0)}, x_TI.options());
-  product_of_few_rows(x_TI, w_OI, 1.0, bias_O ? bias_O->contiguous().expand_as(y_TO) : at::Tensor(), y_TO);
+  product(x_TI, w_OI, {}, y_TO);
   return y_TO;
 }
 
@@ -49,38 +56,97 @@ void add_product(const at::Tensor& x_TI, const at::Tensor& w_OI, double scale, a
     y_TO.addmm_(x_TI, w_OI.t(), 1.0, scale);
 }
 
+// [T, features] whose rows f makes of the rows of x, which it is told the number of the first of. With `sum` [T / n, features]:
+// piece by piece of every rank's rows, each on its way while the next is made.
+at::Tensor over_rows(const ArrivingRows& x_TI, int64_t features, const RowSum* sum,
+                     const std::function<void(int64_t first, const at::Tensor& x, at::Tensor y)>& f) {
+  const int64_t rows = x_TI.promised().size(0);
+  at::Tensor y_TO = at::empty({rows, features}, x_TI.promised().options());
+  if (!sum) {
+    x_TI.in_order([&](int64_t first, const at::Tensor& x) { f(first, x, y_TO.narrow(0, first, x.size(0))); });
+    return y_TO;
+  }
+  const int64_t n = sum->num_ranks, share = rows / n, pieces = sum->num_pieces(share, y_TO.is_cuda());
+  TRIREME_CHECK(share * n == rows, rows, " rows over ", n, " ranks");
+  at::Tensor part_tO = at::empty({share, features}, y_TO.options());
+  std::vector<std::function<void()>> waits;
+  for (int64_t p = 0; p < pieces; ++p) {
+    const int64_t begin = share * p / pieces, length = share * (p + 1) / pieces - begin;
+    const at::Tensor piece = y_TO.narrow(0, n * begin, n * length);
+    for (int64_t r = 0; r < (pieces == 1 ? 1 : n); ++r) {
+      const int64_t count = pieces == 1 ? rows : length, first = r * share + begin;
+      f(first, x_TI.wait().narrow(0, first, count), piece.narrow(0, r * count, count));
+    }
+    waits.push_back(sum->start(part_tO.narrow(0, begin, length), piece));
+  }
+  for (const auto& wait : waits) wait();
+  return part_tO;
+}
+
+struct KeptSum : torch::CustomClassHolder {
+  explicit KeptSum(std::shared_ptr<const RowSum> s) : sum(std::move(s)) {}
+  std::shared_ptr<const RowSum> sum;
+};
+void keep_sum(AutogradContext* ctx, const std::shared_ptr<const RowSum>& sum) {
+  if (sum) ctx->saved_data["sum"] = c10::IValue::make_capsule(c10::make_intrusive<KeptSum>(sum));
+}
+
+// The gradient of the product's own output, from that of what the op returned.
+ArrivingRows gradient_of_product(AutogradContext* ctx, const at::Tensor& grad) {
+  auto kept = ctx->saved_data.find("sum");
+  if (kept == ctx->saved_data.end()) return grad.contiguous();
+  return c10::static_intrusive_pointer_cast<KeptSum>(kept->second.toCapsule())->sum->gather(grad.contiguous());
+}
+
+at::Tensor gradient_of_rows(const ArrivingRows& grad_TO, const at::Tensor& w_OI) {
+  return over_rows(grad_TO, w_OI.size(1), nullptr, [&](int64_t, const at::Tensor& grad, at::Tensor y) { at::mm_out(y, grad, w_OI); });
+}
+
 // An undefined tensor may not enter a Function; an empty optional may, and has no edge in the graph: so it comes last.
 std::optional<at::Tensor> optional(const at::Tensor& t) { return t.defined() ? std::optional(t) : std::nullopt; }
 
 struct LinearFunction : Function<LinearFunction> {
   static Variable forward(AutogradContext* ctx, const Variable& x_TI, const Variable& w_OI,
-                          const std::optional<at::Tensor>& bias_O, bool keep_x) {
+                          const std::optional<at::Tensor>& bias_O, bool keep_x, const ArrivingRows& rows,
+                          const std::shared_ptr<const RowSum>& sum) {
     at::AutoDispatchBelowADInplaceOrView guard;
     if (keep_x) keep(ctx, "x", x_TI);  // only the weight's gradient needs it
     ctx->saved_data["bias"] = bias_O.has_value();
+    keep_sum(ctx, sum);
     ctx->save_for_backward({w_OI});
-    return product(x_TI, w_OI, bias_O);
+    return over_rows(rows, w_OI.size(0), sum.get(),
+                     [&](int64_t, const at::Tensor& x, at::Tensor y) { product(x, w_OI, bias_O, std::move(y)); });
   }
   static variable_list backward(AutogradContext* ctx, const variable_list& grads) {
-    at::Tensor grad_y = grads[0].contiguous(), grad_x, grad_w, grad_bias;
+    at::Tensor grad_x, grad_w, grad_bias;
     const at::Tensor w_OI = ctx->get_saved_variables()[0];
-    if (ctx->needs_input_grad(0)) grad_x = at::mm(grad_y, w_OI);
+    const ArrivingRows arriving = gradient_of_product(ctx, grads[0]);
+    if (ctx->needs_input_grad(0)) grad_x = gradient_of_rows(arriving, w_OI);
+    const at::Tensor grad_y = arriving.wait();
     if (ctx->needs_input_grad(1))
       grad_w = weight_gradient(w_OI, [grad_y, x_TI = take(ctx, "x")] { return at::mm(grad_y.t(), x_TI); });
     if (ctx->saved_data.at("bias").toBool() && ctx->needs_input_grad(2)) grad_bias = sum_rows(grad_y);
-    return {grad_x, grad_w, grad_bias, {}};
+    return {grad_x, grad_w, grad_bias, {}, {}, {}};
   }
 };
 
 struct LoraLinear : Function<LoraLinear> {
   static Variable forward(AutogradContext* ctx, const Variable& x_TI, const Variable& w_OI, const Variable& a_RI,
                           const Variable& b_OR, const std::optional<at::Tensor>& bias_O, double scale,
-                          const DropoutMask& mask) {
+                          const DropoutMask& mask, const ArrivingRows& rows, const std::shared_ptr<const RowSum>& sum) {
     at::AutoDispatchBelowADInplaceOrView guard;
-    at::Tensor y_TO = product(x_TI, w_OI, bias_O);
-    at::Tensor xa_TR = product(mask.active() ? mask.apply(x_TI.contiguous()) : x_TI, a_RI);
-    add_product(xa_TR, b_OR, scale, y_TO);
+    at::Tensor xa_TR;
+    auto adapt = [&](int64_t first, at::Tensor y) {
+      if (!xa_TR.defined()) xa_TR = product(mask.active() ? mask.apply(rows.wait().contiguous()) : rows.wait(), a_RI);
+      add_product(xa_TR.narrow(0, first, y.size(0)), b_OR, scale, y);
+    };
+    at::Tensor y_TO = over_rows(rows, w_OI.size(0), sum.get(), [&](int64_t first, const at::Tensor& x, at::Tensor y) {
+      product(x, w_OI, bias_O, y);
+      if (sum) adapt(first, y);  // before it leaves
+    });
+    if (!sum) adapt(0, y_TO);
     keep(ctx, "x", x_TI);
+    keep_sum(ctx, sum);
     ctx->saved_data["xa"] = xa_TR;
     ctx->saved_data["scale"] = scale;
     ctx->saved_data["mask"] = c10::IValue::make_capsule(c10::make_intrusive<KeptMask>(mask));
@@ -93,20 +159,22 @@ struct LoraLinear : Function<LoraLinear> {
     const DropoutMask mask = c10::static_intrusive_pointer_cast<KeptMask>(ctx->saved_data.at("mask").toCapsule())->mask;
     const double scale = ctx->saved_data.at("scale").toDouble();
     at::Tensor xa_TR = ctx->saved_data.at("xa").toTensor();
-    at::Tensor grad_y = grads[0].contiguous(), grad_x, grad_a, grad_b;
+    at::Tensor grad_x, grad_a, grad_b;
+    const ArrivingRows arriving = gradient_of_product(ctx, grads[0]);
+    if (ctx->needs_input_grad(0)) grad_x = gradient_of_rows(arriving, w_OI);
+    const at::Tensor grad_y = arriving.wait();
     at::Tensor grad_xa_TR = at::mm(grad_y, b_OR).mul_(scale);
     at::Tensor x_TI = take(ctx, "x");
     if (ctx->needs_input_grad(2)) grad_a = at::mm(grad_xa_TR.t(), mask.active() ? mask.apply(x_TI.contiguous()) : x_TI);
     if (ctx->needs_input_grad(3)) grad_b = at::mm(grad_y.t(), xa_TR).mul_(scale);
     if (ctx->needs_input_grad(0)) {
-      grad_x = at::mm(grad_y, w_OI);
       if (mask.active())
         mask.add_to(at::mm(grad_xa_TR, a_RI), grad_x);
       else
         grad_x.addmm_(grad_xa_TR, a_RI);
     }
     ctx->saved_data.clear();
-    return {grad_x, {}, grad_a, grad_b, {}, {}, {}};
+    return {grad_x, {}, grad_a, grad_b, {}, {}, {}, {}, {}};
   }
 };
 
@@ -151,18 +219,22 @@ struct Embedding : Function<Embedding> {
 
 }  // namespace
 
-at::Tensor linear(const at::Tensor& x_TI, const at::Tensor& w_OI, const at::Tensor& bias_O) {
+at::Tensor linear(const ArrivingRows& rows, const at::Tensor& w_OI, const at::Tensor& bias_O, const std::shared_ptr<const RowSum>& sum) {
+  const at::Tensor& x_TI = rows.promised();
   TRIREME_CHECK(x_TI.dim() == 2 && w_OI.dim() == 2 && x_TI.size(1) == w_OI.size(1), x_TI.sizes(), w_OI.sizes());
-  return LinearFunction::apply(x_TI, w_OI, optional(bias_O), wants_gradient(w_OI));
+  TRIREME_CHECK(!sum || !bias_O.defined(), "a bias would be added once a rank");
+  return LinearFunction::apply(x_TI, w_OI, optional(bias_O), wants_gradient(w_OI), rows, sum);
 }
 
-at::Tensor lora_linear(const at::Tensor& x_TI, const at::Tensor& w_OI, const at::Tensor& bias_O, const at::Tensor& a_RI,
-                       const at::Tensor& b_OR, double scale, const DropoutKey& key) {
+at::Tensor lora_linear(const ArrivingRows& rows, const at::Tensor& w_OI, const at::Tensor& bias_O, const at::Tensor& a_RI,
+                       const at::Tensor& b_OR, double scale, const DropoutKey& key, const std::shared_ptr<const RowSum>& sum) {
+  const at::Tensor& x_TI = rows.promised();
   TRIREME_CHECK(x_TI.dim() == 2 && w_OI.dim() == 2 && x_TI.size(1) == w_OI.size(1) && a_RI.size(1) == w_OI.size(1) &&
                     b_OR.size(0) == w_OI.size(0) && a_RI.size(0) == b_OR.size(1),
                 x_TI.sizes(), w_OI.sizes(), a_RI.sizes(), b_OR.sizes());
   TRIREME_CHECK(!wants_gradient(w_OI) && !wants_gradient(bias_O), "the base of a LoRA layer is frozen");
-  return LoraLinear::apply(x_TI, w_OI, a_RI, b_OR, optional(bias_O), scale, DropoutMask(key));
+  TRIREME_CHECK(!sum || !bias_O.defined(), "a bias would be added once a rank");
+  return LoraLinear::apply(x_TI, w_OI, a_RI, b_OR, optional(bias_O), scale, DropoutMask(key), rows, sum);
 }
 
 at::Tensor embedding(const at::Tensor& w_VC, const at::Tensor& ids_T) {

@@ -10,6 +10,7 @@
 #include <utility>
 
 #include "base/tensor.h"
+#include "ops/row_exchange.h"
 
 namespace trireme {
 
@@ -43,8 +44,12 @@ struct AttentionSpec {
 at::Tensor attention(const at::Tensor& q_THD, const at::Tensor& k_SKD, const at::Tensor& v_SKD,
                      const AttentionSpec& spec);
 
-// x w^T (+ bias). Only the gradients that are asked for are computed; w's may wait (ops/delayed_gradients.h).
-at::Tensor linear(const at::Tensor& x_TI, const at::Tensor& w_OI, const at::Tensor& bias_O = {});
+// x w^T (+ bias). Only the gradients that are asked for are computed; w's may wait (ops/delayed_gradients.h). `sum`, if not
+// null: of the ranks' products, [T / n, O], without bias (ops/row_exchange.h).
+at::Tensor linear(const ArrivingRows& x_TI, const at::Tensor& w_OI, const at::Tensor& bias_O, const std::shared_ptr<const RowSum>& sum);
+inline at::Tensor linear(const at::Tensor& x_TI, const at::Tensor& w_OI, const at::Tensor& bias_O = {}) {
+  return linear(ArrivingRows(x_TI), w_OI, bias_O, nullptr);
+}
 
 // Keys of a dropout mask: element (t, c) is dropped as a function of (seed, module, row_ids_T[t], c) alone, so a mask
 // is the same on any mesh, in any packing and when computed again. row_ids_T: int64 [T], a hash of (sample, position).
@@ -59,9 +64,10 @@ struct DropoutKey {
 at::Tensor dropout(const at::Tensor& x_TC, const DropoutKey& key);
 
 // x w^T + bias + scale * dropout(x) a^T b^T (Hu et al. 2021) with a frozen base: no gradient for w and bias. Keeps
-// x and the [T, R] product only.
-at::Tensor lora_linear(const at::Tensor& x_TI, const at::Tensor& w_OI, const at::Tensor& bias_O, const at::Tensor& a_RI,
-                       const at::Tensor& b_OR, double scale, const DropoutKey& key = {});
+// x and the [T, R] product only. `sum`: as above.
+at::Tensor lora_linear(const ArrivingRows& x_TI, const at::Tensor& w_OI, const at::Tensor& bias_O, const at::Tensor& a_RI,
+                       const at::Tensor& b_OR, double scale, const DropoutKey& key = {},
+                       const std::shared_ptr<const RowSum>& sum = {});
 
 // Rows of w. Ids are int64 [T] in 0 .. V-1. The gradient adds rows in the order of t.
 at::Tensor embedding(const at::Tensor& w_VC, const at::Tensor& ids_T);

@@ -1,5 +1,7 @@
 #include "parallel/placement.h"
 
+#include <algorithm>
+
 #include "base/check.h"
 #include "base/hash.h"
 #include "ops/delayed_gradients.h"
@@ -19,22 +21,45 @@ void finish(Work work) {
   work.wait();
 }
 
-at::Tensor gathered(const at::Tensor& part, const Communicator& axis) {
+struct Gather {
+  at::Tensor part, whole;
+  Work work;
+};
+Gather start_gather(const at::Tensor& part, const Communicator& axis) {
   auto sizes = part.sizes().vec();
   sizes[0] *= axis.size();
   if constexpr (kChecksPlacements) check_placement(part, false, axis, "a part to gather");
-  at::Tensor whole = at::empty(sizes, part.options().requires_grad(false));
-  finish(axis.start_all_gather(whole, part.contiguous()));
-  return whole;
+  Gather g{part.contiguous(), at::empty(sizes, part.options().requires_grad(false)), {}};
+  g.work = axis.start_all_gather(g.whole, g.part);
+  return g;
+}
+
+at::Tensor gathered(const at::Tensor& part, const Communicator& axis) {
+  Gather g = start_gather(part, axis);
+  finish(std::move(g.work));
+  return g.whole;
+}
+
+// `whole`: what to call the result of g.
+ArrivingRows arriving(Gather g, at::Tensor whole, const Communicator& axis, const RowOverlap& overlap) {
+  const int64_t rows = g.part.size(0);
+  auto work = std::make_shared<Work>(std::move(g.work));
+  ArrivingRows all(std::move(whole), std::move(g.part), axis.rank() * rows, [work] { finish(std::move(*work)); });
+  if (rows < overlap.least_rows) all.wait();
+  return all;
+}
+
+Work start_scatter(const at::Tensor& part, const at::Tensor& partial, const Communicator& axis) {
+  if constexpr (kChecksPlacements) check_placement(partial, false, axis, "a partial sum to scatter");
+  return axis.start_reduce_scatter(part, partial.contiguous());
 }
 
 at::Tensor scattered(const at::Tensor& partial, const Communicator& axis) {
-  if constexpr (kChecksPlacements) check_placement(partial, false, axis, "a partial sum to scatter");
   auto sizes = partial.sizes().vec();
   TRIREME_CHECK(sizes[0] % axis.size() == 0, partial.sizes(), " over ", axis.size(), " ranks");
   sizes[0] /= axis.size();
   at::Tensor part = at::empty(sizes, partial.options().requires_grad(false));
-  finish(axis.start_reduce_scatter(part, partial.contiguous()));
+  finish(start_scatter(part, partial, axis));
   return part;
 }
 
@@ -51,12 +76,13 @@ const Communicator& kept(AutogradContext* ctx) {
 }
 
 struct AllGather : Function<AllGather> {
-  static Variable forward(AutogradContext* ctx, const Variable& x, const Communicator& axis) {
+  static Variable forward(AutogradContext* ctx, const Variable& x, const Communicator& axis, Gather* gather) {
     at::AutoDispatchBelowADInplaceOrView guard;
     keep(ctx, axis);
-    return gathered(x, axis);
+    *gather = start_gather(x.detach(), axis);
+    return gather->whole;
   }
-  static variable_list backward(AutogradContext* ctx, const variable_list& grads) { return {scattered(grads[0], kept(ctx)), {}}; }
+  static variable_list backward(AutogradContext* ctx, const variable_list& grads) { return {scattered(grads[0], kept(ctx)), {}, {}}; }
 };
 
 struct ReduceScatter : Function<ReduceScatter> {
@@ -70,15 +96,36 @@ struct ReduceScatter : Function<ReduceScatter> {
 
 }  // namespace
 
-at::Tensor gather_rows(const at::Tensor& part, const Communicator& ranks) {
-  at::Tensor whole = AllGather::apply(part, ranks);
+ArrivingRows gather_rows(const at::Tensor& part, const Communicator& ranks, const RowOverlap& overlap) {
+  Gather gather;
+  at::Tensor whole = AllGather::apply(part, ranks, &gather);
   if (selective_recompute()) {
     auto kept = std::make_shared<Kept>(part);
     register_recipe(whole, [kept, ranks] { return gathered(kept->take(), ranks); });
   }
-  return whole;
+  return arriving(std::move(gather), std::move(whole), ranks, overlap);
 }
+
 at::Tensor scatter_sum(const at::Tensor& partial, const Communicator& ranks) { return ReduceScatter::apply(partial, ranks); }
+
+std::shared_ptr<const RowSum> sum_of_products(const Communicator& ranks, const RowOverlap& overlap) {
+  RowSum sum;
+  sum.num_ranks = ranks.size();
+  sum.num_pieces = [overlap](int64_t rows, bool on_device) {
+    const int64_t most = overlap.num_pieces > 0 ? overlap.num_pieces : on_device ? 2 : 1;
+    return std::clamp<int64_t>(rows / overlap.least_rows, 1, most);
+  };
+  sum.start = [ranks](const at::Tensor& part, const at::Tensor& partial) {
+    auto work = std::make_shared<Work>(start_scatter(part, partial, ranks));
+    return [work] { finish(std::move(*work)); };
+  };
+  sum.gather = [ranks, overlap](const at::Tensor& part) {
+    Gather gather = start_gather(part, ranks);
+    at::Tensor whole = gather.whole;
+    return arriving(std::move(gather), std::move(whole), ranks, overlap);
+  };
+  return std::make_shared<const RowSum>(std::move(sum));
+}
 
 void check_placement(const at::Tensor& local, bool same_values, const Communicator& ranks, const char* what) {
   const at::Tensor here = local.detach().cpu().contiguous();

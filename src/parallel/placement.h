@@ -14,6 +14,7 @@
 
 #include "base/tensor.h"
 #include "comm/mesh.h"
+#include "ops/row_exchange.h"
 
 namespace trireme {
 
@@ -33,15 +34,29 @@ struct Placed {
   at::Tensor local;
 };
 
+// What products do while rows travel (ops/row_exchange.h).
+struct RowOverlap {
+  int64_t least_rows = 64;  // of a rank, that are multiplied by themselves; fewer wait for the others
+  int64_t num_pieces = 0;   // that a product to be summed is cut into; 0: 2 over NCCL, 1 over MPI, whose messages take as much
+                            // time of the processor as the second one hides
+};
+
 // As above on tensors whose placement the caller vouches for: differentiable, collective. Sums are in the order of the ranks,
 // 16-bit values added in fp32. Under SelectiveRecompute gathered rows are not kept for backward but gathered again there, as by
 // Megatron under sequence parallelism (Korthikanti et al. 2022, section 4.2.2). Dim 0 of what is scattered is a multiple of the ranks.
-at::Tensor gather_rows(const at::Tensor& part, const Communicator& ranks);
+ArrivingRows gather_rows(const at::Tensor& part, const Communicator& ranks, const RowOverlap& overlap = {});
 at::Tensor scatter_sum(const at::Tensor& partial, const Communicator& ranks);
+// scatter_sum() as the end of a product, and its transpose in backward. Not differentiable by itself.
+std::shared_ptr<const RowSum> sum_of_products(const Communicator& ranks, const RowOverlap& overlap = {});
 
 template <MeshAxis kAxis>
 Placed<Replicate, kAxis> all_gather(const Placed<Shard<0>, kAxis>& x, const Along<kAxis>& axis) {
-  return {gather_rows(x.local, axis.ranks)};
+  return {gather_rows(x.local, axis.ranks).wait()};
+}
+// The same for products, which take it while it is under way.
+template <MeshAxis kAxis>
+ArrivingRows start_all_gather(const Placed<Shard<0>, kAxis>& x, const Along<kAxis>& axis, const RowOverlap& overlap) {
+  return gather_rows(x.local, axis.ranks, overlap);
 }
 template <MeshAxis kAxis>
 Placed<Shard<0>, kAxis> reduce_scatter(const Placed<Partial, kAxis>& x, const Along<kAxis>& axis) {

@@ -3,7 +3,6 @@
 #include <algorithm>
 
 #include "base/check.h"
-#include "parallel/placement.h"
 
 namespace trireme {
 namespace {
@@ -115,7 +114,7 @@ void keep_tensor_part(Transformer& model, int rank, int size) {
   });
 }
 
-void apply_tensor_parallel(Transformer& model, const Communicator& tensor) {
+void apply_tensor_parallel(Transformer& model, const Communicator& tensor, const RowOverlap& overlap) {
   if (tensor.size() == 1) return;
   keep_tensor_part(model, tensor.rank(), tensor.size());
   const ModelConfig& config = model.config();
@@ -124,7 +123,7 @@ void apply_tensor_parallel(Transformer& model, const Communicator& tensor) {
   for (Linear* l : model.linears()) {
     const Cut cut = cutter.cut_of(l->path + ".weight");
     if (cut.dim != 1) continue;  // column-parallel: reads all rows, which the block has gathered
-    l->after = [axis](const at::Tensor& y) { return reduce_scatter(Placed<Partial>{y}, axis).local; };
+    l->after = sum_of_products(tensor, overlap);
     l->first_feature = cut.range.begin;
   }
   ModelSeams seams;
@@ -134,7 +133,7 @@ void apply_tensor_parallel(Transformer& model, const Communicator& tensor) {
     if constexpr (kChecksPlacements) check_placement(ids_T, true, axis.ranks, "the batch");
     return reduce_scatter(embedding_of_part(w_VC, {ids_T}, first), axis).local;
   };
-  seams.all_rows = [axis](const at::Tensor& x_TC) { return all_gather(Placed<Shard<0>>{x_TC}, axis).local; };
+  seams.all_rows = [axis, overlap](const at::Tensor& x_TC) { return start_all_gather(Placed<Shard<0>>{x_TC}, axis, overlap); };
   seams.all_logits = [tensor, config](const at::Tensor& part_TV) {
     return join_logits({part_TV}, Cutter(config, tensor.rank(), tensor.size()), tensor).local;
   };

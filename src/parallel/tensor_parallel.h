@@ -6,7 +6,7 @@
 //   embedding, head    Shard<0>: ids [V r / n, V (r + 1) / n) on rank r of n; V need not be divisible
 //   norms              Replicate
 //   hidden states      Shard<0>: rows [T r / n, T (r + 1) / n); gathered before column-parallel layers, summed and
-//                      scattered behind row-parallel ones
+//                      scattered behind row-parallel ones; products go on with the rows that are here meanwhile
 //
 // Where there are fewer key heads than ranks, neighbouring ranks share one (its k and v are Replicate among them). The
 // gradient of what several ranks hold is Partial: this rank's share of a sum over all that hold it (parallel/holders.h).
@@ -14,6 +14,7 @@
 
 #include "comm/communicator.h"
 #include "model/transformer.h"
+#include "parallel/placement.h"
 
 namespace trireme {
 
@@ -25,6 +26,6 @@ void keep_tensor_part(Transformer& model, int rank, int size);
 
 // The same for this rank of `tensor`, and sets the model's seams. forward() and backward
 // are then collective over `tensor`, with inputs alike on its ranks. A group of one: nothing is done.
-void apply_tensor_parallel(Transformer& model, const Communicator& tensor);
+void apply_tensor_parallel(Transformer& model, const Communicator& tensor, const RowOverlap& overlap = {});
 
 }  // namespace trireme
