@@ -5,9 +5,9 @@
 //     computing
 //   ZeRO-3: a forward and a backward over the blocks of ShardedWeights, whose first gather nothing can hide;
 //     sequential = compute, then that without compute; overlapped = both together
-//   rows of tensor parallelism: two blocks of a model cut over the ranks, forward and backward; overlapped = as trained, and with
-//     products that wait for all rows (what is hidden then are the waits that weight gradients fill); sequential = without
-//     messages, then the messages alone. The messages go by MPI, or over a link that is a timer: a rate, and no work for the cores.
+//   rows of tensor parallelism: two blocks of a model cut over the ranks, forward and backward; sequential = products wait for
+//     all rows (weight gradients fill waits of backward then, too); the share is of the messages alone. The messages go by MPI,
+//     or over a link that is a timer: a rate, and no work for the cores.
 // Compute is a sleep (the cores are free) or matrix products (they are not). Medians of 15. Prints one JSON object;
 // with an argument of the rows alone, without one of the others.
 #include <mpi.h>
@@ -209,14 +209,14 @@ std::unique_ptr<Transformer> cut_model(const Communicator& world, bool lora, con
   const int n = world.size();
   RowSum sum;
   sum.num_ranks = n;
-  sum.num_pieces = [overlap](int64_t, bool) { return overlap.num_pieces; };
+  sum.num_pieces = [overlap](int64_t rows, bool) { return overlap.applies(rows, false) ? overlap.num_pieces : 1; };
   sum.start = [timer, n](const at::Tensor& part, const at::Tensor& partial) {
     part.copy_(partial.narrow(0, 0, part.size(0)));
     return timer->start(partial, n);
   };
   auto arriving = [timer, n, overlap](const at::Tensor& all, const at::Tensor& here) {
     ArrivingRows rows(all, here, 0, timer->start(all, n));
-    if (here.size(0) < overlap.least_rows) rows.wait();
+    if (!overlap.applies(here.size(0), false)) rows.wait();
     return rows;
   };
   sum.gather = [arriving, n](const at::Tensor& part) { return arriving(part.repeat({n, 1}), part); };
@@ -254,7 +254,7 @@ Phases pass(Transformer& model) {
 }
 
 Json hidden_rows(const Communicator& world, bool lora, double rate) {
-  const RowOverlap waits{.least_rows = kTokens, .num_pieces = 1}, gathers{.least_rows = 64, .num_pieces = 1}, pieces{.least_rows = 64, .num_pieces = 2};
+  const RowOverlap waits, gathers{.over_mpi = true, .num_pieces = 1}, pieces{.over_mpi = true};
   Timer none, link{rate, {}};
   Timer* timer = rate > 0 ? &link : nullptr;
   at::Tensor part = at::zeros({kTokens / world.size(), kHidden}), whole = at::zeros({kTokens, kHidden});
@@ -294,13 +294,9 @@ Json hidden_rows(const Communicator& world, bool lora, double rate) {
     Json row = {{"phase", phase == 0 ? "forward" : "backward"}, {"lora", lora}, {"link", rate > 0 ? "timer" : "MPI"}, {"rate", rate},
                 {"compute_ms", median(times[0][phase]) * 1e3}, {"messages_ms", messages * 1e3}};
     for (const auto& [name, run] : {std::pair<std::string, size_t>{"waits", 1}, {"gathers", 2}, {"pieces", 3}}) {
-      std::vector<double> more, saved;
-      for (size_t i = 0; i < kTurns; ++i) {
-        more.push_back(times[run][phase][i] - times[0][phase][i]);
-        saved.push_back(times[1][phase][i] - times[run][phase][i]);
-      }
+      std::vector<double> saved;
+      for (size_t i = 0; i < kTurns; ++i) saved.push_back(times[1][phase][i] - times[run][phase][i]);
       row[name + "_ms"] = median(times[run][phase]) * 1e3;
-      row[name + "_hidden"] = 1 - median(more) / messages;
       row[name + "_saved"] = median(saved) / messages;
     }
     rows.push_back(row);

@@ -1,5 +1,6 @@
 """Share of the communication that computation hides on two ranks (bench_comm_overlap): gradient buckets and ZeRO-3's prefetch, with
-a sleep as computation and with matrix products; and the all-reduce beside MPI's. Writes results/comm_overlap.json."""
+a sleep as computation and with matrix products; the rows of tensor parallelism; and the all-reduce beside MPI's. Writes
+results/comm_overlap.json."""
 import argparse
 import json
 
@@ -11,8 +12,11 @@ def main():
     arguments.add_argument("--print", action="store_true", help="do not write the result")
     arguments.add_argument("--ranks", type=int, default=2)
     options = arguments.parse_args()
-    out = measure.run(measure.mpirun(options.ranks, measure.SOURCE / "build/release/bench_comm_overlap"), env={"OMP_NUM_THREADS": "1"})
-    result = json.loads(out["stdout"])
+    def run(*which):
+        command = measure.mpirun(options.ranks, measure.SOURCE / "build/release/bench_comm_overlap", *which)
+        return json.loads(measure.run(command, env={"OMP_NUM_THREADS": "1"})["stdout"])
+
+    result = run() | run("rows")
     rows = []
     for r in result["overlap"]:
         shape = f"{options.ranks} ranks, {r['bytes'] >> 20} MiB, while computing: {r['compute']}"
@@ -20,11 +24,18 @@ def main():
                                 target=0.9 if r["compute"] == "sleep" else None))
         rows.append(measure.row(f"{r['what']}: together", shape, "ms", r["overlapped_ms"], r["sequential_ms"],
                                 "computing, then communicating"))
+    for r in result["rows"]:
+        link = f"a link of {r['rate'] / 1e9:.0f} GB/s that is a timer" if r["rate"] else "MPI in one host"
+        shape = f"{options.ranks} ranks, {r['phase']}, {'LoRA' if r['lora'] else 'full'}, {link}"
+        for way, name in [("gathers", "gathered while multiplied"), ("pieces", "and sums in 2 pieces")]:
+            rows.append(measure.row(f"tensor parallelism, {name}", shape, "ms", r[f"{way}_ms"], r["waits_ms"], "waiting for all rows"))
+            rows.append(measure.row(f"tensor parallelism, {name}: share of the messages' time saved", shape, "share", r[f"{way}_saved"]))
+        rows.append(measure.row("tensor parallelism, the messages alone", shape, "ms", r["messages_ms"], r["compute_ms"], "without messages"))
     for r in result["all_reduce"]:
         rows.append(measure.row("all-reduce, fp32", f"{options.ranks} ranks, {r['bytes']:,} bytes", "us", r["trireme_us"],
                                 r["mpi_iallreduce_us"], "MPI_Iallreduce"))
     measure.finish("comm_overlap", rows,
-                   "One thread a rank; medians of 15, what is compared taking turns. A sleep leaves the cores free, matrix "
+                   "One thread a rank; medians of 15 (tensor parallelism: of 45 differences between neighbours), what is compared taking turns. A sleep leaves the cores free, matrix "
                    "products do not: there the message's own work takes time from them", not options.print)
 
 

@@ -40,7 +40,7 @@ struct Case {
 void PrintTo(const Case& c, std::ostream* out) { *out << c.name; }
 
 // Whatever the number of rows, products go on with those that are here, and are summed in two pieces.
-constexpr RowOverlap kOverlap{.least_rows = 1, .num_pieces = 2};
+constexpr RowOverlap kOverlap{.over_mpi = true, .least_rows = 1, .num_pieces = 2};
 
 std::unique_ptr<Transformer> build(const Case& c, at::ScalarType dtype, const Communicator& tensor, const RowOverlap& overlap = {}) {
   auto model = std::make_unique<Transformer>(config_of(c.config), dtype, 1, Weights::kRandom, at::kMeta);

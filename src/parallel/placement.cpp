@@ -45,7 +45,7 @@ ArrivingRows arriving(Gather g, at::Tensor whole, const Communicator& axis, cons
   const int64_t rows = g.part.size(0);
   auto work = std::make_shared<Work>(std::move(g.work));
   ArrivingRows all(std::move(whole), std::move(g.part), axis.rank() * rows, [work] { finish(std::move(*work)); });
-  if (rows < overlap.least_rows) all.wait();
+  if (!overlap.applies(rows, all.promised().is_cuda())) all.wait();
   return all;
 }
 
@@ -112,8 +112,7 @@ std::shared_ptr<const RowSum> sum_of_products(const Communicator& ranks, const R
   RowSum sum;
   sum.num_ranks = ranks.size();
   sum.num_pieces = [overlap](int64_t rows, bool on_device) {
-    const int64_t most = overlap.num_pieces > 0 ? overlap.num_pieces : on_device ? 2 : 1;
-    return std::clamp<int64_t>(rows / overlap.least_rows, 1, most);
+    return overlap.applies(rows, on_device) ? std::min(rows / overlap.least_rows, overlap.num_pieces) : 1;
   };
   sum.start = [ranks](const at::Tensor& part, const at::Tensor& partial) {
     auto work = std::make_shared<Work>(start_scatter(part, partial, ranks));

@@ -34,11 +34,14 @@ struct Placed {
   at::Tensor local;
 };
 
-// What products do while rows travel (ops/row_exchange.h).
+// Whether products go on while rows travel (ops/row_exchange.h). Over NCCL they do; over MPI where the ranks are on several
+// hosts. Within a host MPI's messages are copies that the ranks' own cores make: nothing is won (benchmarks/comm_overlap.cpp).
 struct RowOverlap {
+  bool over_mpi = false;
   int64_t least_rows = 64;  // of a rank, that are multiplied by themselves; fewer wait for the others
-  int64_t num_pieces = 0;   // that a product to be summed is cut into; 0: 2 over NCCL, 1 over MPI, whose messages take as much
-                            // time of the processor as the second one hides
+  int64_t num_pieces = 2;   // of a product that is summed, at most
+
+  bool applies(int64_t rows, bool on_device) const { return (on_device || over_mpi) && rows >= least_rows; }
 };
 
 // As above on tensors whose placement the caller vouches for: differentiable, collective. Sums are in the order of the ranks,

@@ -3,6 +3,7 @@
 #include <algorithm>
 
 #include "base/check.h"
+#include "comm/process.h"
 
 namespace trireme {
 namespace {
@@ -114,8 +115,9 @@ void keep_tensor_part(Transformer& model, int rank, int size) {
   });
 }
 
-void apply_tensor_parallel(Transformer& model, const Communicator& tensor, const RowOverlap& overlap) {
+void apply_tensor_parallel(Transformer& model, const Communicator& tensor, RowOverlap overlap) {
   if (tensor.size() == 1) return;
+  if (tensor.agree(tensor.broadcast_bytes(host_name()) != host_name())) overlap.over_mpi = true;
   keep_tensor_part(model, tensor.rank(), tensor.size());
   const ModelConfig& config = model.config();
   const Cutter cutter(config, tensor.rank(), tensor.size());

@@ -26,6 +26,6 @@ void keep_tensor_part(Transformer& model, int rank, int size);
 
 // The same for this rank of `tensor`, and sets the model's seams. forward() and backward
 // are then collective over `tensor`, with inputs alike on its ranks. A group of one: nothing is done.
-void apply_tensor_parallel(Transformer& model, const Communicator& tensor, const RowOverlap& overlap = {});
+void apply_tensor_parallel(Transformer& model, const Communicator& tensor, RowOverlap overlap = {});
 
 }  // namespace trireme
