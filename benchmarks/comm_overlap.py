@@ -18,7 +18,7 @@ def finish_rows(results, options):
         rows.append(measure.row("the messages alone", shape, "ms", r["messages_ms"], r["compute_ms"], "the model without messages"))
     measure.finish("row_overlap", rows,
                    "Two blocks of 512 hidden features, 512 tokens, fp32, one thread a rank; medians of 45, shares of 45 differences "
-                   "between neighbours, so that some 0.2 of the shares are noise. While waiting for all rows full training fills waits "
+                   "between neighbours. Differences below 1 ms are noise, which is all that MPI's messages take. While waiting for all rows full training fills waits "
                    "of backward with weight gradients, LoRA has none. Used between hosts and over NCCL, not over MPI in one host",
                    not options.print)
 
