@@ -35,9 +35,9 @@ class Export : public testing::TestWithParam<bool> {
   void SetUp() override {
     if (world().rank() == 0) {
       folder_ = scratch_folder();
-      write_file_atomic(folder_ + "/config.json",
-                        dump_json(test::small_config("llama", {{"hidden_size", kHidden}, {"intermediate_size", kIntermediate}, {"head_dim", 64},
-                                                               {"num_hidden_layers", 6}, {"vocab_size", 601}, {"tie_word_embeddings", GetParam()}})));
+      const Json shape = {{"hidden_size", kHidden}, {"intermediate_size", kIntermediate}, {"head_dim", 64},
+                          {"num_hidden_layers", 6}, {"vocab_size", 601}, {"tie_word_embeddings", GetParam()}};
+      write_file_atomic(folder_ + "/config.json", dump_json(test::small_config("llama", shape)));
       Chunks model;
       model.push_back(whole(random(1), at::kFloat));
       export_model(folder_ + "/base", model, random(1), find_model(random(1)));
@@ -86,7 +86,8 @@ class Export : public testing::TestWithParam<bool> {
     return folder_ + "/" + name + "/step-1";
   }
   // Exports (rank 0 alone), which must hold few tensors at a time, and compares with the whole model.
-  void expect(const std::string& name, const Config& config, const std::string& checkpoint, Transformer& model, uint64_t max_shard_bytes = kMaxShardBytes) const {
+  void expect(const std::string& name, const Config& config, const std::string& checkpoint, Transformer& model,
+              uint64_t max_shard_bytes = kMaxShardBytes) const {
     SCOPED_TRACE(name);
     const std::string out = folder_ + "/out-" + name;
     const bool adapters = has_lora(model) && !config.lora.merge;

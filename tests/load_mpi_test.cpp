@@ -38,8 +38,9 @@ class Load : public testing::TestWithParam<Layout> {
       folder_ = scratch_folder();
       Config random;
       random.model.config = folder_ + "/config.json";
-      write_file_atomic(random.model.config, dump_json(test::small_config("qwen2", {{"hidden_size", 64}, {"intermediate_size", 176}, {"head_dim", 16},
-                                                       {"num_hidden_layers", 4}, {"vocab_size", 401}, {"tie_word_embeddings", GetParam().tied}})));
+      const Json shape = {{"hidden_size", 64}, {"intermediate_size", 176}, {"head_dim", 16},
+                          {"num_hidden_layers", 4}, {"vocab_size", 401}, {"tie_word_embeddings", GetParam().tied}};
+      write_file_atomic(random.model.config, dump_json(test::small_config("qwen2", shape)));
       Chunks model;
       model.push_back(build_model(random, find_model(random), at::kFloat, false));
       export_model(folder_ + "/base", model, random, find_model(random));
@@ -99,7 +100,8 @@ TEST_P(Load, UnderZero3EachValueIsReadByTheRankThatKeepsIt) {
       const std::vector<Parameter> parameters = model->parameters();
       for (const Parameter& p : parameters) p.value.set_requires_grad(p.name != "model.norm.weight");  // both kinds
       const Holders holders = find_holders(parameters, comms);
-      reducer = std::make_unique<GradientReducer>(parameters, holders, GradientReducerOptions{.bucket_bytes = bucket_bytes, .zero = 3});
+      const GradientReducerOptions options{.bucket_bytes = bucket_bytes, .zero = 3};
+      reducer = std::make_unique<GradientReducer>(parameters, holders, options);
       weights = std::make_unique<ShardedWeights>(parameters, holders, *reducer, 3, bucket_bytes, fill);
     });
     read = weight_bytes_read() - read;
@@ -120,8 +122,10 @@ TEST_P(Load, UnderZero3EachValueIsReadByTheRankThatKeepsIt) {
 std::string name_of(const testing::TestParamInfo<Layout>& info) {
   return str("tensor", info.param.tensor, "_pipeline", info.param.pipeline, info.param.tied ? "_tied" : "");
 }
-INSTANTIATE_TEST_SUITE_P(Meshes, Load, testing::Values(Layout{1, 1, false}, Layout{1, 1, true}, Layout{2, 1, false}, Layout{2, 1, true},
-                                                       Layout{1, 2, false}, Layout{1, 2, true}, Layout{2, 2, true}, Layout{4, 1, false}), name_of);
+INSTANTIATE_TEST_SUITE_P(Meshes, Load,
+                         testing::Values(Layout{1, 1, false}, Layout{1, 1, true}, Layout{2, 1, false}, Layout{2, 1, true},
+                                         Layout{1, 2, false}, Layout{1, 2, true}, Layout{2, 2, true}, Layout{4, 1, false}),
+                         name_of);
 
 }  // namespace
 }  // namespace trireme

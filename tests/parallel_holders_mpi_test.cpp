@@ -48,8 +48,8 @@ std::vector<Parameter> parameters_of(const Mesh& mesh, int rank) {
 
 // Trains a step or two on every rank's own gradients and compares with what every rank gives to each of its slices, by plain loops.
 // What differs; "" where nothing does.
-std::string difference(const Mesh& mesh, const std::vector<Parameter>& parameters, const Holders& holders, const GradientReducerOptions& options,
-                       int num_steps) {
+std::string difference(const Mesh& mesh, const std::vector<Parameter>& parameters, const Holders& holders,
+                       const GradientReducerOptions& options, int num_steps) {
   std::map<std::pair<std::string, std::vector<int64_t>>, std::pair<double, int64_t>> sums;  // and elements
   for (int r = 0; r < world().size(); ++r)
     for (const Parameter& p : parameters_of(mesh, r)) {

@@ -63,13 +63,15 @@ at::ScalarType trained_dtype(const Checkpoint& checkpoint) {
 void export_model(const std::string& folder, const Chunks& model, const Config& config, const ModelSource& source,
                   const Communicator& world, const HoldWeight& hold) {
   at::NoGradGuard no_grad;
-  write_model(folder, whole_tensors(parameters_of(model), world, hold), model[0]->dtype(), config, source, world.rank() == 0, kMaxShardBytes);
+  const auto tensors = whole_tensors(parameters_of(model), world, hold);
+  write_model(folder, tensors, model[0]->dtype(), config, source, world.rank() == 0, kMaxShardBytes);
 }
 
 void export_adapter(const std::string& folder, const Chunks& model, const Config& config, const ModelSource& source,
                     const Communicator& world, const HoldWeight& hold) {
   at::NoGradGuard no_grad;
-  write_peft(folder, whole_tensors(only(parameters_of(model), true), world, hold), model[0]->dtype(), config, source, world.rank() == 0);
+  const auto tensors = whole_tensors(only(parameters_of(model), true), world, hold);
+  write_peft(folder, tensors, model[0]->dtype(), config, source, world.rank() == 0);
 }
 
 void export_stored(const std::string& folder, const Config& config, const ModelSource& source,
@@ -77,10 +79,10 @@ void export_stored(const std::string& folder, const Config& config, const ModelS
   const at::ScalarType dtype = checkpoint ? trained_dtype(*checkpoint) : weight_dtype(config, source);
   WeightFill fill;
   const auto shapes = build_model(config, source, dtype, checkpoint.has_value(), true, {}, &fill);
-  if (checkpoint && !has_lora(*shapes) &&
-      std::any_of(checkpoint->tensors().begin(), checkpoint->tensors().end(), [](const auto& t) { return t.first.find(".lora_") != std::string::npos; }))
-    throw ConfigError(str("the checkpoint ", checkpoint->folder(), " holds adapters, but lora.rank is 0: name the run's config.ini, as in "
-                          "trireme export RUN/config.ini --run.resume=", checkpoint->folder(), " --run.dir=OUT"));
+  auto of_adapter = [](const auto& tensor) { return is_adapter({tensor.first, {}, {}}); };
+  if (checkpoint && !has_lora(*shapes) && std::any_of(checkpoint->tensors().begin(), checkpoint->tensors().end(), of_adapter))
+    throw ConfigError(str("the checkpoint ", checkpoint->folder(), " holds adapters, but lora.rank is 0: name the run's config.ini, ",
+                          "as in trireme export RUN/config.ini --run.resume=", checkpoint->folder(), " --run.dir=OUT"));
   // A checkpoint holds what was trained: all weights, or the adapters.
   auto stored_as = [](const Parameter& p, const at::Tensor& value) { return NamedTensor{"model/" + p.name, value, p.shard}; };
   std::vector<NamedTensor> trained;
