@@ -74,6 +74,11 @@ ARCH_FN void mma(float (&d)[4], const uint32_t (&a)[4], const uint32_t b0, const
 ARCH_FN float max(float a, float b) { return fmaxf(a, b); }
 ARCH_FN float exp(float x) { return expf(x); }
 ARCH_FN float erf(float x) { return erff(x); }
+ARCH_FN float reciprocal(float x) {
+  float y;
+  asm("rcp.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
+  return y;
+}
 ARCH_FN float exp2(float x) { return exp2f(x); }
 ARCH_FN float log2(float x) { return log2f(x); }
 ARCH_FN float rsqrt(float x) { return rsqrtf(x); }

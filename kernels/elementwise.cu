@@ -105,7 +105,7 @@ ARCH_FN Activation activate(Gate gate, float g) {
     v = kScale * (g + 0.044715f * g * g * g);
     slope = kScale * (1 + 0.134145f * g * g);
   }
-  const float sigmoid = 1 / (arch::exp(-v) + 1);
+  const float sigmoid = arch::reciprocal(arch::exp(-v) + 1);
   return {g * sigmoid, sigmoid * (g * (1 - sigmoid) * slope + 1)};
 }
 

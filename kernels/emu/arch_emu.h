@@ -115,6 +115,7 @@ void store(void* p, const V& v) {
 inline float max(float a, float b) { return std::fmax(a, b); }
 inline float exp(float x) { return std::exp(x); }
 inline float erf(float x) { return std::erf(x); }
+inline float reciprocal(float x) { return std::abs(x) > 0x1p126f ? 0 : 1 / x; }
 inline float exp2(float x) { return std::exp2(x); }
 inline float log2(float x) { return std::log2(x); }
 inline float rsqrt(float x) { return 1.0f / std::sqrt(x); }
