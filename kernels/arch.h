@@ -31,6 +31,7 @@
 // Numbers: bf16, fp16; to_float(x), from_float<T>(x) (to the nearest even), pack<T>(low, high), unpack<T>(u, low, high);
 //   exp(x), exp2(x), log2(x), rsqrt(x), sqrt(x), erf(x), reciprocal(x) (1 / x to a unit of the last place, 0 where that is below
 //   2^-126); bits_of(x), float_of(bits); load<V>(p), store<V>(p, v): 16 bytes at once of aligned addresses.
+// What only sm_90a has is in arch_hopper.h.
 #pragma once
 
 #include <cstddef>

@@ -127,7 +127,11 @@ constexpr int blocks_together() {
 
 template <typename Kernel>
 __global__ void __launch_bounds__(Kernel::kThreads, blocks_together<Kernel>()) entry(const __grid_constant__ typename Kernel::Params params) {
-  Kernel::run(params);
+#if defined(__CUDA_ARCH__) && !defined(__CUDA_ARCH_FEAT_SM90_ALL)
+  if constexpr (requires { Kernel::kHopper; }) __trap();  // never an empty kernel
+  else
+#endif
+    Kernel::run(params);
 }
 
 template <typename Kernel>

@@ -30,7 +30,7 @@ struct Emulated {
   Emulated() {
     using K = kernels::Kernels;
     static K all{};
-    Counted<&K::rms_norm_forward>{all}, Counted<&K::rms_norm_backward>{all}, Counted<&K::rope>{all}, Counted<&K::glu_forward>{all}, Counted<&K::glu_backward>{all};
+    Counted<&K::rms_norm_forward>{all}, Counted<&K::rms_norm_backward>{all}, Counted<&K::rope>{all}, Counted<&K::glu_forward>{all}, Counted<&K::glu_backward>{all}, Counted<&K::dropout>{all};
     num_calls = 0;
     set_kernels(at::kCPU, &all);
   }
@@ -98,6 +98,15 @@ TEST_P(OpsEmulated, Rope) {
 TEST_P(OpsEmulated, Swiglu) {
   at::manual_seed(3);
   expect_same([](const auto& in) { return std::vector{swiglu(in[0], in[1])}; }, {random({5, 33}), random({5, 33})}, 2);
+}
+
+TEST_P(OpsEmulated, Dropout) {
+  at::manual_seed(4);
+  const DropoutKey key{0.3, 5, 6, at::arange(7, at::kLong) * 1000003, 96};
+  expect_same([&](const auto& in) { return std::vector{dropout(in[0], key)}; }, {random({7, 40})}, 2);
+  // Forward, and for each gradient that goes through the mask: of a, which is computed anew, and of x, which is added to.
+  const at::Tensor base = random({24, 40});
+  expect_same([&](const auto& in) { return std::vector{lora_linear(in[0], base, {}, in[1], in[2], 2.0, key)}; }, {random({7, 40}), random({4, 40}), random({24, 4})}, 3);
 }
 
 INSTANTIATE_TEST_SUITE_P(Types, OpsEmulated, testing::Values(at::kFloat, at::kBFloat16, at::kHalf), [](const auto& type) { return std::string(c10::toString(type.param)); });

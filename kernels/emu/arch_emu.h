@@ -14,7 +14,9 @@
 #include <cmath>
 #include <cstring>
 #include <functional>
+#include <memory>
 #include <stdexcept>
+#include <string>
 #include <type_traits>
 
 namespace trireme::kernels::emulated {
@@ -50,7 +52,20 @@ void meet(const char* op, void* mine, void (*act)(Lanes lanes));
 char* shared_bytes(int offset, int count);
 void check_index(int i, int size);
 void check_shared(const void* p, size_t count, const char* op);   // all in shared memory, at a multiple of 16 bytes
+void check_shared(const void* p, size_t count, size_t alignment, const char* op);
 void check_aligned(const void* p, size_t alignment, const char* op);
+
+// For emu/hopper.cpp: what it keeps of a block, whose threads end; waits for a condition, which is looked at while others run or
+// nobody can; and lets others run first.
+struct Extension {
+  virtual ~Extension() = default;
+  virtual void thread_ends() = 0;
+};
+std::unique_ptr<Extension>& extension();
+int shared_size();
+[[noreturn]] void fault(const std::string& what);
+void block_until(const char* what, const std::function<bool()>& ready);
+void others_first();
 
 void copy_async(void* to, const void* from, bool valid);
 void copy_async_commit();

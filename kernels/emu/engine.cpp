@@ -77,7 +77,13 @@ struct Warp {
   std::vector<Thread*> waiting;
 };
 
+struct Blocked {
+  Thread* thread;
+  const std::function<bool()>* ready;
+};
+
 struct Block {
+  std::unique_ptr<arch::Extension> extension;
   arch::Index3 index, grid;
   std::vector<Thread> threads;
   std::vector<Warp> warps;
@@ -86,6 +92,7 @@ struct Block {
   char* shared = nullptr;
   int shared_bytes = 0;
   std::vector<Thread*> ready;
+  std::vector<Blocked> blocked;
   std::mt19937_64 random;
   std::exception_ptr error;
 };
@@ -117,6 +124,17 @@ void yield() {
   wait("its turn");
 }
 
+// Those whose condition has come true may go on; looked at now and then while others can run.
+bool somebody_can_run() {
+  if (!block->blocked.empty() && (block->ready.empty() || block->random() % 8 == 0))
+    std::erase_if(block->blocked, [](const Blocked& b) {
+      if (!(*b.ready)()) return false;
+      block->ready.push_back(b.thread);
+      return true;
+    });
+  return !block->ready.empty();
+}
+
 void run_block(const std::function<void()>& body) {
   for (Thread& t : block->threads) {
     t.here = context::fiber(std::allocator_arg, StackAllocator(), [&t, &body](context::fiber&& back) {
@@ -125,6 +143,7 @@ void run_block(const std::function<void()>& body) {
       try {
         body();
         if (!t.uncommitted.empty() || !t.groups.empty()) fault("has ended with copies under way that nobody waited for");
+        if (block->extension) block->extension->thread_ends();
       } catch (const context::detail::forced_unwind&) {
         throw;
       } catch (...) {
@@ -135,7 +154,7 @@ void run_block(const std::function<void()>& body) {
     });
     block->ready.push_back(&t);
   }
-  while (!block->ready.empty() && !block->error) {
+  while (!block->error && somebody_can_run()) {
     size_t pick = block->random() % block->ready.size();
     for (int i = 1; i < kCandidates; ++i)
       if (const size_t other = block->random() % block->ready.size(); block->ready[other]->priority > block->ready[pick]->priority) pick = other;
@@ -232,11 +251,21 @@ void check_aligned(const void* p, size_t alignment, const char* op) {
   if (reinterpret_cast<uintptr_t>(p) % alignment != 0) fault(std::string(op) + " at an address that is no multiple of " + std::to_string(alignment));
 }
 
-void check_shared(const void* p, size_t count, const char* op) {
+void check_shared(const void* p, size_t count, size_t alignment, const char* op) {
   const char* begin = static_cast<const char*>(p);
   if (begin < block->shared || begin + count > block->shared + block->shared_bytes) fault(std::string(op) + " outside of shared memory");
-  check_aligned(p, 16, op);
+  check_aligned(p, alignment, op);
 }
+void check_shared(const void* p, size_t count, const char* op) { check_shared(p, count, 16, op); }
+
+std::unique_ptr<Extension>& extension() { return block->extension; }
+int shared_size() { return block->shared_bytes; }
+void fault(const std::string& what) { emulated::fault(what); }
+void block_until(const char* what, const std::function<bool()>& ready) {
+  block->blocked.push_back({thread, &ready});
+  wait(what);
+}
+void others_first() { yield(); }
 
 void copy_async(void* to, const void* from, bool valid) {
   check_shared(to, 16, "copy_async");

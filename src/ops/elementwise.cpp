@@ -115,6 +115,12 @@ void DropoutMask::run(const at::Tensor& x_TC, const at::Tensor& y_TC, bool add) 
   TRIREME_CHECK(key_.row_ids_T.defined() && key_.row_ids_T.numel() == rows && key_.row_ids_T.scalar_type() == at::kLong,
                 "dropout needs one int64 row id for each of ", rows, " rows");
   at::Tensor ids = key_.row_ids_T.contiguous();
+  if (const kernels::Kernels* k = kernels_of(x_TC)) {
+    TRIREME_CHECK(ids.device() == x_TC.device(), "row ids are on ", ids.device().str(), ", the values on ", x_TC.device().str());
+    k->dropout({kernel_type(x_TC), rows, size, data_of(x_TC), ids.data_ptr<int64_t>(), key_.seed, key_.module, key_.first_feature, key_.p, add, data_of(y_TC)},
+               stream_of(x_TC));
+    return;
+  }
   dispatch_floating(x_TC.scalar_type(), [&](auto zero) {
     using T = decltype(zero);
     for_rows(rows, size, [&](int64_t begin, int64_t end) {

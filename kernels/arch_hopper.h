@@ -1,0 +1,30 @@
+// kernels/arch.h for sm_90a: copies of tiles by the tensor memory accelerator (TMA), barriers that count arrivals and bytes, and
+// matrix products of warp groups. A Kernel that uses it has kHopper = true; on another architecture it traps.
+//
+// Barriers in shared memory (mbarrier, 8 bytes each: Shared<uint64_t>):
+//   barrier_init(b, arrivals)              by one thread; then barrier_init_done() and sync_threads()
+//   barrier_arrive(b), barrier_arrive_expect(b, bytes)  the latter also announces the bytes of copies to come
+//   barrier_wait(b, parity)                until the phase of that parity (0 first, then 1, 0 ...) has ended
+// Tiles of bf16 or fp16, 64 values (128 bytes) wide, at a multiple of 1024 bytes, whose 16 bytes i of row r stand at i ^ r % 8
+// (the 128-byte swizzle):
+//   TensorMap make_tile_map<T>(base, rows, columns, row_stride, tile_rows)  on the host; strides in values, a multiple of 8
+//   tile_load(to, map, row, column, b)     by one thread; what is outside of the tensor is zero; bytes count at b
+//   tile_store(map, row, column, from), tile_store_commit(), tile_store_wait()  by one thread; the latter until it is all written
+// The accelerator and the products read shared memory through another proxy: what threads write for them goes through
+//   store_shared(p, v), and then async_fence() and a barrier.
+// Products of a warp group (4 warps, all threads), each of [64, 16] and [64, 16] values of tiles:
+//   tile_descriptor(p)                     of the tile's rows from p on; p + 16 values: the next 16 columns
+//   group_fence()                          before the first product, and after registers were touched
+//   group_mma<T>(d, a, b)                  d[64,64] += a b^T; a thread has d[4j + 2h + e] of row 16 * warp + lane / 4 + 8h and
+//                                          column 8j + 2 * (lane % 4) + e, as mma has
+//   group_commit(), group_wait<N>(d)       until at most N groups are under way; d is anything before
+// registers_up<N>(), registers_down<N>(): registers of a thread from here on (setmaxnreg).
+#pragma once
+
+#include "kernels/arch.h"
+
+#ifdef __CUDACC__
+#include "kernels/arch_hopper_cuda.h"
+#else
+#include "kernels/emu/arch_hopper_emu.h"
+#endif
