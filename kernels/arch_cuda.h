@@ -111,7 +111,15 @@ ARCH_FN V load(const void* p) {
 }
 template <typename V>
 ARCH_FN void store(void* p, const V& v) {
-  *static_cast<V*>(p) = v;
+  if constexpr (sizeof(V) % 16 == 0) {  // as written: where branches meet the compiler cuts stores of 16 bytes into their values
+    uint32_t word[sizeof(V) / 4];
+    __builtin_memcpy(word, &v, sizeof v);
+    ARCH_UNROLL
+    for (size_t i = 0; i < sizeof(V) / 4; i += 4)
+      asm volatile("st.v4.b32 [%0], {%1,%2,%3,%4};" ::"l"(static_cast<uint32_t*>(p) + i), "r"(word[i]), "r"(word[i + 1]), "r"(word[i + 2]), "r"(word[i + 3]) : "memory");
+  } else {
+    *static_cast<V*>(p) = v;
+  }
 }
 
 inline void check(cudaError_t error, const char* call) {
