@@ -37,6 +37,14 @@ template <typename T>
 ARCH_FN T atomic_add(T* address, T x) {
   return atomicAdd(address, x);
 }
+ARCH_FN void atomic_add4(float* address, const float (&x)[4]) {
+#if __CUDA_ARCH__ >= 900
+  atomicAdd(reinterpret_cast<float4*>(address), make_float4(x[0], x[1], x[2], x[3]));
+#else
+  ARCH_UNROLL
+  for (int i = 0; i < 4; ++i) atomicAdd(address + i, x[i]);
+#endif
+}
 
 ARCH_FN char* shared_bytes(int offset, int) {
   extern __shared__ __align__(1024) char all[];
@@ -80,6 +88,11 @@ ARCH_FN float reciprocal(float x) {
   return y;
 }
 ARCH_FN float exp2(float x) { return exp2f(x); }
+ARCH_FN float exp2_approx(float x) {
+  float y;
+  asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
+  return y;
+}
 ARCH_FN float log2(float x) { return log2f(x); }
 ARCH_FN float rsqrt(float x) { return rsqrtf(x); }
 ARCH_FN float sqrt(float x) { return sqrtf(x); }
@@ -104,6 +117,10 @@ ARCH_FN uint32_t pack(float low, float high) {
     const __half2 both = __floats2half2_rn(low, high);
     return reinterpret_cast<const uint32_t&>(both);
   }
+}
+ARCH_FN int recomputed(int x) {
+  asm volatile("" : "+r"(x));
+  return x;
 }
 template <typename V>
 ARCH_FN V load(const void* p) {

@@ -21,6 +21,9 @@ const Kernels& all() {
   static const Kernels kernels = [] {
     Kernels k{};
     add_adamw(k);
+    k.attention_forward = attention_forward;
+    k.attention_backward = attention_backward;
+    k.decode_attention = decode_attention;
     add_casts(k);
     add_cross_entropy(k);
     add_dropout(k);

@@ -6,6 +6,7 @@
 #include <cstddef>
 #include <string>
 
+#include "kernels/attention.h"
 #include "kernels/types.h"
 
 namespace trireme::kernels {
@@ -250,6 +251,9 @@ constexpr int64_t sum_rows_workspace(int64_t num_rows, int64_t width) { return s
 
 // Every operation, for one kind of device.
 struct Kernels {
+  void (*attention_forward)(const AttentionForward&, Stream);
+  void (*attention_backward)(const AttentionBackward&, Stream);
+  void (*decode_attention)(const AttentionDecode&, Stream);
   void (*rms_norm_forward)(const RmsNormForward&, Stream);
   void (*rms_norm_backward)(const RmsNormBackward&, Stream);
   void (*dropout)(const Dropout&, Stream);
