@@ -89,7 +89,7 @@ int main(int argc, char** argv) {
   std::optional<Process> process;
   auto fail = [&](ExitStatus status, const std::string& message, bool agreed) -> int {
     if (!agreed || !process || process->rank() == 0) log_message(LogLevel::kError, message);
-    if (!agreed && process && process->size() > 1) Process::abort(status);
+    if (!agreed && (!process || process->size() > 1)) Process::abort(status);  // without a process: MPI may have started all the same
     if (process && process->rank() == 0) tell_launcher(status);
     return status;
   };

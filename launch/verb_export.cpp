@@ -15,9 +15,9 @@ namespace trireme {
 ExitStatus verb_export(const Config& config, const CommandLine& line, const Process& process) {
   check_config(config, line);
   if (config.run.dir.empty()) throw ConfigError("run.dir is not set: the folder to write");
-  if (!config.lora.path.empty() && !config.lora.merge)
-    throw ConfigError("lora.path is set: say lora.merge=true to write the merged model (the adapter itself is exported already)");
   const bool from_checkpoint = config.run.resume != "auto" && config.run.resume != "never";
+  if (!config.lora.path.empty() && !config.lora.merge && !from_checkpoint)
+    throw ConfigError("lora.path is set: say lora.merge=true to write the merged model (the adapter itself is exported already)");
   if (config.lora.rank > 0 && !from_checkpoint)
     throw ConfigError("lora.rank is set, but no checkpoint with adapters: set run.resume to its folder, or lora.path to an adapter");
   if (config.lora.merge && config.lora.path.empty() && config.lora.rank == 0)

@@ -97,6 +97,13 @@ def test_a_checkpoint_with_adapters_is_exported_as_adapter_or_merged(work, adapt
     close(ours(work, f"--model.path={work / 'lora-merged'}"), logits)
 
 
+def test_a_checkpoint_of_a_run_that_began_with_an_adapter_is_exported(work, adapter):
+    run = train(work, "lora_again", f"--model.path={work / 'base'}", f"--lora.path={adapter}")
+    out = work / "of_checkpoint"
+    hf_models.succeed("export", f"--model.path={work / 'base'}", f"--lora.path={adapter}", f"--run.resume={run / 'checkpoints/step-4'}", f"--run.dir={out}")
+    assert (out / "adapter_model.safetensors").read_bytes() == (run / "adapter/adapter_model.safetensors").read_bytes() != (adapter / "adapter_model.safetensors").read_bytes()
+
+
 def peft_adapter(work, name, **options):
     torch.manual_seed(3)
     options = {"r": 4, "lora_alpha": 6, "target_modules": ["q_proj", "o_proj", "up_proj"], **options}

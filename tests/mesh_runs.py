@@ -17,6 +17,9 @@ KINDS = {
     "full_tied_biases": (dict(model_type="qwen2", tie_word_embeddings=True), ["--train.recompute=full"], "model/model.safetensors"),
     "lora_one_key_head": (dict(num_key_value_heads=1, tie_word_embeddings=False),
                           ["--lora.rank=4", "--lora.dropout=0.2", "--train.recompute=selective"], "adapter/adapter_model.safetensors"),
+    # Goes on from an adapter that has learnt: of a new one B is zero, and so is the first gradient of every A.
+    "lora_tied_packed": (dict(tie_word_embeddings=True), ["--lora.path={work}/learnt/adapter", "--data.packing=true", "--data.max_length=96"],
+                         "adapter/adapter_model.safetensors"),
 }
 # Ranks and keys of each mesh; a step always has twelve rows.
 MESHES = {
@@ -29,6 +32,7 @@ MESHES = {
     "dp2_tp2_zero2": (4, ["--parallel.tensor=2", "--parallel.zero=2", "--train.micro_batch_size=2"]),
     "dp2_pp2_zero2": (4, ["--parallel.pipeline=2", "--parallel.zero=2", "--train.micro_batch_size=2", "--parallel.schedule=gpipe"]),
     "pp2": (2, ["--parallel.pipeline=2"]),
+    "pp2_one": (2, ["--parallel.pipeline=2", "--train.micro_batch_size=12", "--train.accumulation=1"]),
     "pp2_gpipe": (2, ["--parallel.pipeline=2", "--parallel.schedule=gpipe"]),
     "pp2_zb_h1": (2, ["--parallel.pipeline=2", "--parallel.schedule=zb-h1"]),
     "pp2_zb_v": (2, ["--parallel.pipeline=2", "--parallel.schedule=zb-v"]),
@@ -53,20 +57,22 @@ def work(tmp_path_factory):
     folder = tmp_path_factory.mktemp("mesh")
     for kind, (shape, _, _) in KINDS.items():
         (folder / f"{kind}.json").write_text(json.dumps(SHAPE | shape))
+    train(folder, "lora_tied_packed", "learnt", "--lora.rank=4", "--lora.dropout=0.2", "--optim.lr=0.02", "--train.steps=2", "--eval.every=0", begins=True)
     return folder
 
 
-def keys_of(work, kind, name, *keys):
+def keys_of(work, kind, name, *keys, begins=False):
     usual = [f"--run.dir={work / name}", f"--model.config={work / kind}.json", f"--model.tokenizer={QUICKSTART}/model", "--model.dtype=float64",
              f"--data.train={QUICKSTART}/train.jsonl:90", f"--train.steps={STEPS}", "--train.micro_batch_size=4", "--train.accumulation=3",
              "--optim.lr=1e-3", "--optim.weight_decay=0.01", "--schedule.warmup_steps=3", "--train.max_grad_norm=0.5",
              f"--data.eval={QUICKSTART}/eval.jsonl:9", f"--eval.every={STEPS // 2}", "--eval.micro_batch_size=1", "--eval.restore_best=false",
              "--checkpoint.every=50"]
-    return override(usual, [*KINDS[kind][1], *keys])
+    of_kind = [key.format(work=work) for key in KINDS[kind][1] if not (begins and key.startswith("--lora.path"))]
+    return override(usual, [*of_kind, *keys])
 
 
-def train(work, kind, name, *keys, ranks=1, status=0):
-    done = run(work, "train", *keys_of(work, kind, name, *keys), ranks=ranks)
+def train(work, kind, name, *keys, ranks=1, status=0, begins=False):
+    done = run(work, "train", *keys_of(work, kind, name, *keys, begins=begins), ranks=ranks)
     assert done.returncode == status, done.stderr
     return done.stderr
 

@@ -146,6 +146,9 @@ TEST(AdamW, OffloadChangesNothing) {
       for (at::Tensor& grad : grads) grad.copy_(at::linspace(-1, 2, grad.numel()) + static_cast<double>(t));
       optimizer.step(1e-2, 0.5);
       state = optimizer.state();
+      int64_t bytes = 0;  // gradients, and weights that are their own masters
+      for (const OptimTensor& tensor : tensors) bytes += static_cast<int64_t>(tensor.grad.nbytes() + (tensor.weight.itemsize() >= 4 ? tensor.weight.nbytes() : 0));
+      EXPECT_EQ(optimizer.bytes_fetched(), offload[t] ? bytes : 0);
     }
     for (const OptimTensor& tensor : tensors) ends.push_back(tensor.weight);
     for (const OptimState& s : state) ends.push_back(s.value);

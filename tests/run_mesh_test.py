@@ -1,5 +1,6 @@
 """A run on any mesh of ranks is the run on one: losses, gradients, weights, checkpoints, products, evaluation and answers.
 In float64, where rounding cannot hide a fault: sums in another order differ by some 1e-16, a fault by 1e-3 and more."""
+import collections
 import json
 
 import pytest
@@ -10,24 +11,31 @@ from bounds import LAYOUT_BF16, LAYOUT_FP32
 from mesh_runs import KINDS, MESHES, QUICKSTART, assert_same_run, losses, train, whole, work  # noqa: F401 (fixtures)
 from program import run
 
-FULL, TIED, LORA = KINDS
+FULL, TIED, LORA, LORA_TIED = KINDS
+OF_KIND = {FULL: {"packed"}, TIED: {"tied"}, LORA: {"lora"}, LORA_TIED: {"lora", "packed", "tied"}}
 PAIRS = [(mesh, kind) for mesh, kinds in {
-    "dp2": [FULL], "dp4": [LORA], "tp2": KINDS, "tp4": [FULL, LORA], "dp2_tp2": [FULL], "dp2_tp2_zero1": [TIED], "dp2_tp2_zero2": [LORA],
-    "dp2_tp2_zero3": [TIED, LORA], "pp2": KINDS, "pp4": [FULL, LORA], "pp2_gpipe": [FULL, LORA], "pp2_zb_h1": KINDS, "pp2_zb_v": KINDS,
-    "pp2_interleaved": KINDS, "pp2_tp2": [LORA], "pp2_tp2_zb_h1": [LORA], "dp2_pp2_zero1": [TIED], "dp2_pp2_zero2": [TIED], "dp2_pp2_zero3": [TIED],
-    "dp2_pp2_zb_v_zero3": [TIED, LORA], "dp2_tp2_pp2": [TIED], "dp2_tp2_pp2_zero3": [FULL]}.items() for kind in kinds]
+    "dp2": [FULL, TIED, LORA_TIED], "dp4": [FULL, TIED, LORA], "tp2": KINDS, "tp4": [FULL, TIED, LORA], "dp2_tp2": [FULL],
+    "dp2_tp2_zero1": [TIED, LORA], "dp2_tp2_zero2": [FULL, LORA], "dp2_tp2_zero3": [TIED, LORA], "pp2": KINDS, "pp2_one": [FULL, TIED, LORA_TIED],
+    "pp4": [FULL, TIED, LORA], "pp2_gpipe": [FULL, TIED, LORA], "pp2_zb_h1": KINDS, "pp2_zb_v": KINDS, "pp2_interleaved": KINDS, "pp2_tp2": [FULL],
+    "pp2_tp2_zb_h1": [LORA], "dp2_pp2_zero1": [FULL], "dp2_pp2_zero2": [TIED], "dp2_pp2_zero3": [LORA_TIED], "dp2_pp2_zb_v_zero3": [TIED, LORA],
+    "dp2_tp2_pp2": [TIED, LORA_TIED], "dp2_tp2_pp2_zero3": [FULL]}.items() for kind in kinds]
 
 
-def test_every_schedule_and_every_way_of_sharing_out_meets_every_kind():
-    def met(*words):
-        return {kind for mesh, kind in PAIRS if any(set(word.split()) <= set(" ".join(MESHES[mesh][1]).split()) for word in words)}
-
-    pipeline = "--parallel.pipeline=2"
-    for schedule in ("gpipe", "interleaved", "zb-h1", "zb-v"):
-        assert met(f"{pipeline} --parallel.schedule={schedule}") == set(KINDS), schedule
-    assert met("--parallel.tensor=2") == met("--parallel.tensor=4", pipeline) == set(KINDS)
-    for zero in (1, 2, 3):  # with the others than plain data parallelism, of which run_zero_test.py compares bits
-        assert met(f"--parallel.zero={zero} --parallel.tensor=2") and met(f"--parallel.zero={zero} {pipeline}"), zero
+def test_every_way_of_cutting_meets_full_and_lora_packed_and_padded_tied_and_untied():
+    """ZeRO meets them with other ways of cutting too; with plain data parallelism alone run_zero_test.py compares bits."""
+    met, accumulated = collections.defaultdict(set), collections.defaultdict(set)
+    for mesh, kind in PAIRS:
+        ranks, keys = MESHES[mesh]
+        values = dict(key.removeprefix("--").split("=") for key in keys)
+        tensor, pipeline = (int(values.get(f"parallel.{axis}", 1)) for axis in ("tensor", "pipeline"))
+        ways = {("data", ranks // tensor // pipeline), ("tensor", tensor), ("pipeline", pipeline), ("zero", int(values.get("parallel.zero", 0)))}
+        for way in ways | ({("schedule", values.get("parallel.schedule", "1f1b"))} if pipeline > 1 else set()):
+            met[way] |= {(attribute, attribute in OF_KIND[kind]) for attribute in ("lora", "packed", "tied")}
+            accumulated[way].add(values.get("train.accumulation", "3") != "1")
+    assert met.keys() == {*((axis, size) for axis in ("data", "tensor", "pipeline") for size in (1, 2, 4)), *(("zero", zero) for zero in range(4)),
+                          *(("schedule", kind) for kind in ("1f1b", "gpipe", "interleaved", "zb-h1", "zb-v"))}
+    assert all(len(attributes) == 6 for attributes in met.values()), met
+    assert all(len(accumulated[way]) == 2 for way in [("data", 2), ("tensor", 2), ("pipeline", 2), ("zero", 1), ("zero", 3)])
 
 
 @pytest.mark.parametrize("mesh, kind", PAIRS)
@@ -38,9 +46,10 @@ def test_every_mesh_learns_the_same(work, whole, mesh, kind):
     assert_same_run(work, kind, name, whole[kind])
     found, expected = (load_file(f"{work}/{run}.safetensors") for run in (name, whole[kind]))
     assert found.keys() == expected.keys()
-    for key, value in expected.items():
-        difference = (found[key] - value).norm() / max(value.norm(), 1e-30)
-        assert value.dtype == torch.float64 and (value.norm() == 0 or difference < 1e-12), key
+    learns = [key for key, value in expected.items() if value.norm() > 0]
+    # Written in float32: 2^-24 = 6e-8 a value. Of a new adapter's A the gradient is zero, for its B is.
+    assert all((found[key].double() - expected[key].double()).norm() < 1e-7 * expected[key].double().norm() for key in learns)
+    assert not any(found[key].any() for key in expected.keys() - set(learns)) and len(learns) >= len(expected) // (2 if kind == LORA else 1)
 
 
 @pytest.mark.parametrize("dtype, bound", [("float32", LAYOUT_FP32), ("bfloat16", LAYOUT_BF16)])

@@ -69,6 +69,18 @@ def test_the_same_words_in_other_folders_are_other_files(work):
     assert done.returncode == 0, done.stderr
 
 
+def test_large_files_that_differ_in_the_middle(work):
+    content = bytearray(os.urandom(20 << 20))
+    for name in ("a", "b"):
+        (work / name).mkdir()
+        (work / name / "train.jsonl").write_bytes(content)
+        content[9 << 20:(9 << 20) + 65536] = bytes(65536)
+    words = ["train", f"--run.dir={work / 'run'}", f"--model.config={SOURCE / 'configs/quickstart/model/config.json'}", "--data.train=train.jsonl", "--train.steps=2"]
+    file = r"of 20971520 bytes, hash \w{12}"
+    refused(together(work, [1, work / "a", BINARY, *words], [1, work / "b", BINARY, *words]),
+            rf"rank 1 on {HOST} differs from rank 0 on {HOST}: train\.jsonl of data\.train is {file} there, {file} here")
+
+
 def test_another_build(work):
     other = work / "trireme"
     shutil.copy(BINARY, other)

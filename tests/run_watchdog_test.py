@@ -87,7 +87,7 @@ def test_a_rank_that_does_not_come_is_named_at_the_deadline(work, what, tells):
 
 @pytest.mark.parametrize("rank, sentence", [
     (2, rf"rank 2 of 4 has not come to the start of the program 3 s after rank 0 on {HOST}: stopped or gone\. All ranks are ended"),
-    (0, rf"rank [123] on {HOST} has waited 13 s for rank 0 to come to the start of the program: stopped or gone\. All ranks are ended")])
+    (0, rf"rank [123] on {HOST} has waited 6 s for rank 0 to say that all ranks have come to the start of the program: rank 0 is stopped or gone\. All ranks are ended")])
 def test_a_rank_that_is_stopped_before_the_job_has_begun(work, rank, sentence):
     done = end_of(differing(work, "starts", rank=rank))
     assert done.returncode == 9 and re.search(f"^{sentence}\n", done.stderr), done.stderr

@@ -10,7 +10,8 @@ from program import run, small_run
 LORA = ("--lora.rank=4", "--lora.dropout=0.1")
 KEYS = {"full": ("--train.accumulation=2", "--comm.bucket_mb=0.1"), "lora": (*LORA, "--train.recompute=full", "--checkpoint.async=false")}
 KEYS["tensor"] = (*KEYS["full"], "--parallel.tensor=2")
-PRODUCT = {"full": "model/model.safetensors", "tensor": "model/model.safetensors", "lora": "adapter/adapter_model.safetensors"}
+KEYS["pipeline"] = (*KEYS["full"], "--parallel.pipeline=2")
+PRODUCT = {"full": "model/model.safetensors", "tensor": "model/model.safetensors", "pipeline": "model/model.safetensors", "lora": "adapter/adapter_model.safetensors"}
 
 
 def train(work, name, kind, zero, ranks, *keys, status=0):
@@ -26,7 +27,7 @@ def outcome(work, name, kind):
     return metrics, (work / name / PRODUCT[kind]).read_bytes()
 
 
-@pytest.mark.parametrize("kind, ranks", [("full", 2), ("lora", 2), ("lora", 4), ("tensor", 4)])
+@pytest.mark.parametrize("kind, ranks", [("full", 2), ("full", 4), ("lora", 2), ("lora", 4), ("tensor", 4), ("pipeline", 4)])
 def test_no_stage_changes_a_bit(tmp_path, kind, ranks):
     """Nor does it whether gradients, and weights of the next block, travel while the ranks compute."""
     def train_with(zero, name, *keys):

@@ -43,14 +43,24 @@ namespace {
 
 using Name = std::array<char, 64>;
 
-// Host names of all ranks, at rank 0 and from there. Nothing blocks, so that a rank that does not come can be told.
-std::vector<std::string> meet(double patience_s) {
+struct Meeting {
+  std::vector<Name> hosts;
+  MPI_Comm comm = MPI_COMM_NULL;
+};
+
+// Host names of all ranks, at rank 0 and from there, and a communicator for them. Nothing blocks, so that a rank that does not
+// come can be told.
+std::unique_ptr<Meeting> meet(double patience_s) {
   using Clock = std::chrono::steady_clock;
   int rank = 0, size = 1;
   MPI_Comm_rank(MPI_COMM_WORLD, &rank);
   MPI_Comm_size(MPI_COMM_WORLD, &size);
+  auto meeting = std::make_unique<Meeting>();
+  std::vector<Name>& hosts = meeting->hosts;
+  hosts.resize(static_cast<size_t>(size));
+  host_name().copy(hosts[static_cast<size_t>(rank)].data(), sizeof(Name) - 1);
   const auto begin = Clock::now();
-  // All of these have ended within so many seconds?
+  // All of these have ended within so many seconds? If not the meeting stays in memory: MPI may still write there.
   auto wait = [&](std::vector<MPI_Request>& requests, double seconds) {
     for (;;) {
       bool all = true;
@@ -60,16 +70,14 @@ std::vector<std::string> meet(double patience_s) {
         all &= done != 0;
       }
       if (all) return true;
-      if (std::chrono::duration<double>(Clock::now() - begin).count() > seconds) return false;
+      if (std::chrono::duration<double>(Clock::now() - begin).count() > seconds) return static_cast<void>(meeting.release()), false;
       std::this_thread::sleep_for(std::chrono::microseconds(200));
     }
   };
-  std::vector<Name> names(static_cast<size_t>(size));
-  host_name().copy(names[static_cast<size_t>(rank)].data(), sizeof(Name) - 1);
   std::vector<MPI_Request> requests(static_cast<size_t>(rank == 0 ? size : 1), MPI_REQUEST_NULL);
-  if (rank > 0) MPI_Isend(&names[static_cast<size_t>(rank)], sizeof(Name), MPI_BYTE, 0, 0, MPI_COMM_WORLD, requests.data());
+  if (rank > 0) MPI_Isend(&hosts[static_cast<size_t>(rank)], sizeof(Name), MPI_BYTE, 0, 0, MPI_COMM_WORLD, requests.data());
   else
-    for (size_t r = 1; r < names.size(); ++r) MPI_Irecv(&names[r], sizeof(Name), MPI_BYTE, static_cast<int>(r), 0, MPI_COMM_WORLD, &requests[r]);
+    for (size_t r = 1; r < hosts.size(); ++r) MPI_Irecv(&hosts[r], sizeof(Name), MPI_BYTE, static_cast<int>(r), 0, MPI_COMM_WORLD, &requests[r]);
   if (rank == 0 && !wait(requests, patience_s)) {
     std::vector<int> missing;
     for (int r = 1; r < size; ++r)
@@ -77,21 +85,22 @@ std::vector<std::string> meet(double patience_s) {
     throw SystemError(str(ranks_text(missing), " of ", size, missing.size() == 1 ? " has" : " have", " not come to the start of the program ", patience_s,
                           " s after rank 0 on ", host_name(), ": stopped or gone. All ranks are ended"));
   }
-  requests.emplace_back();
-  MPI_Ibcast(names.data(), size * static_cast<int>(sizeof(Name)), MPI_BYTE, 0, MPI_COMM_WORLD, &requests.back());
-  constexpr double kAnswer_s = 10;  // rank 0 tells who is missing, if it lives
-  if (!wait(requests, patience_s + kAnswer_s))
-    throw SystemError(str("rank ", rank, " on ", host_name(), " has waited ", patience_s + kAnswer_s, " s for rank 0 to come to the start of the program: stopped or gone. All ranks are ended"));
-  std::vector<std::string> hosts;
-  for (const Name& name : names) hosts.emplace_back(name.data());
-  return hosts;
+  requests.resize(requests.size() + 2);
+  MPI_Ibcast(hosts.data(), size * static_cast<int>(sizeof(Name)), MPI_BYTE, 0, MPI_COMM_WORLD, &requests[requests.size() - 2]);
+  MPI_Comm_idup(MPI_COMM_WORLD, &meeting->comm, &requests.back());
+  // Rank 0, if it lives, knows who is missing and tells it first, unless it came later than this one by as much again.
+  if (!wait(requests, 2 * patience_s))
+    throw SystemError(str("rank ", rank, " on ", host_name(), " has waited ", 2 * patience_s,
+                          " s for rank 0 to say that all ranks have come to the start of the program: rank 0 is stopped or gone. All ranks are ended"));
+  return meeting;
 }
 
 }  // namespace
 
 WatchChannel::WatchChannel(double patience_s) : impl_(std::make_unique<Impl>()) {
-  impl_->hosts = meet(patience_s);
-  if (MPI_Comm_dup(MPI_COMM_WORLD, &impl_->comm) != MPI_SUCCESS) throw SystemError("MPI_Comm_dup failed");
+  const auto meeting = meet(patience_s);
+  impl_->comm = meeting->comm;
+  for (const Name& name : meeting->hosts) impl_->hosts.emplace_back(name.data());
   MPI_Comm_set_errhandler(impl_->comm, MPI_ERRORS_RETURN);
 }
 

@@ -153,7 +153,7 @@ std::vector<Field> fields(Config& c) {
       {"train.accumulation", &c.train.accumulation, "micro-batches", "a step", {}, 1, 1e6},
       {"train.recompute", &c.train.recompute, "", "activations computed again in backward instead of kept", Words{"none", "selective", "full"}},
       {"train.max_grad_norm", &c.train.max_grad_norm, "", "clip the gradient to this norm; 0: never", {}, 0, inf},
-      {"train.gradients", &c.train.gradients, "file", "safetensors file for the first step's gradients, in float32 (float64 of float64 weights)", {}},
+      {"train.gradients", &c.train.gradients, "file", "safetensors file for the first step's gradients, in float32", {}},
       {"train.threads", &c.train.threads, "threads", "a rank; 0: cores / ranks on the host", {}, 0, 4096},
       {"optim.kind", &c.optim.kind, "", "rule of the update", Words{"adamw"}},
       {"optim.lr", &c.optim.lr, "", "highest learning rate", {}, 0, 1e6},

@@ -58,6 +58,8 @@ void AdamW::step(double lr, double grad_scale) {
     for (size_t i = 0; i < tensors_.size(); ++i) update(i, 0, tensors_[i].weight, tensors_[i].grad);
 }
 
+int64_t AdamW::bytes_fetched() const { return staging_ ? staging_->bytes_fetched() : 0; }
+
 std::vector<OptimState> AdamW::state() const {
   std::vector<OptimState> all;
   for (size_t i = 0; i < tensors_.size(); ++i) {

@@ -48,6 +48,8 @@ class AdamW {
   std::vector<OptimState> state() const;
   const std::vector<OptimTensor>& tensors() const { return tensors_; }
 
+  int64_t bytes_fetched() const;  // with offload: of gradients and weights that came to the host's buffers, since the start
+
   // Bytes of state for a parameter element of `dtype`; for plans before anything is allocated.
   static uint64_t state_bytes_per_element(at::ScalarType dtype);
 

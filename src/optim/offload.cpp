@@ -36,8 +36,9 @@ void HostStaging::fetch(size_t k) {
   const Piece& piece = pieces_[k];
   Buffers& buffers = buffers_[k % buffers_.size()];
   front(buffers.gradient, piece.gradient).copy_(piece.gradient, /*non_blocking=*/true);
+  bytes_fetched_ += static_cast<int64_t>(piece.gradient.nbytes());
   if (piece.weight.scalar_type() == compute_dtype(piece.weight.scalar_type()))
-    front(buffers.weight, piece.weight).copy_(piece.weight, /*non_blocking=*/true);
+    front(buffers.weight, piece.weight).copy_(piece.weight, /*non_blocking=*/true), bytes_fetched_ += static_cast<int64_t>(piece.weight.nbytes());
   if (piece.weight.is_cpu()) return;
   buffers.arrived.emplace(piece.weight.device().type());
   buffers.arrived->record(c10::impl::VirtualGuardImpl(piece.weight.device().type()).getStream(piece.weight.device()));

@@ -23,6 +23,7 @@ class HostStaging {
   // pieces are then still on their way, in its current stream.
   using Update = std::function<void(size_t tensor, int64_t begin, const at::Tensor& weight, const at::Tensor& gradient)>;
   void for_pieces(const Update& update);
+  int64_t bytes_fetched() const { return bytes_fetched_; }  // since the start
 
   // Bytes of the buffers where the largest tensor has so many elements of `dtype`.
   static uint64_t bytes(int64_t largest, at::ScalarType dtype);
@@ -41,6 +42,7 @@ class HostStaging {
 
   std::vector<Piece> pieces_;
   std::array<Buffers, 2> buffers_;
+  int64_t bytes_fetched_ = 0;
 };
 
 }  // namespace trireme

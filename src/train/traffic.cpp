@@ -87,7 +87,7 @@ Gathers gathered_blocks(const MeshModel& model, const Config& config, const Mesh
     start(block);
     ++units[block].uses;
     const int64_t next = block < 0 ? first : backward ? block - 1 : block + 1;
-    if (next >= first && next <= last) start(next);
+    if (config.comm.overlap && next >= first && next <= last) start(next);
   };
   auto release = [&](int64_t block, bool backward) {
     Unit& unit = units[block];

@@ -273,7 +273,9 @@ void Worker::write_gradients(const std::string& path) const {
   std::vector<Parameter> gradients;
   for (const auto& slice : reducer_->gathered()) gradients.push_back({slice.name, slice.gradient, slice.shard});
   agree_on(comms_.world, [&] {
-    write_safetensors(path, whole_tensors(gradients, comms_.world), {}, comms_.world.rank() == 0);
+    std::vector<TensorSource> tensors = whole_tensors(gradients, comms_.world);
+    for (auto& tensor : tensors) tensor.dtype = at::kFloat;
+    write_safetensors(path, tensors, {}, comms_.world.rank() == 0);
   });
 }
 
