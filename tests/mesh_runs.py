@@ -57,7 +57,8 @@ def work(tmp_path_factory):
     folder = tmp_path_factory.mktemp("mesh")
     for kind, (shape, _, _) in KINDS.items():
         (folder / f"{kind}.json").write_text(json.dumps(SHAPE | shape))
-    train(folder, "lora_tied_packed", "learnt", "--lora.rank=4", "--lora.dropout=0.2", "--optim.lr=0.02", "--train.steps=2", "--eval.every=0", begins=True)
+    train(folder, "lora_tied_packed", "learnt", "--lora.rank=4", "--lora.dropout=0.2", "--optim.lr=0.02", "--train.steps=2", "--schedule.warmup_steps=0",
+          "--eval.every=0", begins=True)
     return folder
 
 
