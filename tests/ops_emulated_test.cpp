@@ -31,6 +31,7 @@ struct Emulated {
     using K = kernels::Kernels;
     static K all{};
     Counted<&K::rms_norm_forward>{all}, Counted<&K::rms_norm_backward>{all}, Counted<&K::rope>{all}, Counted<&K::glu_forward>{all}, Counted<&K::glu_backward>{all}, Counted<&K::dropout>{all};
+    Counted<&K::attention_forward>{all}, Counted<&K::attention_backward>{all};
     num_calls = 0;
     set_kernels(at::kCPU, &all);
   }
@@ -107,6 +108,18 @@ TEST_P(OpsEmulated, Dropout) {
   // Forward, and for each gradient that goes through the mask: of a, which is computed anew, and of x, which is added to.
   const at::Tensor base = random({24, 40});
   expect_same([&](const auto& in) { return std::vector{lora_linear(in[0], base, {}, in[1], in[2], 2.0, key)}; }, {random({7, 40}), random({4, 40}), random({24, 4})}, 3);
+}
+
+// Two segments, the second with more keys than queries; a window; four heads to two of keys.
+TEST_P(OpsEmulated, Attention) {
+  at::manual_seed(4);
+  AttentionSpec spec{{0, 21, 40}, {0, 21, 60}};
+  for (int64_t window : {-1, 9}) {
+    spec.window = window;
+    expect_same([&](const auto& in) { return std::vector{attention(in[0], in[1], in[2], spec)}; }, {random({40, 4, 64}), random({60, 2, 64}), random({60, 2, 64})},
+                GetParam() == at::kFloat ? 0 : 2);
+  }
+  expect_same([&](const auto& in) { return std::vector{attention(in[0], in[1], in[2], spec)}; }, {random({40, 2, 24}), random({60, 2, 24}), random({60, 2, 24})}, 0);
 }
 
 INSTANTIATE_TEST_SUITE_P(Types, OpsEmulated, testing::Values(at::kFloat, at::kBFloat16, at::kHalf), [](const auto& type) { return std::string(c10::toString(type.param)); });

@@ -4,6 +4,7 @@
 #include <array>
 
 #include "ops/attention_bf16.h"
+#include "ops/attention_device.h"
 #include "ops/op_support.h"
 #include "ops/ops.h"
 
@@ -230,6 +231,7 @@ at::Tensor attention(const at::Tensor& q_THD, const at::Tensor& k_SKD, const at:
                 spec.cu_seqlens_q.size(), " and ", spec.cu_seqlens_k.size(), " bounds");
   TRIREME_CHECK(spec.window < 0 || (spec.causal && spec.window > 0), "window ", spec.window);
   const double scale = spec.scale != 0.0 ? spec.scale : 1.0 / std::sqrt(static_cast<double>(q_THD.size(2)));
+  if (has_device_attention(q_THD)) return device_attention(q_THD, k_SKD, v_SKD, spec, scale);
   return Attention::apply(q_THD, k_SKD, v_SKD, cut(spec), scale);
 }
 
