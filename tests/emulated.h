@@ -34,7 +34,7 @@ class Guarded {
   Guarded& operator=(const Guarded&) = delete;
 
   template <typename T = void>
-  T* as() {
+  T* as() const {
     return reinterpret_cast<T*>(data_);
   }
   size_t num_bytes() const { return num_bytes_; }

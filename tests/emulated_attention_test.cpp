@@ -6,15 +6,10 @@
 // exp2_approx and a rescaling each add some e, the latter once a tile. p and dS are rounded by u for the second
 // product, results once more by u. Each bound below is the sum of these, from magnitudes computed in fp64, element by
 // element; see Bound.
-#include <gtest/gtest.h>
-#include <sys/mman.h>
+#include "emulated.h"
 
 #include <algorithm>
-#include <cmath>
-#include <cstring>
-#include <random>
 
-#include "kernels/arch.h"
 #include "kernels/attention.h"
 #include "kernels/reference/attention.h"
 
@@ -24,11 +19,12 @@ namespace {
 using Doubles = std::vector<double>;
 using emulated::arch::bf16;
 using emulated::arch::fp16;
+using test::Guarded;
+using test::smallest_unit;
+using test::unit;
 using Seqlens = std::vector<int32_t>;
 
 constexpr double kE = 0x1p-24;
-double rounding(Type type) { return type == Type::kBFloat16 ? 0x1p-8 : 0x1p-11; }
-double smallest(Type type) { return type == Type::kBFloat16 ? 0 : 0x1p-25; }  // half of fp16's smallest step
 
 uint16_t encode(Type type, double x) {
   const float f = static_cast<float>(x);
@@ -37,31 +33,6 @@ uint16_t encode(Type type, double x) {
 double decode(Type type, uint16_t bits) {
   return type == Type::kBFloat16 ? emulated::arch::to_float(bf16{bits}) : emulated::arch::to_float(fp16{bits});
 }
-
-// Bytes that end right before a page that nobody may touch; all are ones (NaNs) at first.
-class Guarded {
- public:
-  explicit Guarded(size_t bytes) : bytes_((bytes + 15) / 16 * 16) {
-    pages_ = (bytes_ + kPage - 1) / kPage * kPage + 2 * kPage;
-    base_ = static_cast<char*>(mmap(nullptr, pages_, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0));
-    mprotect(base_, kPage, PROT_NONE);
-    mprotect(base_ + pages_ - kPage, kPage, PROT_NONE);
-    std::memset(data(), 0xff, bytes_);
-  }
-  Guarded(const Guarded&) = delete;
-  Guarded& operator=(const Guarded&) = delete;
-  ~Guarded() { munmap(base_, pages_); }
-  char* data() const { return base_ + pages_ - kPage - bytes_; }
-  template <typename T>
-  T* as() const {
-    return reinterpret_cast<T*>(data());
-  }
-
- private:
-  static constexpr size_t kPage = 4096;
-  size_t bytes_, pages_;
-  char* base_;
-};
 
 // [rows, heads, D] of 16 bits, kPadding elements of NaN behind each row.
 class Tensor {
@@ -92,8 +63,8 @@ class Tensor {
   std::vector<uint16_t> bits() const {
     return {memory_.as<uint16_t>(), memory_.as<uint16_t>() + rows_ * (width_ + kPadding)};
   }
-  ConstHeads in() const { return {memory_.data(), width_ + kPadding, dim_}; }
-  Heads out() { return {memory_.data(), width_ + kPadding, dim_}; }
+  ConstHeads in() const { return {memory_.as(), width_ + kPadding, dim_}; }
+  Heads out() { return {memory_.as(), width_ + kPadding, dim_}; }
 
  private:
   Type type_;
@@ -179,7 +150,7 @@ struct Device {
     const int64_t bytes = attention_backward_workspace_bytes(shape, deterministic);
     const Guarded workspace(static_cast<size_t>(bytes));
     emulated::attention_backward({shape, q.in(), k.in(), v.in(), o.in(), grad_o.in(), lse.as<float>(), grad_q.out(),
-                                  grad_k.out(), grad_v.out(), deterministic, workspace.data(), bytes},
+                                  grad_k.out(), grad_v.out(), deterministic, workspace.as(), bytes},
                                  nullptr);
   }
 };
@@ -225,9 +196,9 @@ struct Bounds {
 Bounds gradient_bounds(const Case& c, const Inputs& x, const reference::AttentionOutput& right,
                        const reference::AttentionGradients& grad) {
   const size_t dim = static_cast<size_t>(c.spec.head_dim);
-  const double u = rounding(c.type), p_error = probability_error(c, x),
+  const double u = unit(c.type), p_error = probability_error(c, x),
                sum = 2 * kE * static_cast<double>(c.queries() * c.spec.num_heads + c.keys());
-  const double step = smallest(c.type), scale = c.scale();
+  const double step = smallest_unit(c.type), scale = c.scale();
   Bounds b{Doubles(x.q.size()), Doubles(x.k.size()), Doubles(x.k.size())};
   Doubles p;
   reference::for_each_row(c.spec, [&](const reference::Row& row) {
@@ -263,11 +234,11 @@ void expect_right(const Case& c) {
   const Inputs x = make_inputs(c);
   const reference::AttentionOutput right = attention(c.spec, x.q, x.k, x.v),
                                    size = attention(c.spec, x.q, x.k, magnitudes(x.v));
-  const double u = rounding(c.type), p = probability_error(c, x), n = static_cast<double>(c.keys());
+  const double u = unit(c.type), p = probability_error(c, x), n = static_cast<double>(c.keys());
   Doubles bound, lse_bound;
   for (size_t i = 0; i < right.o.size(); ++i)
     bound.push_back(1.01 * ((u + 2 * p + 4 * n * kE) * size.o[i] + u * std::abs(right.o[i])) +
-                    smallest(c.type) * (1 + 4 * n));
+                    smallest_unit(c.type) * (1 + 4 * n));
   for (double lse : right.lse) lse_bound.push_back(p + 2 * n * kE + 4 * kE * (1 + std::abs(lse)));
   emulated::set_seed(c.seed);
   Device d(c, x);
@@ -436,15 +407,15 @@ void expect_decode(Type type, int dim, int heads, int key_heads, const Seqlens& 
   call.lengths = device_lengths.as<int32_t>(), call.max_length = longest;
   call.workspace_bytes = decode_attention_workspace_bytes(call);
   const Guarded workspace(static_cast<size_t>(call.workspace_bytes));
-  call.workspace = workspace.data();
+  call.workspace = workspace.as();
   emulated::decode_attention(call, nullptr);
   const reference::AttentionOutput right = attention(c.spec, x.q, x.k, x.v),
                                    size = attention(c.spec, x.q, x.k, magnitudes(x.v));
-  const double u = rounding(type), p = probability_error(c, x), n = static_cast<double>(longest);
+  const double u = unit(type), p = probability_error(c, x), n = static_cast<double>(longest);
   Doubles bound;
   for (size_t i = 0; i < right.o.size(); ++i)
     bound.push_back(1.01 * ((u + 2 * p + 4 * n * kE) * size.o[i] + u * std::abs(right.o[i])) +
-                    smallest(type) * (1 + 4 * n));
+                    smallest_unit(type) * (1 + 4 * n));
   EXPECT_LE(worst(o.get(), right.o, bound), 1);
 }
 
