@@ -67,6 +67,32 @@ struct RmsNormBackward {
 constexpr int64_t kRmsNormPartials = 512;  // sums of the weights' gradient: a few for each multiprocessor
 constexpr int64_t rms_norm_workspace(int64_t num_rows, int64_t width) { return std::min(num_rows, kRmsNormPartials) * width; }
 
+// y = (s - mean) * rstd * weight + bias, rounded once, mean over a row, rstd = 1 / sqrt(mean((s - mean)^2) + eps), s as above (Ba et
+// al. 2016; rounded as torch's). Rows as above.
+struct LayerNormForward {
+  Type type;
+  int64_t num_rows, width;
+  const void *x, *residual;      // [rows, width]; residual: null for none
+  const void *weight, *bias;     // [width]; bias: null for none
+  float eps;
+  void *y, *sum;                 // [rows, width]; sum: s, with a residual only
+  float *mean, *rstd;            // [rows]
+};
+
+// With g = grad_y * weight, n = (s - mean) * rstd: grad_x = rstd * (g - mean(g) - n * mean(g * n)) + grad_sum;
+// grad_weight and grad_bias = sums over the rows of grad_y * n and of grad_y.
+struct LayerNormBackward {
+  Type type;
+  int64_t num_rows, width;
+  const void *grad_y, *grad_sum;     // [rows, width]; grad_sum: null for none
+  const void *s, *weight;
+  const float *mean, *rstd;
+  void* grad_x;                      // [rows, width]; null: not wanted
+  float *grad_weight, *grad_bias;    // [width], fp32; null: not wanted
+  float* workspace;                  // layer_norm_workspace(num_rows, width) elements, where one of these is wanted
+};
+constexpr int64_t layer_norm_workspace(int64_t num_rows, int64_t width) { return 2 * rms_norm_workspace(num_rows, width); }
+
 // y = x * (0, or 1 / (1 - p)), or with `add` y + that, rounded once; x may be y. An element's 32 bits, below floor(2^32 p) dropped, are
 // word c / 16 % 4 of the Philox block with stream kDropout (base/random.h), high counter row_ids[row] and low counter
 // module * 2^32 + c / 64 * 16 + c % 16, where c = first_feature + its column: the CPU's, and the same on any mesh and when computed
@@ -256,6 +282,8 @@ struct Kernels {
   void (*decode_attention)(const AttentionDecode&, Stream);
   void (*rms_norm_forward)(const RmsNormForward&, Stream);
   void (*rms_norm_backward)(const RmsNormBackward&, Stream);
+  void (*layer_norm_forward)(const LayerNormForward&, Stream);
+  void (*layer_norm_backward)(const LayerNormBackward&, Stream);
   void (*dropout)(const Dropout&, Stream);
   void (*rope)(const Rope&, Stream);
   void (*glu_forward)(const GluForward&, Stream);

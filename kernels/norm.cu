@@ -1,4 +1,5 @@
-// RMSNorm: one pass over memory in each direction. A team of threads, a warp or a block, has a row in its registers.
+// RMSNorm and LayerNorm, which has a mean to take off and a bias to add: one pass over memory in each direction. A team of
+// threads, a warp or a block, has a row in its registers.
 #include <algorithm>
 
 #include "kernels/arch.h"
@@ -44,10 +45,13 @@ ARCH_FN float team_sum(float x, int num_sums) {
   if constexpr (kTeam == arch::kWarp) return arch::warp_sum(x);
   else return arch::block_sum<kTeam>(x, arch::shared<float>(num_sums % 2 * kTeam / 8, kTeam / arch::kWarp));  // in turns: free again after the next
 }
+template <int kTeam>
+constexpr int kSumBytes = kTeam == arch::kWarp ? 0 : kTeam / 4;
 
-template <typename T, int kTeam, int kPer>
+// kCentred: LayerNorm.
+template <typename T, int kTeam, int kPer, bool kCentred>
 struct Forward {
-  using Params = RmsNormForward;
+  using Params = LayerNormForward;
   static constexpr int kThreads = kTeam == arch::kWarp ? 256 : kTeam;
   static constexpr int kBlocks = std::max(1, (sizeof(T) == 2 ? 1024 : 512) / kThreads);  // 64 or 128 registers: a row, and vectors of another
   using R = Row<T, kTeam, kPer>;
@@ -63,31 +67,60 @@ struct Forward {
       s.combine(static_cast<const char*>(p.residual) + begin, width, lane, [](float& x, float y) { x = rounded<T>(x + y); });
       s.store(static_cast<char*>(p.sum) + begin, width, lane);
     }
+    if constexpr (kCentred) {
+      float sum = 0;
+      ARCH_UNROLL
+      for (float x : s.value) sum += x;
+      const float mean = team_sum<kTeam>(sum, 1) / static_cast<float>(width);
+      s.each(width, lane, [&](float* x, int) {  // no others: they are 0
+        ARCH_UNROLL
+        for (int e = 0; e < kPer; ++e) x[e] -= mean;
+      });
+      if (lane == 0) p.mean[row] = mean;
+    }
     float squares = 0;
     ARCH_UNROLL
     for (float x : s.value) squares += x * x;
     const float rstd = arch::rsqrt(team_sum<kTeam>(squares, 0) / static_cast<float>(width) + p.eps);
-    s.combine(p.weight, width, lane, [&](float& x, float w) { x = rounded<T>(x * rstd) * w; });
+    if constexpr (kCentred) {
+      s.combine(p.weight, width, lane, [&](float& x, float w) { x = x * rstd * w; });
+      if (p.bias) s.combine(p.bias, width, lane, [](float& x, float b) { x += b; });
+    } else {
+      s.combine(p.weight, width, lane, [&](float& x, float w) { x = rounded<T>(x * rstd) * w; });
+    }
     s.store(static_cast<char*>(p.y) + begin, width, lane);
     if (lane == 0) p.rstd[row] = rstd;
   }
 };
 
-// Team number t takes rows t, t + num_teams, ...; its sums for the weights' gradient are row t of the workspace.
-template <typename T, int kTeam, int kPer>
+// Team number t takes rows t, t + num_teams, ...; its sums for the weight's gradient become row t of the workspace, those for the
+// bias row num_teams + t. Registers do not suffice for both: LayerNorm's are in shared memory, each thread's own.
+template <typename T, int kTeam, int kPer, bool kCentred>
 struct Backward {
-  struct Params : RmsNormBackward {
+  struct Params : LayerNormBackward {
     int64_t num_teams;
   };
   static constexpr int kThreads = kTeam == arch::kWarp ? 256 : kTeam;
   static constexpr int kBlocks = std::max(1, 512 / kThreads);  // 128 registers: three rows
   using R = Row<T, kTeam, kPer>;
+  static constexpr int kSharedBytes = kSumBytes<kTeam> + (kCentred ? 2 * R::kValues * kThreads * 4 : 0);
 
   ARCH_FN static void run(const Params& p) {
     const int lane = arch::thread_index() % kTeam, width = static_cast<int>(p.width);
     const int64_t team = int64_t{arch::block_index().x} * (kThreads / kTeam) + arch::thread_index() / kTeam;
     if (team >= p.num_teams) return;
     R sums;
+    auto weight_sum = [&](int i) -> float& {
+      if constexpr (kCentred) return arch::shared<float>(kSumBytes<kTeam>, R::kValues * kThreads)[i * kThreads + arch::thread_index()];
+      else return sums.value[i];
+    };
+    [[maybe_unused]] auto bias_sum = [&](int i) -> float& {
+      return arch::shared<float>(kSumBytes<kTeam> + R::kValues * kThreads * 4, R::kValues * kThreads)[i * kThreads + arch::thread_index()];
+    };
+    if constexpr (kCentred) {
+      ARCH_UNROLL
+      for (int i = 0; i < R::kValues; ++i) weight_sum(i) = bias_sum(i) = 0;
+    }
     int num_sums = 0;
     for (int64_t row = team; row < p.num_rows; row += p.num_teams) {
       const int64_t begin = row * p.width * int64_t{sizeof(T)};
@@ -95,26 +128,52 @@ struct Backward {
       R g, s;
       g.load(static_cast<const char*>(p.grad_y) + begin, width, lane);
       s.load(static_cast<const char*>(p.s) + begin, width, lane);
+      if constexpr (kCentred) {
+        const float mean = p.mean[row];
+        ARCH_UNROLL
+        for (float& x : s.value) x -= mean;  // beyond the row g is 0
+        if (p.grad_bias) {
+          ARCH_UNROLL
+          for (int i = 0; i < R::kValues; ++i) bias_sum(i) += g.value[i];
+        }
+      }
       if (p.grad_weight) {
         ARCH_UNROLL
-        for (int i = 0; i < R::kValues; ++i) sums.value[i] += g.value[i] * rounded<T>(s.value[i] * rstd);
+        for (int i = 0; i < R::kValues; ++i) weight_sum(i) += g.value[i] * (kCentred ? s.value[i] * rstd : rounded<T>(s.value[i] * rstd));
       }
       if (!p.grad_x) continue;
       g.combine(p.weight, width, lane, [](float& x, float w) { x *= w; });
+      if constexpr (kCentred) {
+        float sum = 0;
+        ARCH_UNROLL
+        for (float x : g.value) sum += x;
+        const float mean = team_sum<kTeam>(sum, 1) / static_cast<float>(width);
+        g.each(width, lane, [&](float* x, int) {
+          ARCH_UNROLL
+          for (int e = 0; e < kPer; ++e) x[e] -= mean;
+        });
+      }
       float products = 0;
       ARCH_UNROLL
       for (int i = 0; i < R::kValues; ++i) products += g.value[i] * s.value[i];
-      const float mean = team_sum<kTeam>(products, num_sums++) / static_cast<float>(width) * rstd * rstd;
+      const float mean = team_sum<kTeam>(products, kCentred ? 0 : num_sums++) / static_cast<float>(width) * rstd * rstd;
       ARCH_UNROLL
       for (int i = 0; i < R::kValues; ++i) g.value[i] = (g.value[i] - s.value[i] * mean) * rstd;
       if (p.grad_sum) g.combine(static_cast<const char*>(p.grad_sum) + begin, width, lane, [](float& x, float y) { x += y; });
       g.store(static_cast<char*>(p.grad_x) + begin, width, lane);
     }
-    if (!p.grad_weight) return;
-    sums.each(width, lane, [&](const float* x, int column) {
+    auto put = [&](const auto& sum, int64_t row) {
       ARCH_UNROLL
-      for (int e = 0; e < kPer; ++e) p.workspace[team * p.width + column + e] = x[e];
-    });
+      for (int i = 0; i < R::kValues; ++i) sums.value[i] = sum(i);
+      sums.each(width, lane, [&](const float* x, int column) {
+        ARCH_UNROLL
+        for (int e = 0; e < kPer; ++e) p.workspace[row * p.width + column + e] = x[e];
+      });
+    };
+    if (p.grad_weight) put(weight_sum, team);
+    if constexpr (kCentred) {
+      if (p.grad_bias) put(bias_sum, p.num_teams + team);
+    }
   }
 };
 
@@ -159,32 +218,48 @@ void with_team(const char* name, int64_t num_rows, int64_t width, std::initializ
   else with_per(Constant<1>());
 }
 
-void forward(const RmsNormForward& p, Stream stream) {
+template <bool kCentred>
+void forward(const char* name, const LayerNormForward& p, Stream stream) {
   with_type(p.type, [&]<typename T>(T) {
-    with_team<T>("rms_norm_forward", p.num_rows, p.width, {p.x, p.residual, p.sum, p.y, p.weight}, [&](auto team, auto per) {
-      using Kernel = Forward<T, team(), per()>;
-      arch::launch<Kernel>(blocks_of(p.num_rows, Kernel::kThreads / team()), team() / 4, stream, p);
+    with_team<T>(name, p.num_rows, p.width, {p.x, p.residual, p.sum, p.y, p.weight, p.bias}, [&](auto team, auto per) {
+      using Kernel = Forward<T, team(), per(), kCentred>;
+      arch::launch<Kernel>(blocks_of(p.num_rows, Kernel::kThreads / team()), kSumBytes<team()>, stream, p);
     });
   });
 }
 
-void backward(const RmsNormBackward& p, Stream stream) {
-  const int64_t partials = p.grad_weight ? std::min(p.num_rows, kRmsNormPartials) : p.num_rows;
+template <bool kCentred>
+void backward(const char* name, const LayerNormBackward& p, Stream stream) {
+  const int64_t partials = p.grad_weight || p.grad_bias ? std::min(p.num_rows, kRmsNormPartials) : p.num_rows;
   with_type(p.type, [&]<typename T>(T) {
-    with_team<T>("rms_norm_backward", p.num_rows, p.width, {p.grad_y, p.grad_sum, p.s, p.weight, p.grad_x}, [&](auto team, auto per) {
-      using Kernel = Backward<T, team(), per()>;
-      arch::launch<Kernel>(blocks_of(partials, Kernel::kThreads / team()), team() / 4, stream, {p, partials});
+    with_team<T>(name, p.num_rows, p.width, {p.grad_y, p.grad_sum, p.s, p.weight, p.grad_x}, [&](auto team, auto per) {
+      using Kernel = Backward<T, team(), per(), kCentred>;
+      arch::launch<Kernel>(blocks_of(partials, Kernel::kThreads / team()), Kernel::kSharedBytes, stream, {p, partials});
     });
   });
-  if (p.grad_weight)
-    arch::launch<SumPartials>(blocks_of(p.width, arch::kWarp), SumPartials::kThreads * int{sizeof(float)}, stream, {p.workspace, p.grad_weight, partials, p.width});
+  auto sum = [&](int64_t first, float* to) {
+    if (to) arch::launch<SumPartials>(blocks_of(p.width, arch::kWarp), SumPartials::kThreads * int{sizeof(float)}, stream, {p.workspace + first * p.width, to, partials, p.width});
+  };
+  sum(0, p.grad_weight);
+  sum(partials, p.grad_bias);
 }
+
+void rms_norm_forward(const RmsNormForward& p, Stream stream) {
+  forward<false>("rms_norm_forward", {p.type, p.num_rows, p.width, p.x, p.residual, p.weight, nullptr, p.eps, p.y, p.sum, nullptr, p.rstd}, stream);
+}
+void rms_norm_backward(const RmsNormBackward& p, Stream stream) {
+  backward<false>("rms_norm_backward", {p.type, p.num_rows, p.width, p.grad_y, p.grad_sum, p.s, p.weight, nullptr, p.rstd, p.grad_x, p.grad_weight, nullptr, p.workspace}, stream);
+}
+void layer_norm_forward(const LayerNormForward& p, Stream stream) { forward<true>("layer_norm_forward", p, stream); }
+void layer_norm_backward(const LayerNormBackward& p, Stream stream) { backward<true>("layer_norm_backward", p, stream); }
 
 }  // namespace
 
 void add_norm(Kernels& kernels) {
-  kernels.rms_norm_forward = forward;
-  kernels.rms_norm_backward = backward;
+  kernels.rms_norm_forward = rms_norm_forward;
+  kernels.rms_norm_backward = rms_norm_backward;
+  kernels.layer_norm_forward = layer_norm_forward;
+  kernels.layer_norm_backward = layer_norm_backward;
 }
 
 }  // namespace trireme::kernels::TRIREME_ARCH

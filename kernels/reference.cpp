@@ -2,6 +2,7 @@
 
 #include <algorithm>
 #include <cmath>
+#include <numeric>
 
 namespace trireme::kernels::reference {
 
@@ -48,6 +49,40 @@ RmsNormGradient rms_norm_gradient(Type type, const Values& grad_y, const Values&
       const double g = grad_y[begin + c] * weight[c];
       out.x[begin + c] = rstd[row] * (g - s[begin + c] * rstd[row] * rstd[row] * mean) + (grad_sum.empty() ? 0 : grad_sum[begin + c]);
     }
+  }
+  return out;
+}
+
+LayerNorm layer_norm(Type type, const Values& x, const Values& residual, const Values& weight, const Values& bias, double eps) {
+  const size_t width = weight.size();
+  LayerNorm out{x, {}, {}, x};
+  for (size_t i = 0; i < residual.size(); ++i) out.s[i] = round_to(type, x[i] + residual[i]);
+  for (size_t row = 0; row < x.size() / width; ++row) {
+    const auto s = out.s.begin() + static_cast<int64_t>(row * width);
+    const double mean = std::accumulate(s, s + static_cast<int64_t>(width), 0.0) / static_cast<double>(width);
+    double squares = 0;
+    for (size_t c = 0; c < width; ++c) squares += std::pow(s[static_cast<int64_t>(c)] - mean, 2);
+    out.mean.push_back(mean);
+    out.rstd.push_back(1 / std::sqrt(squares / static_cast<double>(width) + eps));
+    for (size_t c = 0; c < width; ++c) out.y[row * width + c] = (out.s[row * width + c] - mean) * out.rstd[row] * weight[c] + (bias.empty() ? 0 : bias[c]);
+  }
+  return out;
+}
+
+LayerNormGradient layer_norm_gradient(const Values& grad_y, const Values& grad_sum, const Values& s, const Values& weight, const Values& mean, const Values& rstd) {
+  const size_t width = weight.size();
+  LayerNormGradient out{Values(s.size()), Values(width), Values(width)};
+  for (size_t row = 0; row < rstd.size(); ++row) {
+    const size_t begin = row * width;
+    auto n = [&](size_t c) { return (s[begin + c] - mean[row]) * rstd[row]; };
+    double mean_g = 0, mean_gn = 0;
+    for (size_t c = 0; c < width; ++c) {
+      const double grad = grad_y[begin + c], g = grad * weight[c] / static_cast<double>(width);
+      out.weight[c] += grad * n(c), out.bias[c] += grad;
+      mean_g += g, mean_gn += g * n(c);
+    }
+    for (size_t c = 0; c < width; ++c)
+      out.x[begin + c] = rstd[row] * (grad_y[begin + c] * weight[c] - mean_g - n(c) * mean_gn) + (grad_sum.empty() ? 0 : grad_sum[begin + c]);
   }
   return out;
 }

@@ -24,6 +24,16 @@ struct RmsNormGradient {
 };
 RmsNormGradient rms_norm_gradient(Type type, const Values& grad_y, const Values& grad_sum, const Values& s, const Values& weight, const Values& rstd);
 
+struct LayerNorm {
+  Values s, mean, rstd, y;
+};
+LayerNorm layer_norm(Type type, const Values& x, const Values& residual, const Values& weight, const Values& bias, double eps);  // residual, bias: may be empty
+
+struct LayerNormGradient {
+  Values x, weight, bias;
+};
+LayerNormGradient layer_norm_gradient(const Values& grad_y, const Values& grad_sum, const Values& s, const Values& weight, const Values& mean, const Values& rstd);
+
 // x and y: tokens of num_heads heads; tables of rotary_dims values a token.
 Values rope(const Values& x, int64_t num_heads, int64_t head_dim, const Values& cos, const Values& sin, bool inverse);
 
