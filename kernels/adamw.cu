@@ -126,12 +126,13 @@ struct SumSquares {
   }
 };
 
-ARCH_FN void set_clip(double squares, const ClipFactor& p) {
-  const double norm = arch::sqrt(squares);
+ARCH_FN void set_clip(double squares, const Clip& p) {
+  const double root = arch::sqrt(squares), norm = p.scale * root;
   if (p.norm) *p.norm = static_cast<float>(norm);
+  if (!p.factor || (p.hold && *p.factor != *p.factor)) return;
   // Not finite: NaN, for infinity would make a factor of 0 that looks like a step.
-  const double factor = p.max_norm > 0 ? p.max_norm / (norm + 1e-6) : 1.0;
-  if (p.factor) *p.factor = norm - norm == 0 ? static_cast<float>(factor < 1 ? factor : 1.0) : static_cast<float>(norm - norm);
+  const double clip = p.max_norm > 0 ? p.max_norm / (norm + 1e-6) : 1.0;
+  *p.factor = root - root == 0 ? static_cast<float>(p.scale * (clip < 1 ? clip : 1.0)) : static_cast<float>(root - root);
 }
 
 struct SumOfPartials {
@@ -139,7 +140,7 @@ struct SumOfPartials {
     const double* partials;
     int64_t num_partials;
     double* squares;
-    ClipFactor clip;
+    Clip clip;
   };
   static constexpr int kThreads = 1024;
 
@@ -153,11 +154,11 @@ struct SumOfPartials {
   }
 };
 
-struct Clip {
+struct FactorOfSquares {
   using Params = ClipFactor;
   static constexpr int kThreads = 32;
   ARCH_FN static void run(const Params& p) {
-    if (arch::thread_index() == 0) set_clip(*p.squares, p);
+    if (arch::thread_index() == 0) set_clip(*p.squares, p.clip);
   }
 };
 
@@ -173,10 +174,10 @@ void gradient_norm(const GradientNorm& p, Stream stream) {
     });
   });
   arch::launch<SumOfPartials>({1, 1, 1}, SumOfPartials::kThreads / arch::kWarp * int{sizeof(double)}, stream,
-                              {p.workspace, num_partials, p.squares, {p.squares, p.max_norm, p.norm, p.factor}});
+                              {p.workspace, num_partials, p.squares, p.clip});
 }
 
-void clip_factor(const ClipFactor& p, Stream stream) { arch::launch<Clip>({1, 1, 1}, 0, stream, p); }
+void clip_factor(const ClipFactor& p, Stream stream) { arch::launch<FactorOfSquares>({1, 1, 1}, 0, stream, p); }
 
 }  // namespace
 

@@ -14,12 +14,14 @@ struct Converted {
   static constexpr int kThreads = Parts::kThreads;
 
   ARCH_FN static void run(const Params& p) {
+    const float scale = p.factor ? p.scale * *p.factor : p.scale;
+    if (p.x == p.y && !p.add && scale == 1) return;
     with_part<kPer>(p.parts, [&](int64_t, int64_t i, int64_t count) {
       float x[kPer] = {}, y[kPer] = {};
       load_part<From, kPer>(static_cast<const From*>(p.x) + i, count, x);
       if (p.add) load_part<To, kPer>(static_cast<const To*>(p.y) + i, count, y);
       ARCH_UNROLL
-      for (int e = 0; e < kPer; ++e) x[e] = p.add ? y[e] + p.scale * x[e] : p.scale * x[e];
+      for (int e = 0; e < kPer; ++e) x[e] = p.add ? y[e] + scale * x[e] : scale * x[e];
       store_part<To, kPer>(static_cast<To*>(p.y) + i, count, x);
     });
   }

@@ -193,8 +193,17 @@ struct AdamW {
   uint64_t seed, step;              // of the random rounding; step < 2^32
 };
 
+// norm = scale * sqrt(squares), factor = scale * min(1, max_norm / (norm + 1e-6)), or scale where max_norm is not positive: of gradients
+// that are yet to be multiplied by `scale`. factor is NaN where squares are not finite. With `hold` a factor that is NaN stays NaN: steps
+// after one that was not taken are not taken either until the host, which learns of it late, writes another number there.
+struct Clip {
+  double max_norm, scale;
+  float *norm, *factor;           // null: not wanted
+  bool hold;
+};
+
 // squares = the sum of the squares of all values, in fp64; in two launches (some 1,500 tensors each). The order of the sum depends on
-// the sizes alone. NaN and infinities stay. Then norm and factor as ClipFactor has them.
+// the sizes alone. NaN and infinities stay.
 struct GradientTensor {
   int64_t size;
   const void* data;
@@ -204,9 +213,8 @@ struct GradientNorm {
   const GradientTensor* tensors;  // on the host
   int64_t num_tensors;
   double* workspace;              // gradient_norm_workspace(tensors, num_tensors) elements
-  double max_norm;
   double* squares;
-  float *norm, *factor;           // null: not wanted
+  Clip clip;
 };
 constexpr int64_t kGradientChunk = 16384;
 constexpr int64_t gradient_norm_workspace(const GradientTensor* tensors, int64_t num_tensors) {
@@ -215,12 +223,10 @@ constexpr int64_t gradient_norm_workspace(const GradientTensor* tensors, int64_t
   return chunks;
 }
 
-// norm = sqrt(squares), factor = min(1, max_norm / (norm + 1e-6)), or 1 where max_norm is not positive; NaN where the norm is not
-// finite. For squares that were added up over ranks.
+// For squares that were added up over ranks.
 struct ClipFactor {
   const double* squares;
-  double max_norm;
-  float *norm, *factor;           // null: not wanted
+  Clip clip;
 };
 
 // y[t] = row ids[t] - first_id of the weight; zeros where it has none: ids of other devices.
@@ -246,7 +252,7 @@ struct EmbeddingGradient {
 };
 constexpr int64_t kEmbeddingTokens = 1 << 18;
 
-// y = scale * x, or with `add` y + scale * x, rounded to y's type; y may be x, of the same type.
+// y = scale * x, or with `add` y + scale * x, rounded to y's type; y may be x, of the same type, which with a product of 1 is left alone.
 struct Convert {
   Type from, to;
   int64_t count;
@@ -254,6 +260,7 @@ struct Convert {
   void* y;
   float scale;
   bool add;
+  const float* factor;  // of scale, on the device; null: 1
 };
 
 // y[c][r] = x[r][c], the same bits.

@@ -167,7 +167,8 @@ struct Norm {
 Norm norm_of(Type type, const std::vector<GradientTensor>& tensors, double max_norm) {
   Guarded workspace(gradient_norm_workspace(tensors.data(), static_cast<int64_t>(tensors.size())) * 8);
   Norm out{NAN, NAN, NAN};
-  emulated_kernels().gradient_norm({type, tensors.data(), static_cast<int64_t>(tensors.size()), workspace.as<double>(), max_norm, &out.squares, &out.norm, &out.factor}, nullptr);
+  emulated_kernels().gradient_norm({type, tensors.data(), static_cast<int64_t>(tensors.size()), workspace.as<double>(), &out.squares,
+                                     {max_norm, 1, &out.norm, &out.factor, false}}, nullptr);
   return out;
 }
 
@@ -195,10 +196,42 @@ TEST_P(GradientNormKernel, IsTheLoop) {
   EXPECT_EQ(norm_of(type, tensors, 1e6).factor, 1);
 
   float factor = 0;
-  emulated_kernels().clip_factor({&norm.squares, 2.5, nullptr, &factor}, nullptr);
+  emulated_kernels().clip_factor({&norm.squares, {2.5, 1, nullptr, &factor, false}}, nullptr);
   EXPECT_EQ(factor, norm.factor);
 }
 INSTANTIATE_TEST_SUITE_P(Types, GradientNormKernel, testing::Values(Type::kFloat32, Type::kBFloat16, Type::kFloat16));
+
+TEST(ClipFactorKernel, IsOfScaledGradients) {
+  const double squares = 36;
+  const auto factor_of = [&](double max_norm, double scale, float& norm) {
+    float factor = 0;
+    emulated_kernels().clip_factor({&squares, {max_norm, scale, &norm, &factor, false}}, nullptr);
+    return factor;
+  };
+  float norm = 0;
+  EXPECT_FLOAT_EQ(factor_of(2, 0.5, norm), static_cast<float>(0.5 * 2 / (3 + 1e-6)));
+  EXPECT_EQ(norm, 3);
+  EXPECT_EQ(factor_of(4, 0.5, norm), 0.5f);
+  EXPECT_EQ(factor_of(0, 0.25, norm), 0.25f);
+  EXPECT_EQ(norm, 1.5f);
+}
+
+TEST(ClipFactorKernel, HoldsWhatIsNoNumber) {
+  double squares = 4;
+  float norm = 0, factor = 5;
+  const auto run = [&](bool hold) { emulated_kernels().clip_factor({&squares, {0, 1, &norm, &factor, hold}}, nullptr); };
+  run(true);
+  EXPECT_EQ(factor, 1);
+  squares = INFINITY;
+  run(true);
+  EXPECT_TRUE(std::isnan(factor));
+  squares = 9;
+  run(true);
+  EXPECT_TRUE(std::isnan(factor));
+  EXPECT_EQ(norm, 3);
+  run(false);
+  EXPECT_EQ(factor, 1);
+}
 
 TEST(GradientNormKernel, ShowsWhatIsNotFinite) {
   for (double bad : {static_cast<double>(NAN), static_cast<double>(INFINITY), -static_cast<double>(INFINITY)}) {

@@ -29,7 +29,7 @@ TEST(ConvertKernels, RoundToTheNearest) {
         for (double& x : in) x = reference::round_to(from, x * std::pow(2.0, (&x - &in[0]) % 40 - 30));  // with those that float16 has few digits for
         in.back() = reference::round_to(from, 1e6);  // beyond float16
         Tensor x(from, in), y(to, count);
-        Convert p{from, to, count, x.memory.as<char>() + first * size_of(from), y.data(), 1, false};
+        Convert p{from, to, count, x.memory.as<char>() + first * size_of(from), y.data(), 1, false, nullptr};
         emulated_kernels().convert(p, nullptr);
         EXPECT_EQ(y.values(), reference::round_to(to, part_of(in, static_cast<size_t>(first))));
 
@@ -50,13 +50,28 @@ TEST(ConvertKernels, RoundToTheNearest) {
 
 TEST(ConvertKernels, ScaleInPlace) {
   Tensor x(Type::kBFloat16, {1, -2, 3, 0.5, NAN, INFINITY, 0, 7, 9});
-  emulated_kernels().convert({Type::kBFloat16, Type::kBFloat16, 9, x.data(), x.data(), 0.5f, false}, nullptr);
+  emulated_kernels().convert({Type::kBFloat16, Type::kBFloat16, 9, x.data(), x.data(), 0.5f, false, nullptr}, nullptr);
   const Values y = x.values();
   EXPECT_TRUE(std::isnan(y[4]));
   EXPECT_EQ(Values(y.begin(), y.begin() + 4), (Values{0.5, -1, 1.5, 0.25}));
   EXPECT_EQ(part_of(y, 5), (Values{INFINITY, 0, 3.5, 4.5}));
-  EXPECT_EQ(refusal([&] { emulated_kernels().convert({Type::kBFloat16, Type::kFloat16, 9, x.data(), x.data(), 1, false}, nullptr); }),
+  EXPECT_EQ(refusal([&] { emulated_kernels().convert({Type::kBFloat16, Type::kFloat16, 9, x.data(), x.data(), 1, false, nullptr}, nullptr); }),
             "convert in place: the types must be the same");
+}
+
+TEST(ConvertKernels, ScaleByAFactorOfTheDevice) {
+  for (const auto& [scale, factor] : std::vector<std::pair<float, float>>{{0.5f, 4}, {1, 1}, {1, NAN}}) {
+    Tensor x(Type::kFloat32, {1, -2, 3, 0.5, 7}), y(Type::kBFloat16, {1, 1, 1, 1, 1});
+    emulated_kernels().convert({Type::kFloat32, Type::kBFloat16, 5, x.data(), y.data(), scale, true, &factor}, nullptr);
+    emulated_kernels().convert({Type::kFloat32, Type::kFloat32, 5, x.data(), x.data(), scale, false, &factor}, nullptr);
+    const double product = double{scale} * double{factor};
+    if (std::isnan(product)) {
+      EXPECT_TRUE(std::isnan(x.values()[4]) && std::isnan(y.values()[4]));
+      continue;
+    }
+    EXPECT_EQ(x.values(), (Values{product, -2 * product, 3 * product, product / 2, 7 * product}));
+    EXPECT_EQ(y.values(), (Values{1 + product, 1 - 2 * product, 1 + 3 * product, 1 + product / 2, 1 + 7 * product}));
+  }
 }
 
 TEST(TransposeKernels, MoveEachValue) {

@@ -6,6 +6,7 @@
 #include "base/random.h"
 #include "model/initialize.h"
 #include "model/rope.h"
+#include "ops/device.h"
 #include "ops/ops.h"
 
 namespace trireme {
@@ -172,6 +173,8 @@ Transformer::Pass Transformer::prepare(const ModelInput& input, KvCache* cache) 
     TRIREME_CHECK(input.cu_seqlens.size() == 2, input.cu_seqlens.size());
     pass.cu_seqlens_k.back() += cache->length();
   }
+  pass.bounds_q = bounds_of(pass.cu_seqlens_q, device_);
+  pass.bounds_k = cache ? bounds_of(pass.cu_seqlens_k, device_) : pass.bounds_q;
   pass.cache = cache;
   at::Tensor angles = input.positions_T.to(inv_freq_.scalar_type()).unsqueeze(1) * inv_freq_.unsqueeze(0);
   angles = at::cat({angles, angles}, 1);
@@ -185,15 +188,11 @@ Transformer::Pass Transformer::prepare(const ModelInput& input, KvCache* cache) 
   TRIREME_CHECK(input.sample_ids.size() + 1 == input.cu_seqlens.size(), "dropout needs sample ids");
   pass.dropout.active = true;
   pass.dropout.seed = input.dropout_seed;
-  at::Tensor ids = at::empty({input.tokens_T.size(0)}, at::kLong);
-  auto* id = ids.data_ptr<int64_t>();
-  at::Tensor positions = input.positions_T.cpu();
-  const auto* position = positions.const_data_ptr<int64_t>();
+  std::vector<int64_t> ids;  // of sample and place in it
   for (size_t s = 0; s + 1 < input.cu_seqlens.size(); ++s)
-    for (int64_t t = input.cu_seqlens[s]; t < input.cu_seqlens[s + 1]; ++t)
-      id[t] = static_cast<int64_t>(random_bits(0, RandomStream::kDropout, static_cast<uint64_t>(input.sample_ids[s]),
-                                               static_cast<uint64_t>(position[t])));
-  pass.dropout.row_ids_T = ids.to(device_);
+    for (int64_t t = 0; t < input.cu_seqlens[s + 1] - input.cu_seqlens[s]; ++t)
+      ids.push_back(static_cast<int64_t>(random_bits(0, RandomStream::kDropout, static_cast<uint64_t>(input.sample_ids[s]), static_cast<uint64_t>(t))));
+  pass.dropout.row_ids_T = to_device(ids, device_);
   return pass;
 }
 
@@ -220,6 +219,8 @@ at::Tensor Transformer::attention(const Block& b, const ArrivingRows& x_TC, cons
   spec.cu_seqlens_q = pass.cu_seqlens_q;
   spec.cu_seqlens_k = pass.cu_seqlens_k;
   spec.window = b.window;
+  spec.bounds_q = pass.bounds_q;
+  spec.bounds_k = pass.bounds_k;
   at::Tensor out_THD = trireme::attention(q_THD, k_TKD, v_TKD, spec);
   return see(b.o.path, b.o.forward(out_THD.reshape({t, -1}), pass.dropout));
 }

@@ -11,9 +11,10 @@
 
 namespace trireme {
 
-// data/batch.h's SequenceBatch on the device. Several rows are one flat run: attention only looks at cu_seqlens.
+// data/batch.h's SequenceBatch on the device, but the targets. Several rows are one flat run: attention only looks at cu_seqlens.
 struct ModelInput {
-  at::Tensor tokens_T, targets_T, positions_T;  // int64 [T]; targets_T may be undefined where no loss is asked for
+  at::Tensor tokens_T, positions_T;             // int64 [T]
+  at::Tensor targets_T;                         // int64 [T], in host memory; may be undefined where no loss is asked for
   std::vector<int64_t> cu_seqlens;              // [segments + 1]
   std::vector<int64_t> sample_ids;              // [segments] keys the dropout masks; may be empty without dropout
   uint64_t dropout_seed = 0;                    // of the run; new masks in each epoch come from sample_ids, which tell the epoch
@@ -124,6 +125,7 @@ class Transformer {
   struct Pass {
     at::Tensor cos_TR, sin_TR;
     std::vector<int64_t> cu_seqlens_q, cu_seqlens_k;
+    at::Tensor bounds_q, bounds_k;  // the same, on the device
     DropoutContext dropout;
     KvCache* cache = nullptr;
     std::function<void(const std::string& path, const at::Tensor& output)> observe;  // empty, or told every output

@@ -229,6 +229,10 @@ at::Tensor attention(const at::Tensor& q_THD, const at::Tensor& k_SKD, const at:
   TRIREME_CHECK(spec.cu_seqlens_q.size() == spec.cu_seqlens_k.size() && !spec.cu_seqlens_q.empty() &&
                     spec.cu_seqlens_q.back() == q_THD.size(0) && spec.cu_seqlens_k.back() == k_SKD.size(0),
                 spec.cu_seqlens_q.size(), " and ", spec.cu_seqlens_k.size(), " bounds");
+  for (const at::Tensor& bounds : {spec.bounds_q, spec.bounds_k})
+    TRIREME_CHECK(!bounds.defined() || (bounds.device() == q_THD.device() && bounds.scalar_type() == at::kInt && bounds.is_contiguous() &&
+                                        bounds.numel() == static_cast<int64_t>(spec.cu_seqlens_q.size())),
+                  bounds.toString(), " ", bounds.sizes(), " of bounds");
   TRIREME_CHECK(spec.window < 0 || (spec.causal && spec.window > 0), "window ", spec.window);
   const double scale = spec.scale != 0.0 ? spec.scale : 1.0 / std::sqrt(static_cast<double>(q_THD.size(2)));
   if (has_device_attention(q_THD)) return device_attention(q_THD, k_SKD, v_SKD, spec, scale);

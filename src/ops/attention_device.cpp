@@ -24,10 +24,6 @@ at::Tensor readable(const at::Tensor& x) {
 kernels::ConstHeads in(const at::Tensor& x) { return {x.data_ptr(), x.stride(0), x.stride(1)}; }
 kernels::Heads out(const at::Tensor& x) { return {x.data_ptr(), x.stride(0), x.stride(1)}; }
 
-at::Tensor bounds(const std::vector<int64_t>& cu_seqlens, at::Device device) {
-  return at::tensor(cu_seqlens, at::kInt).to(device, /*non_blocking=*/true);
-}
-
 struct DeviceAttention : Function<DeviceAttention> {
   static kernels::AttentionShape shape_of(const at::Tensor& q, const at::Tensor& k, const at::Tensor& bounds_q, const at::Tensor& bounds_k, double scale,
                                           int64_t window, bool causal) {
@@ -38,7 +34,8 @@ struct DeviceAttention : Function<DeviceAttention> {
   static Variable forward(AutogradContext* ctx, const Variable& q_THD, const Variable& k_SKD, const Variable& v_SKD, const AttentionSpec& spec, double scale) {
     at::AutoDispatchBelowADInplaceOrView guard;
     const at::Tensor q = readable(q_THD), k = readable(k_SKD), v = readable(v_SKD);
-    const at::Tensor bounds_q = bounds(spec.cu_seqlens_q, q.device()), bounds_k = bounds(spec.cu_seqlens_k, q.device());
+    const at::Tensor bounds_q = spec.bounds_q.defined() ? spec.bounds_q : bounds_of(spec.cu_seqlens_q, q.device());
+    const at::Tensor bounds_k = spec.bounds_k.defined() ? spec.bounds_k : bounds_of(spec.cu_seqlens_k, q.device());
     at::Tensor o = at::empty(q.sizes(), q.options()), lse = at::empty({q.size(1), q.size(0)}, q.options().dtype(at::kFloat));
     kernels_of(q)->attention_forward({shape_of(q, k, bounds_q, bounds_k, scale, spec.window, spec.causal), in(q), in(k), in(v), out(o), lse.data_ptr<float>()},
                                      stream_of(q));
@@ -73,6 +70,8 @@ struct DeviceAttention : Function<DeviceAttention> {
 };
 
 }  // namespace
+
+at::Tensor bounds_of(const std::vector<int64_t>& cu_seqlens, at::Device device) { return to_device(cu_seqlens, device, at::kInt); }
 
 bool has_device_attention(const at::Tensor& q_THD) {
   if (!kernels_of(q_THD)) return false;

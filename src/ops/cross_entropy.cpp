@@ -178,9 +178,10 @@ struct LinearCrossEntropy : Function<LinearCrossEntropy> {
 }  // namespace
 
 // Logits of about 32 MB: large enough for the matrix products, small enough for the caches. A trained head is read and
-// written once a chunk, so its chunks are larger.
-int64_t cross_entropy_chunk_rows(int64_t vocabulary, at::ScalarType dtype, bool trains) {
+// written once a chunk, so its chunks are larger. The products of a device want a thousand rows and more.
+int64_t cross_entropy_chunk_rows(int64_t vocabulary, at::ScalarType dtype, bool trains, at::DeviceType device) {
   const int64_t row_bytes = std::max<int64_t>(1, vocabulary * static_cast<int64_t>(c10::elementSize(dtype)));
+  if (device != at::kCPU) return std::clamp<int64_t>((256ll << 20) / row_bytes / 64, 1, 64) * 64;
   return std::clamp<int64_t>((trains ? 128ll << 20 : 32ll << 20) / row_bytes / 64, 1, 32) * 64;
 }
 
@@ -188,12 +189,12 @@ LossSum linear_cross_entropy(const at::Tensor& hidden_TC, const at::Tensor& head
                              int64_t chunk_rows, double gradient_scale, const VocabularyPart* part) {
   TRIREME_CHECK(hidden_TC.dim() == 2 && head_VC.dim() == 2 && hidden_TC.size(1) == head_VC.size(1) &&
                     hidden_TC.scalar_type() == head_VC.scalar_type() && targets_T.dim() == 1 &&
-                    targets_T.size(0) == hidden_TC.size(0) && targets_T.scalar_type() == at::kLong,
-                hidden_TC.sizes(), head_VC.sizes(), targets_T.sizes());
+                    targets_T.size(0) == hidden_TC.size(0) && targets_T.scalar_type() == at::kLong && targets_T.is_cpu(),
+                hidden_TC.sizes(), head_VC.sizes(), targets_T.sizes(), targets_T.device().str());
   const int64_t vocabulary = part ? part->num_ids : head_VC.size(0);
   const Rows rows = learnt_rows(targets_T, vocabulary);
   const bool want_hidden = wants_gradient(hidden_TC), want_head = wants_gradient(head_VC);
-  if (chunk_rows <= 0) chunk_rows = cross_entropy_chunk_rows(vocabulary, head_VC.scalar_type(), want_head);
+  if (chunk_rows <= 0) chunk_rows = cross_entropy_chunk_rows(vocabulary, head_VC.scalar_type(), want_head, head_VC.device().type());
   Computed computed = run(hidden_TC.detach().contiguous(), head_VC.detach(), rows, chunk_rows, want_hidden, want_head,
                           gradient_scale, part);
   LossSum result;

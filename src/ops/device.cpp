@@ -4,6 +4,7 @@
 
 #include <c10/core/impl/VirtualGuardImpl.h>
 
+#include <algorithm>
 #include <array>
 
 #include "base/check.h"
@@ -35,6 +36,13 @@ kernels::Stream stream_of(const at::Tensor& x) {
   if (x.is_cpu()) return nullptr;
   const c10::impl::VirtualGuardImpl device(x.device().type());
   return device.getStreamNativeHandle(device.getStream(x.device()));
+}
+
+at::Tensor to_device(at::IntArrayRef values, at::Device device, at::ScalarType dtype) {
+  at::Tensor host = at::empty({static_cast<int64_t>(values.size())}, at::TensorOptions(dtype).pinned_memory(device.is_cuda()));
+  if (dtype == at::kInt) std::copy(values.begin(), values.end(), host.data_ptr<int32_t>());
+  else std::copy(values.begin(), values.end(), host.data_ptr<int64_t>());
+  return device.is_cpu() ? host : host.to(device, /*non_blocking=*/device.is_cuda());
 }
 
 }  // namespace trireme

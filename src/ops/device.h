@@ -16,6 +16,9 @@ const kernels::Kernels* kernels_of(const at::Tensor& x);
 
 kernels::Type kernel_type(const at::Tensor& x);      // of one that has kernels
 kernels::Stream stream_of(const at::Tensor& x);      // the current one of its device; null on the CPU
+// Numbers of the host as a tensor of `dtype` (int64 or int32) on a device, which is not waited for: to CUDA they go through
+// pinned memory, which ATen keeps until they have arrived.
+at::Tensor to_device(at::IntArrayRef values, at::Device device, at::ScalarType dtype = at::kLong);
 inline void* data_of(const at::Tensor& x) { return x.defined() ? x.data_ptr() : nullptr; }  // null: undefined
 
 }  // namespace trireme

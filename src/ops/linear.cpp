@@ -178,45 +178,6 @@ struct LoraLinear : Function<LoraLinear> {
   }
 };
 
-struct Embedding : Function<Embedding> {
-  static Variable forward(AutogradContext* ctx, const Variable& w_VC, const Variable& ids_T) {
-    at::AutoDispatchBelowADInplaceOrView guard;
-    ctx->saved_data["ids"] = ids_T;
-    ctx->saved_data["rows"] = w_VC.size(0);
-    return at::embedding(w_VC, ids_T);
-  }
-  static variable_list backward(AutogradContext* ctx, const variable_list& grads) {
-    at::Tensor grad_y = grads[0].contiguous(), ids = ctx->saved_data.at("ids").toTensor();
-    const int64_t size = grad_y.size(1), count = ids.numel();
-    at::Tensor grad_w = at::zeros({ctx->saved_data.at("rows").toInt(), size}, grad_y.options());
-    // Places of one id stand together, in the order of t.
-    std::vector<int64_t> order(static_cast<size_t>(count)), starts;
-    const int64_t* id = ids.data_ptr<int64_t>();
-    for (int64_t t = 0; t < count; ++t) order[static_cast<size_t>(t)] = t;
-    std::stable_sort(order.begin(), order.end(), [&](int64_t s, int64_t t) { return id[s] < id[t]; });
-    for (int64_t i = 0; i < count; ++i)
-      if (i == 0 || id[order[static_cast<size_t>(i)]] != id[order[static_cast<size_t>(i - 1)]]) starts.push_back(i);
-    const int64_t num_ids = static_cast<int64_t>(starts.size());
-    starts.push_back(count);
-    dispatch_floating(grad_y.scalar_type(), [&](auto zero) {
-      using T = decltype(zero);
-      using A = typename ComputeType<T>::type;
-      for_rows(num_ids, size, [&](int64_t begin, int64_t end) {
-        std::vector<A> sum(static_cast<size_t>(size));
-        for (int64_t group = begin; group < end; ++group) {
-          std::fill(sum.begin(), sum.end(), A(0));
-          const int64_t first = starts[static_cast<size_t>(group)], last = starts[static_cast<size_t>(group + 1)];
-          for (int64_t i = first; i < last; ++i)
-            loops<T>().add_rows(1, size, grad_y.data_ptr<T>() + order[static_cast<size_t>(i)] * size, sum.data());
-          const int64_t row = id[order[static_cast<size_t>(first)]];
-          loops<T>().scale_from(size, sum.data(), 1.0, grad_w.data_ptr<T>() + row * size);
-        }
-      });
-    });
-    return {grad_w, {}};
-  }
-};
-
 }  // namespace
 
 at::Tensor linear(const ArrivingRows& rows, const at::Tensor& w_OI, const at::Tensor& bias_O, const std::shared_ptr<const RowSum>& sum) {
@@ -235,11 +196,6 @@ at::Tensor lora_linear(const ArrivingRows& rows, const at::Tensor& w_OI, const a
   TRIREME_CHECK(!wants_gradient(w_OI) && !wants_gradient(bias_O), "the base of a LoRA layer is frozen");
   TRIREME_CHECK(!sum || !bias_O.defined(), "a bias would be added once a rank");
   return LoraLinear::apply(x_TI, w_OI, a_RI, b_OR, optional(bias_O), scale, DropoutMask(key), rows, sum);
-}
-
-at::Tensor embedding(const at::Tensor& w_VC, const at::Tensor& ids_T) {
-  TRIREME_CHECK(w_VC.dim() == 2 && ids_T.dim() == 1 && ids_T.scalar_type() == at::kLong, w_VC.sizes(), ids_T.sizes());
-  return Embedding::apply(w_VC, ids_T.contiguous());
 }
 
 }  // namespace trireme

@@ -127,6 +127,13 @@ struct AddRmsNorm : Function<AddRmsNorm> {
 
 at::Tensor sum_rows(const at::Tensor& x_TC) {
   at::Tensor sum;
+  if (const kernels::Kernels* k = kernels_of(x_TC)) {
+    const int64_t rows = x_TC.size(0), size = x_TC.size(1);
+    sum = at::empty({size}, x_TC.options().dtype(at::kFloat));
+    const at::Tensor workspace = at::empty({kernels::sum_rows_workspace(rows, size)}, sum.options());
+    k->sum_rows({kernel_type(x_TC), rows, size, data_of(x_TC), sum.data_ptr<float>(), workspace.data_ptr<float>()}, stream_of(x_TC));
+    return sum.to(x_TC.scalar_type());
+  }
   dispatch_floating(x_TC.scalar_type(), [&](auto zero) {
     using T = decltype(zero);
     RowChunks chunks(x_TC.size(0));

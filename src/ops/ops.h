@@ -37,7 +37,10 @@ struct AttentionSpec {
   int64_t window = -1;  // a query at position p sees keys p - window < j (Hugging Face's sliding window); -1: all
   double scale = 0.0;   // 0: 1 / sqrt(D)
   bool causal = true;   // sees keys j <= p; a window needs it
+  // The same bounds as int32 where q is, for who calls more than once with them (bounds_of); undefined: they are brought there.
+  at::Tensor bounds_q{}, bounds_k{};
 };
+at::Tensor bounds_of(const std::vector<int64_t>& cu_seqlens, at::Device device);
 
 // softmax(q k^T * scale) v in every segment; head h of q uses head h / (H / K) of k and v. q [T, H, D], k and v
 // [S, K, D]; last dim contiguous. Never holds a full score matrix, in neither direction.
@@ -76,7 +79,7 @@ struct LossSum {
   at::Tensor sum;      // scalar, fp32 (fp64 for fp64): sum of -log softmax(hidden head^T)[target]; differentiable
   int64_t count = 0;   // rows with a target
   at::Tensor correct;  // int64 scalar: rows whose largest logit (the first of equals) is the target's
-};
+};  // sum and correct are where `hidden` is: on a device nothing has waited for them
 
 // Where the head's rows are sliced over ranks: the rank holds ids first .. first + V - 1 of num_ids. `combine` leaves the
 // sum or the maximum over the ranks in the tensor (contiguous; fp32, fp64 or int64). All of them call it in the same order.
@@ -86,7 +89,7 @@ struct VocabularyPart {
 };
 
 // Cross-entropy of the logits hidden head^T over the rows whose target is not kIgnoreTarget (-100); other rows are not
-// computed. Logits exist chunk_rows rows at a time (0: chosen by size), rounded to the dtype as Hugging Face's, never
+// computed. targets_T is in host memory, wherever hidden is: the rows are chosen there. Logits exist chunk_rows rows at a time (0: chosen by size), rounded to the dtype as Hugging Face's, never
 // all at once: gradients of hidden and head (where it is trained) are computed in forward and scaled in backward by the
 // incoming scalar. Without gradients (nothing requires them, or under NoGradGuard) only the sums are computed.
 // Gradients come out times gradient_scale, multiplied before they are first rounded to the products' dtype (float16: small
@@ -96,7 +99,7 @@ struct VocabularyPart {
 LossSum linear_cross_entropy(const at::Tensor& hidden_TC, const at::Tensor& head_VC, const at::Tensor& targets_T,
                              int64_t chunk_rows = 0, double gradient_scale = 1, const VocabularyPart* part = nullptr);
 // The number of rows that chunk_rows = 0 stands for; `trains`: the head has a gradient.
-int64_t cross_entropy_chunk_rows(int64_t vocabulary, at::ScalarType dtype, bool trains);
+int64_t cross_entropy_chunk_rows(int64_t vocabulary, at::ScalarType dtype, bool trains, at::DeviceType device = at::kCPU);
 
 // Runs fn(inputs) without keeping anything but the inputs, and runs it again with gradients when backward comes (Chen
 // et al. 2016). Gradients are the same bits as without it (of a tensor captured by several fns: up to the order of the
