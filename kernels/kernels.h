@@ -282,6 +282,29 @@ struct SumRows {
 constexpr int64_t sum_rows_slices(int64_t num_rows) { return std::clamp<int64_t>(num_rows / 64, 1, 128); }
 constexpr int64_t sum_rows_workspace(int64_t num_rows, int64_t width) { return sum_rows_slices(num_rows) > 1 ? sum_rows_slices(num_rows) * width : 0; }
 
+// d = alpha * op(a) op(b) + beta * d (+ bias in each row), op(x) = x or x transposed: by cuBLASLt on a device. Products are summed up in fp32
+// (of fp32: as they are, or rounded to TF32 first) and all of it is rounded once, to d's type. Long sums may be cut into parts,
+// kept in fp32 in the workspace and added in order. The algorithm, and with it the order of sums, depends on all but the values, alpha
+// and beta: of addresses, on what power of two up to 256 they are a multiple of. Result: of the type of a and b, or fp32.
+// Float8 (a card of compute capability 8.9 or later): x stands for x * scale; a is not transposed and b is; one of them is e4m3; sizes
+// but m and all strides are multiples of 16, addresses of 16 bytes.
+struct MatMul {
+  Type a_type, b_type, d_type;
+  int64_t m, n, k;               // op(a) [m, k], op(b) [k, n], d [m, n]; each below 2^31, k not 0
+  bool transpose_a, transpose_b; // the matrix lies in memory as [k, m], [n, k]
+  const void *a, *b;             // row by row, rows `stride` values apart
+  int64_t a_stride, b_stride;
+  void* d;                       // elsewhere
+  int64_t d_stride;
+  const void* bias;              // [n], of d's type; null: none
+  float alpha, beta;             // beta 0: d is not read
+  bool tf32;
+  const float *a_scale, *b_scale;  // of float8, on the device; otherwise null
+  void* workspace;               // at a multiple of 256 bytes, for this call's stream alone; with less than kMatMulWorkspace it may be slower
+  int64_t workspace_bytes;
+};
+constexpr int64_t kMatMulWorkspace = int64_t{32} << 20;
+
 // Every operation, for one kind of device.
 struct Kernels {
   void (*attention_forward)(const AttentionForward&, Stream);
@@ -306,6 +329,7 @@ struct Kernels {
   void (*convert)(const Convert&, Stream);
   void (*transpose)(const Transpose&, Stream);
   void (*sum_rows)(const SumRows&, Stream);
+  void (*matmul)(const MatMul&, Stream);
 };
 const Kernels& cuda_kernels();
 const Kernels& emulated_kernels();  // on the host, for tests: kernels/emu

@@ -23,6 +23,8 @@ void with_type(Type type, const F& f) {
       return f(arch::bf16{});
     case Type::kFloat16:
       return f(arch::fp16{});
+    default:
+      throw Refused("float8 is for matrix products alone");
   }
 }
 

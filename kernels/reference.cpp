@@ -6,15 +6,34 @@
 
 namespace trireme::kernels::reference {
 
+namespace {
+
+struct Format {
+  int digits, least;  // the smallest number is 2^least
+  double largest;
+};
+Format format_of(Type type) {
+  switch (type) {
+    case Type::kFloat32: return {24, -149, 0x1.fffffep127};
+    case Type::kBFloat16: return {8, -133, 0x1.fep127};
+    case Type::kFloat16: return {11, -24, 65504};
+    case Type::kFloat8E4M3: return {4, -9, 448};
+    case Type::kFloat8E5M2: return {3, -16, 57344};
+  }
+  return {};
+}
+
+}  // namespace
+
 double round_to(Type type, double x) {
+  const Format format = format_of(type);
+  if (size_of(type) == 1 && std::abs(x) > format.largest) return std::copysign(format.largest, x);
   if (!std::isfinite(x) || x == 0) return x;
-  const int digits = type == Type::kFloat32 ? 24 : type == Type::kBFloat16 ? 8 : 11, least = type == Type::kFloat16 ? -24 : -149;
-  const double largest = type == Type::kFloat16 ? 65504 : type == Type::kBFloat16 ? 0x1.fep127 : 0x1.fffffep127;
   int exponent = 0;
   std::frexp(x, &exponent);
-  const double step = std::ldexp(1.0, std::max(exponent - digits, type == Type::kBFloat16 ? -133 : least));
+  const double step = std::ldexp(1.0, std::max(exponent - format.digits, format.least));
   const double rounded = std::nearbyint(x / step) * step;
-  return std::abs(rounded) > largest ? std::copysign(INFINITY, x) : rounded;
+  return std::abs(rounded) > format.largest ? std::copysign(INFINITY, x) : rounded;
 }
 
 Values round_to(Type type, Values x) {
@@ -148,6 +167,15 @@ double sum_of_squares(const Values& x) {
   double sum = 0;
   for (double value : x) sum += value * value;
   return sum;
+}
+
+Values matmul(int64_t m, int64_t n, int64_t k, const Values& a, bool transpose_a, const Values& b, bool transpose_b) {
+  Values d(static_cast<size_t>(m * n));
+  for (int64_t i = 0; i < m; ++i)
+    for (int64_t j = 0; j < n; ++j)
+      for (int64_t l = 0; l < k; ++l)
+        d[static_cast<size_t>(i * n + j)] += a[static_cast<size_t>(transpose_a ? l * m + i : i * k + l)] * b[static_cast<size_t>(transpose_b ? j * k + l : l * n + j)];
+  return d;
 }
 
 }  // namespace trireme::kernels::reference

@@ -10,7 +10,7 @@ namespace trireme::kernels::reference {
 
 using Values = std::vector<double>;
 
-// To the nearest value of the type, ties to even.
+// To the nearest value of the type, ties to even; beyond the largest: infinity, of float8 the largest.
 double round_to(Type type, double x);
 Values round_to(Type type, Values x);
 
@@ -55,5 +55,8 @@ struct AdamWState {
 AdamWState adamw(const AdamWNumbers& numbers, AdamWState state, const Values& grad);
 
 double sum_of_squares(const Values& x);
+
+// op(a) op(b), [m, n]; the matrices lie without gaps.
+Values matmul(int64_t m, int64_t n, int64_t k, const Values& a, bool transpose_a, const Values& b, bool transpose_b);
 
 }  // namespace trireme::kernels::reference

@@ -7,8 +7,8 @@
 
 namespace trireme::kernels {
 
-enum class Type { kFloat32, kBFloat16, kFloat16 };
-constexpr int64_t size_of(Type type) { return type == Type::kFloat32 ? 4 : 2; }
+enum class Type { kFloat32, kBFloat16, kFloat16, kFloat8E4M3, kFloat8E5M2 };  // float8: of matrix products alone
+constexpr int64_t size_of(Type type) { return type == Type::kFloat32 ? 4 : type == Type::kBFloat16 || type == Type::kFloat16 ? 2 : 1; }
 
 using Stream = void*;  // cudaStream_t
 

@@ -14,6 +14,7 @@
 #include <cmath>
 #include <cstring>
 #include <functional>
+#include <limits>
 #include <memory>
 #include <stdexcept>
 #include <string>
@@ -92,9 +93,21 @@ struct fp16 {
   uint16_t bits;
 };
 
+struct e4m3 {  // 8 bits: sign, exponent, mantissa (Micikevicius et al. 2022)
+  uint8_t bits;
+};
+struct e5m2 {
+  uint8_t bits;
+};
+
 inline float to_float(float x) { return x; }
 inline float to_float(bf16 x) { return std::bit_cast<float>(uint32_t{x.bits} << 16); }
 inline float to_float(fp16 x) { return static_cast<float>(std::bit_cast<_Float16>(x.bits)); }
+inline float to_float(e5m2 x) { return to_float(fp16{static_cast<uint16_t>(x.bits << 8)}); }
+inline float to_float(e4m3 x) {  // the digits of a float16 but one, whose exponents are 8 higher; no infinity
+  if ((x.bits & 0x7f) == 0x7f) return std::numeric_limits<float>::quiet_NaN();
+  return to_float(fp16{static_cast<uint16_t>((x.bits & 0x80) << 8 | (x.bits & 0x7f) << 7)}) * 256;
+}
 template <typename T>
 T from_float(float x) {
   if constexpr (std::is_same_v<T, bf16>) {
