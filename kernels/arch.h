@@ -18,7 +18,7 @@
 //   sync_threads()                         all threads of the block
 //   sync_named(id, num_threads)            barrier 1 .. 15 of so many threads, whole warps
 //   shuffle(x, lane), shuffle_xor(x, mask) whole warps: all lanes must come
-//   ballot(p), sync_warp()
+//   ballot(p), sync_warp(), count_bits(x)
 //   atomic_add(address, x)                 global or shared memory; returns what was there
 //   atomic_add4(address, x)                4 floats in global memory, at 16 bytes; each by itself
 // Shared memory is one run of bytes a block, of the launch's size, holding anything at first:
@@ -32,7 +32,7 @@
 // Numbers: bf16, fp16; to_float(x), from_float<T>(x) (to the nearest even), pack<T>(low, high), unpack<T>(u, low, high);
 //   exp(x), exp2(x), log2(x), rsqrt(x), sqrt(x), erf(x), reciprocal(x) (1 / x to a unit of the last place, 0 where that is below
 //   2^-126), exp2_approx(x) (2 ulp; a result below 2^-126 is 0); bits_of(x), float_of(bits); load<V>(p), store<V>(p, v): 16 bytes
-//   at once of aligned addresses; recomputed(x): x, from which the compiler keeps nothing in registers that it had computed before.
+//   at once of aligned addresses, stored to global memory; recomputed(x): x, from which the compiler keeps nothing in registers that it had computed before.
 // What only sm_90a has is in arch_hopper.h.
 #pragma once
 

@@ -33,6 +33,7 @@ ARCH_FN T shuffle_xor(T x, int mask) {
   return __shfl_xor_sync(0xffffffffu, x, mask);
 }
 ARCH_FN uint32_t ballot(bool p) { return __ballot_sync(0xffffffffu, p); }
+ARCH_FN uint32_t count_bits(uint32_t x) { return static_cast<uint32_t>(__popc(x)); }
 template <typename T>
 ARCH_FN T atomic_add(T* address, T x) {
   return atomicAdd(address, x);
@@ -133,7 +134,7 @@ ARCH_FN void store(void* p, const V& v) {
     __builtin_memcpy(word, &v, sizeof v);
     ARCH_UNROLL
     for (size_t i = 0; i < sizeof(V) / 4; i += 4)
-      asm volatile("st.v4.b32 [%0], {%1,%2,%3,%4};" ::"l"(static_cast<uint32_t*>(p) + i), "r"(word[i]), "r"(word[i + 1]), "r"(word[i + 2]), "r"(word[i + 3]) : "memory");
+      asm volatile("st.global.v4.b32 [%0], {%1,%2,%3,%4};" ::"l"(__cvta_generic_to_global(static_cast<uint32_t*>(p) + i)), "r"(word[i]), "r"(word[i + 1]), "r"(word[i + 2]), "r"(word[i + 3]) : "memory");
   } else {
     *static_cast<V*>(p) = v;
   }

@@ -48,7 +48,7 @@ void convert(const Convert& p, Stream stream) {
 template <typename U>
 struct Transposed {
   struct Params : Transpose {
-    int64_t column_tiles;
+    int64_t row_tiles, column_tiles;
     bool rows_in_vectors, columns_in_vectors;
   };
   static constexpr int kThreads = 256, kPer = 16 / sizeof(U), kTile = 128 / sizeof(U), kStride = kTile + 4 / sizeof(U), kParts = kTile * 8;
@@ -60,13 +60,13 @@ struct Transposed {
 
   ARCH_FN static void run(const Params& p) {
     const auto tile = arch::shared<U>(0, kTile * kStride);
-    const int64_t row_tile = arch::block_index().x / p.column_tiles;
-    const int64_t first_row = row_tile * kTile, first_column = (arch::block_index().x - row_tile * p.column_tiles) * kTile;
+    const int64_t tiles = arch::block_index().x / p.column_tiles, batch = tiles / p.row_tiles, before = batch * p.num_rows * p.num_columns;
+    const int64_t first_row = (tiles - batch * p.row_tiles) * kTile, first_column = (arch::block_index().x - tiles * p.column_tiles) * kTile;
     for (int i = arch::thread_index(); i < kParts; i += kThreads) {
       const int r = i / 8, c = i % 8 * kPer;
       const int64_t row = first_row + r, count = p.num_columns - first_column - c;
       if (row >= p.num_rows || count <= 0) continue;
-      const U* from = static_cast<const U*>(p.x) + row * p.num_columns + first_column + c;
+      const U* from = static_cast<const U*>(p.x) + before + row * p.num_columns + first_column + c;
       Part part;
       if (p.rows_in_vectors && count >= kPer) part = arch::load<Part>(from);
       ARCH_UNROLL
@@ -78,7 +78,7 @@ struct Transposed {
       const int c = i / kRun % kTile, r = (i % kRun + i / (kRun * kTile) * kRun) * kPer;
       const int64_t column = first_column + c, count = p.num_rows - first_row - r;
       if (column >= p.num_columns || count <= 0) continue;
-      U* to = static_cast<U*>(p.y) + column * p.num_rows + first_row + r;
+      U* to = static_cast<U*>(p.y) + before + column * p.num_rows + first_row + r;
       Part part;
       ARCH_UNROLL
       for (int e = 0; e < kPer; ++e)
@@ -95,14 +95,14 @@ struct Transposed {
 };
 
 void transpose(const Transpose& p, Stream stream) {
-  if (p.num_rows < 0 || p.num_columns < 0 || (p.x == p.y && p.x))
-    throw Refused("transpose of " + std::to_string(p.num_rows) + " x " + std::to_string(p.num_columns) + " values: never in place");
-  if (p.num_rows == 0 || p.num_columns == 0) return;
+  if (p.num_batches < 0 || p.num_rows < 0 || p.num_columns < 0 || (p.x == p.y && p.x))
+    throw Refused("transpose of " + std::to_string(p.num_batches) + " x " + std::to_string(p.num_rows) + " x " + std::to_string(p.num_columns) + " values: never in place");
+  if (p.num_batches == 0 || p.num_rows == 0 || p.num_columns == 0) return;
   auto run = [&]<typename U>(U) {
     using Kernel = Transposed<U>;
     const int64_t columns = (p.num_columns + Kernel::kTile - 1) / Kernel::kTile, rows = (p.num_rows + Kernel::kTile - 1) / Kernel::kTile;
-    arch::launch<Kernel>(blocks_of(rows * columns, 1), Kernel::kSharedBytes, stream,
-                         {p, columns, in_vectors(p.num_columns * int64_t{sizeof(U)}, {p.x}), in_vectors(p.num_rows * int64_t{sizeof(U)}, {p.y})});
+    arch::launch<Kernel>(blocks_of(p.num_batches * rows * columns, 1), Kernel::kSharedBytes, stream,
+                         {p, rows, columns, in_vectors(p.num_columns * int64_t{sizeof(U)}, {p.x}), in_vectors(p.num_rows * int64_t{sizeof(U)}, {p.y})});
   };
   if (size_of(p.type) == 2) run(uint16_t{});
   else run(uint32_t{});

@@ -240,17 +240,18 @@ struct Embedding {
 };
 
 // Adds to the rows of the ids, in fp32, the sums of their tokens' rows in the order of the tokens; other rows are not touched.
-// Takes num_tokens^2 comparisons of ids.
+// The tokens are sorted by their ids first.
 struct EmbeddingGradient {
   Type type, weight_type;          // weight_type: fp32, or the type
-  int64_t num_tokens, width;       // at most kEmbeddingTokens
+  int64_t num_tokens, width;
   const int64_t* ids;
   const void* grad_y;              // [num_tokens, width]
   int64_t first_id, num_ids;
   void* grad_weight;               // [num_ids, width] of weight_type
-  int64_t* workspace;              // [num_tokens, 2]
+  int64_t* workspace;              // embedding_gradient_workspace(num_tokens) elements
 };
-constexpr int64_t kEmbeddingTokens = 1 << 18;
+constexpr int64_t embedding_gradient_blocks(int64_t num_tokens) { return std::clamp<int64_t>(num_tokens / 2048, 1, 256); }
+constexpr int64_t embedding_gradient_workspace(int64_t num_tokens) { return 2 * num_tokens + 128 * embedding_gradient_blocks(num_tokens); }
 
 // y = scale * x, or with `add` y + scale * x, rounded to y's type; y may be x, of the same type, which with a product of 1 is left alone.
 struct Convert {
@@ -263,12 +264,12 @@ struct Convert {
   const float* factor;  // of scale, on the device; null: 1
 };
 
-// y[c][r] = x[r][c], the same bits.
+// y[b][c][r] = x[b][r][c], the same bits.
 struct Transpose {
   Type type;
-  int64_t num_rows, num_columns;
-  const void* x;  // [num_rows, num_columns]
-  void* y;        // [num_columns, num_rows], elsewhere
+  int64_t num_batches, num_rows, num_columns;
+  const void* x;  // [num_batches, num_rows, num_columns]
+  void* y;        // [num_batches, num_columns, num_rows], elsewhere
 };
 
 // sum[c] = sum over the rows of x[r][c]

@@ -77,18 +77,21 @@ TEST(ConvertKernels, ScaleByAFactorOfTheDevice) {
 TEST(TransposeKernels, MoveEachValue) {
   for (Type type : kTypes)
     for (const auto& [rows, columns] : std::vector<std::pair<int64_t, int64_t>>{{1, 1}, {15, 17}, {16, 16}, {127, 129}, {64, 128}, {65, 72}, {1, 300}, {136, 8}, {129, 64}})
-      for (int64_t first : {0, 1}) {
-        SCOPED_TRACE(testing::Message() << name_of(type) << " " << rows << " x " << columns << " from " << first);
-        const Values in = random_values(type, rows * columns + first, 1);
-        Tensor x(type, in), y(type, rows * columns + first);
-        emulated_kernels().transpose({type, rows, columns, x.memory.as<char>() + first * size_of(type), y.memory.as<char>() + first * size_of(type)}, nullptr);
+      for (const auto& [batches, first] : std::vector<std::pair<int64_t, int64_t>>{{1, 0}, {3, 0}, {2, 1}}) {
+        SCOPED_TRACE(testing::Message() << name_of(type) << " " << batches << " x " << rows << " x " << columns << " from " << first);
+        const int64_t size = batches * rows * columns + first;
+        const Values in = random_values(type, size, 1);
+        Tensor x(type, in), y(type, size);
+        emulated_kernels().transpose({type, batches, rows, columns, x.memory.as<char>() + first * size_of(type), y.memory.as<char>() + first * size_of(type)}, nullptr);
         Values expected;
-        for (int64_t c = 0; c < columns; ++c)
-          for (int64_t r = 0; r < rows; ++r) expected.push_back(in[static_cast<size_t>(first + r * columns + c)]);
+        for (int64_t b = 0; b < batches; ++b)
+          for (int64_t c = 0; c < columns; ++c)
+            for (int64_t r = 0; r < rows; ++r) expected.push_back(in[static_cast<size_t>(first + (b * rows + r) * columns + c)]);
         EXPECT_EQ(part_of(y.values(), static_cast<size_t>(first)), expected);
       }
   Tensor x(Type::kFloat32, 4);
-  EXPECT_EQ(refusal([&] { emulated_kernels().transpose({Type::kFloat32, 2, 2, x.data(), x.data()}, nullptr); }), "transpose of 2 x 2 values: never in place");
+  EXPECT_EQ(refusal([&] { emulated_kernels().transpose({Type::kFloat32, 1, 2, 2, x.data(), x.data()}, nullptr); }), "transpose of 1 x 2 x 2 values: never in place");
+  EXPECT_EQ(refusal([&] { emulated_kernels().transpose({Type::kFloat32, 0, 2, 2, nullptr, nullptr}, nullptr); }), "");
 }
 
 TEST(SumKernels, AreTheLoops) {

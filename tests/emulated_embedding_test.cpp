@@ -1,6 +1,8 @@
 // Embedding and its gradient, emulated.
 #include "emulated.h"
 
+#include <array>
+
 namespace trireme::kernels {
 namespace {
 
@@ -29,7 +31,7 @@ std::vector<int64_t> make_ids(int64_t n) {
 TEST_P(EmbeddingKernels, AreTheLoops) {
   const auto [type, weight_type, num_tokens, width, first] = GetParam();
   const auto token_ids = make_ids(num_tokens);
-  Guarded ids(num_tokens * 8), workspace(num_tokens * 16);
+  Guarded ids(num_tokens * 8), workspace(embedding_gradient_workspace(num_tokens) * 8);
   std::memcpy(ids.as(), token_ids.data(), ids.num_bytes());
   const Values weight = random_values(type, kNumIds * width + first, 1), grad_y = random_values(type, num_tokens * width + first, 2);
   const Values before = random_values(weight_type, kNumIds * width + first, 3);
@@ -75,13 +77,53 @@ INSTANTIATE_TEST_SUITE_P(Shapes, EmbeddingKernels, testing::ValuesIn(cases()));
 TEST(EmbeddingKernels, AddInTheOrderOfTokens) {
   // In fp32 2^24 + 1 - 2^24 is 0, -2^24 + 1 + 2^24 is 1: bits show the order.
   Tensor gy(Type::kFloat32, {0x1p24, 5, 1, -0x1p24, 3, 0}), gradient(Type::kFloat32, Values(2));
-  Guarded ids(6 * 8), workspace(6 * 16);
+  Guarded ids(6 * 8), workspace(embedding_gradient_workspace(6) * 8);
   for (int64_t t = 0; t < 6; ++t) ids.as<int64_t>()[t] = t == 1;
   emulated_kernels().embedding_gradient({Type::kFloat32, Type::kFloat32, 6, 1, ids.as<int64_t>(), gy.data(), 0, 2, gradient.data(), workspace.as<int64_t>()}, nullptr);
   EXPECT_EQ(gradient.values(), (Values{3, 5}));
 }
 
-TEST(EmbeddingKernels, RefuseWhatTakesTooLong) {
+// Several blocks sort ids of as many digits as num_ids has. Gradients are small whole numbers, whose sums are exact.
+TEST(EmbeddingKernels, SortManyTokensOfManyIds) {
+  for (const auto& [num_tokens, num_ids] : std::vector<std::pair<int64_t, int64_t>>{{4095, 255}, {4097, 256}, {10000, 70000}, {6145, 1 << 24}}) {
+    SCOPED_TRACE(testing::Message() << num_tokens << " tokens, " << num_ids << " ids");
+    constexpr int64_t kUsed = 1000;  // ids: the first and the last
+    const int64_t used = std::min(2 * kUsed, num_ids);
+    auto id_of = [&, num_ids = num_ids](int64_t i) { return i < kUsed || used < 2 * kUsed ? i : num_ids - used + i; };
+    std::mt19937_64 random(7);
+    Guarded ids(num_tokens * 8), workspace(embedding_gradient_workspace(num_tokens) * 8);
+    Values grad_y, expected(2 * kUsed);
+    for (int64_t t = 0; t < num_tokens; ++t) {
+      const int64_t at = static_cast<int64_t>(random() % static_cast<uint64_t>(used));
+      ids.as<int64_t>()[t] = id_of(at) + (t % 7 == 0 ? num_ids : 0);  // the latter are not here
+      grad_y.push_back(static_cast<double>(t % 61) - 30);
+      if (t % 7 != 0) expected[static_cast<size_t>(at)] += grad_y.back();
+    }
+    // Memory of all ids, of which those in the middle are never touched.
+    Guarded gradient(num_ids * 4);
+    for (int64_t i = 0; i < used; ++i) gradient.as<float>()[id_of(i)] = 0;
+    Tensor gy(Type::kFloat32, grad_y);
+    emulated_kernels().embedding_gradient({Type::kFloat32, Type::kFloat32, num_tokens, 1, ids.as<int64_t>(), gy.data(), 0, num_ids, gradient.as(), workspace.as<int64_t>()}, nullptr);
+    for (int64_t i = 0; i < used; ++i) ASSERT_EQ(gradient.as<float>()[id_of(i)], expected[static_cast<size_t>(i)]) << i;
+    for (int64_t i = kUsed; i < num_ids - kUsed; ++i) ASSERT_EQ(std::isnan(gradient.as<float>()[i]), used == 2 * kUsed) << i;
+  }
+}
+
+TEST(EmbeddingKernels, KeepTheOrderOfManyTokens) {
+  // Pairs of 2^24 and 1 before -2^24, of which each gives 0, and at the end 5: any other order leaves ones.
+  constexpr int64_t kTokens = 6001;
+  Guarded ids(kTokens * 8), workspace(embedding_gradient_workspace(kTokens) * 8);
+  Values grad_y;
+  for (int64_t t = 0; t < kTokens; ++t) {
+    ids.as<int64_t>()[t] = 300;
+    grad_y.push_back(t + 1 == kTokens ? 5 : std::array<double, 3>{0x1p24, 1, -0x1p24}[static_cast<size_t>(t % 3)]);
+  }
+  Tensor gy(Type::kFloat32, grad_y), gradient(Type::kFloat32, Values(301));
+  emulated_kernels().embedding_gradient({Type::kFloat32, Type::kFloat32, kTokens, 1, ids.as<int64_t>(), gy.data(), 0, 301, gradient.data(), workspace.as<int64_t>()}, nullptr);
+  EXPECT_EQ(gradient.values().back(), 5);
+}
+
+TEST(EmbeddingKernels, RefuseWhatDoesNotFit) {
   auto refusal = [](int64_t num_tokens, Type weight_type) -> std::string {
     try {
       emulated_kernels().embedding_gradient({Type::kBFloat16, weight_type, num_tokens, 8, nullptr, nullptr, 0, 4, nullptr, nullptr}, nullptr);
@@ -90,7 +132,8 @@ TEST(EmbeddingKernels, RefuseWhatTakesTooLong) {
     }
     return "";
   };
-  EXPECT_EQ(refusal(300000, Type::kBFloat16), "embedding_gradient of 300000 tokens, 4 ids of 8 values: at most 262144 tokens of 2^30 values");
+  EXPECT_EQ(refusal(int64_t{1} << 31, Type::kBFloat16),
+            "embedding_gradient of 2147483648 tokens, 4 ids of 8 values: fewer than 2^31 tokens, and at most 2^31 ids of 2^30 values");
   EXPECT_EQ(refusal(3, Type::kFloat16), "embedding_gradient: the weight's gradient is float32 or of the type of the outputs' gradient");
   EXPECT_EQ(refusal(0, Type::kBFloat16), "");
 }

@@ -110,6 +110,20 @@ TEST(Emulation, ABarrierOfThreadsThatDoNotComeIsNamed) {
 }
 TEST(EmulationDeathTest, AReadBeyondABufferEndsTheTest) { EXPECT_EXIT(multiply<Broken::kOverrun>(1), testing::KilledBySignal(SIGSEGV), ""); }
 
+struct StoresToSharedMemory {
+  using Params = int;
+  static constexpr int kThreads = 32;
+  ARCH_FN static void run(const Params&) { arch::store(arch::shared<float>(0, 4).at(0, 4), arch::Bytes16{}); }
+};
+TEST(Emulation, AStoreOf16BytesToSharedMemoryIsNamed) {
+  try {
+    arch::launch<StoresToSharedMemory>({1, 1, 1}, 16, nullptr, 0);
+    ADD_FAILURE() << "no fault";
+  } catch (const Fault& fault) {
+    EXPECT_NE(std::string(fault.what()).find(": store of 16 bytes to shared memory"), std::string::npos) << fault.what();
+  }
+}
+
 // --- warps and numbers -------------------------------------------------------------------------------------------------
 
 struct Shuffles {

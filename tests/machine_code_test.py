@@ -111,9 +111,10 @@ def test_the_gate_fails_the_build_and_leaves_no_object(tmp_path):
 
 
 # What is written in a kernel, and what must stand in the machine code then.
+STORES = {store: r"STG\.E\.128" for store in ("store_values<", "store_part<", "write_rows<")}
 INSTRUCTIONS = {
-    "sm_80": {"arch::mma<": "HMMA", "arch::copy_async(": "LDGSTS"},
-    "sm_90a": {"arch::group_mma<": "HGMMA", "arch::tile_load(": "UTMALDG"},
+    "sm_80": {"arch::mma<": "HMMA", "arch::copy_async(": "LDGSTS", **STORES},
+    "sm_90a": {"arch::group_mma<": "HGMMA", "arch::tile_load(": "UTMALDG", **STORES},
 }
 
 

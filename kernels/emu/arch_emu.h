@@ -61,6 +61,7 @@ void check_index(int i, int size);
 void check_shared(const void* p, size_t count, const char* op);   // all in shared memory, at a multiple of 16 bytes
 void check_shared(const void* p, size_t count, size_t alignment, const char* op);
 void check_aligned(const void* p, size_t alignment, const char* op);
+void check_global(const void* p, const char* op);                 // not in shared memory
 
 // For emu/hopper.cpp: what it keeps of a block, whose threads end; waits for a condition, which is looked at while others run or
 // nobody can; and lets others run first.
@@ -143,9 +144,11 @@ V load(const void* p) {
 template <typename V>
 void store(void* p, const V& v) {
   check_aligned(p, alignof(V), "store");
+  if (sizeof(V) % 16 == 0) check_global(p, "store of 16 bytes");
   std::memcpy(p, &v, sizeof v);
 }
 
+inline uint32_t count_bits(uint32_t x) { return static_cast<uint32_t>(std::popcount(x)); }
 inline int recomputed(int x) { return x; }
 inline float max(float a, float b) { return std::fmax(a, b); }
 inline float exp(float x) { return std::exp(x); }

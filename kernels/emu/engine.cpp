@@ -290,6 +290,9 @@ void check_shared(const void* p, size_t count, size_t alignment, const char* op)
   if (begin < block->shared || begin + count > block->shared + block->shared_bytes) fault(std::string(op) + " outside of shared memory");
   check_aligned(p, alignment, op);
 }
+void check_global(const void* p, const char* op) {
+  if (p >= block->shared && p < block->shared + block->shared_bytes) fault(std::string(op) + " to shared memory");
+}
 void check_shared(const void* p, size_t count, const char* op) { check_shared(p, count, 16, op); }
 
 std::unique_ptr<Extension>& extension() { return block->extension; }

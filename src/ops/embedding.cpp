@@ -25,7 +25,7 @@ at::Tensor rows_of(const at::Tensor& w_VC, const at::Tensor& ids_T) {
 void add_rows_by_id(const at::Tensor& grad_y, const at::Tensor& ids, const at::Tensor& grad_w) {
   const int64_t size = grad_y.size(1), count = ids.numel();
   if (const kernels::Kernels* k = kernels_of(grad_y)) {
-    const at::Tensor workspace = at::empty({count, 2}, ids.options());
+    const at::Tensor workspace = at::empty({kernels::embedding_gradient_workspace(count)}, ids.options());
     k->embedding_gradient({kernel_type(grad_y), kernel_type(grad_w), count, size, ids.data_ptr<int64_t>(), data_of(grad_y), 0, grad_w.size(0), data_of(grad_w),
                            workspace.data_ptr<int64_t>()}, stream_of(grad_y));
     return;
