@@ -12,6 +12,7 @@ void add_cross_entropy(Kernels& kernels);
 void add_dropout(Kernels& kernels);
 void add_elementwise(Kernels& kernels);
 void add_embedding(Kernels& kernels);
+void add_lora(Kernels& kernels);
 void add_matmul(Kernels& kernels);
 void add_norm(Kernels& kernels);
 void add_sums(Kernels& kernels);
@@ -30,6 +31,7 @@ const Kernels& all() {
     add_dropout(k);
     add_elementwise(k);
     add_embedding(k);
+    add_lora(k);
     add_matmul(k);
     add_norm(k);
     add_sums(k);

@@ -106,6 +106,32 @@ LayerNormGradient layer_norm_gradient(const Values& grad_y, const Values& grad_s
   return out;
 }
 
+Values lora_down(const Values& x, const Values& w, const Values& kept, int64_t rank) {
+  const size_t R = static_cast<size_t>(rank), width = w.size() / R, rows = x.size() / width;
+  Values y(rows * R);
+  for (size_t t = 0; t < rows; ++t)
+    for (size_t c = 0; c < width; ++c)
+      for (size_t r = 0; r < R; ++r) y[t * R + r] += kept[t * width + c] * x[t * width + c] * w[c * R + r];
+  return y;
+}
+
+Values lora_up(Values y, const Values& x, const Values& w, const Values& kept, int64_t rank, double scale) {
+  const size_t R = static_cast<size_t>(rank), width = w.size() / R;
+  for (size_t t = 0; t < x.size() / R; ++t)
+    for (size_t c = 0; c < width; ++c)
+      for (size_t r = 0; r < R; ++r) y[t * width + c] += scale * kept[t * width + c] * x[t * R + r] * w[c * R + r];
+  return y;
+}
+
+Values lora_gradient(const Values& wide, const Values& narrow, const Values& kept, int64_t rank) {
+  const size_t R = static_cast<size_t>(rank), rows = narrow.size() / R, width = wide.size() / rows;
+  Values gradient(width * R);
+  for (size_t t = 0; t < rows; ++t)
+    for (size_t c = 0; c < width; ++c)
+      for (size_t r = 0; r < R; ++r) gradient[c * R + r] += kept[t * width + c] * wide[t * width + c] * narrow[t * R + r];
+  return gradient;
+}
+
 Values rope(const Values& x, int64_t num_heads, int64_t head_dim, const Values& cos, const Values& sin, bool inverse) {
   const size_t heads = static_cast<size_t>(num_heads), dim = static_cast<size_t>(head_dim), tokens = x.size() / (heads * dim), rotary = cos.size() / tokens;
   Values y = x;

@@ -34,6 +34,12 @@ struct LayerNormGradient {
 };
 LayerNormGradient layer_norm_gradient(const Values& grad_y, const Values& grad_sum, const Values& s, const Values& weight, const Values& mean, const Values& rstd);
 
+// Low-rank products; w [width, rank], `kept` [rows, width]: what dropout multiplies with. y += scale * kept * (x w^T); x [rows, rank] of
+// the second.
+Values lora_down(const Values& x, const Values& w, const Values& kept, int64_t rank);
+Values lora_up(Values y, const Values& x, const Values& w, const Values& kept, int64_t rank, double scale);
+Values lora_gradient(const Values& wide, const Values& narrow, const Values& kept, int64_t rank);  // [width, rank]
+
 // x and y: tokens of num_heads heads; tables of rotary_dims values a token.
 Values rope(const Values& x, int64_t num_heads, int64_t head_dim, const Values& cos, const Values& sin, bool inverse);
 
