@@ -1,5 +1,7 @@
+#include "ops/device.h"
 #include "ops/op_support.h"
 #include "ops/ops.h"
+#include "ops/product.h"
 
 namespace trireme {
 namespace {
@@ -103,7 +105,7 @@ Computed run(const at::Tensor& hidden_TC, const at::Tensor& head_VC, const Rows&
       hidden.slice(0, n, padded).zero_();
     }
     at::Tensor logits = buffer.slice(0, 0, padded);
-    at::mm_out(logits, hidden, head_VC.t());
+    product(hidden, head_VC.t(), logits);
     if (part)
       cross_entropy_of_part(logits.slice(0, 0, n), rows.target.data() + begin, *part, losses.data() + begin, correct.data() + begin,
                             want_hidden || want_head);
@@ -118,16 +120,17 @@ Computed run(const at::Tensor& hidden_TC, const at::Tensor& head_VC, const Rows&
     if (gradient_scale != 1 && (want_hidden || want_head)) logits.slice(0, 0, n).mul_(gradient_scale);
     if (want_hidden && dense) {
       at::Tensor part = out.grad_hidden_TC.slice(0, first, first + n);
-      at::mm_out(part, logits, head_VC);
+      product(logits, head_VC, part);
     } else if (want_hidden) {
-      out.grad_hidden_TC.index_copy_(0, index, at::mm(logits, head_VC).slice(0, 0, n));
+      out.grad_hidden_TC.index_copy_(0, index, product(logits, head_VC).slice(0, 0, n));
     }
     if (want_head) {  // rows of zeros in hidden take nothing from what stands in their logits: those are finite
-      at::Tensor part = at::mm(logits.t(), hidden);
-      if (several)
-        out.grad_head_VC.add_(part);
+      if (!several)
+        out.grad_head_VC = product(logits.t(), hidden);
+      else if (kernels_of(logits))
+        product(logits.t(), hidden, out.grad_head_VC, {.add = true});
       else
-        out.grad_head_VC = part;
+        out.grad_head_VC.add_(product(logits.t(), hidden));
     }
   }
   for (int64_t i = 0; i < count; ++i) {

@@ -1,7 +1,9 @@
 #include "ops/delayed_gradients.h"
+#include "ops/device.h"
 #include "ops/dropout_mask.h"
 #include "ops/op_support.h"
 #include "ops/ops.h"
+#include "ops/product.h"
 
 namespace trireme {
 namespace {
@@ -15,7 +17,7 @@ using torch::autograd::variable_list;
 // than to read it.
 bool has_few_rows(const at::Tensor& x_TI, const at::Tensor& w_OI) {
   constexpr int64_t kFew = 4;
-  return x_TI.is_cpu() && c10::isReducedFloatingType(x_TI.scalar_type()) && x_TI.size(0) <= kFew && w_OI.is_contiguous();
+  return !kernels_of(x_TI) && c10::isReducedFloatingType(x_TI.scalar_type()) && x_TI.size(0) <= kFew && w_OI.is_contiguous();
 }
 
 // y = scale * x w^T + plus; `plus` [T, O] may be y, undefined is 0. For has_few_rows only.
@@ -34,18 +36,11 @@ void product_of_few_rows(const at::Tensor& x_in, const at::Tensor& w_OI, double 
 }
 
 // y = x w^T (+ bias)
-void product(const at::Tensor& x_TI, const at::Tensor& w_OI, const std::optional<at::Tensor>& bias_O, at::Tensor y_TO) {
+void forward_product(const at::Tensor& x_TI, const at::Tensor& w_OI, const std::optional<at::Tensor>& bias_O, at::Tensor y_TO) {
   if (has_few_rows(x_TI, w_OI))
     product_of_few_rows(x_TI, w_OI, 1.0, bias_O ? bias_O->contiguous().expand_as(y_TO) : at::Tensor(), y_TO);
-  else if (bias_O)
-    at::addmm_out(y_TO, *bias_O, x_TI, w_OI.t());
   else
-    at::mm_out(y_TO, x_TI, w_OI.t());
-}
-at::Tensor product(const at::Tensor& x_TI, const at::Tensor& w_OI) {
-  at::Tensor y_TO = at::empty({x_TI.size(0), w_OI.size(0)}, x_TI.options());
-  product(x_TI, w_OI, {}, y_TO);
-  return y_TO;
+    product(x_TI, w_OI.t(), y_TO, {.bias_N = bias_O.value_or(at::Tensor())});
 }
 
 // y += scale * x w^T
@@ -53,7 +48,7 @@ void add_product(const at::Tensor& x_TI, const at::Tensor& w_OI, double scale, a
   if (has_few_rows(x_TI, w_OI))
     product_of_few_rows(x_TI, w_OI, scale, y_TO, y_TO);
   else
-    y_TO.addmm_(x_TI, w_OI.t(), 1.0, scale);
+    product(x_TI, w_OI.t(), y_TO, {.scale = scale, .add = true});
 }
 
 // [T, features] whose rows f makes of the rows of x, which it is told the number of the first of. With `sum` [T / n, features]:
@@ -99,7 +94,7 @@ ArrivingRows gradient_of_product(AutogradContext* ctx, const at::Tensor& grad) {
 }
 
 at::Tensor gradient_of_rows(const ArrivingRows& grad_TO, const at::Tensor& w_OI) {
-  return over_rows(grad_TO, w_OI.size(1), nullptr, [&](int64_t, const at::Tensor& grad, at::Tensor y) { at::mm_out(y, grad, w_OI); });
+  return over_rows(grad_TO, w_OI.size(1), nullptr, [&](int64_t, const at::Tensor& grad, at::Tensor y) { product(grad, w_OI, y); });
 }
 
 // An undefined tensor may not enter a Function; an empty optional may, and has no edge in the graph: so it comes last.
@@ -115,7 +110,7 @@ struct LinearFunction : Function<LinearFunction> {
     keep_sum(ctx, sum);
     ctx->save_for_backward({w_OI});
     return over_rows(rows, w_OI.size(0), sum.get(),
-                     [&](int64_t, const at::Tensor& x, at::Tensor y) { product(x, w_OI, bias_O, std::move(y)); });
+                     [&](int64_t, const at::Tensor& x, at::Tensor y) { forward_product(x, w_OI, bias_O, std::move(y)); });
   }
   static variable_list backward(AutogradContext* ctx, const variable_list& grads) {
     at::Tensor grad_x, grad_w, grad_bias;
@@ -124,7 +119,7 @@ struct LinearFunction : Function<LinearFunction> {
     if (ctx->needs_input_grad(0)) grad_x = gradient_of_rows(arriving, w_OI);
     const at::Tensor grad_y = arriving.wait();
     if (ctx->needs_input_grad(1))
-      grad_w = weight_gradient(w_OI, [grad_y, x_TI = take(ctx, "x")] { return at::mm(grad_y.t(), x_TI); });
+      grad_w = weight_gradient(w_OI, [grad_y, x_TI = take(ctx, "x")] { return product(grad_y.t(), x_TI); });
     if (ctx->saved_data.at("bias").toBool() && ctx->needs_input_grad(2)) grad_bias = sum_rows(grad_y);
     return {grad_x, grad_w, grad_bias, {}, {}, {}};
   }
@@ -137,11 +132,14 @@ struct LoraLinear : Function<LoraLinear> {
     at::AutoDispatchBelowADInplaceOrView guard;
     at::Tensor xa_TR;
     auto adapt = [&](int64_t first, at::Tensor y) {
-      if (!xa_TR.defined()) xa_TR = product(mask.active() ? mask.apply(rows.wait().contiguous()) : rows.wait(), a_RI);
+      if (!xa_TR.defined()) {
+        xa_TR = at::empty({rows.promised().size(0), a_RI.size(0)}, rows.promised().options());
+        forward_product(mask.active() ? mask.apply(rows.wait().contiguous()) : rows.wait(), a_RI, {}, xa_TR);
+      }
       add_product(xa_TR.narrow(0, first, y.size(0)), b_OR, scale, y);
     };
     at::Tensor y_TO = over_rows(rows, w_OI.size(0), sum.get(), [&](int64_t first, const at::Tensor& x, at::Tensor y) {
-      product(x, w_OI, bias_O, y);
+      forward_product(x, w_OI, bias_O, y);
       if (sum) adapt(first, y);  // before it leaves
     });
     if (!sum) adapt(0, y_TO);
@@ -163,15 +161,15 @@ struct LoraLinear : Function<LoraLinear> {
     const ArrivingRows arriving = gradient_of_product(ctx, grads[0]);
     if (ctx->needs_input_grad(0)) grad_x = gradient_of_rows(arriving, w_OI);
     const at::Tensor grad_y = arriving.wait();
-    at::Tensor grad_xa_TR = at::mm(grad_y, b_OR).mul_(scale);
+    at::Tensor grad_xa_TR = product(grad_y, b_OR, scale);
     at::Tensor x_TI = take(ctx, "x");
-    if (ctx->needs_input_grad(2)) grad_a = at::mm(grad_xa_TR.t(), mask.active() ? mask.apply(x_TI.contiguous()) : x_TI);
-    if (ctx->needs_input_grad(3)) grad_b = at::mm(grad_y.t(), xa_TR).mul_(scale);
+    if (ctx->needs_input_grad(2)) grad_a = product(grad_xa_TR.t(), mask.active() ? mask.apply(x_TI.contiguous()) : x_TI);
+    if (ctx->needs_input_grad(3)) grad_b = product(grad_y.t(), xa_TR, scale);
     if (ctx->needs_input_grad(0)) {
       if (mask.active())
-        mask.add_to(at::mm(grad_xa_TR, a_RI), grad_x);
+        mask.add_to(product(grad_xa_TR, a_RI), grad_x);
       else
-        grad_x.addmm_(grad_xa_TR, a_RI);
+        product(grad_xa_TR, a_RI, grad_x, {.add = true});
     }
     ctx->saved_data.clear();
     return {grad_x, {}, grad_a, grad_b, {}, {}, {}, {}, {}};

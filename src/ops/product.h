@@ -1,0 +1,23 @@
+// Matrix products of plain tensors (no gradients): a device's by its kernels (cuBLASLt), those of the CPU by ATen.
+#pragma once
+
+#include "base/tensor.h"
+
+namespace trireme {
+
+struct ProductTerms {
+  double scale = 1;
+  bool add = false;        // to what is in y
+  at::Tensor bias_N = {};  // undefined: none
+};
+
+// y = scale * a b (+ y, or + bias in each row). Any may be a transposed view; rows of y are contiguous. Dtypes are one, or y's is float32:
+// by kernels all is added up in fp32 and rounded once; ATen rounds the product to the dtype of a and b first.
+void product(const at::Tensor& a_MK, const at::Tensor& b_KN, at::Tensor& y_MN, const ProductTerms& terms = {});
+at::Tensor product(const at::Tensor& a_MK, const at::Tensor& b_KN, double scale = 1);
+
+// Whether a device may round float32 values to TF32 (10 bits) before it multiplies them, which is several times as fast. Not at
+// first.
+void allow_tf32(bool allow);
+
+}  // namespace trireme

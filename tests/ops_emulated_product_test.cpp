@@ -1,0 +1,163 @@
+// Products of the operations through the kernels' wrapper of cuBLASLt, over the emulated library: which are asked for, and their values.
+#include "support.h"
+
+#include "kernels/kernels.h"
+#include "ops/device.h"
+#include "ops/ops.h"
+#include "ops/product.h"
+
+namespace trireme {
+namespace {
+
+using kernels::MatMul;
+using test::near;
+using test::same_bits;
+
+std::vector<MatMul> calls;
+
+// While one lives, CPU tensors go to the emulated kernels, and their products are recorded.
+struct Emulated {
+  Emulated() {
+    static const kernels::Kernels all = [] {
+      kernels::Kernels k = kernels::emulated_kernels();
+      k.matmul = [](const MatMul& p, kernels::Stream stream) {
+        calls.push_back(p);
+        kernels::emulated_kernels().matmul(p, stream);
+      };
+      return k;
+    }();
+    calls.clear();
+    set_kernels(at::kCPU, &all);
+  }
+  ~Emulated() { set_kernels(at::kCPU, nullptr); }
+};
+
+class OpsProducts : public testing::TestWithParam<at::ScalarType> {
+ protected:
+  at::Tensor random(at::IntArrayRef sizes) const { return at::randn(sizes, at::kFloat).to(GetParam()); }
+};
+
+TEST_P(OpsProducts, TakeViewsAsTheyAre) {
+  at::manual_seed(1);
+  const at::Tensor x = random({6, 9}), tall = random({9, 6}), row = random({1, 9}), column = random({9, 1}), wide = random({6, 40});
+  const std::vector<std::pair<at::Tensor, bool>> lefts = {  // [., 9], and whether it has to be copied
+      {x, false}, {tall.t(), false}, {wide.narrow(1, 3, 9), false}, {wide.t().narrow(0, 5, 9).t(), false}, {row, false}, {column.t(), false}, {row.expand({6, 9}), true},
+      {wide.slice(1, 0, 18, 2), true}, {random({9, 40}).narrow(1, 7, 1).t(), false}};
+  const std::vector<at::Tensor> rights = {random({9, 5}), random({5, 9}).t(), random({9, 30}).narrow(1, 2, 5), column, row.t(), random({9, 30}).narrow(1, 3, 1)};
+  for (const auto& [left, is_copied] : lefts)
+    for (const at::Tensor& right : rights)
+      for (at::ScalarType dtype : {GetParam(), at::kFloat}) {
+        SCOPED_TRACE(testing::Message() << left.sizes() << " " << left.strides() << " " << right.sizes() << " " << right.strides() << " " << dtype);
+        const at::Tensor exact = at::matmul(left.to(at::kDouble), right.to(at::kDouble)), before = at::randn(exact.sizes(), at::kFloat).to(dtype);
+        const at::Tensor bias = at::randn({right.size(1) * 2}, at::kFloat).to(dtype).slice(0, 0, right.size(1) * 2, 2);
+        at::Tensor y = at::zeros({exact.size(0) + 2, exact.size(1) + 3}, dtype), part = y.narrow(0, 1, exact.size(0)).narrow(1, 1, exact.size(1));
+        Emulated emulated;
+        product(left, right, part, {.scale = 0.5, .bias_N = bias});
+        EXPECT_TRUE(near(part, (0.5 * exact + bias).to(dtype)));
+        part.copy_(before);
+        product(left, right, part, {.scale = -2, .add = true});
+        EXPECT_TRUE(near(part, (before - 2 * exact).to(dtype)));
+        part.zero_();
+        EXPECT_EQ(y.abs().sum().item<double>(), 0);  // nothing beside it
+        ASSERT_EQ(calls.size(), 2);
+        EXPECT_EQ(calls[0].a != left.data_ptr(), is_copied);
+        EXPECT_EQ(calls[0].b, right.data_ptr());
+      }
+}
+
+TEST_P(OpsProducts, Linear) {
+  at::manual_seed(2);
+  const at::Tensor x = random({7, 24}), w = random({40, 24}), bias = random({40}), weights = random({7, 40});
+  auto outcome = [&](bool trains) {
+    const at::Tensor x_leaf = x.clone().requires_grad_(true), w_leaf = w.clone().requires_grad_(trains), bias_leaf = bias.clone().requires_grad_(trains);
+    const at::Tensor y = linear(x_leaf, w_leaf, bias_leaf);
+    y.backward(weights);
+    return std::vector{y, x_leaf.grad(), w_leaf.grad(), bias_leaf.grad()};
+  };
+  for (bool trains : {false, true}) {
+    const auto expected = outcome(trains);
+    Emulated emulated;
+    const auto got = outcome(trains);
+    for (size_t i = 0; i < (trains ? 4u : 2u); ++i) EXPECT_TRUE(near(got[i], expected[i], 2));
+    ASSERT_EQ(calls.size(), trains ? 3u : 2u);
+    EXPECT_NE(calls[0].bias, nullptr);
+    EXPECT_EQ(got[2].defined(), trains);
+  }
+}
+
+// Forward: x w^T, x a^T, and the update into the first's output. Backward: the gradient of xa, those of a, b, and of x, in two parts.
+TEST_P(OpsProducts, LoraAddsIntoItsOutputs) {
+  at::manual_seed(3);
+  const at::Tensor x = random({7, 24}), w = random({40, 24}), bias = random({40}), a = random({4, 24}), b = random({40, 4}), weights = random({7, 40});
+  auto outcome = [&] {
+    const at::Tensor x_leaf = x.clone().requires_grad_(true), a_leaf = a.clone().requires_grad_(true), b_leaf = b.clone().requires_grad_(true);
+    const at::Tensor y = lora_linear(x_leaf, w, bias, a_leaf, b_leaf, 0.5);
+    y.backward(weights);
+    return std::vector{y, x_leaf.grad(), a_leaf.grad(), b_leaf.grad()};
+  };
+  const auto expected = outcome();
+  Emulated emulated;
+  const auto got = outcome();
+  for (size_t i = 0; i < got.size(); ++i) EXPECT_TRUE(near(got[i], expected[i], 4));  // with an intermediate result that is rounded, too
+  ASSERT_EQ(calls.size(), 8u);
+  EXPECT_EQ(calls[0].bias, bias.data_ptr());
+  EXPECT_EQ(calls[2].d, calls[0].d);
+  EXPECT_EQ(calls[2].alpha, 0.5f);
+  EXPECT_EQ(calls[2].beta, 1);
+  EXPECT_EQ(calls[7].d, calls[3].d);
+  EXPECT_EQ(calls[7].beta, 1);
+  for (const MatMul& call : calls) EXPECT_FALSE((call.m == 40 && call.n == 24) || (call.m == 24 && call.n == 40));  // no gradient of the base
+}
+
+TEST_P(OpsProducts, GradientsOfAHeadAreSummedInFp32) {
+  at::manual_seed(4);
+  const at::Tensor hidden = random({150, 16}), head = random({33, 16}), targets = at::randint(33, {150}, at::kLong);
+  auto outcome = [&] {
+    const at::Tensor hidden_leaf = hidden.clone().requires_grad_(true), head_leaf = head.clone().requires_grad_(true);
+    const LossSum loss = linear_cross_entropy(hidden_leaf, head_leaf, targets, 64);
+    loss.sum.backward();
+    return std::vector{loss.sum.detach(), hidden_leaf.grad(), head_leaf.grad()};
+  };
+  const auto expected = outcome();
+  Emulated emulated;
+  const auto got = outcome();
+  EXPECT_NEAR(got[0].item<double>(), expected[0].item<double>(), 1e-3 * expected[0].item<double>());
+  for (size_t i = 1; i < got.size(); ++i) EXPECT_TRUE(near(got[i], expected[i], 8));  // sums over rows of probabilities that are rounded to the dtype
+  int sums = 0;
+  for (const MatMul& call : calls)
+    if (call.m == 33 && call.beta == 1 && call.d_type == kernels::Type::kFloat32) ++sums;
+  EXPECT_EQ(sums, 3);
+}
+
+TEST_P(OpsProducts, OfNothing) {
+  Emulated emulated;
+  EXPECT_EQ(product(random({0, 8}), random({8, 3})).size(0), 0);
+  EXPECT_TRUE(same_bits(product(random({4, 0}), random({0, 3})), at::zeros({4, 3}, GetParam())));
+}
+
+INSTANTIATE_TEST_SUITE_P(Types, OpsProducts, testing::Values(at::kFloat, at::kBFloat16, at::kHalf), [](const auto& type) { return std::string(c10::toString(type.param)); });
+
+TEST(OpsProduct, Tf32IsASetting) {
+  const at::Tensor x = at::ones({2, 2});
+  Emulated emulated;
+  product(x, x);
+  allow_tf32(true);
+  product(x, x);
+  allow_tf32(false);
+  EXPECT_FALSE(calls[0].tf32);
+  EXPECT_TRUE(calls[1].tf32);
+}
+
+// What the result's dtype asks for is done where ATen computes, too.
+TEST(OpsProduct, OfTheHostMayHaveAResultInFp32) {
+  at::manual_seed(5);
+  const at::Tensor a = at::randn({3, 8}).to(at::kBFloat16), b = at::randn({8, 5}).to(at::kBFloat16), bias = at::randn({5}), exact = at::matmul(a.to(at::kFloat), b.to(at::kFloat));
+  at::Tensor y = at::empty({3, 5});
+  product(a, b, y, {.scale = 2, .bias_N = bias});
+  EXPECT_TRUE(near(y, 2 * exact + bias, 2, at::kBFloat16));
+  product(a, b, y, {.add = true});
+  EXPECT_TRUE(near(y, 3 * exact + bias, 4, at::kBFloat16));
+}
+
+}  // namespace
+}  // namespace trireme
