@@ -31,7 +31,7 @@ struct Emulated {
     using K = kernels::Kernels;
     static K all{};
     Counted<&K::rms_norm_forward>{all}, Counted<&K::rms_norm_backward>{all}, Counted<&K::rope>{all}, Counted<&K::glu_forward>{all}, Counted<&K::glu_backward>{all}, Counted<&K::dropout>{all};
-    Counted<&K::attention_forward>{all}, Counted<&K::attention_backward>{all};
+    Counted<&K::lora_down>{all}, Counted<&K::lora_up>{all}, Counted<&K::lora_gradient>{all}, Counted<&K::attention_forward>{all}, Counted<&K::attention_backward>{all};
     num_calls = 0;
     set_kernels(at::kCPU, &all);
   }
@@ -105,9 +105,13 @@ TEST_P(OpsEmulated, Dropout) {
   at::manual_seed(4);
   const DropoutKey key{0.3, 5, 6, at::arange(7, at::kLong) * 1000003, 96};
   expect_same([&](const auto& in) { return std::vector{dropout(in[0], key)}; }, {random({7, 40})}, 2);
-  // Forward, and for each gradient that goes through the mask: of a, which is computed anew, and of x, which is added to.
-  const at::Tensor base = random({24, 40});
-  expect_same([&](const auto& in) { return std::vector{lora_linear(in[0], base, {}, in[1], in[2], 2.0, key)}; }, {random({7, 40}), random({4, 40}), random({24, 4})}, 3);
+  // Forward, and for each gradient that goes through the mask: of a, and of x, which is added to. By the kernels that drop as they
+  // multiply, or by the mask alone: of float32, of widths that are not in whole 16 bytes, of ranks above 256.
+  for (const auto& [width, rank] : std::vector<std::pair<int64_t, int64_t>>{{40, 4}, {136, 20}, {36, 4}, {8, 300}}) {
+    const double small = 1 / std::sqrt(static_cast<double>(width));  // sums of the size of 1, where one rounding of a term is one of the sum
+    const at::Tensor base = random({24, width}) * small, a = random({rank, width}) * small, b = random({24, rank}) / std::sqrt(static_cast<double>(rank));
+    expect_same([&](const auto& in) { return std::vector{lora_linear(in[0], base, {}, in[1], in[2], 2.0, key)}; }, {random({7, width}), a, b}, 3);
+  }
 }
 
 // Two segments, the second with more keys than queries; a window; four heads to two of keys.

@@ -110,13 +110,17 @@ DropoutMask::DropoutMask(const DropoutKey& key) : key_(key) {
   bits_.first_feature = key.first_feature;
 }
 
+at::Tensor DropoutMask::row_ids(const at::Tensor& x_TC) const {
+  const at::Tensor& ids = key_.row_ids_T;
+  TRIREME_CHECK(ids.defined() && ids.numel() == x_TC.size(0) && ids.scalar_type() == at::kLong, "dropout needs one int64 row id for each of ", x_TC.size(0), " rows");
+  TRIREME_CHECK(ids.device() == x_TC.device(), "row ids are on ", ids.device().str(), ", the values on ", x_TC.device().str());
+  return ids.contiguous();
+}
+
 void DropoutMask::run(const at::Tensor& x_TC, const at::Tensor& y_TC, bool add) const {
   const int64_t rows = x_TC.size(0), size = x_TC.size(1);
-  TRIREME_CHECK(key_.row_ids_T.defined() && key_.row_ids_T.numel() == rows && key_.row_ids_T.scalar_type() == at::kLong,
-                "dropout needs one int64 row id for each of ", rows, " rows");
-  at::Tensor ids = key_.row_ids_T.contiguous();
+  const at::Tensor ids = row_ids(x_TC);
   if (const kernels::Kernels* k = kernels_of(x_TC)) {
-    TRIREME_CHECK(ids.device() == x_TC.device(), "row ids are on ", ids.device().str(), ", the values on ", x_TC.device().str());
     k->dropout({kernel_type(x_TC), rows, size, data_of(x_TC), ids.data_ptr<int64_t>(), key_.seed, key_.module, key_.first_feature, key_.p, add, data_of(y_TC)},
                stream_of(x_TC));
     return;

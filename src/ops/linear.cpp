@@ -132,10 +132,8 @@ struct LoraLinear : Function<LoraLinear> {
     at::AutoDispatchBelowADInplaceOrView guard;
     at::Tensor xa_TR;
     auto adapt = [&](int64_t first, at::Tensor y) {
-      if (!xa_TR.defined()) {
-        xa_TR = at::empty({rows.promised().size(0), a_RI.size(0)}, rows.promised().options());
-        forward_product(mask.active() ? mask.apply(rows.wait().contiguous()) : rows.wait(), a_RI, {}, xa_TR);
-      }
+      if (!xa_TR.defined() && mask.active()) xa_TR = mask.down(rows.wait(), a_RI);
+      if (!xa_TR.defined()) forward_product(rows.wait(), a_RI, {}, xa_TR = at::empty({rows.promised().size(0), a_RI.size(0)}, rows.promised().options()));
       add_product(xa_TR.narrow(0, first, y.size(0)), b_OR, scale, y);
     };
     at::Tensor y_TO = over_rows(rows, w_OI.size(0), sum.get(), [&](int64_t first, const at::Tensor& x, at::Tensor y) {
@@ -163,14 +161,9 @@ struct LoraLinear : Function<LoraLinear> {
     const at::Tensor grad_y = arriving.wait();
     at::Tensor grad_xa_TR = product(grad_y, b_OR, scale);
     at::Tensor x_TI = take(ctx, "x");
-    if (ctx->needs_input_grad(2)) grad_a = product(grad_xa_TR.t(), mask.active() ? mask.apply(x_TI.contiguous()) : x_TI);
+    if (ctx->needs_input_grad(2)) grad_a = mask.gradient(grad_xa_TR, x_TI);
     if (ctx->needs_input_grad(3)) grad_b = product(grad_y.t(), xa_TR, scale);
-    if (ctx->needs_input_grad(0)) {
-      if (mask.active())
-        mask.add_to(product(grad_xa_TR, a_RI), grad_x);
-      else
-        product(grad_xa_TR, a_RI, grad_x, {.add = true});
-    }
+    if (ctx->needs_input_grad(0)) mask.add_up(grad_xa_TR, a_RI, grad_x);
     ctx->saved_data.clear();
     return {grad_x, {}, grad_a, grad_b, {}, {}, {}, {}, {}};
   }
