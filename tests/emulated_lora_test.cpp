@@ -153,10 +153,11 @@ TEST(LoraKernelsOf, NoRows) {
 
 TEST(LoraKernelsOf, SlicesOfTheWholesMask) {
   // The columns of a rank of tensor parallelism are dropped as those of the whole are.
-  std::vector<int64_t> row_ids = {3, 4};
+  Guarded row_ids(2 * 8);
+  row_ids.as<int64_t>()[0] = 3, row_ids.as<int64_t>()[1] = 4;
   auto ones = [&](int64_t width, int64_t first) {
     Tensor x(Type::kBFloat16, Values(2, 1)), w(Type::kBFloat16, Values(static_cast<size_t>(width), 1)), y(Type::kBFloat16, Values(static_cast<size_t>(2 * width)));
-    emulated_kernels().lora_up({Type::kBFloat16, 2, width, 1, x.data(), w.data(), false, 1, {row_ids.data(), 1, 2, first, 0.5}, y.data()}, nullptr);
+    emulated_kernels().lora_up({Type::kBFloat16, 2, width, 1, x.data(), w.data(), false, 1, {row_ids.as<int64_t>(), 1, 2, first, 0.5}, y.data()}, nullptr);
     return y.values();
   };
   const Values all = ones(256, 0), some = ones(104, 88);
