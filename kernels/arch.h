@@ -29,7 +29,7 @@
 // Matrix products of a warp (sm_80), T of 16 bits, fragments as in PTX (mma.m16n8k16, ldmatrix):
 //   load_matrix(r, row), load_matrix_transposed(r, row)  four 8x8 matrices; lane l gives row l % 8 of matrix l / 8
 //   mma<T>(d, a, b)                        d[16,8] += a[16,16] b[16,8]
-// Numbers: bf16, fp16; to_float(x), from_float<T>(x) (to the nearest even), pack<T>(low, high), unpack<T>(u, low, high);
+// Numbers: bf16, fp16, e4m3, e5m2; to_float(x), from_float<T>(x) (to the nearest even), pack<T>(low, high), unpack<T>(u, low, high);
 //   exp(x), exp2(x), log2(x), rsqrt(x), sqrt(x), erf(x), reciprocal(x) (1 / x to a unit of the last place, 0 where that is below
 //   2^-126), exp2_approx(x) (2 ulp; a result below 2^-126 is 0); bits_of(x), float_of(bits); load<V>(p), store<V>(p, v): 16 bytes
 //   at once of aligned addresses, stored to global memory; recomputed(x): x, from which the compiler keeps nothing in registers that it had computed before.

@@ -3,6 +3,7 @@
 
 #include <cuda_bf16.h>
 #include <cuda_fp16.h>
+#include <cuda_fp8.h>
 #include <cuda_runtime.h>
 
 #include <stdexcept>
@@ -12,6 +13,8 @@ namespace trireme::kernels::cuda::arch {
 
 using bf16 = __nv_bfloat16;
 using fp16 = __half;
+using e4m3 = __nv_fp8_e4m3;
+using e5m2 = __nv_fp8_e5m2;
 
 struct Index3 {
   int x, y, z;
@@ -107,7 +110,7 @@ template <typename T>
 ARCH_FN T from_float(float x) {
   if constexpr (std::is_same_v<T, bf16>) return __float2bfloat16_rn(x);
   else if constexpr (std::is_same_v<T, fp16>) return __float2half_rn(x);
-  else return x;
+  else return T(x);  // float8: beyond the largest, the largest
 }
 template <typename T>
 ARCH_FN uint32_t pack(float low, float high) {

@@ -97,6 +97,7 @@ struct Transposed {
 void transpose(const Transpose& p, Stream stream) {
   if (p.num_batches < 0 || p.num_rows < 0 || p.num_columns < 0 || (p.x == p.y && p.x))
     throw Refused("transpose of " + std::to_string(p.num_batches) + " x " + std::to_string(p.num_rows) + " x " + std::to_string(p.num_columns) + " values: never in place");
+  if (size_of(p.type) == 1) throw Refused("transpose of float8: of what it is made of instead");
   if (p.num_batches == 0 || p.num_rows == 0 || p.num_columns == 0) return;
   auto run = [&]<typename U>(U) {
     using Kernel = Transposed<U>;

@@ -13,6 +13,7 @@ void add_dropout(Kernels& kernels);
 void add_elementwise(Kernels& kernels);
 void add_embedding(Kernels& kernels);
 void add_lora(Kernels& kernels);
+void add_float8(Kernels& kernels);
 void add_matmul(Kernels& kernels);
 void add_norm(Kernels& kernels);
 void add_sums(Kernels& kernels);
@@ -32,6 +33,7 @@ const Kernels& all() {
     add_elementwise(k);
     add_embedding(k);
     add_lora(k);
+    add_float8(k);
     add_matmul(k);
     add_norm(k);
     add_sums(k);

@@ -357,6 +357,18 @@ struct MatMul {
 };
 constexpr int64_t kMatMulWorkspace = int64_t{32} << 20;
 
+// scale = the largest magnitude in x / the largest number of the type (448, 57344), at least 2^-126; y = x / scale, to the nearest.
+// NaNs stay; where x has an infinity no result is a number.
+struct ToFloat8 {
+  Type from, to;     // to: float8
+  int64_t count;
+  const void* x;
+  void* y;
+  float* scale;
+  float* workspace;  // kFloat8Partials elements
+};
+constexpr int64_t kFloat8Partials = 1024;
+
 // Every operation, for one kind of device.
 struct Kernels {
   void (*attention_forward)(const AttentionForward&, Stream);
@@ -385,6 +397,7 @@ struct Kernels {
   void (*transpose)(const Transpose&, Stream);
   void (*sum_rows)(const SumRows&, Stream);
   void (*matmul)(const MatMul&, Stream);
+  void (*to_float8)(const ToFloat8&, Stream);
 };
 const Kernels& cuda_kernels();
 const Kernels& emulated_kernels();  // on the host, for tests: kernels/emu

@@ -1,8 +1,10 @@
 // Products of the operations through the kernels' wrapper of cuBLASLt, over the emulated library: which are asked for, and their values.
 #include "support.h"
 
+#include "base/check.h"
 #include "kernels/kernels.h"
 #include "ops/device.h"
+#include "ops/float8.h"
 #include "ops/ops.h"
 #include "ops/product.h"
 
@@ -146,6 +148,26 @@ TEST(OpsProduct, Tf32IsASetting) {
   allow_tf32(false);
   EXPECT_FALSE(calls[0].tf32);
   EXPECT_TRUE(calls[1].tf32);
+}
+
+// Against products of the same values in fp32: errors of one and a half rounding to three digits behind the point, of each factor.
+TEST(OpsProduct, Float8OfAFrozenWeight) {
+  at::manual_seed(6);
+  for (at::ScalarType dtype : {at::kBFloat16, at::kHalf}) {
+    const at::Tensor x = at::randn({7, 48}).to(dtype).requires_grad_(true), w = (at::randn({32, 48}) * 0.02).to(dtype), bias = at::randn({32}).to(dtype), weights = at::randn({7, 32}).to(dtype);
+    Emulated emulated;
+    const at::Tensor y = float8_linear(x, float8_weight(w), bias);
+    y.backward(weights);
+    auto error = [](const at::Tensor& got, const at::Tensor& expected) { return ((got.to(at::kFloat) - expected).norm() / expected.norm()).item<double>(); };
+    const at::Tensor wide = w.to(at::kFloat);
+    EXPECT_EQ(y.scalar_type(), dtype);
+    EXPECT_LT(error(y.detach() - bias, at::matmul(x.detach().to(at::kFloat), wide.t())), 0x1p-4);
+    EXPECT_LT(error(x.grad(), at::matmul(weights.to(at::kFloat), wide)), 0x1p-3);  // the gradient has two digits
+    ASSERT_EQ(calls.size(), 2u);
+    EXPECT_EQ(calls[1].a_type, kernels::Type::kFloat8E5M2);
+  }
+  EXPECT_THROW(float8_weight(at::ones({32, 40}, at::kBFloat16)), InternalError);
+  EXPECT_THROW(float8_weight(at::ones({32, 48}, at::kBFloat16)), InternalError);  // no kernels
 }
 
 // What the result's dtype asks for is done where ATen computes, too.

@@ -109,6 +109,14 @@ inline float to_float(e4m3 x) {  // the digits of a float16 but one, whose expon
   if ((x.bits & 0x7f) == 0x7f) return std::numeric_limits<float>::quiet_NaN();
   return to_float(fp16{static_cast<uint16_t>((x.bits & 0x80) << 8 | (x.bits & 0x7f) << 7)}) * 256;
 }
+// To the nearest, ties to even; beyond the largest, the largest.
+inline uint8_t float8_bits(float x, int digits, int bias, float largest) {  // digits behind the point
+  if (x != x) return 0x7f;
+  const float magnitude = std::fmin(std::abs(x), largest);
+  const int exponent = std::max(magnitude > 0 ? std::ilogb(magnitude) : -bias, 1 - bias);
+  const int units = static_cast<int>(std::nearbyint(std::ldexp(magnitude, digits - exponent)));
+  return static_cast<uint8_t>((std::signbit(x) ? 0x80 : 0) | (((exponent + bias - 1) << digits) + units));
+}
 template <typename T>
 T from_float(float x) {
   if constexpr (std::is_same_v<T, bf16>) {
@@ -117,6 +125,10 @@ T from_float(float x) {
     return {static_cast<uint16_t>((u + 0x7fff + (u >> 16 & 1)) >> 16)};
   } else if constexpr (std::is_same_v<T, fp16>) {
     return {std::bit_cast<uint16_t>(static_cast<_Float16>(x))};
+  } else if constexpr (std::is_same_v<T, e4m3>) {
+    return {float8_bits(x, 3, 7, 448)};
+  } else if constexpr (std::is_same_v<T, e5m2>) {
+    return {float8_bits(x, 2, 15, 57344)};
   } else {
     return x;
   }

@@ -29,16 +29,21 @@ void product_of_kernels(const kernels::Kernels& k, const at::Tensor& a_MK, const
   const Rows a(a_MK), b(b_KN), y(y_MN);
   TRIREME_CHECK(!y.transposed && y.tensor.is_same(y_MN), "rows of the result are not contiguous: ", y_MN.sizes(), y_MN.strides());
   const at::Tensor bias = terms.bias_N.defined() ? terms.bias_N.contiguous() : at::Tensor();
-  const at::Tensor memory = at::empty({kernels::kMatMulWorkspace}, a_MK.options().dtype(at::kByte));
-  constexpr uintptr_t kAlignment = 256;  // which the host's allocator does not give
-  const uintptr_t address = reinterpret_cast<uintptr_t>(memory.data_ptr()), begin = (address + kAlignment - 1) / kAlignment * kAlignment;
+  const ProductWorkspace workspace(a_MK);
   k.matmul({kernel_type(a_MK), kernel_type(b_KN), kernel_type(y_MN), a_MK.size(0), b_KN.size(1), a_MK.size(1), a.transposed, b.transposed, data_of(a.tensor), data_of(b.tensor),
             a.stride, b.stride, data_of(y_MN), y.stride, data_of(bias), static_cast<float>(terms.scale), terms.add ? 1.0f : 0.0f, tf32, nullptr, nullptr,
-            reinterpret_cast<void*>(begin), kernels::kMatMulWorkspace - static_cast<int64_t>(begin - address)},
+            workspace.data, workspace.num_bytes},
            stream_of(a_MK));
 }
 
 }  // namespace
+
+ProductWorkspace::ProductWorkspace(const at::Tensor& x) : memory(at::empty({kernels::kMatMulWorkspace}, x.options().dtype(at::kByte))) {
+  constexpr uintptr_t kAlignment = 256;  // which the host's allocator does not give
+  const uintptr_t address = reinterpret_cast<uintptr_t>(memory.data_ptr()), begin = (address + kAlignment - 1) / kAlignment * kAlignment;
+  data = reinterpret_cast<void*>(begin);
+  num_bytes = kernels::kMatMulWorkspace - static_cast<int64_t>(begin - address);
+}
 
 void allow_tf32(bool allow) { tf32 = allow; }
 

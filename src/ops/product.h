@@ -16,6 +16,14 @@ struct ProductTerms {
 void product(const at::Tensor& a_MK, const at::Tensor& b_KN, at::Tensor& y_MN, const ProductTerms& terms = {});
 at::Tensor product(const at::Tensor& a_MK, const at::Tensor& b_KN, double scale = 1);
 
+// What a product of kernels may use while it runs, on x's device.
+struct ProductWorkspace {
+  explicit ProductWorkspace(const at::Tensor& x);
+  at::Tensor memory;
+  void* data;  // at a multiple of 256 bytes
+  int64_t num_bytes;
+};
+
 // Whether a device may round float32 values to TF32 (10 bits) before it multiplies them, which is several times as fast. Not at
 // first.
 void allow_tf32(bool allow);
