@@ -2,13 +2,14 @@
 
 #include <dlfcn.h>
 
+#include <cstdlib>
 #include <stdexcept>
 
 namespace trireme::kernels {
 namespace {
 
 constexpr size_t kOldestVersion = 130000;
-constexpr char kWayOut[] = "cuBLASLt 13 comes with libtorch's CUDA libraries (launch/setup.sh) and the CUDA toolkit; LD_LIBRARY_PATH may name its folder";
+constexpr char kWayOut[] = "cuBLASLt 13 comes with libtorch's CUDA libraries (launch/setup.sh); TRIREME_TORCH may name the torch folder";
 
 template <typename Function>
 void find(void* library, const std::string& name, const char* symbol, Function& function) {
@@ -26,7 +27,11 @@ void check_cublaslt_version(const CublasLt& lt, const std::string& library) {
 
 CublasLt load_cublaslt(const std::string& name) {
   void* library = ::dlopen(name.c_str(), RTLD_NOW);
-  if (!library) throw std::runtime_error(std::string("cuBLASLt, which matrix products on a GPU need, is not there: ") + ::dlerror() + "; " + kWayOut);
+  if (!library) {
+    const std::string problem = ::dlerror();
+    if (const char* torch = std::getenv("TRIREME_TORCH")) library = ::dlopen((std::string(torch) + "/../nvidia/cu13/lib/" + name).c_str(), RTLD_NOW);
+    if (!library) throw std::runtime_error("cuBLASLt, which matrix products on a GPU need, is not there: " + problem + "; " + kWayOut);
+  }
   CublasLt lt{};
   find(library, name, "cublasLtGetVersion", lt.get_version);
   find(library, name, "cublasLtGetStatusString", lt.get_status_string);

@@ -1,44 +1,10 @@
-// Conversion to eight bits, and products of what it gives, emulated.
-#include "emulated.h"
-
-#include "kernels/cublaslt.h"
+// Conversion to eight bits, emulated.
+#include "emulated_product.h"
 
 namespace trireme::kernels {
 namespace {
 
 using namespace test;
-
-const std::vector<Type> kTypes = {Type::kFloat32, Type::kBFloat16, Type::kFloat16};
-
-template <typename F>
-std::string refusal(const F& call) {
-  try {
-    call();
-  } catch (const Refused& error) {
-    return error.what();
-  }
-  return "";
-}
-
-struct Float8 {
-  Float8(Type type, Type from, const Values& values)
-      : x(from, values), y(static_cast<int64_t>(values.size())), scale(Type::kFloat32, 1), workspace(kFloat8Partials * 4), to(type) {
-    emulated_kernels().to_float8({from, to, x.size, x.data(), y.as(), scale.memory.as<float>(), workspace.as<float>()}, nullptr);
-  }
-  Values values() const {
-    Values out;
-    for (int64_t i = 0; i < x.size; ++i)
-      out.push_back(to == Type::kFloat8E4M3 ? emulated::arch::to_float(y.as<emulated::arch::e4m3>()[i]) : emulated::arch::to_float(y.as<emulated::arch::e5m2>()[i]));
-    return out;
-  }
-  double by() const { return *scale.memory.as<float>(); }
-  Tensor x;
-  Guarded y;
-  Tensor scale;
-  Guarded workspace;
-  Type to;
-};
-const std::vector<Type> kFloat8Types = {Type::kFloat8E4M3, Type::kFloat8E5M2};
 
 TEST(Float8Kernel, IsTheNearest) {
   for (Type to : kFloat8Types)
@@ -107,55 +73,6 @@ TEST(Float8Kernel, UnusualNumbers) {
   }
   EXPECT_EQ(refusal([] { emulated_kernels().to_float8({Type::kFloat8E4M3, Type::kFloat8E4M3, 3, nullptr, nullptr, nullptr, nullptr}, nullptr); }),
             "to_float8 of 3 values: from float32, bfloat16 or float16 to float8");
-}
-
-TEST(Float8Kernel, Products) {
-  const int64_t m = 5, n = 32, k = 48;
-  const Values a = random_values(Type::kBFloat16, m * k, 1), b = random_values(Type::kBFloat16, n * k, 2, 0.02);
-  for (Type a_type : kFloat8Types)
-    for (Type d_type : kTypes)
-      for (bool with_bias : {false, true}) {
-        if (with_bias && d_type == Type::kFloat32) continue;
-        const Float8 x(a_type, Type::kBFloat16, a), w(Type::kFloat8E4M3, Type::kBFloat16, b);
-        const Values bias_values = random_values(d_type, n, 3), before = random_values(d_type, m * n, 4);
-        Tensor bias(d_type, bias_values), d(d_type, before);
-        MatMul p{a_type, Type::kFloat8E4M3, d_type, m, n, k, false, true, x.y.as(), w.y.as(), k, k, d.data(), n, with_bias ? bias.data() : nullptr, 2, 1, false,
-                 x.scale.memory.as<float>(), w.scale.memory.as<float>(), nullptr, 0};
-        emulated_kernels().matmul(p, nullptr);
-        Values expected = reference::matmul(m, n, k, x.values(), false, w.values(), true);
-        for (size_t i = 0; i < expected.size(); ++i) expected[i] = 2 * x.by() * w.by() * expected[i] + before[i] + (with_bias ? bias_values[i % static_cast<size_t>(n)] : 0);
-        EXPECT_TRUE(near(d.values(), expected, unit(d_type), 0x1p-30));
-        // Within what eight bits say: three digits behind the point of a, or two, and three of b.
-        Values exact = reference::matmul(m, n, k, a, false, b, true), got = d.values();
-        double error = 0, square = 0;
-        for (size_t i = 0; i < exact.size(); ++i) {
-          const double rest = (got[i] - before[i] - (with_bias ? bias_values[i % static_cast<size_t>(n)] : 0)) / 2;
-          error += (rest - exact[i]) * (rest - exact[i]), square += exact[i] * exact[i];
-        }
-        EXPECT_LT(std::sqrt(error / square), a_type == Type::kFloat8E4M3 ? 0x1p-4 : 0x1p-3);
-        auto refused = [&](const std::function<void(MatMul&)>& change) {
-          MatMul q = p;
-          change(q);
-          const std::string said = refusal([&] { emulated_kernels().matmul(q, nullptr); });
-          return said.substr(said.find(": ") + 2);
-        };
-        EXPECT_EQ(refused([](MatMul& q) { q.b_type = Type::kFloat8E5M2, q.a_type = Type::kFloat8E5M2; }), "float8 goes with float8, one of them e4m3");
-        EXPECT_EQ(refused([](MatMul& q) { q.b_type = Type::kBFloat16; }), "float8 goes with float8, one of them e4m3");
-        EXPECT_EQ(refused([](MatMul& q) { q.d_type = Type::kFloat8E4M3; }), "its result is not float8");
-        EXPECT_EQ(refused([](MatMul& q) { q.a_scale = nullptr; }), "float8 needs both scales");
-        EXPECT_EQ(refused([](MatMul& q) { q.transpose_b = false; }), "of float8 a is not transposed and b is");
-        EXPECT_EQ(refused([](MatMul& q) { q.k = 40; }), "sizes and strides of float8, but the rows of a, are multiples of 16");
-        EXPECT_EQ(refused([](MatMul& q) { q.a = static_cast<const char*>(q.a) + 8; }), "float8 stands at multiples of 16 bytes");
-        if (d_type == Type::kFloat32) {
-          EXPECT_EQ(refused([&](MatMul& q) { q.bias = bias.data(); }), "float8 with a float32 result takes no bias");
-        }
-        set_emulated_capability(8, 0);
-        p.n = 16;  // not asked for yet
-        EXPECT_NE(refused([&](MatMul& q) { q.m = d_type == Type::kFloat32 ? 1 : d_type == Type::kFloat16 ? 2 : 3, q.m += with_bias ? 0 : 1; })
-                      .find("does not have it on this device (not supported); float8 needs a card of compute capability 8.9 or later"),
-                  std::string::npos);
-        set_emulated_capability(9, 0);
-      }
 }
 
 }  // namespace
