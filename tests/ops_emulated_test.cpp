@@ -2,41 +2,18 @@
 #include "support.h"
 
 #include "base/check.h"
-#include "kernels/kernels.h"
-#include "ops/device.h"
+#include "emulated_ops.h"
 #include "ops/ops.h"
+#include "optim/adamw.h"
+#include "optim/clip.h"
 
 namespace trireme {
 namespace {
 
+using test::Emulated;
 using test::near;
-
-int num_calls = 0;  // of kernels
-
-template <typename Args, void (*kernels::Kernels::*kOperation)(const Args&, kernels::Stream)>
-void counted(const Args& args, kernels::Stream stream) {
-  ++num_calls;
-  (kernels::emulated_kernels().*kOperation)(args, stream);
-}
-template <auto kOperation>
-struct Counted;
-template <typename Args, void (*kernels::Kernels::*kOperation)(const Args&, kernels::Stream)>
-struct Counted<kOperation> {
-  explicit Counted(kernels::Kernels& kernels) { kernels.*kOperation = counted<Args, kOperation>; }
-};
-
-// While one lives, CPU tensors go to the emulated kernels, whose calls are counted.
-struct Emulated {
-  Emulated() {
-    using K = kernels::Kernels;
-    static K all{};
-    Counted<&K::rms_norm_forward>{all}, Counted<&K::rms_norm_backward>{all}, Counted<&K::rope>{all}, Counted<&K::glu_forward>{all}, Counted<&K::glu_backward>{all}, Counted<&K::dropout>{all};
-    Counted<&K::lora_down>{all}, Counted<&K::lora_up>{all}, Counted<&K::lora_gradient>{all}, Counted<&K::attention_forward>{all}, Counted<&K::attention_backward>{all};
-    num_calls = 0;
-    set_kernels(at::kCPU, &all);
-  }
-  ~Emulated() { set_kernels(at::kCPU, nullptr); }
-};
+using test::num_calls;
+using test::same_bits;
 
 using Op = std::function<std::vector<at::Tensor>(const std::vector<at::Tensor>&)>;
 
@@ -126,12 +103,205 @@ TEST_P(OpsEmulated, Attention) {
   expect_same([&](const auto& in) { return std::vector{attention(in[0], in[1], in[2], spec)}; }, {random({40, 2, 24}), random({60, 2, 24}), random({60, 2, 24})}, 0);
 }
 
+
+const at::Tensor kTargets = at::tensor(std::vector<int64_t>{3, -100, 0, 36, -100, 7, 7, 12, 1}, at::kLong);
+
+TEST_P(OpsEmulated, LinearCrossEntropy) {
+  at::manual_seed(6);
+  for (auto [chunk_rows, gradient_scale] : std::vector<std::pair<int64_t, double>>{{0, 1}, {0, 256}, {3, 1}}) {
+    LossSum loss;
+    const Op op = [&](const auto& in) {
+      loss = linear_cross_entropy(in[0], in[1], kTargets, chunk_rows, gradient_scale);
+      return std::vector{loss.sum};
+    };
+    const std::vector<at::Tensor> inputs = {random({9, 24}), random({37, 24})};
+    run(op, inputs);
+    const int64_t correct = loss.correct.item<int64_t>();
+    // Of one chunk or of three; and of the gradients of hidden and head by what came in.
+    expect_same(op, inputs, (chunk_rows ? 3 : 1) + 2);
+    EXPECT_EQ(loss.count, 7);
+    EXPECT_EQ(loss.correct.item<int64_t>(), correct);
+  }
+}
+
+TEST_P(OpsEmulated, LinearCrossEntropyOfNothing) {
+  const at::Tensor none = at::full({9}, -100, at::kLong);
+  expect_same([&](const auto& in) { return std::vector{linear_cross_entropy(in[0], in[1], none).sum}; }, {random({9, 24}), random({37, 24})}, 2);
+}
+
+TEST_P(OpsEmulated, LinearCrossEntropyOfAFrozenHeadIsScaledByNothing) {
+  at::manual_seed(6);
+  const at::Tensor hidden = random({9, 24}), head = random({37, 24});
+  auto gradient = [&] {
+    at::Tensor leaf = hidden.clone().requires_grad_();
+    linear_cross_entropy(leaf, head, kTargets).sum.backward();
+    return leaf.grad();
+  };
+  const at::Tensor expected = gradient();
+  Emulated emulated;
+  EXPECT_TRUE(near(gradient(), expected, 4));
+  EXPECT_EQ(num_calls, 2);
+}
+
+// Ranks that hold rows of the head, one after another: each begins anew, and stops where it would have to wait for one behind it.
+struct Waits {};
+template <typename F>
+void for_ranks(int num_ranks, const F& run) {
+  std::vector<at::Tensor> combined;  // by the calls of `combine`
+  for (bool again = true; again;) {
+    again = false;
+    at::Tensor next;
+    for (int rank = 0; rank < num_ranks; ++rank) {
+      size_t call = 0;
+      try {
+        run(rank, [&](at::Tensor x, bool maximum) {
+          ASSERT_TRUE(x.is_contiguous());
+          if (call < combined.size()) {
+            x.copy_(combined[call++]);
+            return;
+          }
+          next = !next.defined() ? x.clone() : maximum ? at::maximum(next, x) : next + x;
+          throw Waits();
+        });
+      } catch (const Waits&) {
+        again = true;
+      }
+    }
+    if (again) combined.push_back(next);
+  }
+}
+
+TEST_P(OpsEmulated, LinearCrossEntropyOfPartsOfTheVocabulary) {
+  at::manual_seed(7);
+  const at::Tensor hidden = random({9, 24}), head = random({37, 24});
+  head.slice(0, 36).copy_(head.slice(0, 1, 2));  // equal logits on two ranks: the first of them counts
+  at::Tensor whole_hidden = hidden.clone().requires_grad_(), whole_head = head.clone().requires_grad_();
+  const LossSum whole = linear_cross_entropy(whole_hidden, whole_head, kTargets, 4, 2);
+  whole.sum.backward();
+
+  Emulated emulated;
+  const std::vector<int64_t> bounds = {0, 11, 12, 37};
+  std::vector<at::Tensor> grad_head(3);
+  at::Tensor grad_hidden = at::zeros({9, 24});
+  for_ranks(3, [&](int rank, const auto& combine) {
+    const VocabularyPart part{bounds[rank], 37, combine};
+    at::Tensor h = hidden.clone().requires_grad_(), w = head.slice(0, bounds[rank], bounds[rank + 1]).clone().requires_grad_();
+    const LossSum loss = linear_cross_entropy(h, w, kTargets, 4, 2, &part);
+    loss.sum.backward();
+    EXPECT_TRUE(near(loss.sum, whole.sum.detach()));
+    EXPECT_EQ(loss.correct.template item<int64_t>(), whole.correct.template item<int64_t>());
+    grad_hidden += h.grad();
+    grad_head[rank] = w.grad();
+  });
+  EXPECT_TRUE(near(grad_hidden, whole_hidden.grad(), 4, GetParam()));
+  EXPECT_TRUE(near(at::cat(grad_head), whole_head.grad(), 4));
+  EXPECT_GT(test::num_calls_of<&kernels::Kernels::cross_entropy_finish>, 0);
+}
+
+TEST_P(OpsEmulated, Embedding) {
+  at::manual_seed(8);
+  const at::Tensor ids = at::tensor(std::vector<int64_t>{4, 0, 4, 10, 4, 2, 0}, at::kLong);
+  for (int64_t size : {24, 7}) expect_same([&](const auto& in) { return std::vector{trireme::embedding(in[0], ids)}; }, {random({11, size})}, 2);
+}
+
+TEST_P(OpsEmulated, Bias) {
+  at::manual_seed(9);
+  for (int64_t rows : {5, 200}) expect_same([](const auto& in) { return std::vector{trireme::linear(in[0], in[1], in[2])}; }, {random({rows, 8}), random({17, 8}), random({17})}, 1);
+}
+
+// Several tensors of two weight decays over three steps, of which the host knows the scale of two and the device of one.
+TEST_P(OpsEmulated, AdamW) {
+  at::manual_seed(10);
+  std::vector<at::Tensor> weights, gradients;
+  for (int64_t size : {1, 33, 9000}) weights.push_back(random({size})), gradients.push_back(at::randn({3, size}));
+  auto train = [&] {
+    std::vector<OptimTensor> tensors;
+    for (size_t i = 0; i < weights.size(); ++i) tensors.push_back({"w", weights[i].clone(), at::empty({weights[i].numel()}), i == 1 ? 0.0 : 0.1});
+    AdamW optimizer(tensors, {});
+    for (int64_t step = 0; step < 3; ++step) {
+      for (size_t i = 0; i < tensors.size(); ++i) tensors[i].grad.copy_(gradients[i][step]);
+      if (step == 0) optimizer.step(1e-2);
+      if (step == 1) optimizer.step(1e-2, 0.7);
+      if (step == 2) optimizer.step(1e-2, at::full({}, 0.3, at::kFloat));
+    }
+    std::vector<at::Tensor> out;
+    for (const auto& t : tensors) out.push_back(t.weight);
+    for (const auto& s : optimizer.state()) out.push_back(s.value);
+    for (const auto& s : optimizer.state()) {
+      if (s.kind != "master") continue;
+      EXPECT_TRUE(same_bits(tensors[s.tensor].weight, s.value.to(GetParam())));
+    }
+    EXPECT_EQ(optimizer.num_steps(), 3);
+    return out;
+  };
+  const auto expected = train();
+  Emulated emulated;
+  const auto got = train();
+  EXPECT_EQ(num_calls, 6);  // one for each weight decay
+  ASSERT_EQ(got.size(), expected.size());
+  // Ten roundings a step; the weights of 16 bits may be rounded to the neighbour.
+  for (size_t i = 0; i < got.size(); ++i) EXPECT_TRUE(near(got[i], expected[i], i < weights.size() ? 0.5 : 0.2));
+}
+
+TEST_P(OpsEmulated, AdamWTakesNoStepOfAScaleThatIsNotFinite) {
+  at::Tensor w = at::ones({40}, GetParam());
+  AdamW optimizer({{"w", w, at::ones({40}), 0.1}}, {});
+  Emulated emulated;
+  optimizer.step(0.1, at::full({}, std::nan(""), at::kFloat));
+  EXPECT_TRUE(same_bits(w, at::ones({40}, GetParam())));
+  for (const auto& s : optimizer.state()) EXPECT_TRUE(same_bits(s.value, s.kind == "master" ? at::ones({40}) : at::zeros({40})));
+  EXPECT_EQ(num_calls, 1);
+}
+
 INSTANTIATE_TEST_SUITE_P(Types, OpsEmulated, testing::Values(at::kFloat, at::kBFloat16, at::kHalf), [](const auto& type) { return std::string(c10::toString(type.param)); });
 
 TEST(OpsDevice, OtherDtypesOfTheHostGoToItsOwnCode) {
   Emulated emulated;
   rms_norm(at::ones({2, 8}, at::kDouble), at::ones({8}, at::kDouble), 1e-5);
   EXPECT_EQ(num_calls, 0);
+}
+
+TEST(OpsDevice, NormAndClip) {
+  at::manual_seed(11);
+  const std::vector<at::Tensor> gradients = {at::randn({40001}), at::randn({7}), at::randn({0})};
+  const double scale = 1.0 / 37, norm = std::sqrt(squared_norm(gradients)) * scale;
+  Emulated emulated;
+  DeviceNorm device(at::kCPU);
+  for (double max_norm : {0.0, 1.0, 1e6}) {
+    device.measure(gradients);
+    device.clip(max_norm, scale);
+    EXPECT_NEAR(device.squares.item<double>(), squared_norm(gradients), 1e-12 * squared_norm(gradients));  // 300 roundings of fp64
+    EXPECT_FLOAT_EQ(device.norm.item<float>(), static_cast<float>(norm));
+    EXPECT_FLOAT_EQ(device.factor.item<float>(), static_cast<float>(scale * clip_scale(norm, max_norm)));
+  }
+  EXPECT_EQ(num_calls, 6);
+  device.measure({});
+  EXPECT_EQ(device.squares.item<double>(), 0);
+}
+
+TEST(OpsDevice, NoStepBehindOneThatWasNotTaken) {
+  Emulated emulated;
+  DeviceNorm norm(at::kCPU);
+  at::Tensor w = at::ones({4}), g = at::ones({4});
+  AdamW optimizer({{"w", w, g, 0.0}}, {});
+  for (double value : {1.0, std::nan(""), 1.0}) {
+    g.fill_(value);
+    norm.measure({g});
+    norm.clip(1, 1);
+    optimizer.step(0.1, norm.factor);
+  }
+  EXPECT_EQ(norm.norm.item<float>(), 2);
+  EXPECT_TRUE(near(w, at::full({4}, 0.9)));  // the first step of AdamW is the learning rate
+  norm.resume();
+  norm.clip(1, 1);
+  optimizer.step(0.1, norm.factor);
+  EXPECT_LT(w.max().item<float>(), 0.85);
+}
+
+TEST(OpsDevice, NumbersOfTheHost) {
+  EXPECT_TRUE(same_bits(to_device({3, -1}, at::kCPU), at::tensor(std::vector<int64_t>{3, -1}, at::kLong)));
+  EXPECT_TRUE(same_bits(to_device({3, -1}, at::kCPU, at::kInt), at::tensor(std::vector<int64_t>{3, -1}, at::kInt)));
+  EXPECT_EQ(to_device({3, -1, 0}, at::kMeta).sizes(), at::IntArrayRef({3}));
 }
 
 TEST(OpsDevice, ADeviceWithoutKernelsIsAnError) { EXPECT_THROW(kernels_of(at::empty({2}, at::kMeta)), InternalError); }

@@ -163,14 +163,23 @@ TEST(AdamW, OffloadChangesNothing) {
   }
 }
 
-TEST(AdamW, WeightsOnADeviceNeedOffload) {
+TEST(AdamW, ADeviceNeedsKernelsOrOffload) {
   const auto meta = at::TensorOptions(at::kMeta).dtype(at::kFloat);
-  try {
-    AdamW({{"w", at::empty({4}, meta), at::empty({4}, meta), 0.0}}, {});
-    FAIL();
-  } catch (const ConfigError& error) {
-    EXPECT_STREQ(error.what(), "optim.offload=false, but the weights are on meta and the update is computed by the host: set optim.offload=true");
-  }
+  EXPECT_THROW(AdamW({{"w", at::empty({4}, meta), at::empty({4}, meta), 0.0}}, {}), InternalError);
+}
+
+TEST(AdamW, TakesNoStepOfAScaleThatIsNotFinite) {
+  at::Tensor w = at::ones({4});
+  AdamW optimizer({{"w", w, at::ones({4}), 0.1}}, {});
+  optimizer.step(0.1, at::scalar_tensor(std::nan(""), at::kFloat));
+  EXPECT_TRUE(same_bits(w, at::ones({4})));
+  EXPECT_EQ(optimizer.num_steps(), 1);
+
+  at::Tensor a = at::ones({4}), b = at::ones({4});
+  AdamW({{"w", a, at::ones({4}), 0.1}}, {}).step(0.1, at::scalar_tensor(0.25, at::kFloat));
+  AdamW({{"w", b, at::ones({4}), 0.1}}, {}).step(0.1, 0.25);
+  EXPECT_TRUE(same_bits(a, b));
+  EXPECT_FALSE(same_bits(a, w));
 }
 
 TEST(AdamW, EveryInstructionSetDoesTheSame) {

@@ -35,9 +35,52 @@ Rows learnt_rows(const at::Tensor& targets_T, int64_t vocabulary) {
   return rows;
 }
 
-// Rows of logits [N, V] that go on at other ranks: losses and hits of the whole rows; the logits become their gradients.
-void cross_entropy_of_part(at::Tensor logits_NV, const int64_t* target, const VocabularyPart& part, double* losses, uint8_t* correct,
-                           bool want_gradient) {
+// What becomes of rows of logits [N, V]: losses (fp64, of kernels fp32) and hits, and where wanted the logits become their
+// gradients times gradient_scale.
+struct Loss {
+  at::Tensor logits_NV, target_N, losses_N, correct_N;
+  bool want_gradient;
+  double gradient_scale;
+};
+
+void by_kernels(const kernels::Kernels& k, const Loss& loss, const VocabularyPart* part) {
+  const at::Tensor& z = loss.logits_NV;
+  const int64_t n = z.size(0);
+  const kernels::CrossEntropy rows{kernel_type(z), n, z.size(1), z.stride(0), data_of(z), loss.target_N.data_ptr<int64_t>(), 0, 0, static_cast<float>(loss.gradient_scale),
+                                   loss.want_gradient, loss.losses_N.data_ptr<float>(), loss.correct_N.data_ptr<uint8_t>()};
+  if (!part) return k.cross_entropy(rows, stream_of(z));
+  const at::Tensor here = at::empty({n}, z.options().dtype(at::kFloat)), sums = at::empty({3, n}, here.options());  // exponentials, target's logits, logits
+  at::Tensor largest = at::empty({n}, loss.target_N.options());
+  kernels::CrossEntropyPart call{rows, part->first, part->num_ids, here.data_ptr<float>(), sums.data_ptr<float>(), sums.data_ptr<float>() + n, sums.data_ptr<float>() + 2 * n,
+                                 largest.data_ptr<int64_t>()};
+  k.cross_entropy_part(call, stream_of(z));
+  const at::Tensor maximum = here.clone();
+  part->combine(maximum, true);
+  // The first of equals: the largest of the negative ids.
+  const at::Tensor negative = at::where(here == maximum, -largest, std::numeric_limits<int64_t>::min());
+  part->combine(negative, true);
+  sums[0].mul_((here - maximum).exp_());
+  part->combine(sums.narrow(0, 0, 2), false);  // without label smoothing nobody asks for the third
+  largest = -negative;
+  call.maximum = maximum.data_ptr<float>(), call.largest = largest.data_ptr<int64_t>();
+  k.cross_entropy_finish(call, stream_of(z));
+}
+
+void by_loops(const Loss& loss) {
+  dispatch_floating(loss.logits_NV.scalar_type(), [&](auto zero) {
+    using T = decltype(zero);
+    const int64_t stride = loss.logits_NV.stride(0);
+    at::parallel_for(0, loss.logits_NV.size(0), 1, [&](int64_t from, int64_t to) {
+      for (int64_t row = from; row < to; ++row)
+        loops<T>().cross_entropy(1, loss.logits_NV.size(1), loss.logits_NV.data_ptr<T>() + row * stride, loss.target_N.data_ptr<int64_t>() + row,
+                                 loss.losses_N.data_ptr<double>() + row, loss.correct_N.data_ptr<uint8_t>() + row, loss.want_gradient);
+    });
+  });
+}
+
+// By ATen, where rows go on at other ranks.
+void of_part(const Loss& loss, const VocabularyPart& part) {
+  const at::Tensor logits_NV = loss.logits_NV;
   const int64_t n = logits_NV.size(0), size = logits_NV.size(1);
   at::Tensor z = logits_NV.to(compute_dtype(logits_NV.scalar_type()), false, /*copy=*/true).contiguous();
   auto [largest, place] = z.max(1);
@@ -47,7 +90,7 @@ void cross_entropy_of_part(at::Tensor logits_NV, const int64_t* target, const Vo
   at::Tensor first = at::where(largest == maximum, -(place + part.first), std::numeric_limits<int64_t>::min());
   part.combine(first, true);
   at::Tensor sums = at::zeros({2, n}, at::kDouble);  // of exponentials; the target's logit less the maximum
-  at::Tensor local = at::from_blob(const_cast<int64_t*>(target), {n}, at::kLong) - part.first;
+  at::Tensor local = loss.target_N - part.first;
   at::Tensor here = at::nonzero((local >= 0).logical_and(local < size)).view({-1}), column = local.index_select(0, here);
   z.sub_(maximum.unsqueeze(1));
   sums[1].index_copy_(0, here, z.index({here, column}).to(at::kDouble));
@@ -60,17 +103,18 @@ void cross_entropy_of_part(at::Tensor logits_NV, const int64_t* target, const Vo
   }
   part.combine(sums, false);
   const double *sum = sums.const_data_ptr<double>(), *logit = sum + n;
-  const int64_t* hit = first.const_data_ptr<int64_t>();
+  const int64_t *hit = first.const_data_ptr<int64_t>(), *target = loss.target_N.const_data_ptr<int64_t>();
+  double* losses = loss.losses_N.data_ptr<double>();
+  uint8_t* correct = loss.correct_N.data_ptr<uint8_t>();
   for (int64_t i = 0; i < n; ++i) losses[i] = std::log(sum[i]) - logit[i], correct[i] = -hit[i] == target[i];
-  if (!want_gradient) return;
+  if (!loss.want_gradient) return;
   z.div_(sums[0].to(z.scalar_type()).unsqueeze(1));
   z.index_put_({here, column}, at::scalar_tensor(-1.0, z.options()), /*accumulate=*/true);
   logits_NV.copy_(z);
 }
 
 struct Computed {
-  double loss = 0.0;
-  int64_t correct = 0;
+  at::Tensor loss, correct;  // sums over the rows
   at::Tensor grad_hidden_TC, grad_head_VC;  // for an incoming gradient of gradient_scale; undefined where not wanted
 };
 
@@ -86,8 +130,9 @@ Computed run(const at::Tensor& hidden_TC, const at::Tensor& head_VC, const Rows&
   const bool several = count > chunk_rows;
   if (want_head && (several || count == 0))
     out.grad_head_VC = at::zeros({vocabulary, size}, head_VC.options().dtype(compute_dtype(dtype)));
-  std::vector<double> losses(static_cast<size_t>(count));
-  std::vector<uint8_t> correct(static_cast<size_t>(count));
+  const kernels::Kernels* k = kernels_of(hidden_TC);
+  const at::Tensor learnt = to_device(rows.index, hidden_TC.device()), targets = to_device(rows.target, hidden_TC.device());
+  const at::Tensor losses = at::empty({count}, hidden_TC.options().dtype(k ? at::kFloat : at::kDouble)), correct = at::empty({count}, losses.options().dtype(at::kByte));
   const int64_t most_rows = padded_rows(std::min(count, chunk_rows));
   // Rows of a stride that is a multiple of a cache line: with an odd vocabulary the products are a fifth faster.
   const int64_t stride = (vocabulary + 63) / 64 * 64;
@@ -97,7 +142,7 @@ Computed run(const at::Tensor& hidden_TC, const at::Tensor& head_VC, const Rows&
     const int64_t end = std::min(count, begin + chunk_rows), n = end - begin;
     const int64_t padded = padded_rows(n), first = rows.index[static_cast<size_t>(begin)];
     const bool dense = padded == n && rows.index[static_cast<size_t>(end - 1)] - first + 1 == n;
-    at::Tensor index = at::from_blob(const_cast<int64_t*>(rows.index.data()) + begin, {n}, at::kLong);
+    const at::Tensor index = learnt.slice(0, begin, end);
     at::Tensor hidden = dense ? hidden_TC.slice(0, first, first + n) : gathered.slice(0, 0, padded);
     if (!dense) {
       at::Tensor part = hidden.slice(0, 0, n);
@@ -106,18 +151,13 @@ Computed run(const at::Tensor& hidden_TC, const at::Tensor& head_VC, const Rows&
     }
     at::Tensor logits = buffer.slice(0, 0, padded);
     product(hidden, head_VC.t(), logits);
-    if (part)
-      cross_entropy_of_part(logits.slice(0, 0, n), rows.target.data() + begin, *part, losses.data() + begin, correct.data() + begin,
-                            want_hidden || want_head);
-    else dispatch_floating(dtype, [&](auto zero) {
-      using T = decltype(zero);
-      at::parallel_for(0, n, 1, [&](int64_t from, int64_t to) {
-        for (int64_t row = from; row < to; ++row)
-          loops<T>().cross_entropy(1, vocabulary, logits.data_ptr<T>() + row * stride, rows.target.data() + begin + row,
-                                   losses.data() + begin + row, correct.data() + begin + row, want_hidden || want_head);
-      });
-    });
-    if (gradient_scale != 1 && (want_hidden || want_head)) logits.slice(0, 0, n).mul_(gradient_scale);
+    const Loss loss{logits.slice(0, 0, n), targets.slice(0, begin, end), losses.slice(0, begin, end), correct.slice(0, begin, end), want_hidden || want_head, gradient_scale};
+    if (k) {
+      by_kernels(*k, loss, part);
+    } else {
+      part ? of_part(loss, *part) : by_loops(loss);
+      if (gradient_scale != 1 && loss.want_gradient) loss.logits_NV.mul_(gradient_scale);
+    }
     if (want_hidden && dense) {
       at::Tensor part = out.grad_hidden_TC.slice(0, first, first + n);
       product(logits, head_VC, part);
@@ -127,28 +167,41 @@ Computed run(const at::Tensor& hidden_TC, const at::Tensor& head_VC, const Rows&
     if (want_head) {  // rows of zeros in hidden take nothing from what stands in their logits: those are finite
       if (!several)
         out.grad_head_VC = product(logits.t(), hidden);
-      else if (kernels_of(logits))
+      else if (k)
         product(logits.t(), hidden, out.grad_head_VC, {.add = true});
       else
         out.grad_head_VC.add_(product(logits.t(), hidden));
     }
   }
-  for (int64_t i = 0; i < count; ++i) {
-    out.loss += losses[static_cast<size_t>(i)];
-    out.correct += correct[static_cast<size_t>(i)];
+  out.correct = correct.sum(at::kLong);
+  if (k) {
+    out.loss = losses.sum(at::kDouble).to(at::kFloat);
+  } else {
+    double sum = 0;
+    for (int64_t i = 0; i < count; ++i) sum += losses.data_ptr<double>()[i];
+    out.loss = at::scalar_tensor(sum, at::TensorOptions().dtype(compute_dtype(dtype)));
   }
   return out;
 }
 
-// x * scale, rounded once.
-at::Tensor scaled(const at::Tensor& x, double scale, at::ScalarType dtype) {
+// x * scale, rounded once; x may be used up. On a device nobody waits for the scale: the kernel reads it, and where it is 1, as the
+// gradient that backward() begins with is, it leaves values of the right dtype alone.
+at::Tensor scaled(const at::Tensor& x, const at::Tensor& scale, at::ScalarType dtype) {
+  const bool same = x.scalar_type() == dtype;
+  if (const kernels::Kernels* k = kernels_of(x)) {
+    TRIREME_CHECK(scale.device() == x.device() && scale.scalar_type() == at::kFloat, scale.toString());
+    at::Tensor y = same ? x : at::empty(x.sizes(), x.options().dtype(dtype));
+    k->convert({kernel_type(x), kernel_type(y), x.numel(), data_of(x), data_of(y), 1, false, scale.data_ptr<float>()}, stream_of(x));
+    return y;
+  }
   at::Tensor y = at::empty(x.sizes(), x.options().dtype(dtype));
-  if (x.scalar_type() == dtype) return at::mul_out(y, x, at::scalar_tensor(scale, at::kDouble));
+  const double factor = scale.item<double>();
+  if (same) return at::mul_out(y, x, at::scalar_tensor(factor, at::kDouble));
   dispatch_floating(dtype, [&](auto zero) {
     using T = decltype(zero);
     using A = typename ComputeType<T>::type;
     for_rows(x.numel(), 1, [&](int64_t begin, int64_t end) {
-      loops<T>().scale_from(end - begin, x.data_ptr<A>() + begin, scale, y.data_ptr<T>() + begin);
+      loops<T>().scale_from(end - begin, x.data_ptr<A>() + begin, factor, y.data_ptr<T>() + begin);
     });
   });
   return y;
@@ -161,14 +214,13 @@ struct LinearCrossEntropy : Function<LinearCrossEntropy> {
     if (computed.grad_hidden_TC.defined()) ctx->saved_data["hidden"] = computed.grad_hidden_TC;
     if (computed.grad_head_VC.defined()) ctx->saved_data["head"] = computed.grad_head_VC;
     ctx->saved_data["dtype"] = static_cast<int64_t>(hidden_TC.scalar_type());
-    return at::scalar_tensor(computed.loss, at::TensorOptions().dtype(compute_dtype(hidden_TC.scalar_type())));
+    return computed.loss;
   }
   static variable_list backward(AutogradContext* ctx, const variable_list& grads) {
-    const double scale = grads[0].item<double>();
     const auto dtype = static_cast<at::ScalarType>(ctx->saved_data.at("dtype").toInt());
     auto gradient = [&](const char* name) {
       auto found = ctx->saved_data.find(name);
-      return found == ctx->saved_data.end() ? at::Tensor() : scaled(found->second.toTensor(), scale, dtype);
+      return found == ctx->saved_data.end() ? at::Tensor() : scaled(found->second.toTensor(), grads[0], dtype);
     };
     at::Tensor grad_hidden = gradient("hidden");
     ctx->saved_data.erase("hidden");
@@ -202,7 +254,7 @@ LossSum linear_cross_entropy(const at::Tensor& hidden_TC, const at::Tensor& head
                           gradient_scale, part);
   LossSum result;
   result.count = static_cast<int64_t>(rows.index.size());
-  result.correct = at::scalar_tensor(computed.correct, at::kLong);
+  result.correct = computed.correct;
   result.sum = LinearCrossEntropy::apply(hidden_TC, head_VC, computed);
   return result;
 }

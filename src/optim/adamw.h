@@ -4,7 +4,8 @@
 //   m += (1 - beta1) * (g - m);  v = beta2 * v + (1 - beta2) * g^2
 //   w -= lr / (1 - beta1^t) * m / (sqrt(v) / sqrt(1 - beta2^t) + epsilon)
 // bf16 and fp16 weights have an fp32 master, which is updated and then rounded to the weight.
-// With `offload` the state is in host memory and the update is computed there, with the same bits (optim/offload.h).
+// With `offload` the state is in host memory and the update is computed there, with the bits of weights on the CPU
+// (optim/offload.h). Else state is where the weights are, and a device updates all tensors of one dtype and weight decay at once.
 #pragma once
 
 #include "base/tensor.h"
@@ -36,12 +37,15 @@ class HostStaging;
 class AdamW {
  public:
   // The masters start as the weights are now. InternalError: a tensor is not flat and contiguous, or grad's dtype or
-  // length is another. ConfigError: weights on a device without offload.
+  // length is another, or, without offload, a device has no kernels (ops/device.h).
   AdamW(std::vector<OptimTensor> tensors, const AdamWOptions& options);
 
   // One update with gradients grad * grad_scale (clipping and averaging). Elements do not depend on threads or on how
   // parameters are cut into shards.
   void step(double lr, double grad_scale = 1.0);
+  // The same with a scale that the host need not know: a scalar in fp32 where the weights are (DeviceNorm::factor, optim/clip.h).
+  // Where it is not finite nothing is written, though the step is counted. Nothing waits for a device, but with offload.
+  void step(double lr, const at::Tensor& grad_scale);
 
   int64_t num_steps() const { return num_steps_; }
   void set_num_steps(int64_t steps) { num_steps_ = steps; }
@@ -54,6 +58,8 @@ class AdamW {
   static uint64_t state_bytes_per_element(at::ScalarType dtype);
 
  private:
+  void update(double lr, double grad_scale, const at::Tensor& device_scale);
+
   struct Moments {
     at::Tensor exp_avg, exp_avg_sq, master;
   };

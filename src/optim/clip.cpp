@@ -1,5 +1,6 @@
 #include "optim/clip.h"
 
+#include "ops/device.h"
 #include "ops/op_support.h"
 #include "optim/update_loops.h"
 
@@ -80,6 +81,27 @@ double clip_scale(double norm, double max_norm) {
   if (max_norm <= 0.0) return 1.0;
   const double scale = max_norm / (norm + 1e-6);
   return scale > 1.0 ? 1.0 : scale;  // NaN stays
+}
+
+DeviceNorm::DeviceNorm(at::Device device)
+    : squares(at::zeros({}, at::TensorOptions(at::kDouble).device(device))), norm(at::zeros({}, squares.options().dtype(at::kFloat))), factor(at::ones_like(norm)) {
+  TRIREME_CHECK(kernels_of(norm), "no kernels for ", device.str());
+}
+
+void DeviceNorm::measure(const std::vector<at::Tensor>& gradients) {
+  std::vector<kernels::GradientTensor> list;
+  for (const at::Tensor& x : gradients) {
+    TRIREME_CHECK(x.is_contiguous() && x.device() == norm.device() && x.scalar_type() == gradients[0].scalar_type(), x.toString(), " ", x.sizes());
+    list.push_back({x.numel(), data_of(x)});
+  }
+  const auto count = static_cast<int64_t>(list.size());
+  const at::Tensor workspace = at::empty({kernels::gradient_norm_workspace(list.data(), count)}, squares.options());
+  kernels_of(norm)->gradient_norm({kernel_type(list.empty() ? norm : gradients[0]), list.data(), count, workspace.data_ptr<double>(), squares.data_ptr<double>(), {}},
+                                  stream_of(norm));
+}
+
+void DeviceNorm::clip(double max_norm, double scale) {
+  kernels_of(norm)->clip_factor({squares.data_ptr<double>(), {max_norm, scale, norm.data_ptr<float>(), factor.data_ptr<float>(), true}}, stream_of(norm));
 }
 
 }  // namespace trireme

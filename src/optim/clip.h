@@ -32,4 +32,22 @@ inline double squared_norm(const at::Tensor& x) { return squared_norm(std::vecto
 // max_norm <= 0: 1, no clipping. NaN where the norm is.
 double clip_scale(double norm, double max_norm);
 
+// The same on a device, which nothing waits for:
+//   norm.measure(gradients);        // squares; a caller of several ranks adds them up over the ranks
+//   norm.clip(max_norm, scale);     // norm and factor
+//   optimizer.step(lr, norm.factor);
+// A step whose gradients are not finite is not taken, nor is any behind it: the host, which reads norms late, calls resume()
+// when it has seen to it.
+struct DeviceNorm {
+  explicit DeviceNorm(at::Device device);
+  // Of contiguous tensors of one dtype; 0 of none. The order of the sum depends on their sizes.
+  void measure(const std::vector<at::Tensor>& gradients);
+  // Of gradients that are yet to be multiplied by `scale`: norm = scale * sqrt(squares), factor = scale * clip_scale(norm, max_norm).
+  void clip(double max_norm, double scale);
+  void resume() { factor.fill_(1); }
+
+  at::Tensor squares;       // scalar, fp64
+  at::Tensor norm, factor;  // scalars, fp32
+};
+
 }  // namespace trireme
