@@ -57,7 +57,7 @@ void by_kernels(const kernels::Kernels& k, const Loss& loss, const VocabularyPar
   const at::Tensor maximum = here.clone();
   part->combine(maximum, true);
   // The first of equals: the largest of the negative ids.
-  const at::Tensor negative = at::where(here == maximum, -largest, std::numeric_limits<int64_t>::min());
+  const at::Tensor negative = (-largest).masked_fill_(here != maximum, std::numeric_limits<int64_t>::min());
   part->combine(negative, true);
   sums[0].mul_((here - maximum).exp_());
   part->combine(sums.narrow(0, 0, 2), false);  // without label smoothing nobody asks for the third
