@@ -52,6 +52,8 @@ struct RmsNormForward {
   float* rstd;               // [rows]
 };
 
+constexpr int64_t rms_norm_widest(int64_t row_bytes) { return row_bytes % 16 == 0 ? 16384 : 8192; }
+
 // With g = grad_y * weight: grad_x = rstd * (g - s * rstd^2 * mean(g * s)) + grad_sum;
 // grad_weight = sum over the rows of grad_y * round(s * rstd).
 struct RmsNormBackward {

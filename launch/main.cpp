@@ -11,9 +11,8 @@
 #include "base/error_text.h"
 #include "base/log.h"
 #include "comm/watchdog.h"
-#include "kernels/kernels.h"
+#include "launch/cuda_device.h"
 #include "launch/verbs.h"
-#include "ops/device.h"
 #include "train/agreement.h"
 #include "train/check_config.h"
 #include "train/same_job.h"
@@ -82,9 +81,7 @@ int main(int argc, char** argv) {
   using namespace trireme;
   std::ios::sync_with_stdio(false);  // lines of standard input are otherwise read a character at a time
   std::signal(SIGXFSZ, SIG_IGN);  // a file beyond `ulimit -f` is then an error with words, like a full disk
-#ifdef TRIREME_CUDA
-  set_kernels(at::kCUDA, &kernels::cuda_kernels());
-#endif
+  offer_cuda();
   if (argc > 1 && std::string(argv[1]) == "train") install_stop_signals();  // MPI takes a while to start
   std::optional<Process> process;
   auto fail = [&](ExitStatus status, const std::string& message, bool agreed) -> int {

@@ -14,6 +14,7 @@
 #include "train/agreement.h"
 #include "train/build.h"
 #include "train/check_config.h"
+#include "train/device.h"
 #include "train/text_tools.h"
 
 namespace trireme {
@@ -22,19 +23,19 @@ namespace {
 std::map<std::string, double> eval_token_ids(const Config& config, const ModelSource& source, Transformer& model, const Task& task,
                                              const Communicator& copy, bool counts) {
   at::NoGradGuard no_grad;
-  std::map<std::string, double> sums;
+  TensorSums found;
   std::vector<TensorSource> logits;  // computed when they are written: one row's are in memory at a time
   const auto batches = token_ids_from_json(read_json_file(config.eval.token_ids), source.config.vocab_size, config.eval.token_ids);
   SequenceBatch together;  // rows for one forward
   for (const auto& row : batches) {
     together.append(row);
     if (together.num_tokens() >= kEvalTokens || &row == &batches.back())
-      for (const auto& [name, value] : task.run(model, to_model(std::exchange(together, {}), model)).sums) sums[name] += value;
+      add(found, task.run(model, to_model(std::exchange(together, {}), model)).sums);
     logits.push_back({str("logits.", logits.size()), at::kFloat, {row.num_tokens(), source.config.vocab_size},
                       [&] { return model.logits(model.all_rows(model.forward(to_model(row, model)))).narrow(0, 0, row.num_tokens()); }});
   }
   if (!config.eval.logits.empty()) write_safetensors(config.eval.logits, logits, {}, copy.rank() == 0);
-  sums = sum_over_ranks(counts ? sums : std::map<std::string, double>(), copy);
+  auto sums = sum_over_ranks(counts ? read(found) : std::map<std::string, double>(), copy);
   // One-token rows have logits, but nothing to predict.
   if (sums["count"] == 0 && !config.eval.logits.empty()) return {{"tokens", 0.0}};
   return task.metrics(sums);
@@ -55,14 +56,17 @@ ExitStatus verb_eval(const Config& config, const CommandLine& line, const Proces
   std::map<std::string, double> metrics;
   auto task = make_task(config.task.kind);
   ModelCut cut;
+  at::Device device = at::kCPU;
   agree_on(world, [&] {
+    device = choose_device(config, process);
     source = find_model(config);
+    check_dtype(weight_dtype(config, source), device);
     cut = forward_cut(source.config, comms);
   });
   if (!config.eval.token_ids.empty()) {
     agree_on(world, [&] {
       if (comms.coords.data != 0) return;
-      model = build_model(config, source, weight_dtype(config, source), false, false, cut);
+      model = build_model(config, source, weight_dtype(config, source), false, device, false, cut);
       metrics = eval_token_ids(config, source, *model, *task, copy, comms.coords.tensor == 0);
     });
   } else {
@@ -82,7 +86,7 @@ ExitStatus verb_eval(const Config& config, const CommandLine& line, const Proces
     agree_on(world, [&] {
       dataset = Dataset::open(options, Split::kEval, file);
       if (process.rank() == 0) log_info(str("evaluation data: ", dataset->counts().text()));
-      model = build_model(config, source, weight_dtype(config, source), false, false, cut);
+      model = build_model(config, source, weight_dtype(config, source), false, device, false, cut);
     });
     metrics = evaluate(*model, *task, dataset, config.eval.micro_batch_size, comms.data, adding,
                        [&](const auto& part) { agree_on(world, part); });

@@ -16,6 +16,7 @@
 #include "train/agreement.h"
 #include "train/build.h"
 #include "train/check_config.h"
+#include "train/device.h"
 #include "train/text_tools.h"
 
 namespace trireme {
@@ -76,7 +77,7 @@ class SharedPrompts {
 };
 
 // `copy`: the ranks that hold one copy of the model together.
-void answer_prompts(const Config& config, const CommandLine& line, const MeshComms& comms, const Communicator& copy) {
+void answer_prompts(const Config& config, const CommandLine& line, const Process& process, const MeshComms& comms, const Communicator& copy) {
   const auto& g = config.generate;
   ModelSource source;
   std::optional<TextTools> tools;
@@ -84,12 +85,14 @@ void answer_prompts(const Config& config, const CommandLine& line, const MeshCom
   RecordOptions records;
   std::optional<RecordEncoder> encoder;
   agree_on(copy, [&] {
+    const at::Device device = choose_device(config, process);
     source = find_model(config);
+    check_dtype(weight_dtype(config, source), device);
     tools.emplace(load_text_tools(config, source.tokenizer_folder, &source.config));
     if (g.chat && !tools->chat)
       throw ConfigError("generate.chat needs a chat template and the model has none: set data.chat_template to alpaca, chatml, "
                         "gemma, llama3, mistral, phi3, or a file");
-    model = build_model(config, source, weight_dtype(config, source), false, false, forward_cut(source.config, comms));
+    model = build_model(config, source, weight_dtype(config, source), false, device, false, forward_cut(source.config, comms));
     const DataOptions data = data_options(config, *tools, 0);
     records = record_options(data);
     encoder.emplace(tools->tokenizer, tools->chat ? &*tools->chat : nullptr, encode_options(data));
@@ -173,7 +176,7 @@ ExitStatus verb_generate(const Config& config, const CommandLine& line, const Pr
   const Communicator copy = comms.world.split(comms.coords.data, process.rank(), "copy");
   CommTimeoutPause pause(process.rank() != 0);  // rank 0 waits for whoever asks
   agree_on(comms.world, [&] {
-    if (comms.coords.data == 0) answer_prompts(config, line, comms, copy);
+    if (comms.coords.data == 0) answer_prompts(config, line, process, comms, copy);
   });
   return kExitDone;
 }

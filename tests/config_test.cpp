@@ -230,9 +230,9 @@ TEST(Config, HelpOfAVerbNamesWhatItReads) {
   const std::vector<std::string> unread = {"generate", "tokenize", "data.show", "lora.merge", "eval.token_ids", "eval.logits"};
   const std::pair<const char*, std::vector<std::string>> reads[] = {
       {"train", {}}, {"plan", {}},
-      {"eval", {"run.seed", "model", "data", "task", "train.threads", "lora.path", "parallel.data", "parallel.tensor", "parallel.pipeline",
+      {"eval", {"run.seed", "run.device", "model", "data", "task", "train.threads", "lora.path", "parallel.data", "parallel.tensor", "parallel.pipeline",
                 "parallel.order", "comm.timeout_s", "eval.micro_batch_size", "eval.token_ids", "eval.logits", "log"}},
-      {"generate", {"run.seed", "model", "data", "train.threads", "lora.path", "parallel.data", "parallel.tensor", "parallel.pipeline", "parallel.order",
+      {"generate", {"run.seed", "run.device", "model", "data", "train.threads", "lora.path", "parallel.data", "parallel.tensor", "parallel.pipeline", "parallel.order",
                     "generate", "log"}},
       {"prepare", {"run.seed", "model", "data", "task", "log"}},
       {"tokenize", {"model", "data", "task", "tokenize", "log"}},

@@ -20,7 +20,7 @@ class CountRows : public Task {
   TaskResult run(Transformer&, const ModelInput& input, double) const override {
     if (fails_) throw DataError("the last rank's rows are bad");
     TaskResult result;
-    result.sums = {{"count", static_cast<double>(input.cu_seqlens.size() - 1)}};
+    result.sums = {{"count", at::scalar_tensor(static_cast<double>(input.cu_seqlens.size() - 1), at::kDouble)}};
     return result;
   }
   std::map<std::string, double> metrics(const std::map<std::string, double>& sums) const override {

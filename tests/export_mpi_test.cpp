@@ -63,7 +63,7 @@ class Export : public testing::TestWithParam<bool> {
   }
   // What a rank holds of a model, its new adapters with a B that changes something.
   std::unique_ptr<Transformer> part(const Config& config, at::ScalarType dtype, const ModelCut& cut) const {
-    auto model = build_model(config, find_model(config), dtype, true, false, cut);
+    auto model = build_model(config, find_model(config), dtype, true, at::kCPU, false, cut);
     if (config.lora.rank > 0)
       for (const Parameter& p : model->parameters())
         if (p.name.ends_with("lora_B.weight")) fill_normal(p, 9, 1.0);

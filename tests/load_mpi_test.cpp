@@ -55,7 +55,7 @@ class Load : public testing::TestWithParam<Layout> {
   // This rank's part of the model as training begins.
   std::unique_ptr<Transformer> part(const MeshComms& comms, WeightFill* fill) const {
     const ModelSource source = find_model(config_);
-    return build_model(config_, source, at::kFloat, false, false, [&](Transformer& whole) {
+    return build_model(config_, source, at::kFloat, false, at::kCPU, false, [&](Transformer& whole) {
       keep_chunk(whole, make_stages(source.config, PipelineKind::k1F1B, comms.pipeline.size(), 1), comms.pipeline.rank());
       apply_tensor_parallel(whole, comms.tensor);
     }, fill);

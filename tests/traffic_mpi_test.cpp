@@ -103,7 +103,7 @@ TEST_P(TrafficOf, AStepIsWhatTheShapesSay) {
     Chunks chunks;
     WeightFill fill;
     for (int chunk : stages.shape.chunks_of(comms.coords.pipeline)) {
-      chunks.push_back(build_model(config, source, dtype, true, false, [&](Transformer& whole) {
+      chunks.push_back(build_model(config, source, dtype, true, at::kCPU, false, [&](Transformer& whole) {
         keep_chunk(whole, stages, chunk);
         apply_tensor_parallel(whole, comms.tensor);
       }, config.parallel.zero == 3 ? &fill : nullptr));

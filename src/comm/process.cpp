@@ -152,6 +152,7 @@ Process::Process(int* argc, char*** argv) : host_(host_name()) {
     throw SystemError("MPI_Comm_split_type failed");
   int num_local = 0;
   MPI_Comm_size(local, &num_local);
+  MPI_Comm_rank(local, &local_rank_);
   std::vector<CoreMask> masks(static_cast<size_t>(num_local));
   MPI_Allgather(&mine, sizeof mine, MPI_BYTE, masks.data(), sizeof mine, MPI_BYTE, local);
   MPI_Comm_free(&local);

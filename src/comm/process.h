@@ -46,6 +46,7 @@ class Process {
   int rank() const { return rank_; }
   int size() const { return size_; }
   int local_size() const { return load_.num_local_ranks; }
+  int local_rank() const { return local_rank_; }  // among those of this host
   const std::string& host() const { return host_; }
   const HostLoad& load() const { return load_; }
 
@@ -57,7 +58,7 @@ class Process {
   static void start_mpi();  // where it does not run yet
 
  private:
-  int rank_ = 0, size_ = 1;
+  int rank_ = 0, size_ = 1, local_rank_ = 0;
   HostLoad load_;
   std::string host_;
   bool found_running_ = false;

@@ -12,7 +12,7 @@ namespace trireme {
 
 struct Config {
   struct {
-    std::string dir, resume = "auto";
+    std::string dir, resume = "auto", device = "auto";
     int64_t seed = 0;
   } run;
   struct {
@@ -38,6 +38,7 @@ struct Config {
     std::string dtype = "auto";
     int64_t micro_batch_size = 1, accumulation = 1;
     std::string recompute = "none";
+    bool offload_activations = false;
     double max_grad_norm = 1.0;
     std::string gradients;
     int64_t threads = 0;

@@ -120,6 +120,7 @@ std::vector<Field> fields(Config& c) {
   return {
       {"run.dir", &c.run.dir, "folder", "where the run lives; empty: runs/<name of the configuration file>", {}},
       {"run.resume", &c.run.resume, "", "auto: go on from the newest checkpoint of run.dir; never: refuse a run folder that has one; or a checkpoint folder to begin at, what is later in run.dir being set aside", {}},
+      {"run.device", &c.run.device, "", "that computes; auto: CUDA where a device is seen, one a rank, else the CPU", Words{"auto", "cpu", "cuda"}},
       {"run.seed", &c.run.seed, "", "of initial weights, shuffling, dropout and sampling", {}, 0, 9e18},
       {"model.path", &c.model.path, "folder", "Hugging Face model folder, or a hub name that is in the local cache", {}},
       {"model.config", &c.model.config, "file", "config.json of a model with random weights, instead of model.path", {}},
@@ -152,6 +153,7 @@ std::vector<Field> fields(Config& c) {
       {"train.micro_batch_size", &c.train.micro_batch_size, "rows", "in one forward and backward of a rank", {}, 1, 1e6},
       {"train.accumulation", &c.train.accumulation, "micro-batches", "a step", {}, 1, 1e6},
       {"train.recompute", &c.train.recompute, "", "activations computed again in backward instead of kept", Words{"none", "selective", "full"}},
+      {"train.offload_activations", &c.train.offload_activations, "", "with train.recompute=full what is kept between the blocks is in host memory, for weights on a device", {}},
       {"train.max_grad_norm", &c.train.max_grad_norm, "", "clip the gradient to this norm; 0: never", {}, 0, inf},
       {"train.gradients", &c.train.gradients, "file", "safetensors file for the first step's gradients, in float32", {}},
       {"train.threads", &c.train.threads, "threads", "a rank; 0: cores / ranks on the host", {}, 0, 4096},

@@ -44,7 +44,7 @@ std::map<std::string, double> evaluate(Transformer& model, const Task& task, std
   const bool was_training = model.training();
   model.set_training(false);
   auto mine = [&] {
-    std::map<std::string, double> sums;
+    TensorSums sums;
     EvalLoader loader(std::move(dataset), rows_per_batch, data.rank(), data.size());
     // Weights that come from all ranks come to all at once: a rank without a batch computes on a token that counts nothing.
     const auto mine = static_cast<double>(loader.num_batches());
@@ -54,11 +54,10 @@ std::map<std::string, double> evaluate(Transformer& model, const Task& task, std
         model.forward(to_model(SequenceBatch::of_nothing(), model));
         continue;
       }
-      TaskResult result = task.run(model, to_model(loader.batch(i), model));
-      for (const auto& [name, value] : result.sums) sums[name] += value;
+      add(sums, task.run(model, to_model(loader.batch(i), model)).sums);
     }
     model.set_training(was_training);
-    return sums;
+    return read(sums);
   };
   return evaluate(task, mine, adding, phase);
 }

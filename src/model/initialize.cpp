@@ -27,13 +27,15 @@ void fill(const Parameter& p, const F& element) {
   const bool matrix = weight.dim() == 2;
   const int64_t rows = matrix ? weight.size(0) : 1, columns = weight.size(-1), whole_columns = p.shard.global_shape.back();
   const int64_t first = (matrix ? p.shard.offset[0] * whole_columns : 0) + p.shard.offset.back();
+  at::Tensor values = weight.is_cpu() ? weight : at::empty(weight.sizes(), weight.scalar_type());
   AT_DISPATCH_FLOATING_TYPES_AND2(at::kBFloat16, at::kHalf, weight.scalar_type(), "fill", [&] {
-    auto* data = weight.data_ptr<scalar_t>();
+    auto* data = values.data_ptr<scalar_t>();
     at::parallel_for(0, rows * columns, 1 << 14, [&](int64_t begin, int64_t end) {
       for (int64_t i = begin; i < end; ++i)
         data[i] = static_cast<scalar_t>(element(static_cast<uint64_t>(first + i / columns * whole_columns + i % columns)));
     });
   });
+  if (!weight.is_cpu()) weight.copy_(values);
 }
 
 }  // namespace

@@ -270,7 +270,7 @@ at::Tensor Transformer::run(const ModelInput& input, Pass& pass) {
   for (const auto& b : blocks_) {
     on_backward(x_TC, b.index, before);
     if (weights) weights->acquire(b.index, false);
-    if (full) x_TC = recompute([this, &b, shared](const std::vector<at::Tensor>& in) { return run_block(b, in[0], *shared); }, {x_TC});
+    if (full) x_TC = recompute([this, &b, shared](const std::vector<at::Tensor>& in) { return run_block(b, in[0], *shared); }, {x_TC}, true, offload_);
     else x_TC = run_block(b, x_TC, pass);
     if (weights) weights->release(b.index, false);
     before = b.index;

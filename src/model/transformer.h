@@ -109,7 +109,8 @@ class Transformer {
   std::vector<Linear*> linears();  // q, k, v, o, gate, up, down of every block, in order; not the head
   std::vector<Block>& blocks() { return blocks_; }
 
-  void set_recompute(Recompute mode) { recompute_ = mode; }
+  // `offload`: with kFull the blocks' inputs wait in host memory, where the model is on a device.
+  void set_recompute(Recompute mode, bool offload = false) { recompute_ = mode, offload_ = offload; }
   void set_block_weights(BlockWeights* weights) { block_weights_ = weights; }  // outlives every backward; null: all are there
   BlockWeights* block_weights() const { return block_weights_; }
   void set_training(bool training) { training_ = training; }
@@ -152,6 +153,7 @@ class Transformer {
   at::Tensor inv_freq_;  // fp32 [D / 2] (fp64 in an fp64 model)
   double rope_scale_ = 1.0;
   Recompute recompute_ = Recompute::kNone;
+  bool offload_ = false;
   bool training_ = false;
   BlockWeights* block_weights_ = nullptr;
 };

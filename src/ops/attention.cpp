@@ -236,6 +236,7 @@ at::Tensor attention(const at::Tensor& q_THD, const at::Tensor& k_SKD, const at:
   TRIREME_CHECK(spec.window < 0 || (spec.causal && spec.window > 0), "window ", spec.window);
   const double scale = spec.scale != 0.0 ? spec.scale : 1.0 / std::sqrt(static_cast<double>(q_THD.size(2)));
   if (has_device_attention(q_THD)) return device_attention(q_THD, k_SKD, v_SKD, spec, scale);
+  if (!q_THD.is_cpu()) return plain_attention(q_THD, k_SKD, v_SKD, spec, scale);
   return Attention::apply(q_THD, k_SKD, v_SKD, cut(spec), scale);
 }
 

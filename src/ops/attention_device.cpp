@@ -73,10 +73,13 @@ struct DeviceAttention : Function<DeviceAttention> {
 
 at::Tensor bounds_of(const std::vector<int64_t>& cu_seqlens, at::Device device) { return to_device(cu_seqlens, device, at::kInt); }
 
+bool has_attention_kernels(at::ScalarType dtype, int64_t head_dim) {
+  return c10::isReducedFloatingType(dtype) && (head_dim == 64 || head_dim == 96 || head_dim == 128 || head_dim == 256);
+}
+
 bool has_device_attention(const at::Tensor& q_THD) {
   if (!kernels_of(q_THD)) return false;
-  const int64_t d = q_THD.size(2);
-  return !q_THD.is_cpu() || (q_THD.element_size() == 2 && (d == 64 || d == 96 || d == 128 || d == 256));
+  return has_attention_kernels(q_THD.scalar_type(), q_THD.size(2));
 }
 
 at::Tensor device_attention(const at::Tensor& q_THD, const at::Tensor& k_SKD, const at::Tensor& v_SKD, const AttentionSpec& spec, double scale) {

@@ -106,8 +106,9 @@ int64_t cross_entropy_chunk_rows(int64_t vocabulary, at::ScalarType dtype, bool 
 // sum), fn being a function of its inputs and of what it captures; parameters that fn captures get their gradients (and
 // fire their hooks) in the nested backward. `trains` says whether fn captures a tensor that requires gradients: then
 // the result does too, even where no input does.
+// `to_host`: inputs on a device wait in host memory; backward brings those of the call before while it computes this one.
 at::Tensor recompute(const std::function<at::Tensor(const std::vector<at::Tensor>&)>& fn,
-                     const std::vector<at::Tensor>& inputs, bool trains = true);
+                     const std::vector<at::Tensor>& inputs, bool trains = true, bool to_host = false);
 
 // While one lives on this thread (and is on), later ops do not keep the outputs of rms_norm, add_rms_norm, rope, swiglu
 // and dropout for backward: these are computed again, once for all who need them, from what is kept anyway. The same

@@ -3,6 +3,7 @@
 
 #include <unordered_map>
 
+#include "ops/host_copy.h"
 #include "ops/op_support.h"
 #include "ops/ops.h"
 
@@ -16,11 +17,23 @@ using RecomputeFn = std::function<at::Tensor(const std::vector<at::Tensor>&)>;
 
 // A node of its own: torch's Function takes no list of tensors.
 struct RecomputeNode : torch::autograd::Node {
+  struct Input {
+    torch::autograd::SavedVariable kept;
+    std::shared_ptr<HostCopy> away;  // in its place
+    bool requires_grad = false;
+    at::Tensor unpack() {
+      if (!away) return kept.unpack();
+      return away->take().requires_grad_(requires_grad);
+    }
+  };
   RecomputeFn fn;
-  std::vector<torch::autograd::SavedVariable> inputs;
+  std::vector<Input> inputs;
+  std::vector<std::weak_ptr<HostCopy>> next;  // what backward asks for next
 
   variable_list apply(variable_list&& grads) override {
     TRIREME_CHECK(fn != nullptr, "a second backward through the same graph");
+    for (const auto& copy : next)
+      if (const auto there = copy.lock()) there->fetch();
     variable_list leaves, result;
     for (auto& input : inputs) {
       at::Tensor saved = input.unpack();
@@ -48,12 +61,13 @@ struct RegisteredRecipe {
   c10::weak_intrusive_ptr<c10::TensorImpl> owner;  // an address may be used again: the recipe belongs to this tensor
   std::shared_ptr<Recipe> recipe;
 };
+thread_local std::vector<std::weak_ptr<HostCopy>> last_away;  // of the recompute() before
 thread_local bool selective = false;
 thread_local std::unordered_map<const c10::TensorImpl*, RegisteredRecipe> recipes;
 
 }  // namespace
 
-at::Tensor recompute(const RecomputeFn& fn, const std::vector<at::Tensor>& inputs, bool trains) {
+at::Tensor recompute(const RecomputeFn& fn, const std::vector<at::Tensor>& inputs, bool trains, bool to_host) {
   bool any = trains;
   for (const auto& input : inputs) any = any || wants_gradient(input);
   if (!any || !at::GradMode::is_enabled()) return fn(inputs);
@@ -65,7 +79,19 @@ at::Tensor recompute(const RecomputeFn& fn, const std::vector<at::Tensor>& input
   auto node = std::shared_ptr<RecomputeNode>(new RecomputeNode(), torch::autograd::deleteNode);
   node->fn = fn;
   node->set_next_edges(torch::autograd::collect_next_edges(inputs));
-  for (const auto& input : inputs) node->inputs.emplace_back(input, false);
+  for (const auto& input : inputs) {
+    if (!to_host || !input.defined() || input.is_cpu()) {
+      node->inputs.push_back({{input, false}, nullptr});
+      continue;
+    }
+    at::NoGradGuard no_grad;
+    node->inputs.push_back({{}, std::make_shared<HostCopy>(input.detach()), input.requires_grad()});
+  }
+  if (to_host) {
+    node->next = std::exchange(last_away, {});
+    for (const auto& input : node->inputs)
+      if (input.away) last_away.push_back(input.away);
+  }
   torch::autograd::set_history(output, node);
   return output;
 }

@@ -69,6 +69,8 @@ struct GradientReducer::Impl {
   int64_t bytes_last = 0, bytes_step = 0, num_late = 0;
 
   bool transient() const { return options.zero >= 2; }
+  bool everywhere() const { return options.zero == 0 && holders.everywhere(); }  // every rank has all sums
+  std::vector<at::Tensor> mine() const;  // sums that this rank gives to one over all; of what several ranks have the first's
   bool full(const Group& group) const { return transient() && group.next - group.settled >= kMaxInFlight; }
   void lay_out();
   void list_parts();
@@ -437,13 +439,21 @@ std::vector<GradientSlice> GradientReducer::gathered() const {
   return all;
 }
 
+std::vector<at::Tensor> GradientReducer::Impl::mine() const {
+  std::vector<at::Tensor> mine;
+  for (size_t b = 0; b < states.size(); ++b)
+    if (const Group& g = groups[layout[b].group]; everywhere() || (options.zero == 0 ? g.comm : g.replicas).rank() == 0) mine.push_back(states[b].part);
+  return mine;
+}
+
 double GradientReducer::squared_norm() const {
-  const bool shared = impl_->options.zero == 0;
-  const bool alone = shared && impl_->holders.everywhere();
-  std::vector<at::Tensor> mine;  // a slice that several ranks have is the first one's
-  for (size_t b = 0; b < impl_->states.size(); ++b)
-    if (const auto& g = impl_->groups[impl_->layout[b].group]; alone || (shared ? g.comm : g.replicas).rank() == 0) mine.push_back(impl_->states[b].part);
-  if (alone) return trireme::squared_norm(mine);
+  const std::vector<at::Tensor> mine = impl_->mine();
+  if (!impl_->states.empty() && !impl_->states[0].part.is_cpu()) {
+    DeviceNorm norm(impl_->states[0].part.device());
+    measure(norm);
+    return norm.squares.item<double>();
+  }
+  if (impl_->everywhere()) return trireme::squared_norm(mine);
   double largest = 0;
   for (const at::Tensor& x : mine)
     if (const double m = largest_magnitude(x); m > largest || std::isnan(m)) largest = m;
@@ -451,6 +461,11 @@ double GradientReducer::squared_norm() const {
   for (const at::Tensor& x : mine) sum.add(x);
   impl_->holders.all.all_reduce(at::from_blob(sum.sums.data(), {static_cast<int64_t>(sum.sums.size())}, at::kLong));
   return sum.total();
+}
+
+void GradientReducer::measure(DeviceNorm& norm) const {
+  norm.measure(impl_->mine());
+  if (!impl_->everywhere()) impl_->holders.all.all_reduce(norm.squares);
 }
 
 }  // namespace trireme

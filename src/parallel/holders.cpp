@@ -133,7 +133,7 @@ void check_parameters_equal(const std::vector<Parameter>& parameters, const Hold
     std::vector<const Parameter*> members;
     for (size_t i = 0; i < parameters.size(); ++i) {
       if (holders.group_of[i] != g) continue;
-      const at::Tensor value = parameters[i].value.detach().contiguous();
+      const at::Tensor value = parameters[i].value.detach().contiguous().cpu();
       hashes += hash_bytes(value.const_data_ptr(), value.nbytes());
       members.push_back(&parameters[i]);
     }

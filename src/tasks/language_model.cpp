@@ -6,6 +6,7 @@
 #include <numeric>
 
 #include "base/check.h"
+#include "ops/device.h"
 #include "ops/ops.h"
 
 namespace trireme {
@@ -15,9 +16,9 @@ TaskResult LanguageModelTask::run(Transformer& model, const ModelInput& input, d
   TaskResult result;
   result.loss_sum = loss.sum;
   result.count = loss.count;
-  result.sums = {{"loss", loss.sum.item<double>()},
-                 {"count", static_cast<double>(loss.count)},
-                 {"correct", static_cast<double>(loss.correct.item<int64_t>())}};
+  result.sums = {{"loss", loss.sum.detach().to(at::kDouble)},
+                 {"count", at::scalar_tensor(loss.count, at::kDouble)},
+                 {"correct", loss.correct.to(at::kDouble)}};
   return result;
 }
 
@@ -34,17 +35,29 @@ bool LanguageModelTask::larger_is_better(const std::string& metric) const {
   throw ConfigError(str("eval.metric=", metric, ": this task has loss, perplexity, token_accuracy"));
 }
 
+void add(TensorSums& to, const TensorSums& sums) {
+  for (const auto& [name, value] : sums) {
+    at::Tensor& sum = to[name];
+    sum = sum.defined() ? sum + value : value;
+  }
+}
+
+std::map<std::string, double> read(const TensorSums& sums) {
+  std::map<std::string, double> values;
+  for (const auto& [name, value] : sums) values[name] = value.item<double>();
+  return values;
+}
+
 std::unique_ptr<Task> make_task(const std::string& kind) {
   if (kind == "sft" || kind == "pretrain") return std::make_unique<LanguageModelTask>();
   throw ConfigError(str("task.kind=", kind, ": allowed are pretrain, sft"));
 }
 
 ModelInput to_device(const SequenceBatch& batch, at::Device device) {
-  auto tensor = [&](const std::vector<int64_t>& v) { return at::tensor(v, at::kLong).to(device); };
   ModelInput input;
-  input.tokens_T = tensor(batch.tokens);
-  input.targets_T = tensor(batch.targets);
-  input.positions_T = tensor(batch.positions);
+  input.tokens_T = to_device(batch.tokens, device);
+  input.targets_T = at::tensor(batch.targets, at::kLong);
+  input.positions_T = to_device(batch.positions, device);
   input.cu_seqlens = batch.cu_seqlens;
   input.sample_ids = batch.sample_ids;
   return input;

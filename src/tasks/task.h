@@ -8,10 +8,15 @@ namespace trireme {
 
 // Sums, never means: sums of micro-batches and ranks add up, so accumulation, data parallelism, packing and chunking
 // cannot change a loss. The one division is done by whoever knows the whole step's count.
+// Scalars in fp64, where they were computed: nobody waits for a device to add one up.
+using TensorSums = std::map<std::string, at::Tensor>;
+void add(TensorSums& to, const TensorSums& sums);
+std::map<std::string, double> read(const TensorSums& sums);  // waits
+
 struct TaskResult {
   at::Tensor loss_sum;  // scalar, fp32 (fp64 for an fp64 model), differentiable
   int64_t count = 0;    // what the loss is divided by: learnt tokens
-  std::map<std::string, double> sums;  // additive, by name; contains "loss" and "count"
+  TensorSums sums;      // additive, by name; contains "loss" and "count"
 };
 
 class Task {
@@ -28,7 +33,7 @@ class Task {
 // pretrain and sft (both the language-model loss; they differ in which targets the data marks). ConfigError lists the kinds.
 std::unique_ptr<Task> make_task(const std::string& kind);
 
-// A batch as tensors on the device of the model. The copy is safe to keep while the batch goes.
+// A batch as tensors on the device of the model, which nobody waits for. The copy is safe to keep while the batch goes.
 ModelInput to_device(const SequenceBatch& batch, at::Device device);
 // The number of rows of which products of this model want a multiple: 64 in 16 bits on a CPU, where each new number is compiled
 // (some 30 ms for a model) and the code kept (some 3 MB); and what its seams want, where ranks share the rows.

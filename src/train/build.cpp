@@ -175,7 +175,7 @@ std::unique_ptr<Transformer> model_shapes(const Config& config, const ModelConfi
 }
 
 std::unique_ptr<Transformer> build_model(const Config& config, const ModelSource& source, at::ScalarType dtype, bool attach,
-                                         bool shapes_only, const ModelCut& cut, WeightFill* fill) {
+                                         at::Device device, bool shapes_only, const ModelCut& cut, WeightFill* fill) {
   const auto seed = static_cast<uint64_t>(config.run.seed);
   at::NoGradGuard no_grad;
   auto model = model_shapes(config, source.config, dtype, attach);
@@ -201,7 +201,7 @@ std::unique_ptr<Transformer> build_model(const Config& config, const ModelSource
   load(model->parameters(), &whole);
   const WeightFill fill_now = [load](const std::vector<Parameter>& parameters) { load(parameters, nullptr); };
   if (fill) *fill = fill_now;
-  if (!shapes_only) model->materialize(at::kCPU, seed, fill ? std::function<bool(const std::string&)>() : [](const std::string&) { return false; });
+  if (!shapes_only) model->materialize(device, seed, fill ? std::function<bool(const std::string&)>() : [](const std::string&) { return false; });
   if (!shapes_only && !fill) fill_now(model->parameters());
   return model;
 }

@@ -46,14 +46,14 @@ at::ScalarType train_dtype(const Config& config, const ModelSource& source);
 // The shapes of the whole model, on the meta device, with the adapter of lora.path, or (`attach`) new adapters by lora.*.
 std::unique_ptr<Transformer> model_shapes(const Config& config, const ModelConfig& model, at::ScalarType dtype, bool attach);
 
-// The model on the CPU, with weights read or random, then the adapter of lora.path, or (`attach`) new adapters by lora.*.
+// The model on `device`, with weights read or random, then the adapter of lora.path, or (`attach`) new adapters by lora.*.
 // `shapes_only`: nothing is allocated or read but headers; every file and key is checked all the same. `cut`: leaves of the
 // model, which has no memory yet, what this rank is to hold; no more than that is allocated and read.
 // `fill`: the leaves have no memory (each is given some by set_data()). The function put there writes the values of any slices of
 // any of the whole model's parameters.
 using ModelCut = std::function<void(Transformer& model)>;
 std::unique_ptr<Transformer> build_model(const Config& config, const ModelSource& source, at::ScalarType dtype,
-                                         bool attach, bool shapes_only = false, const ModelCut& cut = {}, WeightFill* fill = nullptr);
+                                         bool attach, at::Device device = at::kCPU, bool shapes_only = false, const ModelCut& cut = {}, WeightFill* fill = nullptr);
 
 // The cut of a model that only runs forward: this rank's part of each layer of its stage, joined to the other stages. ConfigError
 // where the model cannot be cut so.

@@ -83,6 +83,8 @@ void find_conflicts(const Config& c, const CommandLine& line, int num_ranks, std
     } else if (c.parallel.virtual_stages > 1) {
       wrong("parallel.virtual_stages=", c.parallel.virtual_stages, " needs parallel.pipeline of 2 or more");
     }
+    if (c.train.offload_activations && c.train.recompute != "full")
+      wrong("train.offload_activations=true needs train.recompute=full (it is ", c.train.recompute, "): what is kept between the blocks then is what leaves");
     if (c.parallel.reduce != "step" && c.parallel.zero < 2)
       wrong("parallel.reduce=", c.parallel.reduce, " needs parallel.zero=2 or 3: other ranks' sums would have nowhere to add up");
     check([&] { (void)make_task(c.task.kind)->larger_is_better(c.eval.metric); });

@@ -101,6 +101,13 @@ void check_memory(const Plan& plan, int num_local_ranks, uint64_t free_bytes) {
                         plan.checkpoint_bytes > 0 ? "set checkpoint.async=false, " : "", "or start fewer ranks"));
 }
 
+void check_device_memory(const Plan& plan, uint64_t free_bytes) {
+  if (plan.device_bytes() <= free_bytes) return;
+  throw ConfigError(str("a rank needs about ", b(plan.device_bytes()), " of its device's memory (", parts_text(plan.largest(), plan.offload), "), which has ", b(free_bytes),
+                        " free: lower ", plan.largest().in_evaluation ? "eval" : "train", ".micro_batch_size or data.max_length, set train.recompute=full, lora.rank, ",
+                        plan.offload ? "" : "optim.offload=true, ", "train.dtype=bfloat16 or parallel.zero, or take more devices"));
+}
+
 std::string fit_text(const Plan& plan, const Config& config, const ModelConfig& model, at::ScalarType dtype, uint64_t bytes) {
   const bool of_device = config.plan.memory_gb > 0;
   auto needed = [&](const Plan& p) { return of_device ? p.device_bytes() : p.total_bytes(); };

@@ -49,6 +49,9 @@ Plan make_plan(const Config& config, const ModelConfig& model, at::ScalarType dt
 // ConfigError where `num_local_ranks` such ranks do not fit this host's free memory; names the keys to change.
 void check_memory(const Plan& plan, int num_local_ranks, uint64_t free_bytes = available_bytes());
 
+// The same of a rank's own device.
+void check_device_memory(const Plan& plan, uint64_t free_bytes);
+
 // Whether a rank fits `bytes` (with plan.memory_gb of a device: without what is in host memory), and else by which changes of the
 // configuration it would. One line.
 std::string fit_text(const Plan& plan, const Config& config, const ModelConfig& model, at::ScalarType dtype, uint64_t bytes);

@@ -7,7 +7,6 @@
 #include "eval/evaluate.h"
 #include "train/agreement.h"
 #include "train/export.h"
-#include "train/memory.h"
 #include "train/signals.h"
 
 namespace trireme {
@@ -19,35 +18,49 @@ constexpr double kSlowDisk = 10;  // times comm.timeout_s, for what is written
 
 void TrainingRun::loop() {
   Progress progress(rank0(), process_.size() == 1);
-  const auto started = Clock::now();
+  loop_started_ = Clock::now(), first_step_ = state_.step;
   const double seconds_before = state_.seconds;
-  const int64_t first = state_.step;
+  std::optional<Unreported> before;
+  const auto report_before = [&] {
+    if (before) report(*before, progress);
+    before.reset();
+  };
   while (state_.step < total_steps_ && !state_.stopped_early && !stopped_) {
-    const auto step_start = Clock::now();
-    const double epoch = worker_->loader().epoch();
-    set_trace_step(state_.step + 1);
-    StepResult result = worker_->run(state_.step + 1, stop_requested(), !store_->pending() || store_->finished());
+    Unreported now{{}, state_.step + 1, worker_->loader().epoch(), Clock::now()};
+    set_trace_step(now.step);
+    StepResult& result = now.result = worker_->run(now.step, stop_requested(), !store_->pending() || store_->finished());
     ++state_.step;
-    state_.seconds = seconds_before + seconds_since(started);
-    if (rank0()) report(result, epoch, seconds_since(step_start), progress, first, seconds_since(started));
+    state_.seconds = seconds_before + seconds_since(loop_started_);
+    report_before();
     if (store_->pending() && result.save_ready) wait_for_save();
 
     const bool last = state_.step == total_steps_;
     const bool evaluates = eval_data_ && (last || (eval_every_ > 0 && state_.step % eval_every_ == 0));
+    const bool stops = result.stop || (config_.train.stop_after > 0 && state_.step - first_step_ >= config_.train.stop_after);
+    const bool saves = last || stops || (save_every_ > 0 ? state_.step % save_every_ == 0 : evaluates);
+    const bool waits = !result.late || evaluates || saves;  // what is evaluated or saved is known to be finite
+    before.emplace(std::move(now));
+    if (waits) report_before();
     const bool best = evaluates && evaluate_now();
     const bool ends = last || state_.stopped_early;
-    stopped_ = !ends && (result.stop || (config_.train.stop_after > 0 && state_.step - first >= config_.train.stop_after));
-    if (ends || stopped_ || best || (save_every_ > 0 ? state_.step % save_every_ == 0 : evaluates)) save(ends || stopped_);
+    stopped_ = !ends && stops;
+    if (saves || ends || best) save(ends || stopped_);
     flush_trace();
   }
   if (stopped_)
     log_info(str("stopped after step ", state_.step, " of ", total_steps_, "; saved. Run the same command again to go on"));
 }
 
-void TrainingRun::report(const StepResult& r, double epoch, double seconds, Progress& progress, int64_t first, double elapsed) {
-  uint64_t memory = peak_resident_bytes();
+void TrainingRun::report(Unreported& of, Progress& progress) {
+  worker_->complete(of.result);
+  const auto start = std::max(of.start, std::exchange(reported_, Clock::now()));
+  if (rank0()) report(of.result, of.step, of.epoch, std::chrono::duration<double>(reported_ - start).count(), progress, seconds_since(loop_started_));
+}
+
+void TrainingRun::report(const StepResult& r, int64_t step, double epoch, double seconds, Progress& progress, double elapsed) {
+  const uint64_t memory = peak_bytes(device_);
   Json line;
-  line["step"] = state_.step;
+  line["step"] = step;
   line["epoch"] = epoch;
   line["split"] = "train";
   line["loss"] = r.loss;
@@ -61,16 +74,16 @@ void TrainingRun::report(const StepResult& r, double epoch, double seconds, Prog
   line["bytes_reduced"] = r.bytes_reduced;
   metrics_->write(line);
   char text[256];
-  double left = elapsed / static_cast<double>(state_.step - first) * static_cast<double>(total_steps_ - state_.step);
+  const double left = elapsed / static_cast<double>(step - first_step_) * static_cast<double>(total_steps_ - step);
   std::snprintf(text, sizeof text, "step %lld/%lld  epoch %.2f  loss %.4f  lr %.2e  %.0f tokens/s  %s  left %s",
-                static_cast<long long>(state_.step), static_cast<long long>(total_steps_), epoch, r.loss, r.learning_rate,
+                static_cast<long long>(step), static_cast<long long>(total_steps_), epoch, r.loss, r.learning_rate,
                 static_cast<double>(r.tokens) / seconds, bytes_text(static_cast<double>(memory)).c_str(), duration_text(left).c_str());
-  progress.show(text, state_.step, config_.log.every, state_.step == total_steps_ || state_.step == first + 1);
+  progress.show(text, step, config_.log.every, step == total_steps_ || step == first_step_ + 1);
 }
 
 bool TrainingRun::evaluate_now() {
   Span span(TimeKind::kEvaluation, "evaluate");
-  const Phase phase = [&](const auto& part) { agree_on(world_, part); };
+  const Phase phase = [&](const auto& part) { agree_on_memory(part); };
   auto of_stages = [&] {
     EvalLoader loader(eval_data_, config_.eval.micro_batch_size, comms_.coords.data, mesh_.num_data());
     std::vector<SequenceBatch> batches;

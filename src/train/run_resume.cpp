@@ -100,7 +100,7 @@ void TrainingRun::keep_threads() {
   };
   compare("ranks", state_.ranks, static_cast<int64_t>(process_.size()));
   compare("threads of a rank", state_.threads, static_cast<int64_t>(at::get_num_threads()));
-  compare("vector code", state_.vectors, at::get_cpu_capability());
+  compare("vector code", state_.vectors, vectors());
   if (!changes.empty()) log_info(str("from here on the last bits differ from those of a run that was never stopped: ", changes));
 }
 

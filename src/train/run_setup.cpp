@@ -42,6 +42,7 @@ std::vector<ModelCut> TrainingRun::cuts() const {
 }
 
 void TrainingRun::read_files() {
+  if (!only_asks_) device_ = choose_device(config_, process_);
   source_ = find_model(config_);
   check_tensor_parallel(source_.config, mesh_.num_tensor());
   stages_ = stages_of(config_, source_.config);
@@ -49,9 +50,10 @@ void TrainingRun::read_files() {
   task_ = make_task(config_.task.kind);
   larger_is_better_ = task_->larger_is_better(config_.eval.metric);
   dtype_ = train_dtype(config_, source_);
+  check_dtype(dtype_, device_);
   options_ = data_options(config_, *tools_, source_.config.vocab_size);
   options_.check();
-  build_model(config_, source_, dtype_, true, true);
+  build_model(config_, source_, dtype_, true, device_, true);
 }
 
 void TrainingRun::open_folder() {
@@ -128,7 +130,7 @@ void TrainingRun::make_shape() {
   state_.total_steps = total_steps_;
   state_.ranks = process_.size();
   state_.threads = at::get_num_threads();
-  state_.vectors = at::get_cpu_capability();
+  state_.vectors = vectors();
 }
 
 void TrainingRun::check_schedule() const {
@@ -155,11 +157,13 @@ void TrainingRun::say_plan() {
   }
   const Plan plan = make_plan(config_, source_.config, dtype_, mesh_, planned);
   log_info(plan.text());
+  if (!device_.is_cpu() && rank0())
+    if (const std::string gaps = kernel_gaps(source_.config, dtype_); !gaps.empty()) log_warn(gaps);
   if (rank0() && rows < shape_.rows_per_step())
     log_warn(str("a step takes ", shape_.rows_per_step(), " rows, but the training data has ", rows,
                  ": each is learnt more than once a step; lower train.accumulation or train.micro_batch_size"));
   if (resumed_) log_info(str("going on from ", resumed_->folder(), ", step ", state_.step, " of ", total_steps_));
-  if (!only_asks_) return check_memory(plan, process_.local_size());
+  if (!only_asks_) return device_.is_cpu() ? check_memory(plan, process_.local_size()) : check_device_memory(plan, free_bytes(device_));
   log_info(fit_text(plan, config_, source_.config, dtype_, config_.plan.memory_gb > 0 ? static_cast<uint64_t>(config_.plan.memory_gb * 1e9)
                                                                                      : available_bytes() / static_cast<uint64_t>(process_.local_size())));
 }
@@ -168,19 +172,19 @@ void TrainingRun::build() {
   Chunks chunks;
   WeightFill fill;
   std::optional<Loader> loader;
-  agree_on(world_, [&] {
+  agree_on_memory([&] {
     loader.emplace(train_data_, shape_, config_.data.shuffle, options_.seed);
     for (const ModelCut& cut : cuts()) {
-      chunks.push_back(build_model(config_, source_, dtype_, true, false, cut, config_.parallel.zero == 3 ? &fill : nullptr));
+      chunks.push_back(build_model(config_, source_, dtype_, true, device_, false, cut, config_.parallel.zero == 3 ? &fill : nullptr));
       chunks.back()->share_tied_embedding(*chunks[0]);
     }
   });
-  agree_on(world_, [&] {
+  agree_on_memory([&] {
     worker_ = std::make_unique<Worker>(config_, std::move(chunks), std::move(task_), std::move(*loader), *schedule_,
                                        shape_.accumulation, comms_, fill);
   });
   if (!resumed_) return;
-  agree_on(world_, [&] {
+  agree_on_memory([&] {
     const auto tensors = worker_->tensors();
     resumed_->load(tensors, false, names_of_all(tensors, world_));
     worker_->set_num_steps(state_.step);

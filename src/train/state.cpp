@@ -71,8 +71,8 @@ Json run_identity(Config config, const Json& model, const Json& data) {
   // Keys that do not change what is learnt, or that a resumed run may change.
   static const std::set<std::string> free_sections = {"parallel", "log", "eval", "checkpoint", "comm", "generate", "tokenize"};
   static const std::set<std::string> free_keys = {
-      "run.dir", "run.resume", "train.steps", "train.epochs", "train.stop_after", "train.threads", "train.gradients",
-      "train.accumulation", "train.micro_batch_size", "train.recompute", "optim.offload", "data.cache", "data.show", "lora.merge",
+      "run.dir", "run.resume", "run.device", "train.steps", "train.epochs", "train.stop_after", "train.threads", "train.gradients",
+      "train.accumulation", "train.micro_batch_size", "train.recompute", "train.offload_activations", "optim.offload", "data.cache", "data.show", "lora.merge",
       // their content is what counts: the fingerprints
       "model.path", "model.config", "model.tokenizer", "model.revision", "data.train", "data.eval", "lora.path"};
   Json identity = model;

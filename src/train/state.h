@@ -21,7 +21,7 @@ struct TrainState {
   double seconds = 0;        // of training, all starts together
   bool stopped_early = false;
   int64_t ranks = 0, threads = 0;  // ranks and threads of each, of the last start
-  std::string vectors;             // and its vector code
+  std::string vectors;             // and its vector code, or its devices
   double loss_scale = 1;     // optim/loss_scale.h
   int64_t clean_steps = 0;
   Json origin;               // run.resume=FOLDER that the run began with: {folder, manifest: its hash}; null: none

@@ -18,6 +18,21 @@ TrainingRun::TrainingRun(const Config& config, const CommandLine& line, const Pr
   if (config_.run.dir.empty()) config_.run.dir = default_run_dir(line.config_file);
 }
 
+void TrainingRun::or_out_of_memory(const std::function<void()>& part) const {
+  try {
+    part();
+  } catch (const c10::OutOfMemoryError& error) {
+    std::vector<std::pair<std::string, uint64_t>> tensors;
+    if (worker_)
+      for (const NamedTensor& tensor : worker_->tensors()) tensors.emplace_back(tensor.name, tensor.value.nbytes());
+    throw SystemError(out_of_memory_text(error, device_, tensors));
+  }
+}
+
+void TrainingRun::agree_on_memory(const std::function<void()>& part) const {
+  agree_on(world_, [&] { or_out_of_memory(part); });
+}
+
 ExitStatus TrainingRun::run(bool plan_only) {
   agree_on(world_, [&] { read_files(); });
   agree_on(world_, [&] { if (rank0()) check_run_folder(config_.run.dir, config_.run.resume == "never"); });
@@ -40,7 +55,7 @@ ExitStatus TrainingRun::run(bool plan_only) {
   if (config_.log.trace) open_run_trace(config_.run.dir, world_);
   start_time_spent();
   try {
-    loop();
+    or_out_of_memory([&] { loop(); });
     if (!stopped_) finish();
     close_trace();
     for (const std::string& line : time_lines(world_)) log_info(line);

@@ -6,6 +6,7 @@
 
 #include <chrono>
 
+#include "train/device.h"
 #include "train/plan.h"
 #include "train/progress.h"
 #include "train/run_folder.h"
@@ -26,8 +27,13 @@ class TrainingRun {
   using Clock = std::chrono::steady_clock;
   static double seconds_since(Clock::time_point start) { return std::chrono::duration<double>(Clock::now() - start).count(); }
 
+  std::string vectors() const { return device_.is_cpu() ? at::get_cpu_capability() : c10::DeviceTypeName(device_.type(), /*lower_case=*/true); }
   bool rank0() const { return process_.rank() == 0; }
   bool names_checkpoint() const { return config_.run.resume != "auto" && config_.run.resume != "never"; }
+
+  // SystemError in the place of torch's where memory is out.
+  void or_out_of_memory(const std::function<void()>& part) const;
+  void agree_on_memory(const std::function<void()>& part) const;  // a phase with it
 
   // run_setup.cpp
   // What this rank holds of the model, and how each part is cut out of the whole.
@@ -59,7 +65,15 @@ class TrainingRun {
 
   // run_loop.cpp
   void loop();
-  void report(const StepResult& r, double epoch, double seconds, Progress& progress, int64_t first, double elapsed);
+  // A step whose numbers may still be on their way from the device: they are read when the next one is under way.
+  struct Unreported {
+    StepResult result;
+    int64_t step;
+    double epoch;
+    Clock::time_point start;
+  };
+  void report(Unreported& of, Progress& progress);
+  void report(const StepResult& r, int64_t step, double epoch, double seconds, Progress& progress, double elapsed);
   // Evaluates and decides: is it the best so far, is patience at its end?
   bool evaluate_now();
   void save(bool now);
@@ -77,6 +91,7 @@ class TrainingRun {
   std::optional<TextTools> tools_;
   std::unique_ptr<Task> task_;
   bool larger_is_better_ = false, stopped_ = false;
+  at::Device device_ = at::kCPU;
   at::ScalarType dtype_ = at::kFloat;
   DataOptions options_;
   std::unique_ptr<RunFolder> folder_;  // rank 0's
@@ -84,6 +99,8 @@ class TrainingRun {
   BatchShape shape_;
   std::optional<Schedule> schedule_;
   Stages stages_;
+  Clock::time_point loop_started_, reported_;  // the last step
+  int64_t first_step_ = 0;  // done before loop()
   int64_t total_steps_ = 0, eval_every_ = 0, save_every_ = 0;
   TrainState state_;
   std::optional<CheckpointStore> store_;

@@ -2,6 +2,8 @@
 
 #include "train/worker.h"
 
+#include <c10/core/Event.h>
+#include <c10/core/impl/VirtualGuardImpl.h>
 #include <torch/csrc/autograd/autograd.h>
 
 #include <algorithm>
@@ -23,7 +25,7 @@ Worker::Worker(const Config& config, Chunks chunks, std::unique_ptr<Task> task, 
       accumulation_(accumulation), comms_(comms), loss_scale_(LossScale::of(chunks_[0]->dtype() == at::kHalf)) {
   for (auto& chunk : chunks_) {
     chunk->set_training(true);
-    chunk->set_recompute(parse_recompute(config.train.recompute));
+    chunk->set_recompute(parse_recompute(config.train.recompute), config.train.offload_activations);
   }
   GradientReducerOptions options;
   options.bucket_bytes = static_cast<int64_t>(config.comm.bucket_mb * (1 << 20));
@@ -87,8 +89,7 @@ Worker::Sums Worker::accumulate(std::vector<ModelInput>& inputs) {
       torch::autograd::backward({result.loss_sum}, {});
     }
     waiting.run(contribute);
-    sums.loss += result.sums.at("loss");
-    sums.learnt += result.count;
+    sums.add(result);
   }
   return sums;
 }
@@ -137,8 +138,7 @@ Worker::Sums Worker::accumulate_in_pipeline(std::vector<ModelInput>& inputs) {
   for (int64_t micro = 0; micro < accumulation_; ++micro) inputs.push_back(load(micro, sums));
   PipelineStep step = pipeline_step(inputs, [&](Transformer& model, const ModelInput& input) {
     TaskResult result = task_->run(model, input, loss_scale_.value);
-    sums.loss += result.sums.at("loss");
-    sums.learnt += result.count;
+    sums.add(result);
     return result.loss_sum;
   });
   for (PipelineChunk& chunk : step.chunks)
@@ -152,7 +152,7 @@ Worker::Sums Worker::accumulate_in_pipeline(std::vector<ModelInput>& inputs) {
 
 std::map<std::string, double> Worker::evaluate_in_pipeline(const std::vector<SequenceBatch>& batches) {
   at::NoGradGuard no_grad;
-  std::map<std::string, double> sums;
+  TensorSums sums;
   std::vector<ModelInput> inputs;
   for (const auto& batch : batches) inputs.push_back(input_of(batch));
   if (config_.parallel.zero == 3) {
@@ -163,7 +163,7 @@ std::map<std::string, double> Worker::evaluate_in_pipeline(const std::vector<Seq
   }
   for (auto& chunk : chunks_) chunk->set_training(false);
   auto run = [&](Transformer& model, const ModelInput& input) {
-    for (const auto& [name, value] : task_->run(model, input).sums) sums[name] += value;
+    add(sums, task_->run(model, input).sums);
     return at::Tensor();
   };
   if (!inputs.empty())
@@ -171,7 +171,53 @@ std::map<std::string, double> Worker::evaluate_in_pipeline(const std::vector<Seq
                                        static_cast<int>(config_.parallel.virtual_stages), static_cast<int>(inputs.size())),
                  comms_.pipeline, pipeline_step(inputs, run));
   for (auto& chunk : chunks_) chunk->set_training(true);
-  return sums;
+  return read(sums);
+}
+
+void Worker::Sums::add(const TaskResult& result) {
+  const at::Tensor& more = result.sums.at("loss");
+  loss = loss.defined() ? loss + more : more;
+  learnt += result.count;
+}
+
+// Of what the host looks at in every step: loss scales, an optimizer of its own, gradients for a file.
+bool Worker::reads_late(int64_t step) const {
+  return !device().is_cpu() && chunks_[0]->dtype() != at::kHalf && !config_.optim.offload && (step > 1 || config_.train.gradients.empty());
+}
+
+// A step's loss and norm on their way to the host, and what is needed to say where they went wrong.
+struct LateNumbers {
+  int64_t step;
+  std::vector<ModelInput> inputs;
+  at::Tensor values;  // {loss, norm}, fp64, on the host
+  c10::Event arrived;
+};
+
+void Worker::update_late(StepResult& out, const Sums& mine, int64_t step, std::vector<ModelInput> inputs) {
+  const auto options = at::TensorOptions().dtype(at::kDouble).device(device());
+  const double learnt = static_cast<double>(out.learnt);
+  const bool counts = comms_.coords.tensor == 0 && has_head() && mine.loss.defined();
+  at::Tensor loss = counts ? mine.loss / learnt : at::zeros({}, options);
+  comms_.world.all_reduce(loss);
+  if (!norm_) norm_.emplace(device());
+  reducer_->measure(*norm_);
+  norm_->clip(config_.train.max_grad_norm, 1.0 / (learnt * loss_scale_.value));
+  out.learning_rate = schedule_(step);
+  optimizer_->step(out.learning_rate, norm_->factor);
+  at::Tensor values = at::empty({2}, at::TensorOptions().dtype(at::kDouble).pinned_memory(device().is_cuda()));
+  values.copy_(at::stack({loss, norm_->norm.to(at::kDouble)}), /*non_blocking=*/true);
+  c10::Event arrived(device().type());
+  arrived.record(c10::impl::VirtualGuardImpl(device().type()).getStream(device()));
+  out.late.reset(new LateNumbers{step, std::move(inputs), std::move(values), std::move(arrived)});
+}
+
+void Worker::complete(StepResult& result) {
+  if (!result.late) return;
+  const std::shared_ptr<LateNumbers> late = std::move(result.late);
+  late->arrived.synchronize();
+  result.loss = late->values[0].item<double>();
+  result.grad_norm = late->values[1].item<double>();
+  if (!std::isfinite(result.loss) || !std::isfinite(result.grad_norm)) report_nonfinite(late->step, late->inputs);
 }
 
 StepResult Worker::run(int64_t step, bool stop, bool save_ready) {
@@ -184,7 +230,9 @@ StepResult Worker::run(int64_t step, bool stop, bool save_ready) {
     // with gradients that came late.
     // The ranks that share a model have the same rows, and those with the head the same loss: one of them counts.
     const double counts = comms_.coords.tensor == 0 && has_head() ? 1.0 : 0.0;
-    at::Tensor small = at::tensor({counts * mine.loss, counts * static_cast<double>(mine.learnt), counts * static_cast<double>(mine.tokens),
+    const bool late = reads_late(step);
+    const double loss = late || !mine.loss.defined() ? 0.0 : mine.loss.item<double>();
+    at::Tensor small = at::tensor({counts * loss, counts * static_cast<double>(mine.learnt), counts * static_cast<double>(mine.tokens),
                                    stop ? 1.0 : 0.0, save_ready ? 0.0 : 1.0, 0.0}, at::kDouble);
     double* sums = small.data_ptr<double>();
     {
@@ -202,8 +250,13 @@ StepResult Worker::run(int64_t step, bool stop, bool save_ready) {
     out.stop = sums[3] > 0;
     out.save_ready = sums[4] == 0;
     if (out.learnt == 0) throw InternalError("a step without a learnt token");
-    out.loss = sums[0] / sums[1];
     out.loss_scale = loss_scale_.value;
+    if (late) {
+      Span span(TimeKind::kOptimizer, "update");
+      update_late(out, mine, step, std::move(inputs));
+      break;
+    }
+    out.loss = sums[0] / sums[1];
     Span span(TimeKind::kOptimizer, "norm of gradients");
     reducer_->scale(1.0 / (sums[1] * loss_scale_.value));
     out.grad_norm = std::sqrt(reducer_->squared_norm());
@@ -213,13 +266,17 @@ StepResult Worker::run(int64_t step, bool stop, bool save_ready) {
   }
   loss_scale_.count_clean_step();
   out.bytes_reduced = comms_.world.size() > 1 ? reducer_->bytes_reduced() : 0;
+  if (!out.late) update(out, step);
+  weights_changed();
+  loader_.advance();
+  return out;
+}
+
+void Worker::update(StepResult& out, int64_t step) {
   if (step == 1 && !config_.train.gradients.empty()) write_gradients(config_.train.gradients);
   Span span(TimeKind::kOptimizer, "update");
   out.learning_rate = schedule_(step);
   optimizer_->step(out.learning_rate, clip_scale(out.grad_norm, config_.train.max_grad_norm));
-  weights_changed();
-  loader_.advance();
-  return out;
 }
 
 Traffic Worker::exchanged() const {
@@ -287,7 +344,7 @@ std::vector<NamedTensor> Worker::weights() const {
   return out;
 }
 
-std::vector<NamedTensor> Worker::tensors() {
+std::vector<NamedTensor> Worker::tensors() const {
   std::vector<NamedTensor> out = weights();
   for (const auto& state : optimizer_->state()) {
     const GradientPart& part = reducer_->parts()[state.tensor];

@@ -5,6 +5,7 @@
 #include "comm/mesh.h"
 #include "data/loader.h"
 #include "optim/adamw.h"
+#include "optim/clip.h"
 #include "optim/loss_scale.h"
 #include "optim/schedule.h"
 #include "parallel/pipeline_runner.h"
@@ -14,6 +15,8 @@
 #include "train/traffic.h"
 
 namespace trireme {
+
+struct LateNumbers;
 
 struct StepResult {
   double loss = 0;        // mean over the learnt tokens of the whole step, before the update
@@ -25,6 +28,7 @@ struct StepResult {
   double loss_scale = 1;
   bool stop = false;      // a rank was asked to stop
   bool save_ready = false;  // every rank's background save has written its part
+  std::shared_ptr<LateNumbers> late;  // loss and grad_norm are on their way from the device; null: they are here
 };
 
 class Worker {
@@ -36,10 +40,13 @@ class Worker {
 
   // Step `step` (from 1). `stop` and `save_ready` travel with the step's one small all-reduce. SystemError (on every
   // rank) where the loss or its gradient is not finite (float16: at the smallest loss scale): it names the first layer where that appeared; nothing was updated.
+  // On a device the host does not wait: loss and norm come by complete(), which throws that error then, and until then no later
+  // step updates anything either.
   StepResult run(int64_t step, bool stop, bool save_ready);
+  void complete(StepResult& result);
 
   // Everything a checkpoint holds: trained weights and optimizer state, under global names.
-  std::vector<NamedTensor> tensors();
+  std::vector<NamedTensor> tensors() const;
   // The trained weights alone, under the same names.
   std::vector<NamedTensor> weights() const;
   // Collective: SystemError where ranks that hold the same differ. Under ZeRO-3 none do.
@@ -65,8 +72,9 @@ class Worker {
 
  private:
   struct Sums {
-    double loss = 0;
+    at::Tensor loss;  // fp64, where the model is; undefined where no loss was computed
     int64_t learnt = 0, tokens = 0;
+    void add(const TaskResult& result);
   };
   Sums accumulate(std::vector<ModelInput>& inputs);
   Sums accumulate_in_pipeline(std::vector<ModelInput>& inputs);
@@ -74,6 +82,10 @@ class Worker {
   ModelInput input_of(SequenceBatch batch) const;
   PipelineStep pipeline_step(const std::vector<ModelInput>& inputs, const std::function<at::Tensor(Transformer&, const ModelInput&)>& last);
   bool has_head() const;  // computes losses
+  bool reads_late(int64_t step) const;
+  void update(StepResult& out, int64_t step);
+  void update_late(StepResult& out, const Sums& mine, int64_t step, std::vector<ModelInput> inputs);
+  at::Device device() const { return chunks_[0]->device(); }
   [[noreturn]] void report_nonfinite(int64_t step, const std::vector<ModelInput>& inputs);
   void write_gradients(const std::string& path) const;
   at::Tensor flat_weight(const GradientPart& part) const;  // [end - begin], a view of where the optimizer works
@@ -90,6 +102,7 @@ class Worker {
   std::unique_ptr<GradientReducer> reducer_;
   std::unique_ptr<ShardedWeights> weights_;  // with ZeRO
   std::unique_ptr<AdamW> optimizer_;
+  std::optional<DeviceNorm> norm_;  // on a device
 };
 
 }  // namespace trireme

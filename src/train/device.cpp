@@ -1,0 +1,94 @@
+#include "base/tensor.h"
+
+#include "train/device.h"
+
+#include <c10/core/CachingDeviceAllocator.h>
+#include <c10/core/impl/VirtualGuardImpl.h>
+
+#include <algorithm>
+
+#include "base/check.h"
+#include "base/counted.h"
+#include "model/transformer.h"
+#include "ops/attention_device.h"
+#include "ops/device.h"
+#include "train/memory.h"
+#include "train/progress.h"
+
+namespace trireme {
+namespace {
+
+std::optional<DeviceKind>& kind() {
+  static std::optional<DeviceKind> kind;
+  return kind;
+}
+
+}  // namespace
+
+void set_device_kind(DeviceKind given) { kind() = std::move(given); }
+
+at::Device choose_device(const Config& config, const Process& process) {
+  const std::string& wanted = config.run.device;
+  if (wanted == "cpu") return at::kCPU;
+  const std::string key = str("run.device=", wanted);
+  if (!kind()) {
+    if (wanted == "auto") return at::kCPU;
+    throw ConfigError(str(key, ", but this build has no CUDA kernels: build with nvcc (launch/setup.sh), or set run.device=cpu"));
+  }
+  const DeviceKind::Found found = kind()->find();
+  if (!found.problem.empty()) throw ConfigError(str(key, ": ", found.problem, ", or set run.device=cpu"));
+  if (found.count == 0 && wanted == "auto") return at::kCPU;
+  if (found.count == 0)
+    throw ConfigError(str(key, ", but this process sees no device: `trireme doctor` says what is here; look at CUDA_VISIBLE_DEVICES and the batch "
+                               "job's request (--gpus), or set run.device=cpu"));
+  if (process.local_size() > found.count && !config.comm.share_device)
+    throw ConfigError(str(key, ": this host has ", counted(process.local_size(), "rank"), " but sees ", counted(found.count, "device"),
+                          ": start one rank a device, set run.device=cpu, or for tests comm.share_device=true"));
+  const int index = process.local_rank() % found.count;
+  kind()->load(index);
+  set_kernels(kind()->type, kind()->kernels);
+  const c10::Device device(kind()->type, static_cast<c10::DeviceIndex>(index));
+  c10::impl::VirtualGuardImpl(device.type()).setDevice(device);
+  return device;
+}
+
+void check_dtype(at::ScalarType dtype, at::Device device) {
+  if (dtype == at::kDouble && !device.is_cpu())
+    throw ConfigError(str("train.dtype=float64 is computed by the CPU alone: set run.device=cpu, or train.dtype=float32"));
+}
+
+std::string kernel_gaps(const ModelConfig& model, at::ScalarType dtype) {
+  const int64_t widest = kernels::rms_norm_widest(model.hidden_size * static_cast<int64_t>(c10::elementSize(dtype)));
+  if (model.hidden_size > widest)
+    throw ConfigError(str(model.source, ": hidden_size ", model.hidden_size, " is more than the ", widest, " values of a row that the kernels of RMSNorm hold: set run.device=cpu"));
+  if (has_attention_kernels(dtype, model.head_dim)) return "";
+  return str("attention has no kernel for head_dim ", model.head_dim, " in ", dtype_name(dtype), " (but for 64, 96, 128 and 256 in bfloat16 and float16): whole matrices of "
+             "scores are computed instead, in float32, with more time and memory than planned");
+}
+
+std::string out_of_memory_text(const c10::OutOfMemoryError& error, at::Device device, const std::vector<std::pair<std::string, uint64_t>>& tensors) {
+  constexpr size_t kShown = 5;
+  auto largest = tensors;
+  std::stable_sort(largest.begin(), largest.end(), [](const auto& x, const auto& y) { return x.second > y.second; });
+  largest.resize(std::min(largest.size(), kShown));
+  std::string names;
+  for (const auto& [name, bytes] : largest) names += str(names.empty() ? "" : ", ", name, " ", bytes_text(static_cast<double>(bytes)));
+  std::string asked = error.what_without_backtrace();
+  asked.resize(std::min(asked.find('\n'), asked.size()));
+  return str(device.str(), " is out of memory (", asked, "), with ", bytes_text(static_cast<double>(peak_bytes(device))), " of tensors at most",
+             names.empty() ? "" : str("; the largest that stay: ", names),
+             ". Lower train.micro_batch_size (and raise train.accumulation), data.max_length or lora.rank, set train.recompute=full, train.offload_activations=true, "
+             "optim.offload=true or train.dtype=bfloat16, or share the model out: parallel.zero, parallel.tensor, parallel.pipeline");
+}
+
+uint64_t peak_bytes(at::Device device) {
+  if (device.is_cpu()) return peak_resident_bytes();
+  return static_cast<uint64_t>(c10::getDeviceAllocator(device.type())->getDeviceStats(device.index()).allocated_bytes[0].peak);
+}
+
+uint64_t free_bytes(at::Device device) {
+  if (device.is_cpu()) return available_bytes();
+  return c10::getDeviceAllocator(device.type())->getMemoryInfo(device.index()).first;
+}
+
+}  // namespace trireme

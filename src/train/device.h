@@ -1,0 +1,48 @@
+// The device that a rank computes on: the CPU, or of the devices that this process sees the one with its number among the
+// ranks of its host.
+#pragma once
+
+#include "base/tensor.h"
+
+#include "comm/process.h"
+#include "config/config.h"
+#include "kernels/kernels.h"
+#include "model/hf_config.h"
+
+namespace trireme {
+
+// What the program knows of devices that are not the CPU.
+struct DeviceKind {
+  at::DeviceType type;
+  std::string name;  // in run.device
+  // Of the devices that this process sees. `problem`: why those that are there cannot be used, such as a driver that is too old.
+  struct Found {
+    int count = 0;
+    std::string problem;
+  };
+  std::function<Found()> find;
+  std::function<void(int index)> load;  // before the first tensor there; ConfigError where this one cannot be used
+  const kernels::Kernels* kernels = nullptr;
+};
+void set_device_kind(DeviceKind kind);  // the last one counts
+
+// run.device: `auto` is a device where there is one that can be used, and else the CPU; one that is there but cannot be used is
+// nobody's choice. After it tensors may be made there. ConfigError: no device, or fewer than this host has ranks (but with
+// comm.share_device), or run.device=float64's.
+at::Device choose_device(const Config& config, const Process& process);
+
+// ConfigError where a device has no kernels for this dtype.
+void check_dtype(at::ScalarType dtype, at::Device device);
+
+// What the kernels of a device do not serve of a model, and what computes it instead; "" where they serve all. ConfigError where nothing does.
+std::string kernel_gaps(const ModelConfig& model, at::ScalarType dtype);
+
+// What to say where memory is out: of `error` the first sentence, the largest of what is there, and the keys to change.
+std::string out_of_memory_text(const c10::OutOfMemoryError& error, at::Device device, const std::vector<std::pair<std::string, uint64_t>>& tensors);
+
+// Of tensors, at most so far; of the CPU all that this process holds.
+uint64_t peak_bytes(at::Device device);
+// That tensors of this process may still take.
+uint64_t free_bytes(at::Device device);
+
+}  // namespace trireme

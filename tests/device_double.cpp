@@ -1,0 +1,364 @@
+// A test double of an accelerator, linked into the whole program in the place of CUDA (target trireme_double), so that its
+// runs go their way through a device on any machine: tensors of device type PrivateUse1, whose operations are ATen's for the CPU
+// and whose kernels are the emulated ones. It is as closed as a real one:
+//   - its memory can be touched by its operations, kernels and copies alone: anybody else's access is a segmentation fault
+//   - what is copied to the host without waiting is garbage there until the host waits for an event behind it
+//   - memory has an end: TRIREME_DOUBLE_BYTES
+// and at the end of the process it writes who waited for it, as JSON, into the file TRIREME_DOUBLE_COUNTS.
+#include "device_double.h"
+
+#include <ATen/EmptyTensor.h>
+#include <ATen/detail/PrivateUse1HooksInterface.h>
+#include <ATen/ops/as_strided_native.h>
+#include <ATen/ops/view_native.h>
+#include <c10/core/CachingDeviceAllocator.h>
+#include <c10/core/impl/DeviceGuardImplInterface.h>
+#include <sys/mman.h>
+#include <torch/library.h>
+
+#include <atomic>
+#include <cstdlib>
+#include <cstring>
+#include <deque>
+#include <fstream>
+#include <map>
+#include <mutex>
+
+#include "base/check.h"
+#include "base/json.h"
+#include "kernels/kernels.h"
+#include "launch/cuda_device.h"
+#include "train/device.h"
+
+namespace trireme {
+namespace {
+
+constexpr c10::DeviceType kType = c10::DeviceType::PrivateUse1;
+c10::Device here(kType, 0);  // of this rank
+
+// --- memory ------------------------------------------------------------------------------------------------------------
+
+// One range of addresses; blocks are given first fit. Closed but where an Open lives.
+class Memory {
+ public:
+  static constexpr size_t kBytes = size_t{2} << 30, kAlignment = 256, kPoison = 1 << 20;
+  Memory() : base_(static_cast<char*>(::mmap(nullptr, kBytes, PROT_NONE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0))) {
+    TRIREME_CHECK(base_ != MAP_FAILED);
+    free_[0] = kBytes;
+  }
+  void open() {
+    std::lock_guard lock(mutex_);
+    if (num_open_++ == 0) ::mprotect(base_, high_, PROT_READ | PROT_WRITE);
+  }
+  void close() {
+    std::lock_guard lock(mutex_);
+    if (--num_open_ == 0) ::mprotect(base_, high_, PROT_NONE);
+  }
+  void* allocate(size_t num_bytes) {
+    std::lock_guard lock(mutex_);
+    const size_t size = std::max((num_bytes + kAlignment - 1) / kAlignment * kAlignment, kAlignment);
+    TORCH_CHECK_WITH(OutOfMemoryError, static_cast<int64_t>(used_ + size) <= limit, "the double is out of memory: asked for ", num_bytes, " bytes");
+    auto place = free_.begin();
+    while (place != free_.end() && place->second < size) ++place;
+    TRIREME_CHECK(place != free_.end(), "the double's addresses are used up");
+    const auto [at, room] = *place;
+    free_.erase(place);
+    if (room > size) free_[at + size] = room - size;
+    if (at + size > high_) {
+      high_ = (at + size + 4095) / 4096 * 4096;
+      if (num_open_ > 0) ::mprotect(base_, high_, PROT_READ | PROT_WRITE);
+    }
+    used_ += size, peak_ = std::max(peak_, used_);
+    sizes_[at] = size;
+    ::mprotect(base_, high_, PROT_READ | PROT_WRITE);
+    std::memset(base_ + at, 0xff, std::min(size, kPoison));  // NaN
+    if (num_open_ == 0) ::mprotect(base_, high_, PROT_NONE);
+    return base_ + at;
+  }
+  void free(void* data) {
+    std::lock_guard lock(mutex_);
+    const auto at = static_cast<size_t>(static_cast<char*>(data) - base_);
+    size_t size = sizes_.at(at);
+    used_ -= size;
+    sizes_.erase(at);
+    auto [place, added] = free_.emplace(at, size);
+    if (auto next = std::next(place); next != free_.end() && at + place->second == next->first) place->second += next->second, free_.erase(next);
+    if (place != free_.begin())
+      if (auto before = std::prev(place); before->first + before->second == at) before->second += place->second, free_.erase(place);
+  }
+  int64_t limit = kBytes;
+  size_t peak() const { return peak_; }
+  size_t used() const { return used_; }
+  void reset_peak() { peak_ = used_; }
+
+ private:
+  char* base_;
+  std::mutex mutex_;
+  int num_open_ = 0;
+  size_t high_ = 0, used_ = 0, peak_ = 0;
+  std::map<size_t, size_t> free_, sizes_;  // by offset
+};
+Memory& memory() {
+  static auto* memory = new Memory;  // tensors may outlive everything
+  return *memory;
+}
+
+struct Allocator final : c10::DeviceAllocator {
+  static void release(void* data) { memory().free(data); }
+  c10::DataPtr allocate(size_t num_bytes) override {
+    void* data = num_bytes ? memory().allocate(num_bytes) : nullptr;
+    return {data, data, data ? release : [](void*) {}, here};
+  }
+  void copy_data(void* to, const void* from, size_t num_bytes) const override {
+    const OpenDevice open;
+    std::memcpy(to, from, num_bytes);
+  }
+  bool initialized() override { return true; }
+  void emptyCache(c10::MempoolId_t) override {}
+  void recordStream(const c10::DataPtr&, c10::Stream) override {}
+  c10::CachingDeviceAllocator::DeviceStats getDeviceStats(c10::DeviceIndex) override {
+    c10::CachingDeviceAllocator::DeviceStats stats;
+    stats.allocated_bytes[0].current = static_cast<int64_t>(memory().used());
+    stats.allocated_bytes[0].peak = static_cast<int64_t>(memory().peak());
+    return stats;
+  }
+  void resetAccumulatedStats(c10::DeviceIndex) override {}
+  void resetPeakStats(c10::DeviceIndex) override { memory().reset_peak(); }
+  std::pair<size_t, size_t> getMemoryInfo(c10::DeviceIndex) override {
+    return {static_cast<size_t>(memory().limit) - memory().used(), static_cast<size_t>(memory().limit)};
+  }
+};
+
+// --- time --------------------------------------------------------------------------------------------------------------
+
+struct Counts {
+  int64_t blocking = 0;  // values that the host has read at once, or copies that it has waited for
+  int64_t events = 0;    // that the host has waited for
+  int64_t kernels = 0;   // launched
+  std::map<std::string, int64_t> operations;  // of ATen, by name
+  ~Counts() {
+    if (const char* file = std::getenv("TRIREME_DOUBLE_COUNTS"))
+      std::ofstream(file) << dump_json({{"blocking", blocking}, {"events", events}, {"kernels", kernels}, {"operations", operations}, {"peak_bytes", memory().peak()}});
+  }
+};
+Counts counts;
+
+// Copies to the host that nobody has waited for, in order.
+struct Late {
+  at::Tensor to;  // lives until then, as pinned memory does
+  std::string bytes;
+};
+std::deque<Late> late;
+int64_t num_put = 0, num_done = 0;
+std::mutex late_mutex;
+
+void deliver(int64_t position) {
+  std::lock_guard lock(late_mutex);
+  for (; num_done < position; ++num_done, late.pop_front()) std::memcpy(late.front().to.data_ptr(), late.front().bytes.data(), late.front().bytes.size());
+}
+
+thread_local c10::StreamId current = 0;  // all streams are one: numbers tell them apart
+
+class Guard final : public c10::impl::DeviceGuardImplInterface {
+ public:
+  c10::DeviceType type() const override { return kType; }
+  c10::Device exchangeDevice(c10::Device) const override { return here; }
+  c10::Device getDevice() const override { return here; }
+  void setDevice(c10::Device) const override {}
+  void uncheckedSetDevice(c10::Device) const noexcept override {}
+  c10::Stream getStream(c10::Device) const override { return c10::Stream(c10::Stream::UNSAFE, here, current); }
+  c10::Stream getStreamFromGlobalPool(c10::Device, bool) const override {
+    static std::atomic<c10::StreamId> next = 0;
+    return c10::Stream(c10::Stream::UNSAFE, here, 1 + next++ % 32);
+  }
+  c10::Stream exchangeStream(c10::Stream stream) const override { return c10::Stream(c10::Stream::UNSAFE, here, std::exchange(current, stream.id())); }
+  void* getStreamNativeHandle(const c10::Stream) const override { return nullptr; }
+  c10::DeviceIndex deviceCount() const noexcept override { return 8; }
+  void record(void** event, const c10::Stream&, const c10::DeviceIndex, const c10::EventFlag) const override {
+    if (!*event) *event = new int64_t;
+    *static_cast<int64_t*>(*event) = num_put;
+  }
+  void block(void*, const c10::Stream&) const override {}
+  void destroyEvent(void* event, const c10::DeviceIndex) const noexcept override { delete static_cast<int64_t*>(event); }
+  bool queryEvent(void* event) const override {
+    deliver(*static_cast<int64_t*>(event));
+    return true;
+  }
+  void synchronizeEvent(void* event) const override {
+    ++counts.events;
+    deliver(*static_cast<int64_t*>(event));
+  }
+  void synchronizeStream(const c10::Stream&) const override {
+    ++counts.blocking;
+    deliver(num_put);
+  }
+  void synchronizeDevice(const c10::DeviceIndex) const override {
+    ++counts.blocking;
+    deliver(num_put);
+  }
+};
+C10_REGISTER_GUARD_IMPL(PrivateUse1, Guard)
+
+struct Hooks final : at::PrivateUse1HooksInterface {
+  bool isBuilt() const override { return true; }
+  bool isAvailable() const override { return true; }
+  bool hasPrimaryContext(c10::DeviceIndex) const override { return true; }
+  c10::DeviceIndex deviceCount() const override { return 8; }
+  c10::DeviceIndex getCurrentDevice() const override { return here.index(); }
+  void setCurrentDevice(c10::DeviceIndex) const override {}
+  c10::DeviceIndex exchangeDevice(c10::DeviceIndex) const override { return here.index(); }
+  c10::DeviceIndex maybeExchangeDevice(c10::DeviceIndex) const override { return here.index(); }
+};
+
+// --- operations --------------------------------------------------------------------------------------------------------
+
+// The whole storage of a tensor of the device as the CPU's, and in it the same place: valid while it is open.
+at::Tensor on_host(const at::Tensor& x) {
+  if (!x.defined() || x.device().type() != kType) return x;
+  const int64_t size = static_cast<int64_t>(x.storage().nbytes() / x.element_size());
+  const at::Tensor all = at::from_blob(const_cast<void*>(x.storage().data()), {size}, at::TensorOptions(x.scalar_type()));
+  return all.as_strided(x.sizes(), x.strides(), x.storage_offset());
+}
+
+at::Tensor empty_strided(at::IntArrayRef sizes, at::IntArrayRef strides, std::optional<at::ScalarType> dtype, std::optional<at::Layout>, std::optional<at::Device>,
+                         std::optional<bool>) {
+  return at::detail::empty_strided_generic(sizes, strides, c10::GetAllocator(kType), c10::DispatchKeySet(c10::DispatchKey::PrivateUse1), c10::dtype_or_default(dtype));
+}
+at::Tensor empty(at::IntArrayRef sizes, std::optional<at::ScalarType> dtype, std::optional<at::Layout>, std::optional<at::Device>, std::optional<bool>,
+                 std::optional<at::MemoryFormat> format) {
+  return at::detail::empty_generic(sizes, c10::GetAllocator(kType), c10::DispatchKeySet(c10::DispatchKey::PrivateUse1), c10::dtype_or_default(dtype), format);
+}
+
+at::Tensor copy_from(const at::Tensor& from, const at::Tensor& to, bool non_blocking) {
+  const OpenDevice open;
+  at::NoGradGuard no_grad;
+  if (!to.is_cpu()) {
+    deliver(num_put);  // a stream has an order
+    on_host(to).copy_(on_host(from));
+    return to;
+  }
+  if (!non_blocking) {
+    ++counts.blocking;
+    deliver(num_put);
+    at::Tensor(to).copy_(on_host(from));
+    return to;
+  }
+  TRIREME_CHECK(to.is_contiguous(), "a copy without waiting into a host tensor with gaps");
+  const at::Tensor values = on_host(from).to(to.scalar_type()).contiguous();
+  std::lock_guard lock(late_mutex);
+  late.push_back({to, {static_cast<const char*>(values.data_ptr()), values.nbytes()}});
+  std::memset(to.data_ptr(), 0xff, to.nbytes());
+  ++num_put;
+  return to;
+}
+
+at::Scalar local_scalar(const at::Tensor& x) {
+  ++counts.blocking;
+  const OpenDevice open;
+  deliver(num_put);
+  return on_host(x).item();
+}
+
+// Any other operation, by ATen's for the CPU on the same memory.
+void by_cpu(const c10::OperatorHandle& op, torch::jit::Stack* stack) {
+  ++counts.operations[op.schema().name()];
+  const OpenDevice open;
+  const auto& schema = op.schema();
+  const size_t num_arguments = schema.arguments().size(), first = stack->size() - num_arguments;
+  std::vector<c10::IValue> given(stack->begin() + static_cast<std::ptrdiff_t>(first), stack->end());
+  std::vector<at::Tensor> tensors;  // of the device
+  auto host = [&](const at::Tensor& x) {
+    if (x.defined() && !x.is_cpu()) tensors.push_back(x);
+    return x.defined() && x.numel() == 0 ? at::empty(x.sizes(), x.scalar_type()) : on_host(x);  // an output may be given its size
+  };
+  for (size_t i = 0; i < num_arguments; ++i) {
+    c10::IValue& value = (*stack)[first + i];
+    if (value.isTensor()) value = host(value.toTensor());
+    else if (value.isDevice()) value = c10::IValue(at::Device(at::kCPU));
+    else if (value.isTensorList()) {
+      std::vector<at::Tensor> list;
+      for (const at::Tensor& x : value.toTensorVector()) list.push_back(host(x));
+      value = c10::IValue(std::move(list));
+    } else if (value.isList() && value.toList().elementType()->isSubtypeOf(*c10::OptionalType::ofTensor())) {
+      c10::List<std::optional<at::Tensor>> list;
+      for (const c10::IValue& x : value.toListRef()) list.push_back(x.isNone() ? std::nullopt : std::optional(host(x.toTensor())));
+      value = c10::IValue(std::move(list));
+    }
+  }
+  op.redispatchBoxed(c10::DispatchKeySet(c10::DispatchKey::CPU), stack);
+  auto device = [&](const at::Tensor& x, const c10::AliasInfo* alias) {
+    if (!x.defined()) return x;
+    for (size_t i = 0; alias && alias->isWrite() && i < num_arguments; ++i)  // one of the arguments, written to
+      if (const auto* of = schema.arguments()[i].alias_info(); of && *of == *alias && given[i].isTensor()) {
+        const at::Tensor& output = given[i].toTensor();
+        if (output.numel() == 0 && x.numel() > 0) {
+          const at::Tensor sized = at::empty_strided(x.sizes(), x.strides(), output.options());
+          on_host(sized).copy_(x);
+          output.unsafeGetTensorImpl()->shallow_copy_from(sized.getIntrusivePtr());
+        }
+        return output;
+      }
+    for (const at::Tensor& of : tensors)
+      if (x.storage().data() == of.storage().data() && x.storage().data()) return of.as_strided(x.sizes(), x.strides(), x.storage_offset());
+    at::Tensor moved = at::empty_strided(x.sizes(), x.strides(), x.options().device(here));
+    on_host(moved).copy_(x);
+    return moved;
+  };
+  for (size_t i = 0; i < schema.returns().size(); ++i) {
+    c10::IValue& value = (*stack)[stack->size() - schema.returns().size() + i];
+    if (value.isTensor()) value = device(value.toTensor(), schema.returns()[i].alias_info());
+    else if (value.isTensorList()) {
+      std::vector<at::Tensor> list;
+      for (const at::Tensor& x : value.toTensorVector()) list.push_back(device(x, nullptr));
+      value = c10::IValue(std::move(list));
+    }
+  }
+}
+
+TORCH_LIBRARY_IMPL(aten, PrivateUse1, library) {
+  library.impl("empty.memory_format", empty);
+  library.impl("empty_strided", empty_strided);
+  library.impl("as_strided", at::native::as_strided_tensorimpl);
+  library.impl("view", static_cast<at::Tensor (*)(const at::Tensor&, at::IntArrayRef)>(at::native::view));
+  library.impl("_copy_from", copy_from);
+  library.impl("_local_scalar_dense", local_scalar);
+}
+TORCH_LIBRARY_IMPL(_, PrivateUse1, library) { library.fallback(torch::CppFunction::makeFromBoxedFunction<by_cpu>()); }
+
+// --- kernels -----------------------------------------------------------------------------------------------------------
+
+// All entries of the table have the same shape: a reference to a struct, and a stream.
+using Kernel = void (*)(const void*, kernels::Stream);
+constexpr size_t kNumKernels = sizeof(kernels::Kernels) / sizeof(Kernel);
+static_assert(sizeof(kernels::Kernels) % sizeof(Kernel) == 0);
+Kernel emulated[kNumKernels], opened[kNumKernels];
+
+template <size_t kIndex>
+void run_opened(const void* call, kernels::Stream stream) {
+  const OpenDevice open;
+  ++counts.kernels;
+  emulated[kIndex](call, stream);
+}
+
+}  // namespace
+
+OpenDevice::OpenDevice() { memory().open(); }
+OpenDevice::~OpenDevice() { memory().close(); }
+
+void offer_cuda() {
+  static Allocator allocator;
+  c10::SetAllocator(kType, &allocator);
+  c10::register_privateuse1_backend("double");
+  at::RegisterPrivateUse1HooksInterface(new Hooks);
+  if (const char* bytes = std::getenv("TRIREME_DOUBLE_BYTES")) memory().limit = std::atoll(bytes);
+  std::memcpy(emulated, &kernels::emulated_kernels(), sizeof emulated);
+  [&]<size_t... kIndex>(std::index_sequence<kIndex...>) {
+    ((opened[kIndex] = emulated[kIndex] ? run_opened<kIndex> : nullptr), ...);
+  }(std::make_index_sequence<kNumKernels>());
+  static kernels::Kernels table;
+  std::memcpy(static_cast<void*>(&table), opened, sizeof opened);
+  install_nccl_of_double();
+  set_device_kind({.type = kType, .name = "cuda", .find = [] { return DeviceKind::Found{std::getenv("TRIREME_DOUBLE_DEVICES") ? std::atoi(std::getenv("TRIREME_DOUBLE_DEVICES")) : 1, ""}; }, .load = [](int index) { here = c10::Device(kType, static_cast<c10::DeviceIndex>(index)); }, .kernels = &table});
+}
+
+}  // namespace trireme

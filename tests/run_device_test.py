@@ -1,0 +1,187 @@
+"""Runs on a device are the runs on the CPU. The device is a double of one (device_double.cpp) within the whole program: its
+memory is closed to the host, its kernels are the emulated ones, and it counts who waits for it."""
+import json
+import os
+import pathlib
+import re
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from bounds import CURVE_BF16, CURVE_FP16, CURVE_FP32
+from program import BINARY, SOURCE, end_of, environment, override, run, start
+
+DOUBLE = str(pathlib.Path(BINARY).with_name("trireme_double"))
+QUICKSTART = SOURCE / "configs/quickstart"
+SHAPE = dict(model_type="qwen3", vocab_size=1152, hidden_size=128, intermediate_size=96, num_hidden_layers=2, num_attention_heads=2, num_key_value_heads=1,
+             head_dim=64, rms_norm_eps=1e-5, max_position_embeddings=256, initializer_range=0.05, tie_word_embeddings=False)
+STEPS = 4
+WORKSPACE = 32 << 20  # of matrix products
+
+
+@pytest.fixture(scope="module")
+def work(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("device")
+    for name, more in {"model": {}, "tied": dict(tie_word_embeddings=True, head_dim=16, num_attention_heads=3, num_key_value_heads=3, model_type="qwen2")}.items():
+        (folder / f"{name}.json").write_text(json.dumps(SHAPE | more))
+    return folder
+
+
+def device(work, verb, *keys, status=0, **env):
+    """The program with the double, which is its CUDA."""
+    done = end_of(start(work, [DOUBLE, verb, *keys], env), timeout=300)
+    assert done.returncode == status, done.stderr
+    return done
+
+
+def cpu(work, verb, *keys):
+    done = run(work, verb, *keys, "--run.device=cpu")
+    assert done.returncode == 0, done.stderr
+    return done
+
+
+def keys_of(work, name, *keys, model="model"):
+    return override([f"--run.dir={work / name}", f"--model.config={work / model}.json", f"--model.tokenizer={QUICKSTART}/model", f"--data.train={QUICKSTART}/train.jsonl:40",
+                     f"--data.eval={QUICKSTART}/eval.jsonl:4", "--data.max_length=32", f"--train.steps={STEPS}", "--train.micro_batch_size=2", "--train.accumulation=2",
+                     "--optim.lr=2e-3", "--optim.weight_decay=0.01", "--train.max_grad_norm=0.5", "--eval.every=2", "--checkpoint.every=100"], keys)
+
+
+def lines(work, name, split="train"):
+    found = [json.loads(line) for line in (work / name / "metrics.jsonl").read_text().splitlines()]
+    return [line for line in found if line["split"] == split]
+
+
+def curve(work, name):
+    steps = lines(work, name)
+    assert [line["step"] for line in steps] == list(range(1, len(steps) + 1))
+    return [line[key] for line in steps for key in ("loss", "grad_norm")] + [line["loss"] for line in lines(work, name, "eval")]
+
+
+def product(work, name):
+    folder = work / name
+    return load_file(next(path for path in (folder / "model/model.safetensors", folder / "adapter/adapter_model.safetensors") if path.exists()))
+
+
+KINDS = {
+    "float32": (CURVE_FP32, []),
+    "float32 selective accumulation 3": (CURVE_FP32, ["--train.recompute=selective", "--train.accumulation=3", "--train.micro_batch_size=1"]),
+    "float32 tied, biases, no kernel for the heads": (CURVE_FP32, ["model=tied"]),
+    "bfloat16 packed": (CURVE_BF16, ["--train.dtype=bfloat16", "--data.packing=true"]),
+    "bfloat16 lora dropout": (CURVE_BF16, ["--train.dtype=bfloat16", "--lora.rank=4", "--lora.dropout=0.2", "--train.recompute=full"]),
+    "bfloat16 activations on the host": (CURVE_BF16, ["--train.dtype=bfloat16", "--train.recompute=full", "--train.offload_activations=true"]),
+    "bfloat16 optimizer on the host": (CURVE_BF16, ["--train.dtype=bfloat16", "--optim.offload=true"]),
+    "float16": (CURVE_FP16, ["--train.dtype=float16"]),
+}
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_run_on_a_device_is_the_run_on_the_cpu(work, kind):
+    bound, keys = KINDS[kind]
+    model = dict(model=next((key.split("=")[1] for key in keys if key.startswith("model=")), "model"))
+    keys = [key for key in keys if key.startswith("--")]
+    name = kind.replace(" ", "_").replace(",", "")
+    cpu(work, "train", *keys_of(work, f"{name}_cpu", *keys, **model))
+    counts = work / f"{name}.json"
+    done = device(work, "train", *keys_of(work, name, *keys, **model), TRIREME_DOUBLE_COUNTS=counts)
+    assert curve(work, name) == pytest.approx(curve(work, f"{name}_cpu"), rel=bound)
+    assert json.loads(counts.read_text())["kernels"] > 100
+    assert ("has no kernel" in done.stderr) == (model["model"] == "tied" or "dtype" not in " ".join(keys)), done.stderr
+    found, expected = product(work, name), product(work, f"{name}_cpu")
+    assert found.keys() == expected.keys()
+    for key, value in expected.items():
+        assert (found[key].float() - value.float()).norm() <= 20 * bound * value.float().norm() + 1e-3, key
+
+
+@pytest.mark.parametrize("keys", [["--train.dtype=bfloat16"], ["--train.dtype=bfloat16", "--lora.rank=4", "--lora.dropout=0.1", "--train.recompute=full", "--train.offload_activations=true"]])
+def test_the_host_waits_in_no_step_but_for_the_numbers_of_the_one_before(work, keys):
+    found = {}
+    for steps in (3, 7):
+        counts = work / "counts.json"
+        device(work, "train", *keys_of(work, f"waits{steps}", *keys, f"--train.steps={steps}", "--eval.every=0", "--data.eval=", "--run.resume=never", f"--run.dir={work}/waits{steps}{len(keys)}"),
+               TRIREME_DOUBLE_COUNTS=counts)
+        found[steps] = json.loads(counts.read_text())
+    assert found[7]["blocking"] == found[3]["blocking"]
+    assert found[7]["events"] - found[3]["events"] == 4
+
+
+def test_a_resumed_run_has_the_bits_of_one_that_never_stopped(work):
+    keys = ["--train.dtype=bfloat16", "--lora.rank=4", "--lora.dropout=0.2"]
+    device(work, "train", *keys_of(work, "whole", *keys))
+    device(work, "train", *keys_of(work, "parts", *keys, "--train.stop_after=2"), status=75)
+    done = device(work, "train", *keys_of(work, "parts", *keys))
+    assert "last bits differ" not in done.stderr
+    assert curve(work, "parts") == curve(work, "whole")
+    for key, value in product(work, "whole").items():
+        assert torch.equal(product(work, "parts")[key], value), key
+
+
+def test_a_run_goes_on_on_another_device_and_says_that_bits_differ(work):
+    keys = ["--train.dtype=float32"]
+    cpu(work, "train", *keys_of(work, "moved_cpu", *keys))
+    device(work, "train", *keys_of(work, "moved", *keys, "--train.stop_after=1"), status=75)
+    done = run(work, "train", *keys_of(work, "moved", *keys, "--train.stop_after=2"), "--run.device=cpu")
+    assert done.returncode == 75 and "last bits differ" in done.stderr, done.stderr
+    device(work, "train", *keys_of(work, "moved", *keys))
+    assert curve(work, "moved") == pytest.approx(curve(work, "moved_cpu"), rel=CURVE_FP32)
+
+
+def test_a_loss_that_is_not_finite_ends_the_run_one_step_later_and_changes_nothing(work):
+    """The step after it is under way by then: it may not update anything either."""
+    keys = ["--train.dtype=bfloat16", "--optim.lr=1e6", "--optim.weight_decay=1e6", "--schedule.kind=constant", "--train.max_grad_norm=0",
+            "--eval.every=0", "--data.eval="]
+    done = device(work, "train", *keys_of(work, "nonfinite", *keys, "--train.steps=9"), status=1)
+    step = int(re.search(r"step (\d+): the loss or its gradient is not finite", done.stderr)[1])
+    assert [line["step"] for line in lines(work, "nonfinite")] == list(range(1, step))
+    assert step > 1 and not list(work.glob("nonfinite/checkpoints/step-*"))
+
+
+def test_answers_and_evaluations_are_those_of_the_cpu(work):
+    cpu(work, "train", *keys_of(work, "served", "--train.dtype=float32"))
+    keys = [f"--model.path={work}/served/model", f"--data.eval={QUICKSTART}/eval.jsonl:6"]
+    found, expected = (json.loads(done.stdout) for done in (device(work, "eval", *keys), cpu(work, "eval", *keys)))
+    assert found == pytest.approx(expected, rel=CURVE_FP32)
+    keys = [f"--model.path={work}/served/model", "--generate.max_tokens=12", "--generate.format=json", "What is"]
+    assert device(work, "generate", *keys).stdout == cpu(work, "generate", *keys).stdout
+
+
+def test_the_plan_holds_what_tensors_take(work):
+    counts = work / "peak.json"
+    done = device(work, "train", *keys_of(work, "planned", "--train.dtype=bfloat16", "--train.micro_batch_size=8"), TRIREME_DOUBLE_COUNTS=counts)
+    said = re.search(r"plan: memory of a rank: (weights .*), copy for a checkpoint", done.stderr)[1]
+    planned = sum(float(number) * {"KiB": 2**10, "MiB": 2**20, "GiB": 2**30}[unit] for number, unit in re.findall(r"([0-9.]+) ([KMG]iB)", said))
+    assert planned / 2 <= json.loads(counts.read_text())["peak_bytes"] - WORKSPACE <= planned
+    assert lines(work, "planned")[-1]["memory_bytes"] <= json.loads(counts.read_text())["peak_bytes"]
+
+
+def test_memory_that_does_not_suffice_is_said_before_the_first_step_or_with_names(work):
+    done = device(work, "train", *keys_of(work, "small"), status=2, TRIREME_DOUBLE_BYTES=str(1 << 20))
+    assert re.search(r"needs about .* of its device's memory .*which has 1.00 MiB free: lower train.micro_batch_size", done.stderr), done.stderr
+
+
+@pytest.mark.parametrize("keys, ranks", [(["--train.dtype=bfloat16"], 2), (["--train.dtype=float32", "--parallel.zero=3"], 2), (["--train.dtype=float32", "--lora.rank=4", "--parallel.tensor=2"], 2),
+                                         (["--train.dtype=bfloat16", "--parallel.tensor=2", "--parallel.zero=1"], 4)])
+def test_ranks_with_a_device_each_are_one(work, keys, ranks):
+    copies = ranks // (2 if "--parallel.tensor=2" in keys else 1)
+    model = "pairs"
+    (work / "pairs.json").write_text(json.dumps(SHAPE | dict(num_attention_heads=4, num_key_value_heads=2)))
+    name = "_".join(key.split("=")[0].split(".")[1] + key.split("=")[1] for key in keys)
+    cpu(work, "train", *keys_of(work, f"one_{name}", *(key for key in keys if "parallel" not in key), model=model))
+    done = end_of(start(work, ["mpirun", "-q", "--bind-to", "none", "--oversubscribe", "-n", str(ranks), DOUBLE, "train",
+                               *keys_of(work, name, *keys, f"--train.accumulation={2 // copies}", model=model)], dict(TRIREME_DOUBLE_DEVICES="4")), timeout=300)
+    assert done.returncode == 0, done.stderr
+    assert curve(work, name) == pytest.approx(curve(work, f"one_{name}"), rel=CURVE_BF16 if "--train.dtype=bfloat16" in keys else CURVE_FP32)
+
+
+def test_what_cannot_be_computed_there_is_refused_in_a_sentence(work):
+    done = device(work, "train", *keys_of(work, "double", "--train.dtype=float64"), status=2)
+    assert "train.dtype=float64 is computed by the CPU alone: set run.device=cpu" in done.stderr
+    done = end_of(start(work, ["mpirun", "-q", "--bind-to", "none", "--oversubscribe", "-n", "2", DOUBLE, "train", *keys_of(work, "ranks")]))
+    assert done.returncode == 2 and "this host has 2 ranks but sees 1 device" in done.stderr, done.stderr
+    assert not (work / "ranks").exists()
+
+
+@pytest.mark.skipif(os.path.exists("/dev/nvidiactl"), reason="there is a device")
+def test_a_device_that_is_asked_for_and_not_there(work):
+    done = run(work, "train", *keys_of(work, "none"), "--run.device=cuda")
+    assert done.returncode == 2 and "run.device=cuda" in done.stderr and "set run.device=cpu" in done.stderr, done.stderr
