@@ -6,8 +6,8 @@
 
 #include "comm/process.h"
 #include "config/config.h"
-#include "kernels/kernels.h"
 #include "model/hf_config.h"
+#include "ops/device.h"
 
 namespace trireme {
 
