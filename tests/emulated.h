@@ -1,22 +1,29 @@
-// What tests of emulated kernels share: buffers whose ends are guarded, and the comparison with the reference.
+// What tests of emulated kernels share: buffers whose ends are guarded, and the comparison with the reference. The same tests run on a
+// device in device_kernels_test.
 #pragma once
 
 #include <gtest/gtest.h>
 #include <sys/mman.h>
 #include <unistd.h>
 
+#include <algorithm>
 #include <cmath>
 #include <cstring>
 #include <random>
+#include <vector>
 
 #include "kernels/arch.h"
 #include "kernels/kernels.h"
 #include "kernels/reference.h"
+#ifdef TRIREME_DEVICE_TESTS
+#include "device_memory.h"
+#endif
 
 namespace trireme::kernels::test {
 
 using reference::Values;
 
+#ifndef TRIREME_DEVICE_TESTS
 // Device memory: `num_bytes` that end where a page begins that nobody may touch, and begin behind another, up to the
 // alignment of 16. Holds NaNs at first.
 class Guarded {
@@ -43,6 +50,22 @@ class Guarded {
  private:
   size_t num_bytes_, map_bytes_;
   char *map_, *data_;
+};
+#endif
+
+// Values of the program where a kernel finds them.
+template <typename T>
+class OnDevice {
+ public:
+  explicit OnDevice(const std::vector<T>& values) : memory_(static_cast<int64_t>(values.size() * sizeof(T))) {
+    std::copy(values.begin(), values.end(), memory_.as<T>());
+  }
+  explicit OnDevice(T value) : OnDevice(std::vector<T>{value}) {}
+  T* data() const { return memory_.template as<T>(); }
+  T& operator*() const { return *data(); }
+
+ private:
+  Guarded memory_;
 };
 
 // A tensor of a type in guarded memory.

@@ -50,12 +50,11 @@ struct State {
   std::list<Tensor> weight, master, grad, exp_avg, exp_avg_sq;
 };
 
-// `scale` null: as in kNumbers.
-void step(Type type, const std::vector<AdamWTensor>& tensors, const float* scale = nullptr) {
-  const float half = 0.5f;
+void step(Type type, const std::vector<AdamWTensor>& tensors, float scale = kNumbers.grad_scale) {
+  const OnDevice<float> device_scale(scale);
   const auto& n = kNumbers;
   emulated_kernels().adamw({type, tensors.data(), static_cast<int64_t>(tensors.size()), n.lr, n.weight_decay, n.beta1, n.beta2, n.epsilon, n.correction1, n.correction2,
-                            scale ? scale : &half, 11, 3}, nullptr);
+                            device_scale.data(), 11, 3}, nullptr);
 }
 
 // Some ten roundings, here and of the constants, of numbers below 8. An update is some 0.01: 10^4 times this.
@@ -140,7 +139,7 @@ TEST(AdamWKernel, TakesMoreTensorsThanOneLaunch) {
 TEST(AdamWKernel, TakesNoStepWhereTheScaleIsNotFinite) {
   for (float scale : {NAN, INFINITY, -INFINITY}) {
     State s(Type::kBFloat16, 40, true, 1);
-    step(Type::kBFloat16, {s.whole(0)}, &scale);
+    step(Type::kBFloat16, {s.whole(0)}, scale);
     EXPECT_EQ(s.read(s.master), s.before.weight);
     EXPECT_EQ(s.read(s.exp_avg), s.before.exp_avg);
     EXPECT_EQ(s.read(s.exp_avg_sq), s.before.exp_avg_sq);
@@ -166,10 +165,11 @@ struct Norm {
 };
 Norm norm_of(Type type, const std::vector<GradientTensor>& tensors, double max_norm) {
   Guarded workspace(gradient_norm_workspace(tensors.data(), static_cast<int64_t>(tensors.size())) * 8);
-  Norm out{NAN, NAN, NAN};
-  emulated_kernels().gradient_norm({type, tensors.data(), static_cast<int64_t>(tensors.size()), workspace.as<double>(), &out.squares,
-                                     {max_norm, 1, &out.norm, &out.factor, false}}, nullptr);
-  return out;
+  const OnDevice<double> squares(NAN);
+  const OnDevice<float> norm(NAN), factor(NAN);
+  emulated_kernels().gradient_norm({type, tensors.data(), static_cast<int64_t>(tensors.size()), workspace.as<double>(), squares.data(),
+                                     {max_norm, 1, norm.data(), factor.data(), false}}, nullptr);
+  return {*squares, *norm, *factor};
 }
 
 TEST_P(GradientNormKernel, IsTheLoop) {
@@ -195,42 +195,42 @@ TEST_P(GradientNormKernel, IsTheLoop) {
   EXPECT_EQ(norm_of(type, tensors, 0).factor, 1);
   EXPECT_EQ(norm_of(type, tensors, 1e6).factor, 1);
 
-  float factor = 0;
-  emulated_kernels().clip_factor({&norm.squares, {2.5, 1, nullptr, &factor, false}}, nullptr);
-  EXPECT_EQ(factor, norm.factor);
+  const OnDevice<double> squares(norm.squares);
+  const OnDevice<float> factor(0);
+  emulated_kernels().clip_factor({squares.data(), {2.5, 1, nullptr, factor.data(), false}}, nullptr);
+  EXPECT_EQ(*factor, norm.factor);
 }
 INSTANTIATE_TEST_SUITE_P(Types, GradientNormKernel, testing::Values(Type::kFloat32, Type::kBFloat16, Type::kFloat16));
 
 TEST(ClipFactorKernel, IsOfScaledGradients) {
-  const double squares = 36;
-  const auto factor_of = [&](double max_norm, double scale, float& norm) {
-    float factor = 0;
-    emulated_kernels().clip_factor({&squares, {max_norm, scale, &norm, &factor, false}}, nullptr);
-    return factor;
+  const OnDevice<double> squares(36);
+  const OnDevice<float> norm(0), factor(0);
+  const auto factor_of = [&](double max_norm, double scale) {
+    emulated_kernels().clip_factor({squares.data(), {max_norm, scale, norm.data(), factor.data(), false}}, nullptr);
+    return *factor;
   };
-  float norm = 0;
-  EXPECT_FLOAT_EQ(factor_of(2, 0.5, norm), static_cast<float>(0.5 * 2 / (3 + 1e-6)));
-  EXPECT_EQ(norm, 3);
-  EXPECT_EQ(factor_of(4, 0.5, norm), 0.5f);
-  EXPECT_EQ(factor_of(0, 0.25, norm), 0.25f);
-  EXPECT_EQ(norm, 1.5f);
+  EXPECT_FLOAT_EQ(factor_of(2, 0.5), static_cast<float>(0.5 * 2 / (3 + 1e-6)));
+  EXPECT_EQ(*norm, 3);
+  EXPECT_EQ(factor_of(4, 0.5), 0.5f);
+  EXPECT_EQ(factor_of(0, 0.25), 0.25f);
+  EXPECT_EQ(*norm, 1.5f);
 }
 
 TEST(ClipFactorKernel, HoldsWhatIsNoNumber) {
-  double squares = 4;
-  float norm = 0, factor = 5;
-  const auto run = [&](bool hold) { emulated_kernels().clip_factor({&squares, {0, 1, &norm, &factor, hold}}, nullptr); };
+  const OnDevice<double> squares(4);
+  const OnDevice<float> norm(0), factor(5);
+  const auto run = [&](bool hold) { emulated_kernels().clip_factor({squares.data(), {0, 1, norm.data(), factor.data(), hold}}, nullptr); };
   run(true);
-  EXPECT_EQ(factor, 1);
-  squares = INFINITY;
+  EXPECT_EQ(*factor, 1);
+  *squares = INFINITY;
   run(true);
-  EXPECT_TRUE(std::isnan(factor));
-  squares = 9;
+  EXPECT_TRUE(std::isnan(*factor));
+  *squares = 9;
   run(true);
-  EXPECT_TRUE(std::isnan(factor));
-  EXPECT_EQ(norm, 3);
+  EXPECT_TRUE(std::isnan(*factor));
+  EXPECT_EQ(*norm, 3);
   run(false);
-  EXPECT_EQ(factor, 1);
+  EXPECT_EQ(*factor, 1);
 }
 
 TEST(GradientNormKernel, ShowsWhatIsNotFinite) {

@@ -145,13 +145,13 @@ struct Device {
   static Tensor heads(const Case& c) { return Tensor(c.type, c.queries(), c.spec.num_heads, c.spec.head_dim); }
   static Tensor key_heads(const Case& c) { return Tensor(c.type, c.keys(), c.spec.num_key_heads, c.spec.head_dim); }
 
-  void forward() { emulated::attention_forward({shape, q.in(), k.in(), v.in(), o.out(), lse.as<float>()}, nullptr); }
+  void forward() { emulated_kernels().attention_forward({shape, q.in(), k.in(), v.in(), o.out(), lse.as<float>()}, nullptr); }
   void backward(bool deterministic) {
     const int64_t bytes = attention_backward_workspace_bytes(shape, deterministic);
     const Guarded workspace(static_cast<size_t>(bytes));
-    emulated::attention_backward({shape, q.in(), k.in(), v.in(), o.in(), grad_o.in(), lse.as<float>(), grad_q.out(),
-                                  grad_k.out(), grad_v.out(), deterministic, workspace.as(), bytes},
-                                 nullptr);
+    emulated_kernels().attention_backward({shape, q.in(), k.in(), v.in(), o.in(), grad_o.in(), lse.as<float>(), grad_q.out(),
+                                           grad_k.out(), grad_v.out(), deterministic, workspace.as(), bytes},
+                                          nullptr);
   }
 };
 
@@ -408,7 +408,7 @@ void expect_decode(Type type, int dim, int heads, int key_heads, const Seqlens& 
   call.workspace_bytes = decode_attention_workspace_bytes(call);
   const Guarded workspace(static_cast<size_t>(call.workspace_bytes));
   call.workspace = workspace.as();
-  emulated::decode_attention(call, nullptr);
+  emulated_kernels().decode_attention(call, nullptr);
   const reference::AttentionOutput right = attention(c.spec, x.q, x.k, x.v),
                                    size = attention(c.spec, x.q, x.k, magnitudes(x.v));
   const double u = unit(type), p = probability_error(c, x), n = static_cast<double>(longest);
@@ -434,6 +434,7 @@ TEST(EmulatedAttention, Decode) {
 
 // --- faults ------------------------------------------------------------------------------------------------------------
 
+#ifndef TRIREME_DEVICE_TESTS
 enum class Pass { kForward, kBackward, kDeterministicBackward };
 
 // Leaves out each call of `op` of the pass in turn: a Fault, or other numbers than the right ones, must show it under
@@ -488,6 +489,7 @@ TEST(EmulatedAttentionDeathTest, Overrun) {
   d.cu_k.as<int32_t>()[1] = 21;
   EXPECT_DEATH(d.forward(), "");
 }
+#endif
 
 template <typename F>
 std::string refusal(const F& f) {
@@ -506,7 +508,7 @@ TEST(EmulatedAttention, Refusals) {
   auto refused = [&](auto change) {
     AttentionForward call = good;
     change(call);
-    return refusal([&] { emulated::attention_forward(call, nullptr); });
+    return refusal([&] { emulated_kernels().attention_forward(call, nullptr); });
   };
   EXPECT_EQ(refused([](auto&) {}), "");
   EXPECT_EQ(refused([](auto& a) { a.shape.type = Type::kFloat32; }), "attention: the type must be bf16 or fp16");
@@ -529,7 +531,7 @@ TEST(EmulatedAttention, Refusals) {
   AttentionBackward backward{
       d.shape,        d.q.in(),       d.k.in(), d.v.in(), d.o.in(), d.grad_o.in(), d.lse.as<float>(), d.grad_q.out(),
       d.grad_k.out(), d.grad_v.out(), true,     nullptr,  100};
-  EXPECT_EQ(refusal([&] { emulated::attention_backward(backward, nullptr); }),
+  EXPECT_EQ(refusal([&] { emulated_kernels().attention_backward(backward, nullptr); }),
             "attention: a workspace of 100 bytes, where 320 are needed");
 }
 

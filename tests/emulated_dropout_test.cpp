@@ -39,19 +39,18 @@ TEST_P(DropoutKernel, IsItsDefinition) {
   const auto [type, rows, width, first, skip] = GetParam();
   const int64_t size = rows * width;
   const std::vector<int64_t> row_ids = ids(rows);
-  Guarded id_memory(rows * 8);
-  std::memcpy(id_memory.as(), row_ids.data(), row_ids.size() * 8);
+  const OnDevice<int64_t> device_ids(row_ids);
   const Values x = random_values(type, skip + size, 1), old = random_values(type, skip + size, 2), values(x.begin() + skip, x.end());
   for (bool add : {false, true}) {
     Tensor in(type, x), out(type, old);
     auto at = [&](Tensor& t) { return t.memory.as<char>() + skip * size_of(type); };
-    emulated_kernels().dropout({type, rows, width, at(in), id_memory.as<int64_t>(), kSeed, kModule, first, kP, add, at(out)}, nullptr);
+    emulated_kernels().dropout({type, rows, width, at(in), device_ids.data(), kSeed, kModule, first, kP, add, at(out)}, nullptr);
     const Values y = out.values();
     EXPECT_EQ(Values(y.begin(), y.begin() + skip), Values(old.begin(), old.begin() + skip));
     const Values before = add ? Values(old.begin() + skip, old.end()) : Values(static_cast<size_t>(size));
     // One rounding to the type; scale, product and sum each one to fp32, of numbers below 16.
     EXPECT_TRUE(near({y.begin() + skip, y.end()}, expected(values, before, width, row_ids, first), unit(type), 16 * 0x1p-22));
-    emulated_kernels().dropout({type, rows, width, at(in), id_memory.as<int64_t>(), kSeed, kModule, first, kP, false, at(in)}, nullptr);
+    emulated_kernels().dropout({type, rows, width, at(in), device_ids.data(), kSeed, kModule, first, kP, false, at(in)}, nullptr);
     if (!add) {
       EXPECT_EQ(in.values(), [&] { Values both = x; std::copy(y.begin() + skip, y.end(), both.begin() + skip); return both; }());  // in place
     }
@@ -70,7 +69,7 @@ INSTANTIATE_TEST_SUITE_P(Shapes, DropoutKernel, testing::ValuesIn(cases()));
 
 TEST(DropoutKernel, GivesSlicesOfTheWholesMask) {
   const Values ones(3 * 256, 1);
-  std::vector<int64_t> row_ids = ids(3);
+  const OnDevice<int64_t> row_ids(ids(3));
   Tensor x(Type::kBFloat16, ones), whole(Type::kBFloat16, 3 * 256), part(Type::kBFloat16, 3 * 104);
   auto run = [&](int64_t width, int64_t first, Tensor& y) {
     emulated_kernels().dropout({Type::kBFloat16, 3, width, x.data(), row_ids.data(), kSeed, kModule, first, 0.5, false, y.data()}, nullptr);
@@ -84,7 +83,7 @@ TEST(DropoutKernel, GivesSlicesOfTheWholesMask) {
 
 TEST(DropoutKernel, KeepsAllWhereNothingIsDropped) {
   const Values x = random_values(Type::kFloat16, 130, 1);
-  std::vector<int64_t> row_ids = ids(2);
+  const OnDevice<int64_t> row_ids(ids(2));
   Tensor in(Type::kFloat16, x), out(Type::kFloat16, 130);
   emulated_kernels().dropout({Type::kFloat16, 2, 65, in.data(), row_ids.data(), 1, 2, 0, 0, false, out.data()}, nullptr);
   EXPECT_EQ(out.values(), x);

@@ -83,3 +83,7 @@ void hopper_gemm(const T* a, const T* b, T* c, int m, int n, int k, int stride_k
 }
 
 }  // namespace trireme::kernels::TRIREME_ARCH
+
+namespace trireme::kernels::cuda {
+void hopper_gemm(bool of_bf16, const void* a, const void* b, void* c, int m, int n, int k, int stride_k, int stride_n);
+}
