@@ -79,7 +79,7 @@ while read -r library; do cp -L "$library" "$root/lib/"; done <"$work/libraries"
 
 cp launch/bundle_start "$root/start"
 cp -r configs "$root/"
-cp benchmarks/gpu* "$root/benchmarks/" 2>/dev/null || true
+cp benchmarks/gpu* benchmarks/table.py "$root/benchmarks/"
 { git describe --always --dirty 2>/dev/null || echo unknown; } >"$root/COMMIT"
 
 # One file: this head, xz with its library (a bare machine has gzip alone), and the rest.

@@ -2,7 +2,6 @@
 // so that a fault is the fault of the call that threw it.
 #include <cuda_runtime.h>
 
-#include <array>
 #include <cstdlib>
 #include <cstring>
 
@@ -55,27 +54,6 @@ TEST(Device, RunsTheTests) {
   EXPECT_EQ(probe_device(0).failure, "");
   Guarded memory(100);
   EXPECT_EQ(reinterpret_cast<uintptr_t>(memory.as()) % 32, 16u);
-}
-
-// emulated_matmul_test looks at the wrapper, over a library of its own; this is the real one, which sums in fp32.
-TEST(Device, MultipliesMatrices) {
-  for (Type type : {Type::kFloat32, Type::kBFloat16, Type::kFloat16})
-    for (const auto& [m, n, k] : std::vector<std::array<int64_t, 3>>{{1, 1, 1}, {33, 16, 7}, {64, 264, 136}, {200, 48, 1000}})
-      for (int variant = 0; variant < 8; ++variant) {
-        const bool transpose_a = variant & 1, transpose_b = variant & 2, adds = variant & 4;
-        SCOPED_TRACE(testing::Message() << name_of(type) << " " << m << " x " << n << " x " << k << ", variant " << variant);
-        const Values a = random_values(type, m * k, 1), b = random_values(type, k * n, 2), before = random_values(type, m * n, 3), bias = random_values(type, n, 4);
-        Tensor at(type, a), bt(type, b), dt(type, before), bias_t(type, bias);
-        Guarded workspace(1 << 20);
-        void* aligned = reinterpret_cast<void*>((reinterpret_cast<uintptr_t>(workspace.as()) + 255) / 256 * 256);
-        emulated_kernels().matmul({type, type, type, m, n, k, transpose_a, transpose_b, at.data(), bt.data(), transpose_a ? m : k, transpose_b ? k : n, dt.data(), n,
-                                   adds ? bias_t.data() : nullptr, 1, adds ? 1.0f : 0.0f, false, nullptr, nullptr, aligned, (1 << 20) - 256}, nullptr);
-        Values expected = reference::matmul(m, n, k, a, transpose_a, b, transpose_b);
-        if (adds)
-          for (size_t i = 0; i < expected.size(); ++i) expected[i] += before[i] + bias[i % static_cast<size_t>(n)];
-        // Terms are below 30; a sum of k of them is wrong by at most k roundings of as many, by far.
-        EXPECT_TRUE(near(dt.values(), expected, unit(type), static_cast<double>(k) * 30 * 0x1p-24 + smallest_unit(type)));
-      }
 }
 
 }  // namespace

@@ -1,0 +1,259 @@
+// Times Trireme's kernels beside torch's and the card's own speed, in one process:  bench_gpu_kernels STAGE [--dry-run] [LENGTHS]
+// Prints rows as benchmarks/table.py reads them. STAGE: attention_128, attention_64, attention_packed, memory, linear_cross_entropy.
+// --dry-run: tiny shapes over the emulated kernels on the CPU, by the wall clock: shows that this runs, and no speed. LENGTHS: a file of
+// sequence lengths. Times are medians of CUDA events, of random data, with a cold L2: 256 MB are written before each call.
+#include "tests/attention_beside_torch.h"
+
+#include <ATen/DeviceAccelerator.h>
+#include <c10/core/Event.h>
+#include <torch/csrc/autograd/autograd.h>
+
+#include <chrono>
+#include <fstream>
+#include <iostream>
+#include <nlohmann/json.hpp>
+
+#include "ops/ops.h"
+
+namespace trireme {
+namespace {
+
+using kernels::Type;
+using Json = nlohmann::json;
+
+class Bench {
+ public:
+  explicit Bench(bool dry)
+      : dry(dry), device(dry ? at::kCPU : at::kCUDA, dry ? -1 : 0), k(dry ? kernels::emulated_kernels() : kernels::cuda_kernels()), wide(at::TensorOptions(at::kFloat).device(device)), narrow(wide.dtype(at::kBFloat16)) {
+    set_kernels(device.type(), &k);
+    if (!dry) flush_ = at::empty({256 << 20}, wide.dtype(at::kByte));
+  }
+
+  template <typename F>
+  double milliseconds(const F& f) {
+    const int warm = dry ? 0 : 3, repeats = dry ? 1 : 11;
+    std::vector<double> all;
+    for (int i = 0; i < warm + repeats; ++i) {
+      const double t = dry ? of_wall_clock(f) : of_events(f);
+      if (i >= warm) all.push_back(t);
+    }
+    std::nth_element(all.begin(), all.begin() + repeats / 2, all.end());
+    return all[static_cast<size_t>(repeats / 2)];
+  }
+
+  // `baseline` 0: none.
+  void row(const std::string& what, const std::string& shape, const char* unit, double trireme, double baseline, const std::string& name, std::optional<double> target) {
+    rows.push_back({{"what", what}, {"shape", shape}, {"unit", unit}, {"trireme", trireme}, {"baseline", baseline > 0 ? Json(baseline) : Json()},
+                    {"baseline_name", name}, {"ratio", baseline > 0 ? Json(trireme / baseline) : Json()}, {"target", target ? Json(*target) : Json()}});
+    std::cerr << what << ", " << shape << ": " << trireme << " " << unit << (baseline > 0 ? str(", ", name, " ", baseline) : "") << std::endl;
+  }
+
+  const bool dry;
+  const at::Device device;
+  const kernels::Kernels& k;
+  const at::TensorOptions wide, narrow;
+  Json rows = Json::array();
+
+ private:
+  template <typename F>
+  static double of_wall_clock(const F& f) {
+    const auto begin = std::chrono::steady_clock::now();
+    f();
+    return std::chrono::duration<double, std::milli>(std::chrono::steady_clock::now() - begin).count();
+  }
+  template <typename F>
+  double of_events(const F& f) {
+    const c10::impl::VirtualGuardImpl guard(device.type());
+    const c10::Stream stream = guard.getStream(device);
+    c10::Event begin(device.type(), c10::EventFlag::BACKEND_DEFAULT), end(device.type(), c10::EventFlag::BACKEND_DEFAULT);
+    flush_.zero_();
+    begin.record(stream);
+    f();
+    end.record(stream);
+    end.synchronize();
+    return begin.elapsedTime(end);
+  }
+
+  at::Tensor flush_;
+};
+
+bool is_hopper(const Bench& bench) { return !bench.dry && kernels::probe_device(0).compute_major == 9; }
+
+// Floating-point operations of both products over the pairs of query and key that are seen; backward has five products.
+void attention_rows(Bench& b, const std::vector<int64_t>& lengths, int64_t heads, int64_t head_dim, bool causal, const std::string& shape, bool with_cudnn) {
+  double pairs = 0;
+  for (int64_t n : lengths) pairs += static_cast<double>(n) * static_cast<double>(n) / (causal ? 2 : 1);
+  const double forward = 4 * pairs * static_cast<double>(heads * head_dim) * 1e-9, backward = 2.5 * forward;  // of TFLOP/s by milliseconds
+  const test::AttentionInput in(lengths, heads, heads, head_dim, causal, b.narrow);
+  test::KernelAttention ours(b.k, in, false), repeatable(b.k, in, true);
+  const double ours_forward = forward / b.milliseconds([&] { ours.forward(); }), ours_backward = backward / b.milliseconds([&] { ours.backward(); });
+  repeatable.forward();
+  const std::string head = str("attention, head dim ", head_dim, causal ? ", causal, " : ", full, ");
+  b.row(head + "backward, deterministic", shape, "TFLOP/s", backward / b.milliseconds([&] { repeatable.backward(); }), 0, "", {});
+  struct Other {
+    test::TorchBackend backend;
+    const char* name;
+    std::optional<double> forward, backward;
+  };
+  const bool judged = is_hopper(b) && in.longest >= 2048;
+  std::vector<Other> others{{test::TorchBackend::kFlash, "torch's flash attention", 1, 1}};
+  if (with_cudnn && !b.dry) others.push_back({test::TorchBackend::kCudnn, "cuDNN", judged ? std::optional(0.85) : std::nullopt, judged ? std::optional(0.80) : std::nullopt});
+  for (const Other& other : others) {
+    double its_forward = 0, its_backward = 0;
+    std::string name = other.name;
+    try {
+      test::TorchAttention theirs(other.backend, in);
+      its_forward = forward / b.milliseconds([&] { theirs.forward(); }), its_backward = backward / b.milliseconds([&] { theirs.backward(); });
+    } catch (const c10::Error& error) {
+      name += str(" (refuses: ", error.what_without_backtrace(), ")");
+    }
+    b.row(head + "forward", shape, "TFLOP/s", ours_forward, its_forward, name, other.forward);
+    b.row(head + "backward", shape, "TFLOP/s", ours_backward, its_backward, name, other.backward);
+  }
+}
+
+void attention(Bench& b, int64_t head_dim) {
+  const int64_t tokens = b.dry ? 64 : 32768, heads = b.dry ? 1 : 2048 / head_dim;
+  for (bool causal : {true, false})
+    for (int64_t length = b.dry ? 32 : 1024; length <= tokens; length *= 2)
+      attention_rows(b, std::vector<int64_t>(static_cast<size_t>(tokens / length), length), heads, head_dim, causal, str(tokens / length, " x ", length, ", ", heads, " heads"), true);
+}
+
+void attention_packed(Bench& b, const std::string& file) {
+  std::ifstream in(file);
+  std::vector<int64_t> lengths;
+  int64_t tokens = 0;
+  for (int64_t n; tokens < (b.dry ? 300 : 16384) && in >> n; tokens += n) lengths.push_back(n);
+  TRIREME_CHECK(!lengths.empty(), "no lengths in ", file);
+  if (b.dry) lengths.assign(2, 20);  // torch on the CPU takes sequences of one length
+  for (int64_t head_dim : {128, 64})
+    attention_rows(b, lengths, b.dry ? 1 : 2048 / head_dim, head_dim, true, str(lengths.size(), " sequences of GSM8K, ", tokens, " tokens"), false);
+}
+
+// Operations that move memory, beside a copy on the same card: bytes that have to be read and written.
+void memory(Bench& b) {
+  const int64_t rows = b.dry ? 4 : 40960, width = b.dry ? 64 : 4096, count = rows * width;  // 336 MB of bf16
+  const std::string shape = str(rows, " x ", width, ", bf16");
+  const kernels::Stream stream = stream_of(at::empty({1}, b.wide));
+  const double copied = 2.0 * static_cast<double>(count) * 4;
+  double copy = 0;
+  {
+    const at::Tensor from = at::randn({count}, b.wide), to = at::empty_like(from);
+    copy = copied * 1e-9 / b.milliseconds([&] { to.copy_(from); });  // TB/s
+  }
+  b.row("copy of the card", str(count, " fp32"), "TB/s", copy, 0, "", {});
+  auto time = [&](const std::string& what, const std::string& of, double bytes, std::optional<double> target, const std::function<void()>& f) {
+    b.row(what, of, "TB/s", bytes * 1e-9 / b.milliseconds(f), copy, "copy of the card", target);
+  };
+  auto random = [&] { return at::randn({rows, width}, b.narrow); };
+  auto empty = [&](int64_t n, at::TensorOptions o) { return at::empty({n}, o); };
+  const double n = static_cast<double>(count);
+  {
+    const at::Tensor x = random(), residual = random(), w = at::randn({width}, b.narrow), y = random(), sum = random(), rstd = at::rand({rows}, b.wide) + 0.5, mean = at::randn({rows}, b.wide);
+    const at::Tensor gw = empty(width, b.wide), gb = empty(width, b.wide), workspace = empty(kernels::layer_norm_workspace(rows, width), b.wide);
+    time("RMSNorm, forward", shape, n * 4, 0.85, [&] { b.k.rms_norm_forward({Type::kBFloat16, rows, width, x.data_ptr(), nullptr, w.data_ptr(), 1e-5f, y.data_ptr(), nullptr, rstd.data_ptr<float>()}, stream); });
+    time("RMSNorm with residual, forward", shape, n * 8, 0.85, [&] { b.k.rms_norm_forward({Type::kBFloat16, rows, width, x.data_ptr(), residual.data_ptr(), w.data_ptr(), 1e-5f, y.data_ptr(), sum.data_ptr(), rstd.data_ptr<float>()}, stream); });
+    time("RMSNorm, backward", shape, n * 6, 0.80, [&] { b.k.rms_norm_backward({Type::kBFloat16, rows, width, x.data_ptr(), nullptr, residual.data_ptr(), w.data_ptr(), rstd.data_ptr<float>(), y.data_ptr(), gw.data_ptr<float>(), workspace.data_ptr<float>()}, stream); });
+    time("LayerNorm, forward", shape, n * 4, {}, [&] { b.k.layer_norm_forward({Type::kBFloat16, rows, width, x.data_ptr(), nullptr, w.data_ptr(), w.data_ptr(), 1e-5f, y.data_ptr(), nullptr, mean.data_ptr<float>(), rstd.data_ptr<float>()}, stream); });
+    time("LayerNorm, backward", shape, n * 6, {}, [&] { b.k.layer_norm_backward({Type::kBFloat16, rows, width, x.data_ptr(), nullptr, residual.data_ptr(), w.data_ptr(), mean.data_ptr<float>(), rstd.data_ptr<float>(), y.data_ptr(), gw.data_ptr<float>(), gb.data_ptr<float>(), workspace.data_ptr<float>()}, stream); });
+  }
+  {
+    const at::Tensor gate = random(), up = random(), y = random(), grad_gate = random(), grad_up = random();
+    time("SwiGLU, forward", shape, n * 6, 0.85, [&] { b.k.glu_forward({Type::kBFloat16, kernels::Gate::kSilu, rows, width, width, gate.data_ptr(), up.data_ptr(), y.data_ptr()}, stream); });
+    time("SwiGLU, backward", shape, n * 10, 0.80, [&] { b.k.glu_backward({Type::kBFloat16, kernels::Gate::kSilu, rows, width, width, y.data_ptr(), gate.data_ptr(), up.data_ptr(), grad_gate.data_ptr(), grad_up.data_ptr()}, stream); });
+    const int64_t dim = b.dry ? 32 : 128;
+    const at::Tensor cos = at::randn({rows, dim}, b.wide), sin = at::randn({rows, dim}, b.wide);
+    for (bool inverse : {false, true})
+      time(inverse ? "rotary, backward" : "rotary, forward", shape, n * 4 + static_cast<double>(rows * dim) * 8, inverse ? 0.80 : 0.85,
+           [&] { b.k.rope({Type::kBFloat16, rows, width / dim, dim, dim, gate.data_ptr(), width, cos.data_ptr<float>(), sin.data_ptr<float>(), y.data_ptr(), width, inverse}, stream); });
+  }
+  {
+    const at::Tensor x = at::randn({rows, width}, b.wide), y = random(), z = random();
+    time("cast, fp32 to bf16", str(count), n * 6, 0.85, [&] { b.k.convert({Type::kFloat32, Type::kBFloat16, count, x.data_ptr(), y.data_ptr(), 1, false, nullptr}, stream); });
+    time("cast, bf16 to fp32", str(count), n * 6, 0.85, [&] { b.k.convert({Type::kBFloat16, Type::kFloat32, count, y.data_ptr(), x.data_ptr(), 1, false, nullptr}, stream); });
+    time("transpose", shape, n * 4, {}, [&] { b.k.transpose({Type::kBFloat16, 1, rows, width, y.data_ptr(), z.data_ptr()}, stream); });
+    const at::Tensor squares = empty(1, b.wide.dtype(at::kDouble)), norm = empty(1, b.wide), factor = empty(1, b.wide);
+    const kernels::GradientTensor tensor{count, x.data_ptr()};
+    const at::Tensor workspace = empty(kernels::gradient_norm_workspace(&tensor, 1), b.wide.dtype(at::kDouble));
+    time("gradient norm, fp32", str(count), n * 4, {}, [&] { b.k.gradient_norm({Type::kFloat32, &tensor, 1, workspace.data_ptr<double>(), squares.data_ptr<double>(), {1, 1, norm.data_ptr<float>(), factor.data_ptr<float>(), false}}, stream); });
+  }
+  {
+    const int64_t tokens = b.dry ? 4 : 2048, vocabulary = b.dry ? 100 : 128256;
+    const double logits_bytes = static_cast<double>(tokens * vocabulary) * 2;
+    const at::Tensor logits = at::randn({tokens, vocabulary}, b.narrow), targets = at::randint(vocabulary, {tokens}, b.wide.dtype(at::kLong));
+    const at::Tensor loss = empty(tokens, b.wide), correct = empty(tokens, b.wide.dtype(at::kByte));
+    for (bool gradient : {false, true})
+      time(gradient ? "cross-entropy with gradient" : "cross-entropy, loss alone", str(tokens, " x ", vocabulary, ", bf16"), logits_bytes * (gradient ? 2 : 1), gradient ? 0.80 : 0.85, [&] {
+        b.k.cross_entropy({Type::kBFloat16, tokens, vocabulary, vocabulary, logits.data_ptr(), targets.data_ptr<int64_t>(), 0, 0, 1, gradient, loss.data_ptr<float>(), correct.data_ptr<uint8_t>()}, stream);
+      });
+  }
+  const at::Tensor weight = random(), master = at::randn({count}, b.wide), grad = at::randn({count}, b.wide), m = at::randn({count}, b.wide), v = at::rand({count}, b.wide);
+  const kernels::AdamWTensor tensor{count, weight.data_ptr(), master.data_ptr<float>(), grad.data_ptr<float>(), m.data_ptr<float>(), v.data_ptr<float>(), 0, 0};
+  time("AdamW, bf16 with master", str(count), n * 30, 0.85, [&] { b.k.adamw({Type::kBFloat16, &tensor, 1, 1e-4, 0.01, 0.9, 0.95, 1e-8, 0.1, 0.05, nullptr, 1, 1}, stream); });
+}
+
+// Forward and backward of the head and the loss. What a training step holds besides: gradients; the rest is workspace.
+void linear_cross_entropy_rows(Bench& b) {
+  const int64_t tokens = b.dry ? 8 : 4096, width = b.dry ? 16 : 4096, vocabulary = b.dry ? 100 : 128256;
+  const std::string shape = str(tokens, " x ", width, " x ", vocabulary, ", bf16");
+  at::Tensor hidden = at::randn({tokens, width}, b.narrow).requires_grad_(), head = (at::randn({vocabulary, width}, b.narrow) * 0.02);
+  const at::Tensor targets = at::randint(vocabulary, {tokens}, at::kLong), device_targets = targets.to(b.device);
+  for (bool trained : {true, false}) {
+    head.set_requires_grad(trained);
+    const std::string what = trained ? "linear and cross-entropy" : "linear and cross-entropy, frozen head";
+    auto clear = [&] { hidden.mutable_grad() = head.mutable_grad() = at::Tensor(); };
+    auto ours = [&] {
+      clear();
+      trireme::linear_cross_entropy(hidden, head, targets).sum.backward();
+    };
+    auto theirs = [&] {
+      clear();
+      at::cross_entropy_loss(at::matmul(hidden, head.t()).to(at::kFloat), device_targets, {}, at::Reduction::Sum).backward();
+    };
+    const double time = b.milliseconds(ours);
+    b.row(what, shape, "ms", time, 0, "", trained ? 18.5 : 13.0);
+    if (!b.dry) {
+      clear();
+      const auto allocated = [&] { return at::accelerator::getDeviceStats(0).allocated_bytes[0]; };
+      const int64_t before = allocated().current;
+      at::accelerator::resetPeakStats(0);
+      ours();
+      const int64_t gradients = (hidden.numel() + (trained ? head.numel() : 0)) * 2;
+      b.row(what + ", workspace", shape, "MB", static_cast<double>(allocated().peak - before - gradients) * 1e-6, 0, "", 525);
+    }
+    b.row(what, shape, "ms", time, b.milliseconds(theirs), "torch, all logits at once", {});
+  }
+}
+
+int main_of(const std::vector<std::string>& words) {
+  const bool dry = words.size() > 1 && words[1] == "--dry-run";
+  const std::string stage = words.empty() ? "" : words[0], file = words.size() > 1 ? words.back() : "";
+  if (!dry && !test::loads_device()) {
+    std::cerr << "bench_gpu_kernels: no CUDA device; --dry-run shows on the CPU that it runs\n";
+    return 2;
+  }
+  Bench b(dry);
+  if (stage == "attention_128") attention(b, 128);
+  else if (stage == "attention_64") attention(b, 64);
+  else if (stage == "attention_packed") attention_packed(b, file);
+  else if (stage == "memory") memory(b);
+  else if (stage == "linear_cross_entropy") linear_cross_entropy_rows(b);
+  else {
+    std::cerr << "bench_gpu_kernels: no stage '" << stage << "'; there are attention_128, attention_64, attention_packed, memory and linear_cross_entropy\n";
+    return 2;
+  }
+  std::cout << b.rows.dump(1) << std::endl;
+  return 0;
+}
+
+}  // namespace
+}  // namespace trireme
+
+int main(int argc, char** argv) {
+  try {
+    return trireme::main_of({argv + 1, argv + argc});
+  } catch (const std::exception& error) {
+    std::cerr << "bench_gpu_kernels: " << error.what() << "\n";
+    return 1;
+  }
+}

@@ -1,0 +1,100 @@
+"""benchmarks/gpu.sh without a GPU: every stage runs on tiny shapes (--dry-run), keeps what it is told to keep and nothing else, and what
+fails is seen."""
+import json
+import os
+import pathlib
+import subprocess
+import sys
+
+import pytest
+from program import BINARY, SOURCE
+
+SCRIPT = SOURCE / "benchmarks/gpu.sh"
+KEPT = SOURCE / "benchmarks/results/gpu"
+KEYS = {"what", "shape", "unit", "trireme", "baseline", "baseline_name", "ratio", "target"}
+
+
+def gpu(*arguments, **env):
+    env = {"TRIREME_BUILD": str(pathlib.Path(BINARY).parent), "TRIREME_PYTHON": sys.executable} | env
+    return subprocess.run([str(SCRIPT), *map(str, arguments)], text=True, capture_output=True, timeout=200, env=os.environ | env)
+
+
+def rows_of(folder, stage):
+    result = json.loads((folder / f"{stage}.json").read_text())
+    assert result["status"] == "passed" and result["notes"].startswith("A TRIAL ON THE CPU, NO RESULT. ")
+    assert all(set(row) == KEYS for row in result["rows"])
+    return result["rows"]
+
+
+def before():
+    return {path: path.read_bytes() for path in KEPT.glob("*")}
+
+
+def test_every_benchmark_of_kernels_runs(tmp_path):
+    kept = before()
+    stages = ["kernels", "attention_exact", "memcheck", "attention_64", "attention_packed", "memory", "linear_cross_entropy"]
+    words = [word for stage in stages for word in ("--only", stage)] + ["--dry-run", "--results", tmp_path]
+    done = gpu(*words)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert [line.split()[:2] for line in done.stdout.splitlines()] == [[stage, "passed,"] for stage in stages]
+    attention = rows_of(tmp_path, "attention_64")
+    assert {row["what"] for row in attention} == {f"attention, head dim 64, {mask}, {way}" for mask in ("causal", "full")
+                                                  for way in ("forward", "backward", "backward, deterministic")}
+    assert all(row["trireme"] > 0 and (row["baseline"] is None or row["ratio"] == pytest.approx(row["trireme"] / row["baseline"])) for row in attention)
+    judged = {row["what"]: row["target"] for row in rows_of(tmp_path, "memory") if row["target"]}
+    for what in ("RMSNorm", "SwiGLU", "rotary"):
+        assert (judged[f"{what}, forward"], judged[f"{what}, backward"]) == (0.85, 0.8)
+    assert judged["AdamW, bf16 with master"] == judged["cast, fp32 to bf16"] == judged["cross-entropy, loss alone"] == 0.85
+    assert [row["target"] for row in rows_of(tmp_path, "linear_cross_entropy")] == [18.5, None, 13.0, None]
+    again = gpu(*words)
+    assert [line.split(maxsplit=1)[1] for line in again.stdout.splitlines()] == ["passed before"] * len(stages)
+    assert "memory                 passed, " in gpu("--only", "memory", "--force", "--dry-run", "--results", tmp_path).stdout
+    table = subprocess.run([sys.executable, SOURCE / "benchmarks/table.py", tmp_path], text=True, capture_output=True)
+    assert "copy of the card" in table.stdout, table.stderr
+    assert before() == kept
+
+
+def test_a_whole_step_runs_on_both_sides(tmp_path):
+    kept = before()
+    done = gpu("--only", "step_lora_recompute", "--dry-run", "--results", tmp_path)
+    assert done.returncode == 0, done.stdout + done.stderr
+    rows = rows_of(tmp_path, "step_lora_recompute")
+    assert [row["unit"] for row in rows] == ["tokens/s", "MB", "tokens/s", "MB", "TFLOP/s"]
+    assert rows[0]["trireme"] == rows[2]["trireme"] > 0 and rows[1]["trireme"] > 0 and rows[2]["baseline"] > 0
+    assert "PEFT" in rows[2]["baseline_name"]
+    assert (rows[0]["target"], rows[2]["target"]) == (11500, 2)
+    assert before() == kept
+
+
+def program(folder, name, text):
+    (folder / name).write_text("#!/bin/sh\n" + text)
+    (folder / name).chmod(0o755)
+
+
+def test_what_fails_is_told_and_is_run_again(tmp_path):
+    program(tmp_path, "trireme", "exit 0\n")
+    program(tmp_path, "device_kernels_test", """case "$*" in *list*) printf 'Device.\\n  Works\\n  Breaks\\n'; exit ;; esac
+echo '[       OK ] Device.Works (0 ms)'; echo 'x.cpp:1: Failure'; echo '[  FAILED  ] Device.Breaks (0 ms)'; exit 1\n""")
+    words = ["--only", "kernels", "--dry-run", "--results", tmp_path / "results"]
+    done = gpu(*words, TRIREME_BUILD=str(tmp_path))
+    assert done.returncode == 1
+    assert "kernels                failed, " in done.stdout and "x.cpp:1: Failure" in done.stdout
+    result = json.loads((tmp_path / "results/kernels.json").read_text())
+    assert result["status"] == "failed"
+    assert [(row["what"], row["trireme"], row["baseline"]) for row in result["rows"]] == [("Device", 1, 2)]
+    assert gpu("--list", *words[2:], TRIREME_BUILD=str(tmp_path)).stdout.splitlines()[0].split() == ["kernels", "failed"]
+    program(tmp_path, "device_kernels_test", "kill -SEGV $$\n")
+    assert "changed since" in gpu("--list", *words[2:], TRIREME_BUILD=str(tmp_path)).stdout
+    program(tmp_path, "timeout", "exit 124\n")  # as if the time were over
+    done = gpu(*words, TRIREME_BUILD=str(tmp_path), PATH=f"{tmp_path}:{os.environ['PATH']}")
+    assert done.returncode == 1
+    assert "kernels                over its limit of 290 s, " in done.stdout
+
+
+def test_says_what_is_wrong(tmp_path):
+    assert gpu("--only", "speed", "--dry-run").stderr.startswith("gpu: no stage 'speed'; there are kernels ")
+    assert gpu("--fast").stderr.startswith("gpu: unknown argument '--fast'\n")
+    assert gpu("--dry-run", TRIREME_BUILD=str(tmp_path)).stderr.startswith(f"gpu: {tmp_path}/trireme is not there; build it with its tests")
+    program(tmp_path, "nvidia-smi", "exit 9\n")
+    done = gpu("--only", "kernels", PATH=f"{tmp_path}:{os.environ['PATH']}")
+    assert (done.returncode, done.stderr) == (2, "gpu: nvidia-smi shows no GPU here; --dry-run shows on the CPU that everything runs\n")
