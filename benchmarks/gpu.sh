@@ -88,7 +88,7 @@ step() { # NAME CONFIG ROWS LENGTH lora|full RECOMPUTE GFLOP_A_TOKEN TARGET TARG
   [ "$kind" != lora ] || keys+=(--lora.rank=16 --lora.alpha=16)
   "$bin/trireme" train --model.config="$config" --model.tokenizer="$top/configs/quickstart/model" --task.kind=pretrain --data.train="$work/text.txt" \
     --data.max_length="$length" --data.cache="$work/cache" --train.dtype=bfloat16 --train.micro_batch_size="$rows" --train.recompute="$recompute" \
-    --train.steps=$((steps + 1)) --schedule.kind=constant --optim.lr=1e-4 --log.every=1 --run.dir="$run" ${keys+"${keys[@]}"} >"$work/log.trireme" 2>&1 &
+    --train.steps=$((steps + 1)) --schedule.kind=constant --optim.lr=1e-4 --log.every=1 --run.device=$([ -n "$dry" ] && echo cpu || echo cuda) --run.dir="$run" ${keys+"${keys[@]}"} >"$work/log.trireme" 2>&1 &
   local job=$!
   until [ "$(grep -c '"split":"train"' "$run/metrics.jsonl" 2>/dev/null)" -ge $steps ] 2>/dev/null; do
     kill -0 $job 2>/dev/null || break
@@ -120,7 +120,7 @@ run_stage() {
     step_lora_recompute) step "Llama 3 8B" gpu_llama_8b.json 2 2048 lora full 46.6 11500 2 ;;
     step_full) step "Qwen2.5 7B" gpu_qwen2_7b.json 4 1024 full none 43.3 14000 "" ;;
     *) "$bin/bench_gpu_kernels" "$1" $dry "$top/benchmarks/gpu_gsm8k_lengths.txt" >"$work/all" 2>"$work/log.bench" || { tail -3 "$work/log.bench" >&2; return 1; }
-      tr -d '\n' <"$work/all" | sed 's/^\[ *//; s/\]$//; s/},/}\n/g' >>"$work/rows" ;;
+      tr -d '\n' <"$work/all" | sed 's/^\[ *//; s/\]$//; s/},/}\n/g; s/$/\n/' >>"$work/rows" ;;
   esac
 }
 if [ -n "$inside" ]; then # a stage in a process of its own, which can be ended
