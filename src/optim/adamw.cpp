@@ -20,7 +20,7 @@ AdamW::AdamW(std::vector<OptimTensor> tensors, const AdamWOptions& options)
     if (!device.is_cpu()) kernels_of(t.weight);  // there are some
     const auto state_options = at::TensorOptions(dtype).device(device);
     Moments moments{at::zeros(t.weight.sizes(), state_options), at::zeros(t.weight.sizes(), state_options), {}};
-    if (dtype != t.weight.scalar_type()) moments.master = t.weight.to(state_options);
+    if (dtype != t.weight.scalar_type()) moments.master = t.weight.to(device).to(dtype);  // what travels is the smaller
     moments_.push_back(std::move(moments));
   }
   if (options.offload) staging_ = std::make_shared<HostStaging>(tensors_);
