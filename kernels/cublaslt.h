@@ -57,6 +57,8 @@ struct CublasLt {
                 const void* c, LtLayout c_layout, void* d, LtLayout d_layout, const LtAlgorithm* algorithm, void* workspace, size_t workspace_bytes, void* stream);
 };
 
+constexpr char kCublasLt[] = "libcublasLt.so.13";
+
 // From the library of that name. std::runtime_error, in a sentence with the way out, where it is not there, lacks a function or is
 // older than 13.
 CublasLt load_cublaslt(const std::string& library);

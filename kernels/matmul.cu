@@ -13,7 +13,7 @@ namespace {
 
 #ifdef __CUDACC__
 const CublasLt& library() {
-  static const CublasLt lt = load_cublaslt("libcublasLt.so.13");
+  static const CublasLt lt = load_cublaslt(kCublasLt);
   return lt;
 }
 int current_device() {

@@ -12,6 +12,7 @@
 
 #include "base/counted.h"
 #include "comm/communicator.h"
+#include "kernels/cublaslt.h"
 #include "kernels/kernels.h"
 #include "data/token_file.h"
 #include "launch/verbs.h"
@@ -42,6 +43,12 @@ void say_cuda() {
                              bytes_text(static_cast<double>(d.total_bytes)), " free; ",
                              d.failure.empty() ? "kernels of this build run" : "cannot be used: " + d.failure),
         d.failure.empty() ? "" : "compare the driver's CUDA version (nvidia-smi) with this build's");
+  }
+  try {
+    const size_t version = kernels::load_cublaslt(kernels::kCublasLt).get_version();
+    say("cuBLASLt", str(version / 10000, ".", version / 100 % 100, ".", version % 100));
+  } catch (const std::runtime_error& error) {
+    say("cuBLASLt", n == 0 ? "not found; not needed on the CPU" : "not found", n == 0 ? "" : error.what());
   }
 #else
   say("CUDA", "not in this build (TRIREME_CUDA=OFF)");

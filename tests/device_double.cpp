@@ -23,6 +23,7 @@
 #include <fstream>
 #include <map>
 #include <mutex>
+#include <thread>
 
 #include "base/check.h"
 #include "base/json.h"
@@ -157,7 +158,20 @@ void deliver(int64_t position) {
   for (; num_done < position; ++num_done, late.pop_front()) std::memcpy(late.front().to.data_ptr(), late.front().bytes.data(), late.front().bytes.size());
 }
 
-thread_local c10::StreamId current = 0;  // all streams are one: numbers tell them apart
+thread_local c10::StreamId current = 0;  // all streams are one but for NCCL's calls: numbers tell them apart
+
+// Behind so many late copies, and NCCL's calls in a stream. A stream that waits for these is the host that waits, as it computes at once.
+struct Event {
+  bool reached() const {
+    advance_nccl_of_double();
+    return !call || *call;
+  }
+  void wait() const {
+    while (!reached()) std::this_thread::yield();
+  }
+  int64_t num_copies;
+  std::shared_ptr<bool> call;
+};
 
 class Guard final : public c10::impl::DeviceGuardImplInterface {
  public:
@@ -172,21 +186,23 @@ class Guard final : public c10::impl::DeviceGuardImplInterface {
     return c10::Stream(c10::Stream::UNSAFE, here, 1 + next++ % 32);
   }
   c10::Stream exchangeStream(c10::Stream stream) const override { return c10::Stream(c10::Stream::UNSAFE, here, std::exchange(current, stream.id())); }
-  void* getStreamNativeHandle(const c10::Stream) const override { return nullptr; }
+  void* getStreamNativeHandle(const c10::Stream stream) const override { return reinterpret_cast<void*>(stream.id()); }
   c10::DeviceIndex deviceCount() const noexcept override { return 8; }
-  void record(void** event, const c10::Stream&, const c10::DeviceIndex, const c10::EventFlag) const override {
-    if (!*event) *event = new int64_t;
-    *static_cast<int64_t*>(*event) = num_put;
+  void record(void** event, const c10::Stream& stream, const c10::DeviceIndex, const c10::EventFlag) const override {
+    if (!*event) *event = new Event;
+    *static_cast<Event*>(*event) = {num_put, last_call_in(stream.id())};
   }
-  void block(void*, const c10::Stream&) const override {}
-  void destroyEvent(void* event, const c10::DeviceIndex) const noexcept override { delete static_cast<int64_t*>(event); }
+  void block(void* event, const c10::Stream&) const override { static_cast<Event*>(event)->wait(); }
+  void destroyEvent(void* event, const c10::DeviceIndex) const noexcept override { delete static_cast<Event*>(event); }
   bool queryEvent(void* event) const override {
-    deliver(*static_cast<int64_t*>(event));
+    if (!static_cast<Event*>(event)->reached()) return false;
+    deliver(static_cast<Event*>(event)->num_copies);
     return true;
   }
   void synchronizeEvent(void* event) const override {
     ++counts.events;
-    deliver(*static_cast<int64_t*>(event));
+    static_cast<Event*>(event)->wait();
+    deliver(static_cast<Event*>(event)->num_copies);
   }
   void synchronizeStream(const c10::Stream&) const override {
     ++counts.blocking;

@@ -14,5 +14,7 @@ struct OpenDevice {
 };
 
 void install_nccl_of_double();
+std::shared_ptr<bool> last_call_in(c10::StreamId stream);  // set when NCCL's calls there so far are done; null where none waits
+void advance_nccl_of_double();
 
 }  // namespace trireme

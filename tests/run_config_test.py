@@ -206,7 +206,7 @@ def test_doctor(tmp_path, ranks):
     assert float(found["file system"].split()[1]) == pytest.approx(free.f_bavail * free.f_frsize / 2**30, rel=0.2)
     assert found["token cache"].startswith(f"{tmp_path}/cache/tokens: ")
     assert found["libtorch"].startswith(torch.__version__.split("+")[0])
-    assert any(line[0].startswith("CUDA") for line in lines)
+    assert "runtime" not in found["CUDA"] or re.fullmatch(r"13\.\d+\.\d+|not found; not needed on the CPU", found["cuBLASLt"]), done.stdout
 
 
 def test_the_token_cache_forgets_what_nobody_uses(tmp_path):

@@ -16,7 +16,7 @@ DOUBLE = str(pathlib.Path(BINARY).with_name("trireme_double"))
 QUICKSTART = SOURCE / "configs/quickstart"
 SHAPE = dict(model_type="qwen3", vocab_size=1152, hidden_size=128, intermediate_size=96, num_hidden_layers=2, num_attention_heads=2, num_key_value_heads=1,
              head_dim=64, rms_norm_eps=1e-5, max_position_embeddings=256, initializer_range=0.05, tie_word_embeddings=False)
-STEPS = 4
+STEPS = 3
 WORKSPACE = 32 << 20  # of matrix products
 
 
@@ -89,20 +89,20 @@ def test_a_run_on_a_device_is_the_run_on_the_cpu(work, kind):
     assert ("has no kernel" in done.stderr) == (model["model"] == "tied" or "dtype" not in " ".join(keys)), done.stderr
     found, expected = product(work, name), product(work, f"{name}_cpu")
     assert found.keys() == expected.keys()
-    for key, value in expected.items():
-        assert (found[key].float() - value.float()).norm() <= 20 * bound * value.float().norm() + 1e-3, key
+    for key, value in expected.items():  # Adam's first steps are nearly lr * sign(gradient): where that is almost zero they turn round
+        assert (found[key].float() - value.float()).norm() <= 40 * bound * value.float().norm() + 1e-3, key
 
 
 @pytest.mark.parametrize("keys", [["--train.dtype=bfloat16"], ["--train.dtype=bfloat16", "--lora.rank=4", "--lora.dropout=0.1", "--train.recompute=full", "--train.offload_activations=true"]])
 def test_the_host_waits_in_no_step_but_for_the_numbers_of_the_one_before(work, keys):
     found = {}
-    for steps in (3, 7):
+    for steps in (2, 4):
         counts = work / "counts.json"
         device(work, "train", *keys_of(work, f"waits{steps}", *keys, f"--train.steps={steps}", "--eval.every=0", "--data.eval=", "--run.resume=never", f"--run.dir={work}/waits{steps}{len(keys)}"),
                TRIREME_DOUBLE_COUNTS=counts)
         found[steps] = json.loads(counts.read_text())
-    assert found[7]["blocking"] == found[3]["blocking"]
-    assert found[7]["events"] - found[3]["events"] == 4
+    assert found[4]["blocking"] == found[2]["blocking"]
+    assert found[4]["events"] - found[2]["events"] == 2
 
 
 def test_a_resumed_run_has_the_bits_of_one_that_never_stopped(work):
@@ -141,13 +141,15 @@ def test_answers_and_evaluations_are_those_of_the_cpu(work):
     keys = [f"--model.path={work}/served/model", f"--data.eval={QUICKSTART}/eval.jsonl:6"]
     found, expected = (json.loads(done.stdout) for done in (device(work, "eval", *keys), cpu(work, "eval", *keys)))
     assert found == pytest.approx(expected, rel=CURVE_FP32)
+    rounded = json.loads(device(work, "eval", *keys, "--train.tf32=true").stdout)
+    assert rounded["loss"] != pytest.approx(found["loss"], rel=1e-7) and rounded["loss"] == pytest.approx(found["loss"], rel=2e-3)
     keys = [f"--model.path={work}/served/model", "--generate.max_tokens=12", "--generate.format=json", "What is"]
     assert device(work, "generate", *keys).stdout == cpu(work, "generate", *keys).stdout
 
 
 def test_the_plan_holds_what_tensors_take(work):
     counts = work / "peak.json"
-    done = device(work, "train", *keys_of(work, "planned", "--train.dtype=bfloat16", "--train.micro_batch_size=8"), TRIREME_DOUBLE_COUNTS=counts)
+    done = device(work, "train", *keys_of(work, "planned", "--train.dtype=bfloat16", "--train.micro_batch_size=8", "--train.steps=2"), TRIREME_DOUBLE_COUNTS=counts)
     said = re.search(r"plan: memory of a rank: (weights .*), copy for a checkpoint", done.stderr)[1]
     planned = sum(float(number) * {"KiB": 2**10, "MiB": 2**20, "GiB": 2**30}[unit] for number, unit in re.findall(r"([0-9.]+) ([KMG]iB)", said))
     assert planned / 2 <= json.loads(counts.read_text())["peak_bytes"] - WORKSPACE <= planned
@@ -160,9 +162,9 @@ def test_memory_that_does_not_suffice_is_said_before_the_first_step_or_with_name
 
 
 @pytest.mark.parametrize("keys, ranks", [(["--train.dtype=bfloat16"], 2), (["--train.dtype=float32", "--parallel.zero=3"], 2), (["--train.dtype=float32", "--lora.rank=4", "--parallel.tensor=2"], 2),
-                                         (["--train.dtype=bfloat16", "--parallel.tensor=2", "--parallel.zero=1"], 4)])
+                                         (["--train.dtype=float32", "--parallel.pipeline=2"], 2), (["--train.dtype=bfloat16", "--parallel.pipeline=2", "--parallel.zero=1"], 4)])
 def test_ranks_with_a_device_each_are_one(work, keys, ranks):
-    copies = ranks // (2 if "--parallel.tensor=2" in keys else 1)
+    copies = ranks // (2 if "--parallel.tensor=2" in keys or "--parallel.pipeline=2" in keys else 1)
     model = "pairs"
     (work / "pairs.json").write_text(json.dumps(SHAPE | dict(num_attention_heads=4, num_key_value_heads=2)))
     name = "_".join(key.split("=")[0].split(".")[1] + key.split("=")[1] for key in keys)

@@ -154,6 +154,7 @@ std::vector<Field> fields(Config& c) {
       {"train.accumulation", &c.train.accumulation, "micro-batches", "a step", {}, 1, 1e6},
       {"train.recompute", &c.train.recompute, "", "activations computed again in backward instead of kept", Words{"none", "selective", "full"}},
       {"train.offload_activations", &c.train.offload_activations, "", "with train.recompute=full what is kept between the blocks is in host memory, for weights on a device", {}},
+      {"train.tf32", &c.train.tf32, "", "float32 products on a device round what they multiply to 10 bits, several times as fast", {}},
       {"train.max_grad_norm", &c.train.max_grad_norm, "", "clip the gradient to this norm; 0: never", {}, 0, inf},
       {"train.gradients", &c.train.gradients, "file", "safetensors file for the first step's gradients, in float32", {}},
       {"train.threads", &c.train.threads, "threads", "a rank; 0: cores / ranks on the host", {}, 0, 4096},

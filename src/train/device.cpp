@@ -12,6 +12,7 @@
 #include "model/transformer.h"
 #include "ops/attention_device.h"
 #include "ops/device.h"
+#include "ops/product.h"
 #include "train/memory.h"
 #include "train/progress.h"
 
@@ -47,6 +48,7 @@ at::Device choose_device(const Config& config, const Process& process) {
   const int index = process.local_rank() % found.count;
   kind()->load(index);
   set_kernels(kind()->type, kind()->kernels);
+  allow_tf32(config.train.tf32);
   const c10::Device device(kind()->type, static_cast<c10::DeviceIndex>(index));
   c10::impl::VirtualGuardImpl(device.type()).setDevice(device);
   return device;

@@ -31,7 +31,7 @@ struct Plan {
   };
   std::vector<Stage> stages;
   uint64_t checkpoint_bytes = 0;  // a rank's share of weights and optimizer, copied for checkpoint.async
-  // Program and libraries; and of the heap what lies between tensors that are kept, in holes too small for a block at work.
+  // Program and libraries, on a device with the workspace of matrix products (ops/product.h); and of the heap what lies between tensors that are kept, in holes too small for a block at work.
   uint64_t base_bytes = 300ull << 20;
   bool offload = false;  // the optimizer is in host memory, and weights may be elsewhere
   std::string schedule;  // of the pipeline; "" where there is none
