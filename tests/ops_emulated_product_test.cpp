@@ -143,9 +143,9 @@ TEST(OpsProduct, Tf32IsASetting) {
   const at::Tensor x = at::ones({2, 2});
   Emulated emulated;
   product(x, x);
-  allow_tf32(true);
+  set_kernel_settings({.tf32 = true});
   product(x, x);
-  allow_tf32(false);
+  set_kernel_settings({});
   EXPECT_FALSE(calls[0].tf32);
   EXPECT_TRUE(calls[1].tf32);
 }

@@ -103,6 +103,29 @@ TEST_P(OpsEmulated, Attention) {
   expect_same([&](const auto& in) { return std::vector{attention(in[0], in[1], in[2], spec)}; }, {random({40, 2, 24}), random({60, 2, 24}), random({60, 2, 24})}, 0);
 }
 
+TEST(OpsEmulatedSettings, GradientsAreAddedInOneOrderUnlessTheyNeedNot) {
+  static bool said = false;
+  static kernels::Kernels kernels = kernels::emulated_kernels();
+  kernels.attention_backward = [](const kernels::AttentionBackward& call, kernels::Stream stream) {
+    said = call.deterministic;
+    kernels::emulated_kernels().attention_backward(call, stream);
+  };
+  const auto gradient = [](bool deterministic) {
+    set_kernel_settings({.deterministic = deterministic});
+    set_kernels(at::kCPU, &kernels);
+    at::manual_seed(5);
+    at::Tensor x = at::randn({33, 2, 64}).to(at::kBFloat16).requires_grad_();
+    attention(x, x, x, {{0, 33}, {0, 33}}).sum().backward();
+    set_kernels(at::kCPU, nullptr);
+    set_kernel_settings({});
+    return x.grad().to(at::kFloat);
+  };
+  const at::Tensor in_order = gradient(true);
+  EXPECT_TRUE(said);
+  const at::Tensor in_any = gradient(false);
+  EXPECT_FALSE(said);
+  EXPECT_LE((in_any - in_order).norm().item<float>(), 0.01 * in_order.norm().item<float>());
+}
 
 const at::Tensor kTargets = at::tensor(std::vector<int64_t>{3, -100, 0, 36, -100, 7, 7, 12, 1}, at::kLong);
 

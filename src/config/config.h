@@ -38,7 +38,7 @@ struct Config {
     std::string dtype = "auto";
     int64_t micro_batch_size = 1, accumulation = 1;
     std::string recompute = "none";
-    bool offload_activations = false, tf32 = false;
+    bool offload_activations = false, tf32 = false, deterministic = true;
     double max_grad_norm = 1.0;
     std::string gradients;
     int64_t threads = 0;

@@ -155,6 +155,7 @@ std::vector<Field> fields(Config& c) {
       {"train.recompute", &c.train.recompute, "", "activations computed again in backward instead of kept", Words{"none", "selective", "full"}},
       {"train.offload_activations", &c.train.offload_activations, "", "with train.recompute=full what is kept between the blocks is in host memory, for weights on a device", {}},
       {"train.tf32", &c.train.tf32, "", "float32 products on a device round what they multiply to 10 bits, several times as fast", {}},
+      {"train.deterministic", &c.train.deterministic, "", "a device adds up in one order, and a step that is repeated has the same bits; false: attention's backward is faster", {}},
       {"train.max_grad_norm", &c.train.max_grad_norm, "", "clip the gradient to this norm; 0: never", {}, 0, inf},
       {"train.gradients", &c.train.gradients, "file", "safetensors file for the first step's gradients, in float32", {}},
       {"train.threads", &c.train.threads, "threads", "a rank; 0: cores / ranks on the host", {}, 0, 4096},

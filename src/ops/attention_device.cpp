@@ -54,16 +54,16 @@ struct DeviceAttention : Function<DeviceAttention> {
     const variable_list saved = ctx->get_saved_variables();
     const at::Tensor q = readable(take(ctx, "q")), k = readable(take(ctx, "k")), v = readable(take(ctx, "v")), grad_o = readable(grads[0]);
     const at::Tensor lse = ctx->saved_data.at("lse").toTensor();
-    constexpr bool kDeterministic = true;  // a run that goes on repeats a step to the bit
+    const bool deterministic = kernel_settings().deterministic;
     kernels::AttentionBackward call;
     call.shape = shape_of(q, k, saved[1], saved[2], ctx->saved_data.at("scale").toDouble(), ctx->saved_data.at("window").toInt(), ctx->saved_data.at("causal").toBool());
     ctx->saved_data.clear();
     const at::Tensor grad_q = at::empty(q.sizes(), q.options()), grad_k = at::empty(k.sizes(), k.options()), grad_v = at::empty(v.sizes(), v.options());
-    const int64_t num_bytes = kernels::attention_backward_workspace_bytes(call.shape, kDeterministic);
+    const int64_t num_bytes = kernels::attention_backward_workspace_bytes(call.shape, deterministic);
     const at::Tensor workspace = at::empty({num_bytes}, q.options().dtype(at::kByte));
     call.q = in(q), call.k = in(k), call.v = in(v), call.o = in(saved[0]), call.grad_o = in(grad_o), call.lse = lse.data_ptr<float>();
     call.grad_q = out(grad_q), call.grad_k = out(grad_k), call.grad_v = out(grad_v);
-    call.deterministic = kDeterministic, call.workspace = workspace.data_ptr(), call.workspace_bytes = num_bytes;
+    call.deterministic = deterministic, call.workspace = workspace.data_ptr(), call.workspace_bytes = num_bytes;
     kernels_of(q)->attention_backward(call, stream_of(q));
     return {grad_q, grad_k, grad_v, {}, {}};
   }

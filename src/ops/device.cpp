@@ -6,6 +6,7 @@
 
 #include <algorithm>
 #include <array>
+#include <atomic>
 
 #include "base/check.h"
 
@@ -13,6 +14,8 @@ namespace trireme {
 namespace {
 
 std::array<const kernels::Kernels*, static_cast<size_t>(at::DeviceType::COMPILE_TIME_MAX_DEVICE_TYPES)> sets{};
+
+std::atomic<KernelSettings> settings;
 
 bool known(at::ScalarType dtype) { return dtype == at::kFloat || dtype == at::kBFloat16 || dtype == at::kHalf; }
 
@@ -27,6 +30,9 @@ const kernels::Kernels* kernels_of(const at::Tensor& x) {
   TRIREME_CHECK(known(x.scalar_type()), c10::toString(x.scalar_type()), " on ", x.device().str(), " is not float32, bfloat16 or float16");
   return found;
 }
+
+void set_kernel_settings(const KernelSettings& given) { settings = given; }
+KernelSettings kernel_settings() { return settings; }
 
 kernels::Type kernel_type(const at::Tensor& x) {
   return x.scalar_type() == at::kFloat ? kernels::Type::kFloat32 : x.scalar_type() == at::kHalf ? kernels::Type::kFloat16 : kernels::Type::kBFloat16;

@@ -14,6 +14,14 @@ void set_kernels(at::DeviceType device, const kernels::Kernels* kernels);
 // these go to the CPU code).
 const kernels::Kernels* kernels_of(const at::Tensor& x);
 
+// What kernels may do to be faster.
+struct KernelSettings {
+  bool tf32 = false;          // products of float32 round their factors to TF32 (10 bits) first
+  bool deterministic = true;  // every sum has one order: a step that is repeated has the same bits
+};
+void set_kernel_settings(const KernelSettings& settings);
+KernelSettings kernel_settings();
+
 kernels::Type kernel_type(const at::Tensor& x);      // of one that has kernels
 kernels::Stream stream_of(const at::Tensor& x);      // the current one of its device; null on the CPU
 // Numbers of the host as a tensor of `dtype` (int64 or int32) on a device, which is not waited for: to CUDA they go through

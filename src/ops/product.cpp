@@ -1,14 +1,10 @@
 #include "ops/product.h"
 
-#include <atomic>
-
 #include "base/check.h"
 #include "ops/device.h"
 
 namespace trireme {
 namespace {
-
-std::atomic<bool> tf32 = false;
 
 // A matrix as it lies in memory: rows, or the columns where it is transposed, whose values stand side by side.
 struct Rows {
@@ -31,7 +27,7 @@ void product_of_kernels(const kernels::Kernels& k, const at::Tensor& a_MK, const
   const at::Tensor bias = terms.bias_N.defined() ? terms.bias_N.contiguous() : at::Tensor();
   const ProductWorkspace workspace(a_MK);
   k.matmul({kernel_type(a_MK), kernel_type(b_KN), kernel_type(y_MN), a_MK.size(0), b_KN.size(1), a_MK.size(1), a.transposed, b.transposed, data_of(a.tensor), data_of(b.tensor),
-            a.stride, b.stride, data_of(y_MN), y.stride, data_of(bias), static_cast<float>(terms.scale), terms.add ? 1.0f : 0.0f, tf32, nullptr, nullptr,
+            a.stride, b.stride, data_of(y_MN), y.stride, data_of(bias), static_cast<float>(terms.scale), terms.add ? 1.0f : 0.0f, kernel_settings().tf32, nullptr, nullptr,
             workspace.data, workspace.num_bytes},
            stream_of(a_MK));
 }
@@ -44,8 +40,6 @@ ProductWorkspace::ProductWorkspace(const at::Tensor& x) : memory(at::empty({kern
   data = reinterpret_cast<void*>(begin);
   num_bytes = kernels::kMatMulWorkspace - static_cast<int64_t>(begin - address);
 }
-
-void allow_tf32(bool allow) { tf32 = allow; }
 
 void product(const at::Tensor& a_MK, const at::Tensor& b_KN, at::Tensor& y_MN, const ProductTerms& terms) {
   TRIREME_CHECK(a_MK.dim() == 2 && b_KN.dim() == 2 && y_MN.dim() == 2 && a_MK.size(1) == b_KN.size(0) && y_MN.size(0) == a_MK.size(0) && y_MN.size(1) == b_KN.size(1) &&

@@ -24,8 +24,4 @@ struct ProductWorkspace {
   int64_t num_bytes;
 };
 
-// Whether a device may round float32 values to TF32 (10 bits) before it multiplies them, which is several times as fast. Not at
-// first.
-void allow_tf32(bool allow);
-
 }  // namespace trireme

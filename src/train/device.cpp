@@ -12,7 +12,6 @@
 #include "model/transformer.h"
 #include "ops/attention_device.h"
 #include "ops/device.h"
-#include "ops/product.h"
 #include "train/memory.h"
 #include "train/progress.h"
 
@@ -48,7 +47,7 @@ at::Device choose_device(const Config& config, const Process& process) {
   const int index = process.local_rank() % found.count;
   kind()->load(index);
   set_kernels(kind()->type, kind()->kernels);
-  allow_tf32(config.train.tf32);
+  set_kernel_settings({.tf32 = config.train.tf32, .deterministic = config.train.deterministic});
   const c10::Device device(kind()->type, static_cast<c10::DeviceIndex>(index));
   c10::impl::VirtualGuardImpl(device.type()).setDevice(device);
   return device;
