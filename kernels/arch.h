@@ -17,6 +17,8 @@
 //   thread_index(), lane_index(), warp_index(), block_index(), grid_size()
 //   sync_threads()                         all threads of the block
 //   sync_named(id, num_threads)            barrier 1 .. 15 of so many threads, whole warps
+//   wait_for_turn(id, num_threads), give_turn(id, num_threads)  such a barrier, of which half only say that they were there: an order
+//                                          that is for speed alone
 //   shuffle(x, lane), shuffle_xor(x, mask) whole warps: all lanes must come
 //   ballot(p), sync_warp(), count_bits(x)
 //   atomic_add(address, x)                 global or shared memory; returns what was there

@@ -27,6 +27,8 @@ ARCH_FN void check_index(int, int) {}
 ARCH_FN void sync_threads() { __syncthreads(); }
 ARCH_FN void sync_warp() { __syncwarp(); }
 ARCH_FN void sync_named(int id, int num_threads) { asm volatile("bar.sync %0, %1;" ::"r"(id), "r"(num_threads) : "memory"); }
+ARCH_FN void wait_for_turn(int id, int num_threads) { sync_named(id, num_threads); }
+ARCH_FN void give_turn(int id, int num_threads) { asm volatile("bar.arrive %0, %1;" ::"r"(id), "r"(num_threads) : "memory"); }
 template <typename T>
 ARCH_FN T shuffle(T x, int lane) {
   return __shfl_sync(0xffffffffu, x, lane);
@@ -145,6 +147,14 @@ ARCH_FN void store(void* p, const V& v) {
 
 inline void check(cudaError_t error, const char* call) {
   if (error != cudaSuccess) throw std::runtime_error(std::string(call) + ": " + cudaGetErrorString(error));
+}
+
+inline int device_architecture() {  // 90: compute capability 9.0
+  int device = 0, major = 0, minor = 0;
+  check(cudaGetDevice(&device), "cudaGetDevice");
+  check(cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, device), "cudaDeviceGetAttribute");
+  check(cudaDeviceGetAttribute(&minor, cudaDevAttrComputeCapabilityMinor, device), "cudaDeviceGetAttribute");
+  return 10 * major + minor;
 }
 
 // Blocks that a multiprocessor shall hold, which bounds their registers: Kernel::kBlocks, or 1. Left to the compiler, it spills.

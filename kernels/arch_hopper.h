@@ -6,18 +6,23 @@
 //   barrier_arrive(b), barrier_arrive_expect(b, bytes)  the latter also announces the bytes of copies to come
 //   barrier_wait(b, parity)                until the phase of that parity (0 first, then 1, 0 ...) has ended
 // Tiles of bf16 or fp16, 64 values (128 bytes) wide, at a multiple of 1024 bytes, whose 16 bytes i of row r stand at i ^ r % 8
-// (the 128-byte swizzle):
-//   TensorMap make_tile_map<T>(base, rows, columns, row_stride, tile_rows)  on the host; strides in values, a multiple of 8
-//   tile_load(to, map, row, column, b)     by one thread; what is outside of the tensor is zero; bytes count at b
-//   tile_store(map, row, column, from), tile_store_commit(), tile_store_wait()  by one thread; the latter until it is all written
+// (the 128-byte swizzle), of tensors [rows, heads, columns]:
+//   TensorMap make_tile_map<T>(base, rows, heads, columns, row_stride, head_stride, tile_rows)  on the host; none is 0, strides in
+//                                          values, multiples of 8
+//   tile_load(to, map, row, head, column, b)  by one thread; what is outside of the tensor is zero; bytes count at b
+//   tile_store(map, row, head, column, from), tile_store_commit(), tile_store_wait()  by one thread; the latter until it is all written
 // The accelerator and the products read shared memory through another proxy: what threads write for them goes through
 //   store_shared(p, v), and then async_fence() and a barrier.
-// Products of a warp group (4 warps, all threads), each of [64, 16] and [64, 16] values of tiles:
-//   tile_descriptor(p)                     of the tile's rows from p on; p + 16 values: the next 16 columns
-//   group_fence()                          before the first product, and after registers were touched
-//   group_mma<T>(d, a, b)                  d[64,64] += a b^T; a thread has d[4j + 2h + e] of row 16 * warp + lane / 4 + 8h and
-//                                          column 8j + 2 * (lane % 4) + e, as mma has
-//   group_commit(), group_wait<N>(d)       until at most N groups are under way; d is anything before
+// Products of a warp group (4 warps, all threads), each of 16 of the inner dimension k:
+//   rows_of(p)                             a factor [., k]: the tile's rows from p on, a multiple of 8; p + 16 values: the next k
+//   columns_of(p, next)                    a factor [., k] too: the tile's columns, whose k are the 16 rows from p on, a multiple of
+//                                          8; `next`: bytes to the tile with the next 64 columns
+//   group_fence(x ...)                     before the first product after registers were touched: those of x
+//   group_mma<T>(d, a, b, add)             d[64, 8N] = a b^T, or with `add` that + d; N is 8 or 16; a: such a factor, or registers
+//                                          uint32_t[4] as mma has them; b: such a factor. A thread has d[n][2h + e] of row
+//                                          16 * warp + lane / 4 + 8h and column 8n + 2 * (lane % 4) + e, as mma has
+//   group_commit(), group_wait<N>(x ...)   until at most N groups are under way; x, the registers of d and a of the others, are
+//                                          neither read nor written before
 // registers_up<N>(), registers_down<N>(): registers of a thread from here on (setmaxnreg).
 #pragma once
 

@@ -1,19 +1,24 @@
-// The emulation of sm_90a: a matrix product is right over it, and a part that is left out is noticed.
+// The emulation of sm_90a: matrix products are right over it, and a part that is left out or wrong is noticed.
 #include "emulated.h"
 #include "hopper_gemm.h"
+
+#include <iterator>
+#include <utility>
 
 namespace trireme::kernels {
 namespace {
 
 using namespace test;
 using emulated::Without;
+using emulated::arch::bf16;
+using emulated::arch::fp16;
 
-template <typename T, Without kWithout>
-void multiply(T* a, T* b, T* c, int m, int n, int k, int stride_k, int stride_n) {
+template <typename T, size_t kForm, Without kWithout, typename... More>
+void multiply(T* a, T* b, T* c, More... more) {
 #ifdef TRIREME_DEVICE_TESTS
-  cuda::hopper_gemm(std::is_same_v<T, emulated::arch::bf16>, a, b, c, m, n, k, stride_k, stride_n);
+  cuda::hopper_gemm(std::is_same_v<T, bf16>, kForm, a, b, c, more...);
 #else
-  emulated::hopper_gemm<T, kWithout>(a, b, c, m, n, k, stride_k, stride_n, nullptr);
+  emulated::hopper_gemm<T, kGemmForms[kForm], kWithout>(a, b, c, more..., nullptr);
 #endif
 }
 
@@ -21,47 +26,58 @@ struct Shape {
   int m, n, k;
 };
 
-template <typename T, Without kWithout = Without::kNothing>
-testing::AssertionResult product_is_right(Type type, const Shape& shape, uint64_t seed) {
+template <typename T, size_t kForm, Without kWithout = Without::kNothing>
+testing::AssertionResult product_is_right(const Shape& shape, uint64_t seed) {
+  constexpr GemmForm kOf = kGemmForms[kForm];
+  constexpr bool kLeftColumns = kOf.left == Left::kColumns;
+  const Type type = std::is_same_v<T, bf16> ? Type::kBFloat16 : Type::kFloat16;
   const auto [m, n, k] = shape;
-  const int stride_k = (k + 7) / 8 * 8, stride_n = (n + 7) / 8 * 8;
-  const Values a = random_values(type, m * stride_k, 1), b = random_values(type, n * stride_k, 2);
-  Tensor at(type, a), bt(type, b), ct(type, Values(static_cast<size_t>(m * stride_n), 5));
-  Values expected(static_cast<size_t>(m * stride_n), 5);
+  const auto stride_of = [](int columns) { return (columns + 7) / 8 * 8; };
+  const int stride_a = stride_of(kLeftColumns ? m : k), stride_b = stride_of(kOf.right_columns ? n : k), stride_c = stride_of(n);
+  const Values a = random_values(type, (kLeftColumns ? k : m) * stride_a, 1), b = random_values(type, (kOf.right_columns ? k : n) * stride_b, 2);
+  Tensor at(type, a), bt(type, b), ct(type, Values(static_cast<size_t>(m * stride_c), 5));
+  Values expected(static_cast<size_t>(m * stride_c), 5);
   for (int i = 0; i < m; ++i)
     for (int j = 0; j < n; ++j) {
-      double& sum = expected[static_cast<size_t>(i * stride_n + j)] = 0;
-      for (int e = 0; e < k; ++e) sum += a[static_cast<size_t>(i * stride_k + e)] * b[static_cast<size_t>(j * stride_k + e)];
+      double& sum = expected[static_cast<size_t>(i * stride_c + j)] = 0;
+      for (int e = 0; e < k; ++e)
+        sum += a[static_cast<size_t>(kLeftColumns ? e * stride_a + i : i * stride_a + e)] * b[static_cast<size_t>(kOf.right_columns ? e * stride_b + j : j * stride_b + e)];
     }
   emulated::set_seed(seed);
-  multiply<T, kWithout>(at.memory.as<T>(), bt.memory.as<T>(), ct.memory.as<T>(), m, n, k, stride_k, stride_n);
+  multiply<T, kForm, kWithout>(at.memory.as<T>(), bt.memory.as<T>(), ct.memory.as<T>(), m, n, k, stride_a, stride_b, stride_c);
   return near(ct.values(), expected, unit(type), k * 16 * 0x1p-24);  // products are below 16
+}
+
+template <size_t kForm>
+void expect_right() {
+  for (const Shape& shape : {Shape{64, 64, 64}, {1, 1, 1}, {65, 63, 129}, {128, 136, 320}, {17, 127, 200}}) {
+    EXPECT_TRUE((product_is_right<bf16, kForm>(shape, 1))) << "form " << kForm << ", " << shape.m << " " << shape.n << " " << shape.k;
+    EXPECT_TRUE((product_is_right<fp16, kForm>(shape, 2))) << "form " << kForm << ", " << shape.m << " " << shape.n << " " << shape.k;
+  }
 }
 
 TEST(EmulatedHopper, MultipliesTiles) {
 #ifdef TRIREME_DEVICE_TESTS
   if (probe_device(0).compute_major != 9) GTEST_SKIP() << "this device has no wgmma";
 #endif
-  for (const Shape& shape : {Shape{64, 64, 64}, {1, 1, 1}, {65, 63, 129}, {128, 72, 320}, {17, 127, 200}})
-    for (uint64_t seed : {1, 2}) {
-      EXPECT_TRUE((product_is_right<emulated::arch::bf16>(Type::kBFloat16, shape, seed))) << shape.m << " " << shape.n << " " << shape.k;
-      EXPECT_TRUE((product_is_right<emulated::arch::fp16>(Type::kFloat16, shape, seed))) << shape.m << " " << shape.n << " " << shape.k;
-    }
+  [&]<size_t... kForms>(std::index_sequence<kForms...>) { (expect_right<kForms>(), ...); }(std::make_index_sequence<std::size(kGemmForms)>());
 }
 
 #ifndef TRIREME_DEVICE_TESTS
 // What is wrong with the product where a part is left out: a Fault, or "wrong numbers"; empty: nothing, for each of five seeds.
-template <Without kWithout>
+template <Without kWithout, size_t kForm = 0>
 std::string noticed() {
   for (uint64_t seed = 1; seed <= 5; ++seed) {
     try {
-      if (!product_is_right<emulated::arch::bf16, kWithout>(Type::kBFloat16, {64, 64, 320}, seed)) return "wrong numbers";
+      if (!product_is_right<bf16, kForm, kWithout>({64, kGemmForms[kForm].tile_columns, 320}, seed)) return "wrong numbers";
     } catch (const emulated::Fault& fault) {
       return fault.what();
     }
   }
   return "";
 }
+
+constexpr size_t kBothColumns = 3, kRegistersAndColumns = 5;
 
 TEST(EmulatedHopper, NoticesWhatIsLeftOut) {
   EXPECT_EQ(noticed<Without::kNothing>(), "");
@@ -75,6 +91,16 @@ TEST(EmulatedHopper, NoticesWhatIsLeftOut) {
   EXPECT_NE(noticed<Without::kStoreWait>().find("has ended with tile stores under way"), std::string::npos);
   EXPECT_NE(noticed<Without::kBytes>().find("waits for ever in barrier_wait"), std::string::npos);
   EXPECT_NE(noticed<Without::kInit>().find("uses a barrier that was not begun"), std::string::npos);
+  EXPECT_EQ(noticed<Without::kFirst>(), "wrong numbers");
+  EXPECT_NE(noticed<Without::kSameProducts>().find("the warps of its group had different products"), std::string::npos);
+}
+
+TEST(EmulatedHopper, NoticesWrongFactors) {
+  ASSERT_TRUE(kGemmForms[kBothColumns].left == Left::kColumns && kGemmForms[kRegistersAndColumns].left == Left::kRegisters);
+  EXPECT_EQ((noticed<Without::kNext, kBothColumns>()), "wrong numbers");
+  EXPECT_NE((noticed<Without::kColumns, kBothColumns>()), "");
+  EXPECT_NE((noticed<Without::kKeptRegisters, kRegistersAndColumns>().find("has written registers that are a factor of a product under way")), std::string::npos);
+  EXPECT_NE((noticed<Without::kWaitForProducts, kRegistersAndColumns>().find("has written registers that are a factor of a product under way")), std::string::npos);
 }
 #endif
 

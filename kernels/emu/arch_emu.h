@@ -30,7 +30,8 @@ struct Fault : std::runtime_error {
 void set_seed(uint64_t seed);
 
 // Breaks kernels, for tests of the tests: in the launches that follow, no thread does the call number `number` (from 0) that
-// it makes of `op`: "barrier" (sync_threads, sync_named) or "copy_async_wait". Null: all is done again.
+// it makes of `op`: "barrier" (sync_threads, sync_named), "copy_async_wait", "barrier_wait", "group_wait" or "async_fence". Null: all
+// is done again.
 void leave_out(const char* op, int number = 0);
 // Whether that call has come up since.
 bool was_left_out();
@@ -51,6 +52,8 @@ Index3 block_index();
 Index3 grid_size();
 void sync_threads();
 void sync_named(int id, int num_threads);
+void wait_for_turn(int id, int num_threads);
+void give_turn(int id, int num_threads);
 
 // The lanes of a warp meet in `op`: each brings `mine`, and the last one lets `act` work on all of them, by lane.
 using Lanes = void* const*;
@@ -74,6 +77,7 @@ int shared_size();
 [[noreturn]] void fault(const std::string& what);
 void block_until(const char* what, const std::function<bool()>& ready);
 void others_first();
+bool left_out(const char* op);  // whether this call of it shall not be done
 
 void copy_async(void* to, const void* from, bool valid);
 void copy_async_commit();
@@ -233,6 +237,8 @@ inline uint32_t ballot(bool p) {
   });
   return vote.all;
 }
+
+inline int device_architecture() { return 80; }
 
 template <typename Kernel>
 void launch(const Index3& grid, int shared_bytes, void*, const typename Kernel::Params& params) {

@@ -1,9 +1,11 @@
 // kernels/arch_hopper.h for g++. Included by it alone. As unkind as arch_emu.h:
 //   - a tile lands only when a thread is blocked in a wait of its barrier, and until then its target holds NaNs
-//   - products are computed from what is in shared memory when they are waited for; until then their results are NaNs
+//   - products are computed from what is in shared memory when they are waited for; until then their results hold NaNs, and so do
+//     registers that are a factor
 //   - what threads write is seen by copies and products only if it went through store_shared, and after async_fence
-// Faults: barriers that were not begun, or get more than was announced, products that not all lanes of a warp come to, or
-// without group_fence, threads that end before their copies and products.
+// Faults: barriers that were not begun, or get more than was announced; products that not all lanes of a warp come to, that the
+// warps of a group do not have alike, or without group_fence; registers of a factor that were written before the product was waited
+// for; threads that end before their copies and products.
 #pragma once
 
 namespace trireme::kernels::emulated::arch {
@@ -16,17 +18,21 @@ void barrier_wait(uint64_t* b, int parity);
 
 struct TensorMap {
   char* base;
-  int64_t rows, columns, row_stride;  // in values
+  int64_t rows, heads, columns, row_stride, head_stride;  // in values
   int tile_rows;
 };
 template <typename T>
-TensorMap make_tile_map(const T* base, int64_t rows, int64_t columns, int64_t row_stride, int tile_rows) {
+TensorMap make_tile_map(const T* base, int64_t rows, int64_t heads, int64_t columns, int64_t row_stride, int64_t head_stride, int tile_rows) {
   static_assert(sizeof(T) == 2);
-  if (reinterpret_cast<uintptr_t>(base) % 16 != 0 || row_stride % 8 != 0 || tile_rows < 1 || tile_rows > 256) throw Fault("a tensor map that the driver would refuse");
-  return {reinterpret_cast<char*>(const_cast<T*>(base)), rows, columns, row_stride, tile_rows};
+  for (int64_t size : {rows, heads, columns})
+    if (size < 1 || size > int64_t{1} << 32) throw Fault("a tensor map that the driver would refuse: a size of " + std::to_string(size));
+  for (int64_t stride : {row_stride, head_stride})
+    if (stride < 1 || stride % 8 != 0 || stride >= int64_t{1} << 39) throw Fault("a tensor map that the driver would refuse: a stride of " + std::to_string(stride));
+  if (reinterpret_cast<uintptr_t>(base) % 16 != 0 || tile_rows < 1 || tile_rows > 256) throw Fault("a tensor map that the driver would refuse");
+  return {reinterpret_cast<char*>(const_cast<T*>(base)), rows, heads, columns, row_stride, head_stride, tile_rows};
 }
-void tile_load(void* to, const TensorMap& map, int row, int column, uint64_t* b);
-void tile_store(const TensorMap& map, int row, int column, const void* from);
+void tile_load(void* to, const TensorMap& map, int row, int head, int column, uint64_t* b);
+void tile_store(const TensorMap& map, int row, int head, int column, const void* from);
 void tile_store_commit();
 void tile_store_wait();
 
@@ -38,17 +44,38 @@ void store_shared(V* p, const V& v) {
 }
 void async_fence();
 
-uint64_t tile_descriptor(const void* p);
-void group_fence();
-void multiply_tiles(float* d, uint64_t a, uint64_t b, float (*widen)(uint16_t));
-template <typename T>
-void group_mma(float (&d)[32], uint64_t a, uint64_t b) {
-  multiply_tiles(d, a, b, widen<T>);
+template <bool kColumns>
+struct Factor {
+  uint64_t bits;
+};
+Factor<false> rows_of(const void* p);
+Factor<true> columns_of(const void* p, int next);
+
+void group_fence_all();
+template <typename... X>
+void group_fence(X&...) {
+  group_fence_all();
+}
+struct AnyFactor {
+  bool columns;
+  uint64_t bits;
+  uint32_t* registers;  // null: of shared memory
+};
+void multiply_group(float* d, int num_columns, const AnyFactor& a, const AnyFactor& b, bool add, float (*widen)(uint16_t));
+template <typename T, int kN, bool kA, bool kB>
+void group_mma(float (&d)[kN][4], Factor<kA> a, Factor<kB> b, bool add) {
+  static_assert(kN == 8 || kN == 16);
+  multiply_group(d[0], 8 * kN, {kA, a.bits, nullptr}, {kB, b.bits, nullptr}, add, widen<T>);
+}
+template <typename T, int kN, bool kB>
+void group_mma(float (&d)[kN][4], uint32_t (&a)[4], Factor<kB> b, bool add) {
+  static_assert(kN == 8 || kN == 16);
+  multiply_group(d[0], 8 * kN, {false, 0, a}, {kB, b.bits, nullptr}, add, widen<T>);
 }
 void group_commit();
 void wait_for_products(int num_groups_left);
-template <int kGroups>
-void group_wait(float (&)[32]) {
+template <int kGroups, typename... X>
+void group_wait(X&...) {
   wait_for_products(kGroups);
 }
 template <int kRegisters>

@@ -93,7 +93,8 @@ struct Thread {
 };
 
 struct Barrier {
-  int num_threads = 0;  // that it is for, while some wait
+  int num_threads = 0;  // that it is for, while some have come
+  int num_here = 0;
   std::vector<Thread*> waiting;
 };
 
@@ -142,11 +143,6 @@ void wait(std::string what) {
 void wake(std::vector<Thread*>& waiting) {
   block->ready.insert(block->ready.end(), waiting.begin(), waiting.end());
   waiting.clear();
-}
-
-bool left_out(const char* op) {
-  if (!omission.op || std::strcmp(omission.op, op) != 0 || thread->num_calls++ != omission.number) return false;
-  return omission.done = true;
 }
 
 // Others first.
@@ -241,21 +237,33 @@ void run_grid(const Index3& grid, int num_threads, int shared_bytes, const std::
   block = nullptr;
 }
 
+bool left_out(const char* op) {
+  if (!omission.op || std::strcmp(omission.op, op) != 0 || thread->num_calls++ != omission.number) return false;
+  return omission.done = true;
+}
+
 int thread_index() { return thread->index; }
 Index3 block_index() { return block->index; }
 Index3 grid_size() { return block->grid; }
 
-void sync_named(int id, int num_threads) {
-  if (left_out("barrier")) return;
+void come(int id, int num_threads, bool waits) {
   if (id < 0 || id >= kNumBarriers || num_threads % 32 != 0) fault("barrier " + std::to_string(id) + " of " + std::to_string(num_threads) + " threads");
   Barrier& barrier = block->barriers[id];
-  if (barrier.waiting.empty()) barrier.num_threads = num_threads;
+  if (barrier.num_here == 0) barrier.num_threads = num_threads;
   if (barrier.num_threads != num_threads)
     fault("comes to barrier " + std::to_string(id) + " as one of " + std::to_string(num_threads) + " threads, where others wait as of " + std::to_string(barrier.num_threads));
-  barrier.waiting.push_back(thread);
-  if (static_cast<int>(barrier.waiting.size()) == num_threads) wake(barrier.waiting);
-  wait("barrier " + std::to_string(id));
+  if (waits) barrier.waiting.push_back(thread);
+  if (++barrier.num_here == num_threads) {
+    barrier.num_here = 0;
+    wake(barrier.waiting);
+  }
+  if (waits) wait("barrier " + std::to_string(id));
 }
+void sync_named(int id, int num_threads) {
+  if (!left_out("barrier")) come(id, num_threads, true);
+}
+void wait_for_turn(int id, int num_threads) { come(id, num_threads, true); }
+void give_turn(int id, int num_threads) { come(id, num_threads, false); }
 void sync_threads() { sync_named(0, static_cast<int>(block->threads.size())); }
 
 void meet(const char* op, void* mine, void (*act)(Lanes lanes)) {
