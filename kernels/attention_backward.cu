@@ -84,9 +84,6 @@ struct Rounding {
   }
 };
 
-// The base-2 exponent to subtract, so that p = 2^(score - it): a query that is not there, or sees nothing, gets p = 0.
-ARCH_FN float exponent(float lse) { return lse == -kInfinity ? kInfinity : lse * kLog2E; }
-
 template <int D>
 struct KeyTiles {
   static constexpr int kWarps = 8;
@@ -122,12 +119,8 @@ struct KeySide {
     const Segment s = find_segment<kKeys>(p.plan, p.plan.cu_seqlens_k, work.tile);
     if (s.tile < 0) return;
     const int first = s.tile * kKeys, count = smaller(kKeys, s.num_keys - first);
-    // Queries i with i + offset + right >= first and i + offset - left <= first + count - 1.
-    const int begin = larger(0, first - s.offset() - p.plan.right) / kQueries;
-    const int end = divide_up(
-        smaller(s.num_queries, first + count - s.offset() + smaller(p.plan.left, kEverything - first - count)),
-        kQueries);
-    const int tiles = larger(0, end - begin), steps = tiles * p.plan.group;
+    const SeeingQueries<kQueries> seeing(p.plan, s, first, count);
+    const int begin = seeing.begin, tiles = larger(0, seeing.end - begin), steps = tiles * p.plan.group;
     const int warp = arch::warp_index(), lane = arch::lane_index(), row = warp / kSharers * 16, share = warp % kSharers;
 
     const auto keys = arch::shared<T>(0, kKeyBytes / 2), values = arch::shared<T>(kKeyBytes, kKeyBytes / 2);
@@ -172,7 +165,7 @@ struct KeySide {
       float score[1][kN][4] = {}, grad[1][kN][4] = {};
       const int column = share * (kQueries / kSharers), query = query_of(step) + column;
       multiply_rows<D>(score, keys, row, queries(step), column);
-      hide(score, first + row, s.num_keys, query + s.offset(), p.plan);
+      hide_scores_of_keys(score, first + row, s.num_keys, query + s.offset(), p.plan);
       const auto known = statistics(step);
       const float factor = p.plan.scale * kLog2E;
       ARCH_UNROLL
@@ -218,20 +211,6 @@ struct KeySide {
                                 p.grad_v.row_stride, count - row);
   }
 
-  // Scores of keys that are not seen become -inf. Rows are keys from `key` on, columns queries from `position` on.
-  ARCH_FN static void hide(float (&score)[1][kN][4], int key, int num_keys, int position, const Plan& plan) {
-    if (key + 16 <= num_keys && key + 15 <= position + plan.right && key >= position + 8 * kN - 1 - plan.left) return;
-    const int lane = arch::lane_index();
-    ARCH_UNROLL
-    for (int i = 0; i < 4; ++i) {
-      const int j = key + lane / 4 + 8 * (i / 2);
-      const int from = j < num_keys ? j - plan.right - position : kEverything, to = j + plan.left - position;
-      ARCH_UNROLL
-      for (int n = 0; n < kN; ++n)
-        if (const int c = 8 * n + 2 * (lane % 4) + i % 2; c < from || c > to) score[0][n][i] = -kInfinity;
-    }
-  }
-
   // sums += ds k of a tile of queries; a warp has 16 rows and kSumColumns columns.
   ARCH_FN static void add_grad_q(const Params& p, const Shared<T>& grad_scores, const Shared<T>& keys, const Segment& s,
                                  int query, int head) {
@@ -273,9 +252,8 @@ struct QuerySide {
     const int first = s.tile * kQueries, count = smaller(kQueries, s.num_queries - first),
               key_head = work.head / p.plan.group;
     const int lane = arch::lane_index(), row = arch::warp_index() * 16, position = first + row + s.offset();
-    const int begin = larger(0, first + s.offset() - p.plan.left) / kKeys;
-    const int end =
-        divide_up(smaller(s.num_keys, first + count + s.offset() + smaller(p.plan.right, s.num_keys)), kKeys);
+    const SeenKeys<kKeys> seen(p.plan, s, first, count);
+    const int begin = seen.begin, end = seen.end;
 
     const auto queries = arch::shared<T>(0, kQueryBytes / 2), grad_outs = arch::shared<T>(kQueryBytes, kQueryBytes / 2);
     auto keys = [&](int tile) { return arch::shared<T>(2 * kQueryBytes + tile % 2 * kKeyBytes, kKeyBytes / 2); };

@@ -1,6 +1,6 @@
 // Attention forward. A block has a tile of queries of one head and goes over the tiles of keys that these see, from the
 // last to the first; each warp keeps the sums of its own rows. While the scores of a tile of keys are computed its
-// values arrive, and while these are added the next keys do.
+// values arrive, and while these are added the next keys do. Hopper GPUs have their own for some: attention_forward_hopper.cu.
 #include "kernels/attention_tile.h"
 
 namespace trireme::kernels::TRIREME_ARCH {
@@ -28,7 +28,6 @@ struct Forward {
   static constexpr int kQueryBytes = kTileBytes<T, kQueries, D>, kKeyBytes = kTileBytes<T, kKeys, D>;
   static constexpr int kSharedBytes = kQueryBytes + 2 * kKeyBytes;
 
-  // Rows of thread: m, half -> 16 m + 8 half + lane / 4 of its warp's.
   float score[kM][kN][4], out[kM][D / 8][4] = {};
   float largest[kM][2], sum[kM][2] = {};
 
@@ -46,9 +45,7 @@ struct Forward {
               key_head = work.head / p.plan.group;
     const int warp_row = arch::warp_index() * kRows,
               position = first + warp_row + s.offset();  // of the warp's first row
-    const int begin = larger(0, first + s.offset() - p.plan.left) / kKeys;
-    const int end =
-        divide_up(smaller(s.num_keys, first + count + s.offset() + smaller(p.plan.right, s.num_keys)), kKeys);
+    const auto [begin, end] = SeenKeys<kKeys>(p.plan, s, first, count);
 
     const auto queries = arch::shared<T>(0, kQueryBytes / 2);
     const auto keys = arch::shared<T>(kQueryBytes, kKeyBytes / 2),
@@ -83,7 +80,13 @@ struct Forward {
         arch::copy_async_commit();
       }
       hide_scores(score, tile * kKeys, s.num_keys, position, p.plan);
-      take_exponentials(p.plan.scale * kLog2E);
+      take_exponentials(score, largest, sum, p.plan.scale * kLog2E, [&](int m, int half, float correction) {
+        if (arch::ballot(correction != 1) == 0) return;  // mostly, after the first tiles
+        ARCH_UNROLL
+        for (int n = 0; n < D / 8; ++n)
+          ARCH_UNROLL
+          for (int i = 2 * half; i < 2 * half + 2; ++i) out[m][n][i] *= correction;
+      });
       multiply_result<D>(out, score, values, 0);
     }
     finish(p, queries, warp_row);
@@ -101,49 +104,12 @@ struct Forward {
     }
   }
 
-  // Scores become 2^(factor (score - largest)); what has been summed so far is scaled to the new largest.
-  ARCH_FN void take_exponentials(float factor) {
-    ARCH_UNROLL
-    for (int m = 0; m < kM; ++m)
-      ARCH_UNROLL
-      for (int half = 0; half < 2; ++half) {
-        const float before = largest[m][half];
-        float now = before;
-        ARCH_UNROLL
-        for (int n = 0; n < kN; ++n) now = arch::max(now, arch::max(score[m][n][2 * half], score[m][n][2 * half + 1]));
-        now = arch::max(now, arch::shuffle_xor(now, 1));
-        now = arch::max(now, arch::shuffle_xor(now, 2));
-        largest[m][half] = now;
-        const float base = now == -kInfinity ? 0 : now * factor;  // a row that has seen nothing yet: all stay 0
-        const float correction = arch::exp2_approx(before * factor - base);
-        float total = sum[m][half] * correction;
-        ARCH_UNROLL
-        for (int n = 0; n < kN; ++n)
-          ARCH_UNROLL
-          for (int i = 2 * half; i < 2 * half + 2; ++i)
-            total += score[m][n][i] = arch::exp2_approx(score[m][n][i] * factor - base);
-        sum[m][half] = total;
-        if (arch::ballot(correction != 1) == 0) continue;  // mostly, after the first tiles
-        ARCH_UNROLL
-        for (int n = 0; n < D / 8; ++n)
-          ARCH_UNROLL
-          for (int i = 2 * half; i < 2 * half + 2; ++i) out[m][n][i] *= correction;
-      }
-  }
-
   // The warp's rows of the output into its rows of the queries' tile; log-sum-exp into `largest`.
   ARCH_FN void finish(const Params& p, const Shared<T>& tile, int warp_row) {
     ARCH_UNROLL
     for (int m = 0; m < kM; ++m) {
       float inverse[2];
-      ARCH_UNROLL
-      for (int half = 0; half < 2; ++half) {
-        float total = sum[m][half];
-        total += arch::shuffle_xor(total, 1);
-        total += arch::shuffle_xor(total, 2);
-        inverse[half] = total > 0 ? 1 / total : 0;
-        if (total > 0) largest[m][half] = largest[m][half] * p.plan.scale + arch::log2(total) * kLn2;
-      }
+      finish_row_sums(inverse, largest[m], sum[m], p.plan.scale);
       put_result<D>(tile, warp_row + 16 * m, 0, out[m], inverse[0], inverse[1]);
     }
     arch::sync_warp();
@@ -162,6 +128,7 @@ void attention_forward(const AttentionForward& call, Stream stream) {
   check_heads("v", call.v.data, call.v.row_stride, call.v.head_stride, s.num_keys == 0);
   check_heads("o", call.o.data, call.o.row_stride, call.o.head_stride, s.num_queries == 0);
   if (s.num_queries == 0) return;
+  if (is_for_hopper(s, {call.q, call.k, call.v})) return attention_forward_on_hopper(call, stream);
   with_type_and_dim(s, [&](auto t, auto dim) {
     using Kernel = Forward<decltype(t), dim>;
     const Plan p = plan(s, s.num_queries, Kernel::kQueries, s.num_heads, s.num_heads / s.num_key_heads);

@@ -1,5 +1,8 @@
 // The table of all operations; each file of kernels fills in its own.
+#include <atomic>
+
 #include "kernels/arch.h"
+#include "kernels/architecture.h"
 #include "kernels/kernels.h"
 
 namespace trireme::kernels {
@@ -17,6 +20,15 @@ void add_float8(Kernels& kernels);
 void add_matmul(Kernels& kernels);
 void add_norm(Kernels& kernels);
 void add_sums(Kernels& kernels);
+
+namespace {
+std::atomic<int> wanted_architecture = 0;
+}
+int architecture() {
+  const int wanted = wanted_architecture;
+  return wanted != 0 ? wanted : arch::device_architecture();
+}
+void set_architecture(int architecture) { wanted_architecture = architecture; }
 
 namespace {
 

@@ -4,6 +4,8 @@
 
 #include <gtest/gtest.h>
 
+#include "kernels/architecture.h"
+
 namespace trireme {
 namespace {
 
@@ -54,12 +56,25 @@ void expect_as_exact_as_torch(const kernels::Kernels& kernels, at::Device device
       }
 }
 
-TEST(AttentionBesideTorch, IsAsExactInTheEmulation) { expect_as_exact_as_torch(kernels::emulated_kernels(), at::kCPU, 130, 1); }
+TEST(AttentionBesideTorch, IsAsExactInTheEmulation) {
+  for (int architecture : {80, 90}) {
+    SCOPED_TRACE(architecture);
+    kernels::emulated::set_architecture(architecture);
+    expect_as_exact_as_torch(kernels::emulated_kernels(), at::kCPU, 130, 1);
+  }
+  kernels::emulated::set_architecture(0);
+}
 
 #ifdef TRIREME_CUDA
 TEST(AttentionBesideTorch, IsAsExactOnADevice) {
   if (!test::loads_device()) GTEST_SKIP() << "no CUDA device";
-  for (int64_t length : {150, 1000, 4096}) expect_as_exact_as_torch(kernels::cuda_kernels(), at::Device(at::kCUDA, 0), length, 4);
+  for (int architecture : {80, 90}) {
+    if (architecture == 90 && kernels::probe_device(0).compute_major != 9) continue;
+    SCOPED_TRACE(architecture);
+    kernels::cuda::set_architecture(architecture);
+    for (int64_t length : {150, 1000, 4096}) expect_as_exact_as_torch(kernels::cuda_kernels(), at::Device(at::kCUDA, 0), length, 4);
+  }
+  kernels::cuda::set_architecture(0);
 }
 #endif
 

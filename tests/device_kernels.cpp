@@ -6,12 +6,14 @@
 #include <cstring>
 
 #include "emulated.h"
+#include "kernels/architecture.h"
 
 namespace trireme::kernels {
 
 const Kernels& emulated_kernels() { return cuda_kernels(); }
 namespace emulated {
 void set_seed(uint64_t) {}  // a device has its own order
+void set_architecture(int architecture) { cuda::set_architecture(architecture); }
 }  // namespace emulated
 
 namespace test {

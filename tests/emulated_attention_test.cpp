@@ -10,6 +10,7 @@
 
 #include <algorithm>
 
+#include "kernels/architecture.h"
 #include "kernels/attention.h"
 #include "kernels/reference/attention.h"
 
@@ -259,10 +260,25 @@ void expect_right(const Case& c) {
   }
 }
 
+class EmulatedAttention : public ::testing::Test {
+ protected:
+  explicit EmulatedAttention(int architecture = 80) { emulated::set_architecture(architecture); }
+  ~EmulatedAttention() override { emulated::set_architecture(0); }
+};
+class EmulatedHopperAttention : public EmulatedAttention {
+ protected:
+  EmulatedHopperAttention() : EmulatedAttention(90) {}
+#ifdef TRIREME_DEVICE_TESTS
+  void SetUp() override {
+    if (probe_device(0).compute_major != 9) GTEST_SKIP() << "this device is no Hopper GPU";
+  }
+#endif
+};
+
 constexpr Type kTypes[] = {Type::kBFloat16, Type::kFloat16};
 constexpr int kDims[] = {64, 96, 128, 256};
 
-TEST(EmulatedAttention, AllKernels) {
+TEST_F(EmulatedAttention, AllKernels) {
   for (Type type : kTypes)
     for (int dim : kDims) {
       SCOPED_TRACE(::testing::Message() << "type " << static_cast<int>(type) << " dim " << dim);
@@ -271,7 +287,7 @@ TEST(EmulatedAttention, AllKernels) {
     }
 }
 
-TEST(EmulatedAttention, Lengths) {
+TEST_F(EmulatedAttention, Lengths) {
   for (int n : {1, 15, 16, 17, 63, 64, 65, 127, 128, 129}) {
     SCOPED_TRACE(n);
     expect_right(make_case(Type::kBFloat16, 64, 1, 1, {0, n}, {0, n}));
@@ -285,7 +301,7 @@ Seqlens equal_lengths(int count, int length) {
   return cu;
 }
 
-TEST(EmulatedAttention, Packed) {
+TEST_F(EmulatedAttention, Packed) {
   expect_right(make_case(Type::kBFloat16, 64, 4, 2, {0, 0, 5, 5, 134, 134, 136},
                          {0, 0, 5, 9, 138, 138, 140}));                          // keys without queries too
   expect_right(make_case(Type::kFloat16, 64, 2, 2, {0, 1, 80}, {0, 200, 330}));  // a cache before the queries
@@ -294,13 +310,13 @@ TEST(EmulatedAttention, Packed) {
   expect_right(make_case(Type::kBFloat16, 64, 1, 1, {0, 40, 40}, {0, 90, 200}, -1, false));
 }
 
-TEST(EmulatedAttention, HeadGroups) {
+TEST_F(EmulatedAttention, HeadGroups) {
   expect_right(make_case(Type::kBFloat16, 64, 6, 2, {0, 70}, {0, 70}));
   expect_right(make_case(Type::kFloat16, 96, 4, 1, {0, 33, 40}, {0, 33, 40}));
   expect_right(make_case(Type::kBFloat16, 256, 2, 1, {0, 90}, {0, 90}));
 }
 
-TEST(EmulatedAttention, Windows) {
+TEST_F(EmulatedAttention, Windows) {
   for (int window : {1, 2, 40, 64, 65, 150, 299, 1000}) {
     SCOPED_TRACE(window);
     expect_right(make_case(Type::kBFloat16, 64, 1, 1, {0, 30, 230}, {0, 30, 290}, window));
@@ -309,13 +325,13 @@ TEST(EmulatedAttention, Windows) {
 }
 
 // Those before the first key see nothing: o = 0, lse = -inf, no gradient.
-TEST(EmulatedAttention, QueriesWithoutKeys) {
+TEST_F(EmulatedAttention, QueriesWithoutKeys) {
   expect_right(make_case(Type::kBFloat16, 64, 2, 1, {0, 200, 230}, {0, 30, 30}));
   expect_right(make_case(Type::kBFloat16, 64, 1, 1, {0, 9}, {0, 0}, -1, false));
 }
 
 // Scores of about -110, so that exp of what is 0 where there is no key would be infinite.
-TEST(EmulatedAttention, VeryNegativeScores) {
+TEST_F(EmulatedAttention, VeryNegativeScores) {
   for (Type type : kTypes)
     for (int n : {64, 200}) {
       SCOPED_TRACE(n);
@@ -330,14 +346,14 @@ TEST(EmulatedAttention, VeryNegativeScores) {
   expect_right(c);
 }
 
-TEST(EmulatedAttention, Scale) {
+TEST_F(EmulatedAttention, Scale) {
   Case c = make_case(Type::kBFloat16, 64, 1, 1, {0, 50}, {0, 50});
   c.spec.scale = 0.4;
   expect_right(c);
 }
 
 // Backward of forward's own results, whose o is rounded once more: at most the bound of it again.
-TEST(EmulatedAttention, ForwardThenBackward) {
+TEST_F(EmulatedAttention, ForwardThenBackward) {
   const Case c = make_case(Type::kBFloat16, 128, 4, 2, {0, 30, 100}, {0, 30, 100});
   const Inputs x = make_inputs(c);
   const reference::AttentionOutput right = attention(c.spec, x.q, x.k, x.v);
@@ -353,8 +369,7 @@ TEST(EmulatedAttention, ForwardThenBackward) {
   EXPECT_LE(worst(d.grad_v.get(), grad.v, bound.v), 1);
 }
 
-TEST(EmulatedAttention, OrderOfThreadsAndBlocks) {
-  Case c = make_case(Type::kBFloat16, 64, 2, 1, {0, 30, 190}, {0, 30, 290});
+void expect_any_order_right(Case c) {
   const Inputs x = make_inputs(c);
   std::vector<std::vector<uint16_t>> first;
   for (c.seed = 1; c.seed <= 4; ++c.seed) {
@@ -369,6 +384,105 @@ TEST(EmulatedAttention, OrderOfThreadsAndBlocks) {
     EXPECT_TRUE(d.grad_k.bits() == first[2] && d.grad_v.bits() == first[3]) << "seed " << c.seed;
   }
 }
+
+TEST_F(EmulatedAttention, OrderOfThreadsAndBlocks) { expect_any_order_right(make_case(Type::kBFloat16, 64, 2, 1, {0, 30, 190}, {0, 30, 290})); }
+
+// What stands before and behind a segment in the pack, be it infinite, changes no bit.
+void expect_neighbours_unseen(int dim, bool causal) {
+  SCOPED_TRACE(::testing::Message() << "dim " << dim << (causal ? ", causal" : ", full"));
+  const Case c = make_case(Type::kBFloat16, dim, 2, 1, {0, 9, 150, 163}, {0, 9, 150, 163}, -1, causal);
+  const Inputs x = make_inputs(c);
+  const auto with_neighbours = [&](double value) {
+    Inputs y = x;
+    for (Doubles* all : {&y.q, &y.k, &y.v, &y.grad_o}) {
+      const auto width = static_cast<int64_t>(all->size()) / 163;
+      std::fill(all->begin(), all->begin() + 9 * width, value);
+      std::fill(all->begin() + 150 * width, all->end(), value);
+    }
+    Device d(c, y);
+    d.forward(), d.backward(true);
+    std::vector<uint16_t> own;
+    for (const Tensor* all : {&d.o, &d.grad_q, &d.grad_k, &d.grad_v}) {
+      const std::vector<uint16_t> bits = all->bits();
+      const auto width = static_cast<int64_t>(bits.size()) / 163;
+      own.insert(own.end(), bits.begin() + 9 * width, bits.begin() + 150 * width);
+    }
+    return own;
+  };
+  const std::vector<uint16_t> right = with_neighbours(1);
+  EXPECT_TRUE(with_neighbours(INFINITY) == right);
+  EXPECT_TRUE(with_neighbours(NAN) == right);
+}
+
+TEST_F(EmulatedAttention, NeighboursAreNotSeen) { expect_neighbours_unseen(64, false); }
+
+// --- Hopper ------------------------------------------------------------------------------------------------------------
+// Tiles of 192 or 128 queries and 128 keys.
+
+TEST_F(EmulatedHopperAttention, AllKernels) {
+  for (Type type : kTypes)
+    for (int dim : {64, 128}) {
+      SCOPED_TRACE(::testing::Message() << "type " << static_cast<int>(type) << " dim " << dim);
+      expect_right(make_case(type, dim, 1, 1, {0, 1, 20, 20, 220}, {0, 1, 20, 33, 300}));
+      expect_right(make_case(type, dim, 2, 1, {0, 35, 40}, {0, 520, 525}, -1, false));
+    }
+}
+
+TEST_F(EmulatedHopperAttention, Lengths) {
+  for (int n : {1, 63, 64, 65, 127, 128, 129, 193, 257}) {
+    SCOPED_TRACE(n);
+    expect_right(make_case(Type::kBFloat16, n % 2 ? 64 : 128, 1, 1, {0, n}, {0, n}, -1, n % 4 != 1));
+  }
+}
+
+TEST_F(EmulatedHopperAttention, Packed) {
+  expect_right(make_case(Type::kBFloat16, 64, 4, 2, {0, 0, 5, 5, 134, 134, 136}, {0, 0, 5, 9, 138, 138, 140}));  // keys without queries too
+  expect_right(make_case(Type::kFloat16, 128, 2, 2, {0, 1, 80}, {0, 200, 330}));                                 // a cache before the queries
+  expect_right(make_case(Type::kBFloat16, 64, 1, 1, equal_lengths(40, 3), equal_lengths(40, 3)));
+  expect_right(make_case(Type::kBFloat16, 128, 1, 1, {0, 40, 40}, {0, 90, 200}, -1, false));
+  expect_right(make_case(Type::kBFloat16, 64, 1, 1, {0, 200, 230}, {0, 30, 30}));  // queries without keys
+  expect_right(make_case(Type::kBFloat16, 64, 1, 1, {0, 9}, {0, 0}, -1, false));
+}
+
+TEST_F(EmulatedHopperAttention, Windows) {
+  for (int window : {1, 65, 150, 1000}) {
+    SCOPED_TRACE(window);
+    expect_right(make_case(Type::kBFloat16, window == 65 ? 128 : 64, 1, 1, {0, 30, 330}, {0, 30, 390}, window));
+  }
+}
+
+TEST_F(EmulatedHopperAttention, VeryNegativeScoresAndScale) {
+  Case c = make_case(Type::kFloat16, 128, 2, 1, {0, 1, 100}, {0, 65, 230});
+  c.shift = -110;
+  expect_right(c);
+  c = make_case(Type::kBFloat16, 64, 1, 1, {0, 50}, {0, 50});
+  c.spec.scale = 0.4;
+  expect_right(c);
+}
+
+TEST_F(EmulatedHopperAttention, NeighboursAreNotSeen) {
+  expect_neighbours_unseen(64, true);
+  expect_neighbours_unseen(128, false);
+}
+
+// Key heads that are one and the same in memory: no tensor map has them.
+TEST_F(EmulatedHopperAttention, HeadsInOnePlace) {
+  const Case c = make_case(Type::kBFloat16, 64, 2, 1, {0, 70}, {0, 70});
+  const Inputs x = make_inputs(c);
+  Device d(c, x);
+  AttentionForward call{d.shape, d.q.in(), d.k.in(), d.v.in(), d.o.out(), nullptr};
+  emulated::set_architecture(80);
+  emulated_kernels().attention_forward(call, nullptr);
+  const std::vector<uint16_t> right = d.o.bits();
+  emulated::set_architecture(90);
+  call.shape.num_key_heads = 2, call.k.head_stride = call.v.head_stride = 0;
+  emulated_kernels().attention_forward(call, nullptr);
+  EXPECT_TRUE(d.o.bits() == right);
+}
+
+TEST_F(EmulatedHopperAttention, OrderOfThreadsAndBlocks) { expect_any_order_right(make_case(Type::kBFloat16, 64, 2, 1, {0, 30, 290}, {0, 30, 290})); }
+
+// --- decode ------------------------------------------------------------------------------------------------------------
 
 // The keys of sequence s lie in pages of `page_rows` rows in some order; 0: each sequence in one page.
 void expect_decode(Type type, int dim, int heads, int key_heads, const Seqlens& lengths, int num_queries, int page_rows,
@@ -419,7 +533,7 @@ void expect_decode(Type type, int dim, int heads, int key_heads, const Seqlens& 
   EXPECT_LE(worst(o.get(), right.o, bound), 1);
 }
 
-TEST(EmulatedAttention, Decode) {
+TEST_F(EmulatedAttention, Decode) {
   for (Type type : kTypes)
     for (int dim : kDims) {
       SCOPED_TRACE(::testing::Message() << "type " << static_cast<int>(type) << " dim " << dim);
@@ -438,8 +552,8 @@ TEST(EmulatedAttention, Decode) {
 enum class Pass { kForward, kBackward, kDeterministicBackward };
 
 // Leaves out each call of `op` of the pass in turn: a Fault, or other numbers than the right ones, must show it under
-// one of a few orders of the threads. Returns how many calls there are.
-int leave_out_each(const char* op, Pass pass, Device& d) {
+// one of a few orders of the threads. Returns how many calls there are, of the first `most`.
+int leave_out_each(const char* op, Pass pass, Device& d, int most = 1000) {
   auto run = [&] {
     if (pass == Pass::kForward)
       d.forward();
@@ -448,7 +562,7 @@ int leave_out_each(const char* op, Pass pass, Device& d) {
     return std::vector{d.o.bits(), d.grad_q.bits(), d.grad_k.bits(), d.grad_v.bits()};
   };
   const auto right = run();
-  for (int number = 0;; ++number) {
+  for (int number = 0; number < most; ++number) {
     bool found = false, met = true;
     for (uint64_t seed = 1; seed <= 6 && met && !found; ++seed) {
       emulated::set_seed(seed);
@@ -464,9 +578,10 @@ int leave_out_each(const char* op, Pass pass, Device& d) {
     if (!met) return number;
     EXPECT_TRUE(found) << "pass " << static_cast<int>(pass) << " without " << op << " number " << number;
   }
+  return most;
 }
 
-TEST(EmulatedAttention, EveryBarrierAndEveryWaitIsNeeded) {
+TEST_F(EmulatedAttention, EveryBarrierAndEveryWaitIsNeeded) {
   for (int dim : {64, 256})
     for (Pass pass : {Pass::kForward, Pass::kBackward, Pass::kDeterministicBackward}) {
       if (dim == 256 && pass == Pass::kForward) continue;  // as 64
@@ -480,6 +595,28 @@ TEST(EmulatedAttention, EveryBarrierAndEveryWaitIsNeeded) {
       EXPECT_GT(leave_out_each("barrier", pass, d), 2);
       EXPECT_GT(leave_out_each("copy_async_wait", pass, d), 2);
     }
+}
+
+TEST_F(EmulatedHopperAttention, EveryBarrierAndEveryWaitIsNeeded) {
+  Case c = make_case(Type::kBFloat16, 64, 1, 1, {0, 70}, {0, 384}, -1, false);  // tiles go around their places
+  Device d(c, make_inputs(c));
+  emulated::set_seed(9);
+  d.forward();
+  EXPECT_EQ(leave_out_each("barrier", Pass::kForward, d), 1);
+  EXPECT_GT(leave_out_each("barrier_wait", Pass::kForward, d), 5);
+  EXPECT_EQ(leave_out_each("group_wait", Pass::kForward, d), 6);
+}
+
+TEST_F(EmulatedHopperAttention, EveryPartOfClearingIsNeeded) {
+  Case c = make_case(Type::kBFloat16, 64, 1, 1, {0, 70, 70}, {0, 100, 101}, -1, false);
+  Inputs x = make_inputs(c);
+  std::fill(x.v.end() - 64, x.v.end(), NAN);  // of the other segment
+  Device d(c, x);
+  emulated::set_seed(9);
+  d.forward();
+  EXPECT_EQ(leave_out_each("barrier", Pass::kForward, d), 2);
+  EXPECT_EQ(leave_out_each("barrier_wait", Pass::kForward, d, 3), 3);
+  EXPECT_EQ(leave_out_each("async_fence", Pass::kForward, d), 1);
 }
 
 // A row more than there are: the page behind the keys is touched.
@@ -501,7 +638,7 @@ std::string refusal(const F& f) {
   return "";
 }
 
-TEST(EmulatedAttention, Refusals) {
+TEST_F(EmulatedAttention, Refusals) {
   const Case c = make_case(Type::kBFloat16, 64, 4, 2, {0, 20}, {0, 20});
   Device d(c, make_inputs(c));
   AttentionForward good{d.shape, d.q.in(), d.k.in(), d.v.in(), d.o.out(), d.lse.as<float>()};
