@@ -6,6 +6,7 @@
 #include "launch/verbs.h"
 #include "train/agreement.h"
 #include "train/check_config.h"
+#include "train/device.h"
 #include "train/plan.h"
 #include "train/trainer.h"
 
@@ -20,10 +21,9 @@ ExitStatus verb_plan(const Config& config, const CommandLine& line, const Proces
     const int64_t row = std::min(config.data.max_length, source.config.max_positions), accumulation = config.train.accumulation;
     PlannedData planned{row, static_cast<double>(row), 0, config.train.micro_batch_size * accumulation * mesh.num_data(), config.train.steps, accumulation};
     if (!config.data.eval.empty() || config.data.eval_fraction > 0) planned.longest_eval_row = row;
+    planned.device = planned_device(config);
     const Plan plan = make_plan(config, source.config, dtype, mesh, planned);
-    const uint64_t room = config.plan.memory_gb > 0 ? static_cast<uint64_t>(config.plan.memory_gb * 1e9)
-                          : available_bytes() / static_cast<uint64_t>(config.plan.ranks > 0 ? 1 : process.local_size());
-    log_info(str(plan.text(), "\n", fit_text(plan, config, source.config, dtype, room)));
+    log_info(str(plan.text(), "\n", fit_text(plan, config, source.config, dtype, planned_room(config, process, config.plan.ranks > 0 ? 1 : process.local_size()))));
   });
   return kExitDone;
 }

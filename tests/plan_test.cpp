@@ -28,8 +28,10 @@ ModelConfig tiny(const Json& more = Json::object()) {  // q 8, k and v 4, no bia
   return test::config_of(test::small_config("llama", json));
 }
 
-Plan plan_of(const Config& config, const ModelConfig& model, at::ScalarType dtype, int ranks, int64_t row = 32) {
-  return make_plan(config, model, dtype, mesh_of(config, ranks), {row, static_cast<double>(row), 10, 4, 5, config.train.accumulation});
+Plan plan_of(const Config& config, const ModelConfig& model, at::ScalarType dtype, int ranks, int64_t row = 32, at::DeviceType device = at::kCPU) {
+  PlannedData data{row, static_cast<double>(row), 10, 4, 5, config.train.accumulation};
+  data.device = device;
+  return make_plan(config, model, dtype, mesh_of(config, ranks), data);
 }
 
 TEST(Plan, WeightsGradientsAndOptimizer) {
@@ -42,7 +44,7 @@ TEST(Plan, WeightsGradientsAndOptimizer) {
   EXPECT_EQ(plan.checkpoint_bytes, 12 * n);
   plan = plan_of(config_with({{"optim.offload", "true"}}), tiny(), at::kBFloat16, 1);
   EXPECT_EQ(plan.largest().optimizer, 12 * n + 2 * 800 * (2 + 4));  // and two buffers of the largest weight and its gradient
-  EXPECT_EQ(plan.total_bytes() - plan.device_bytes(), plan.largest().optimizer);
+  EXPECT_EQ(plan.needed_bytes(), plan.largest().total() + plan.checkpoint_bytes + plan.base_bytes);
   const uint64_t adapters = 2 * 2 * (8 + 8 + 8 + 4 + 8 + 4 + 8 + 8 + 8 + 16 + 8 + 16 + 16 + 8);  // rank 2, two layers
   plan = plan_of(config_with({{"lora.rank", "2"}}), tiny(), at::kBFloat16, 1);
   EXPECT_EQ(plan.trainable, static_cast<int64_t>(adapters));
@@ -213,26 +215,59 @@ TEST(Plan, AllStagesOfOneHostNeedWhatTheyNeedTogether) {
   EXPECT_THROW(check_memory(plan, 2, 2 * 1010 - 1), ConfigError);  // which of the stages are on this host?
 }
 
+// A device holds tensors and the workspace of products; the host what has left it, the copy for a checkpoint and the program.
+TEST(Plan, OfADevice) {
+  const ModelConfig c = gpt(8, 512, 8);
+  const auto of = [&](const std::vector<std::pair<std::string, std::string>>& keys, at::DeviceType device) {
+    return plan_of(config_with(keys), c, at::kBFloat16, 1, 2048, device);
+  };
+  const Plan plan = of({}, at::kCUDA);
+  EXPECT_EQ(plan.needed_bytes(), plan.largest().total() + (32 << 20));
+  EXPECT_EQ(plan.host_bytes(), plan.checkpoint_bytes + (300 << 20));
+  EXPECT_THROW(check_device_memory(plan, plan.needed_bytes() - 1), ConfigError);
+  EXPECT_NO_THROW(check_device_memory(plan, plan.needed_bytes()));
+  EXPECT_THROW(check_memory(plan, 2, 2 * plan.host_bytes() - 1), ConfigError);
+  EXPECT_NO_THROW(check_memory(plan, 2, 2 * plan.host_bytes()));
+  const Plan offload = of({{"optim.offload", "true"}}, at::kCUDA);
+  EXPECT_EQ(offload.needed_bytes(), plan.needed_bytes() - plan.largest().optimizer);
+  EXPECT_EQ(offload.host_bytes(), plan.host_bytes() + offload.largest().optimizer);
+  // What lies between eight blocks leaves but for two of them, and the CPU keeps it.
+  const Plan full = of({{"train.recompute", "full"}}, at::kCUDA), away = of({{"train.recompute", "full"}, {"train.offload_activations", "true"}}, at::kCUDA);
+  const uint64_t row = 2048 * 512 * 2;
+  EXPECT_EQ(away.largest().away, 8 * row);
+  EXPECT_EQ(full.needed_bytes() - away.needed_bytes(), 6 * row);
+  EXPECT_EQ(away.host_bytes() - full.host_bytes(), 8 * row);
+  EXPECT_EQ(of({{"train.recompute", "full"}, {"train.offload_activations", "true"}}, at::kCPU).needed_bytes(), of({{"train.recompute", "full"}}, at::kCPU).needed_bytes());
+}
+
+// A device's products want more rows of logits at once: of this vocabulary 2,048 in 512 MB.
+TEST(Plan, LogitsOfADevice) {
+  const ModelConfig c = tiny({{"vocab_size", 65536}});
+  const auto logits = [&](at::DeviceType device) { return plan_of(config_with({{"lora.rank", "2"}}), c, at::kBFloat16, 1, 2048, device).largest().activations; };
+  EXPECT_NEAR(static_cast<double>(logits(at::kCUDA) - logits(at::kCPU)), (2048.0 - 256) * 65536 * 2, 1e6);
+}
+
 TEST(Plan, WhatWouldFitIsSaid) {
   const ModelConfig c = gpt(8, 512, 8);
   const Config config = config_with({{"train.micro_batch_size", "4"}, {"checkpoint.async", "false"}});
   const Plan plan = plan_of(config, c, at::kBFloat16, 2, 2048);
-  const uint64_t needed = plan.total_bytes();
+  const uint64_t needed = plan.needed_bytes();
   EXPECT_TRUE(fit_text(plan, config, c, at::kBFloat16, needed).ends_with(": it fits"));
   const std::string advice = fit_text(plan, config, c, at::kBFloat16, needed * 9 / 10);
   EXPECT_NE(advice.find("it does not fit; it would with train.recompute=selective ("), std::string::npos) << advice;
   EXPECT_NE(advice.find(", or with train.recompute=full ("), std::string::npos) << advice;
   EXPECT_EQ(advice.find("optim.offload"), std::string::npos) << advice;
-  Config device = config;  // whose memory is not the host's
-  device.plan.memory_gb = 1, device.train.recompute = "full", device.train.micro_batch_size = 1;
-  const Plan least = plan_of(device, c, at::kBFloat16, 2, 2048);
-  const uint64_t rest = least.total_bytes() - least.largest().optimizer;
-  const std::string offload = fit_text(least, device, c, at::kBFloat16, rest);
-  EXPECT_NE(offload.find("it does not fit; it would with optim.offload=true if it has a device ("), std::string::npos) << offload;
+  Config device = config;
+  device.train.recompute = "full", device.train.micro_batch_size = 1;
+  const auto on_device = [&] { return plan_of(device, c, at::kBFloat16, 2, 2048, at::kCUDA); };
+  const uint64_t rest = on_device().needed_bytes() - on_device().largest().optimizer;
+  const std::string offload = fit_text(on_device(), device, c, at::kBFloat16, rest);
+  EXPECT_NE(offload.find(" of its device and has "), std::string::npos) << offload;
+  EXPECT_NE(offload.find("it does not fit; it would with optim.offload=true ("), std::string::npos) << offload;
   device.optim.offload = true;
-  const std::string beside = fit_text(plan_of(device, c, at::kBFloat16, 2, 2048), device, c, at::kBFloat16, rest);
-  EXPECT_NE(beside.find(" beside what is in host memory and has "), std::string::npos) << beside;
-  EXPECT_TRUE(beside.ends_with(": it fits")) << beside;
+  EXPECT_TRUE(fit_text(on_device(), device, c, at::kBFloat16, rest).ends_with(": it fits"));
+  EXPECT_NE(fit_text(on_device(), device, c, at::kBFloat16, rest - 1).find("it would with train.offload_activations=true ("), std::string::npos);
+  EXPECT_NE(fit_text(on_device(), device, c, at::kBFloat16, std::nullopt).find("set plan.memory_gb"), std::string::npos);
   EXPECT_NE(fit_text(plan, config, c, at::kBFloat16, 1 << 20).find("more ranks along parallel.tensor or parallel.pipeline"), std::string::npos);
 }
 

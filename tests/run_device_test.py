@@ -149,11 +149,13 @@ def test_answers_and_evaluations_are_those_of_the_cpu(work):
 
 def test_the_plan_holds_what_tensors_take(work):
     counts = work / "peak.json"
-    done = device(work, "train", *keys_of(work, "planned", "--train.dtype=bfloat16", "--train.micro_batch_size=8", "--train.steps=2"), TRIREME_DOUBLE_COUNTS=counts)
-    said = re.search(r"plan: memory of a rank: (weights .*), copy for a checkpoint", done.stderr)[1]
-    planned = sum(float(number) * {"KiB": 2**10, "MiB": 2**20, "GiB": 2**30}[unit] for number, unit in re.findall(r"([0-9.]+) ([KMG]iB)", said))
-    assert planned / 2 <= json.loads(counts.read_text())["peak_bytes"] - WORKSPACE <= planned
-    assert lines(work, "planned")[-1]["memory_bytes"] <= json.loads(counts.read_text())["peak_bytes"]
+    keys = ["--train.dtype=bfloat16", "--train.micro_batch_size=8", "--train.steps=1"]
+    done = device(work, "train", *keys_of(work, "planned", *keys), TRIREME_DOUBLE_COUNTS=counts)
+    number, unit = re.search(r"plan: memory of a rank's device: weights .*, workspace of products 32.00 MiB: ([0-9.]+) ([KMG]iB); in host memory: ", done.stderr).groups()
+    planned, peak = float(number) * {"KiB": 2**10, "MiB": 2**20, "GiB": 2**30}[unit], json.loads(counts.read_text())["peak_bytes"]
+    assert 0.7 * (planned - WORKSPACE) <= peak - WORKSPACE <= planned - WORKSPACE
+    assert lines(work, "planned")[-1]["memory_bytes"] <= peak
+    device(work, "train", *keys_of(work, "fits", *keys), TRIREME_DOUBLE_BYTES=str(int(planned) + 10000))  # rounded as it is said
 
 
 def test_memory_that_does_not_suffice_is_said_before_the_first_step_or_with_names(work):

@@ -31,11 +31,11 @@ def test_a_large_model_on_many_ranks(plan):
     assert [line.split(":")[1] for line in said[2:10]] == [f" stage {stage} of the pipeline" for stage in range(8)]
     assert said[10].startswith("plan: data 2 x tensor 4 x pipeline 8; stage 0: a rank exchanges in a step gradients 8.95 GiB, weights 4.47 GiB, ")
     assert said[11].startswith("plan: the pipeline idles 2.1 % of the time (interleaved, 8 stages, 64 micro-batches)")  # 7 / (5 * 64 + 7)
-    needed, words = re.fullmatch(r"plan: a rank needs ([\d.]+) GiB and has 74.51 GiB: it does not fit; it would with (.*)", said[12]).groups()
+    needed, words = re.fullmatch(r"plan: a rank needs ([\d.]+) GiB of its device and has 74.51 GiB: it does not fit; it would with (.*)", said[12]).groups()
     fitting = dict(re.findall(r"(\S+) \(([\d.]+) GiB\)", words))
     assert float(needed) > 74.51 > max(map(float, fitting.values())) and set(fitting) == {"train.recompute=selective", "train.recompute=full"}
     for change, gib in fitting.items():  # what is promised holds
-        assert plan(*keys, "--plan.memory_gb=80", f"--{change}").endswith(f"needs {gib} GiB and has 74.51 GiB: it fits\n")
+        assert plan(*keys, "--plan.memory_gb=80", f"--{change}").endswith(f"needs {gib} GiB of its device and has 74.51 GiB: it fits\n")
 
 
 def test_a_mesh_that_does_not_fit_is_refused_with_those_that_do(plan):
@@ -52,3 +52,9 @@ def test_a_run_needs_what_a_plan_does_without(tmp_path, plan):
     assert plan("--plan.ranks=2", "--data.train=elsewhere.jsonl", "--train.steps=5").count("plan: ") > 2
     done = run(tmp_path, "train", f"--model.config={tmp_path}/config.json", "--dry-run")
     assert done.returncode == 2 and "data.train is not set" in done.stderr and "the length of the run is not set" in done.stderr
+
+
+def test_a_device_that_is_not_here(plan):
+    assert re.search(r"needs [\d.]+ GiB of its device; there is none here: set plan.memory_gb ", plan("--plan.ranks=1", "--run.device=cuda"))
+    said = plan("--plan.ranks=1", "--run.device=cpu", "--plan.memory_gb=80")
+    assert "GiB and has 74.51 GiB: " in said and "device" not in said

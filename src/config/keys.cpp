@@ -222,7 +222,7 @@ std::vector<Field> fields(Config& c) {
       {"log.level", &c.log.level, "", "least that is printed", Words{"info", "warn", "error"}},
       {"log.trace", &c.log.trace, "", "write trace/rank-N.json: when each rank computes, communicates and waits (Chrome, Perfetto)", {}},
       {"plan.ranks", &c.plan.ranks, "ranks", "to plan for, none of which is started; rows are full then, as without data.train; 0: those of this job", {}, 0, 1e6},
-      {"plan.memory_gb", &c.plan.memory_gb, "GB", "(10^9 bytes) that a rank may use, with optim.offload of its device; 0: what is free here", {}, 0, 1e9},
+      {"plan.memory_gb", &c.plan.memory_gb, "GB", "(10^9 bytes) that a rank may use: of its device, or with run.device=cpu of its host; 0: what is free here", {}, 0, 1e9},
   };
 }
 

@@ -53,6 +53,19 @@ at::Device choose_device(const Config& config, const Process& process) {
   return device;
 }
 
+at::DeviceType planned_device(const Config& config) {
+  const at::DeviceType type = kind() ? kind()->type : at::kCUDA;
+  if (config.run.device != "auto") return config.run.device == "cpu" ? at::kCPU : type;
+  return config.plan.memory_gb > 0 || (kind() && kind()->find().count > 0) ? type : at::kCPU;
+}
+
+std::optional<uint64_t> planned_room(const Config& config, const Process& process, int num_local_ranks) {
+  if (config.plan.memory_gb > 0) return static_cast<uint64_t>(config.plan.memory_gb * 1e9);
+  if (planned_device(config) == at::kCPU) return available_bytes() / static_cast<uint64_t>(num_local_ranks);
+  if (!kind() || kind()->find().count == 0) return std::nullopt;
+  return free_bytes(choose_device(config, process));
+}
+
 void check_dtype(at::ScalarType dtype, at::Device device) {
   if (dtype == at::kDouble && !device.is_cpu())
     throw ConfigError(str("train.dtype=float64 is computed by the CPU alone: set run.device=cpu, or train.dtype=float32"));

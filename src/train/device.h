@@ -31,6 +31,12 @@ void set_device_kind(DeviceKind kind);  // the last one counts
 // comm.share_device), or run.device=float64's.
 at::Device choose_device(const Config& config, const Process& process);
 
+// What a run of this configuration would compute on, without touching it: a device where run.device says so, or `auto` sees one or the
+// plan is for memory that is not this host's (plan.memory_gb).
+at::DeviceType planned_device(const Config& config);
+// Bytes that a rank may use there: plan.memory_gb, or what is free, of a host shared by `num_local_ranks`. Null: a device that is not here.
+std::optional<uint64_t> planned_room(const Config& config, const Process& process, int num_local_ranks);
+
 // ConfigError where a device has no kernels for this dtype.
 void check_dtype(at::ScalarType dtype, at::Device device);
 

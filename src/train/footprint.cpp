@@ -17,6 +17,8 @@ int64_t gradient_of(const Linear& l) { return trained(l.weight_OI) ? l.weight_OI
 struct Sizes {
   int64_t tokens, rows;  // all of them; this rank's share between the matrices
   int64_t element, wide;
+  at::DeviceType device = at::kCPU;
+  bool offload = false;  // what lies between the blocks leaves the device
   bool shared() const { return rows < tokens; }
 };
 
@@ -75,6 +77,7 @@ BlockBytes bytes_of(const Block& b, const ModelConfig& c, const Sizes& s, Recomp
 // What a chunk of the model needs of one micro-batch.
 struct ChunkBytes {
   BlockBytes blocks;       // kept and split: of all blocks together
+  int64_t away = 0;        // kept, but in host memory
   int64_t loss_kept = 0;   // between forward and backward, of the chunk with the head
   int64_t loss_forward = 0, loss_backward = 0;  // beside kept, while the loss and its backward run
   int64_t through = 0;     // all through backward: the gradient of a tied head waits for the embedding's
@@ -87,19 +90,21 @@ ChunkBytes bytes_of(const Transformer& chunk, const ModelConfig& c, const Sizes&
   bool gradient = !chunk.has_embedding() || trained(weight_of(chunk, "model.embed_tokens.weight"));
   for (const Block& b : const_cast<Transformer&>(chunk).blocks()) {
     const BlockBytes block = bytes_of(b, c, s, mode, gradient);
-    bytes.blocks.kept += block.kept, bytes.blocks.split += block.split;
+    (s.offload ? bytes.away : bytes.blocks.kept) += block.kept;
+    bytes.blocks.split += block.split;
     bytes.blocks.backward = std::max(bytes.blocks.backward, block.backward);
     bytes.block = std::max(bytes.block, block.whole);
     gradient = true;
   }
   const int64_t row = s.rows * c.hidden_size * s.element, all = s.tokens * c.hidden_size * s.element;
+  if (s.offload) bytes.blocks.kept += 2 * row;              // one that leaves, or is computed again, and the next that comes back
   bytes.blocks.kept += 2 * s.tokens * c.head_dim * s.wide;  // cos and sin
   bytes.forward = 2 * row + (s.shared() ? all : 0);         // the last block's output, and what it is the sum of
   if (!chunk.has_head()) return bytes;
   const at::Tensor head = head_of(chunk, c);
   const bool trains = trained(head);
   const int64_t vocabulary = head.size(0), whole = trains ? head.numel() : 0;
-  const int64_t chunk_rows = cross_entropy_chunk_rows(c.vocab_size, chunk.dtype(), trains), rows = std::min(learnt, chunk_rows);
+  const int64_t chunk_rows = cross_entropy_chunk_rows(c.vocab_size, chunk.dtype(), trains, s.device), rows = std::min(learnt, chunk_rows);
   const int64_t padded = rows <= 64 ? rows : (rows + 63) / 64 * 64;
   const int64_t logits = padded * ((vocabulary + 63) / 64 * 64) * s.element, gathered = padded * c.hidden_size * s.element;
   const int64_t sum = whole * (learnt > chunk_rows ? s.wide : s.element), part = learnt > chunk_rows ? whole * s.element : 0;
@@ -123,24 +128,30 @@ int64_t forward_bytes(const Transformer& chunk, const ModelConfig& c, const Size
     most = std::max({most, heads, mlp});
   }
   if (chunk.has_head()) {
-    const int64_t vocabulary = head_of(chunk, c).size(0), rows = std::min(s.tokens, cross_entropy_chunk_rows(c.vocab_size, chunk.dtype(), false));
+    const int64_t vocabulary = head_of(chunk, c).size(0), rows = std::min(s.tokens, cross_entropy_chunk_rows(c.vocab_size, chunk.dtype(), false, s.device));
     const int64_t copies = s.shared() ? rows * vocabulary * s.wide / s.element : 0;
     most = std::max(most, row + gathered + rows * ((vocabulary + 63) / 64 * 64 + c.hidden_size) + copies);
   }
   return most * s.element + 2 * s.tokens * c.head_dim * s.wide;
 }
 
-// The largest sum while a stage does its part of a step. One chunk and its micro-batches in turn are the same with one stage.
-int64_t peak_of(const std::vector<Action>& actions, const std::map<int, ChunkBytes>& chunks) {
-  int64_t live = 0, peak = 0;
+struct Peak {
+  int64_t here = 0, away = 0;
+};
+
+// The largest sums while a stage does its part of a step. One chunk and its micro-batches in turn are the same with one stage.
+Peak peak_of(const std::vector<Action>& actions, const std::map<int, ChunkBytes>& chunks) {
+  int64_t live = 0, away = 0;
+  Peak peak;
   for (const Action& a : actions) {
     const ChunkBytes& chunk = chunks.at(a.chunk);
     const BlockBytes& blocks = chunk.blocks;
-    auto reaches = [&](int64_t more) { peak = std::max(peak, live + more); };
+    auto reaches = [&](int64_t more) { peak.here = std::max(peak.here, live + more); };
     switch (a.kind) {
       case ActionKind::kForward:
         reaches(blocks.kept + std::max(chunk.loss_forward, chunk.forward));
         live += blocks.kept + chunk.loss_kept;
+        away += chunk.away, peak.away = std::max(peak.away, away);
         break;
       case ActionKind::kBackward:
       case ActionKind::kBackwardInput: {
@@ -149,6 +160,7 @@ int64_t peak_of(const std::vector<Action>& actions, const std::map<int, ChunkByt
         live -= chunk.loss_kept;
         reaches(chunk.through + blocks.backward + (waits ? std::max<int64_t>(0, blocks.split - blocks.kept) : 0));
         live += (waits ? blocks.split : 0) - blocks.kept;
+        away -= chunk.away;
         break;
       }
       case ActionKind::kBackwardWeight:
@@ -207,15 +219,16 @@ uint64_t kept_by_block(const Block& block, const ModelConfig& config, at::Scalar
 }
 
 Footprint step_footprint(const MeshModel& model, const Config& config, const MeshCoords& coords, const MicroBatch& batch, int64_t num_batches,
-                         const EvalBatches& evaluation) {
+                         const EvalBatches& evaluation, at::DeviceType device) {
   Footprint f;
   const Mesh& mesh = model.mesh();
   const RankModel& rank = model.at(coords.pipeline, coords.tensor);
   add_shared_out(f, model, config, coords, num_batches);
-  const int64_t multiple = row_multiple(at::kCPU, model.dtype(), mesh.num_tensor());
+  const int64_t multiple = row_multiple(device, model.dtype(), mesh.num_tensor());
+  const bool offload = config.train.offload_activations && device != at::kCPU;
   auto sizes_of = [&](int64_t tokens) {
     tokens = (tokens + multiple - 1) / multiple * multiple;
-    return Sizes{tokens, tokens / mesh.num_tensor(), size_of(model.dtype()), size_of(gradient_type(model.dtype()))};
+    return Sizes{tokens, tokens / mesh.num_tensor(), size_of(model.dtype()), size_of(gradient_type(model.dtype())), device, offload};
   };
   const Sizes sizes = sizes_of(batch.tokens);
   const Recompute mode = parse_recompute(config.train.recompute);
@@ -226,13 +239,14 @@ Footprint step_footprint(const MeshModel& model, const Config& config, const Mes
   for (const auto& [number, chunk] : chunks) f.block = std::max(f.block, static_cast<uint64_t>(chunk.block));
   constexpr int64_t kIds = 3 * 8;  // token, target and position
   auto hidden = [&](const Sizes& s, int64_t count) { return count * s.rows * model.config().hidden_size * s.element; };
-  int64_t buffers = num_batches * kIds * sizes.tokens, activations = 0;  // ids of all micro-batches until the step is done
+  int64_t buffers = num_batches * kIds * sizes.tokens;  // ids of all micro-batches until the step is done
+  Peak peak;
   if (mesh.num_pipeline() == 1) {
-    activations = peak_of({{ActionKind::kForward, 0, 0}, {ActionKind::kBackward, 0, 0}}, chunks);
+    peak = peak_of({{ActionKind::kForward, 0, 0}, {ActionKind::kBackward, 0, 0}}, chunks);
   } else {
     const PipelineSchedule schedule = schedule_of(config, num_batches);
     const auto& actions = schedule.actions[static_cast<size_t>(coords.pipeline)];
-    activations = peak_of(actions, chunks);
+    peak = peak_of(actions, chunks);
     // A receive is posted of whatever comes next to a chunk, in each direction, and a message is on its way to each receiver.
     std::map<std::pair<int, bool>, int64_t> receives, sends;
     Action waiting{};
@@ -243,6 +257,8 @@ Footprint step_footprint(const MeshModel& model, const Config& config, const Mes
     }
     buffers += hidden(sizes, static_cast<int64_t>(receives.size() + sends.size()));
   }
+  int64_t activations = peak.here;
+  f.away = static_cast<uint64_t>(peak.away);
   if (evaluation.tokens > 0) {
     const Sizes evaluated = sizes_of(evaluation.tokens);
     int64_t forward = 0, around = kIds * evaluated.tokens;

@@ -17,6 +17,7 @@ struct Footprint {
   uint64_t gradients = 0;    // with the buckets that ZeRO 2 and 3 have on their way
   uint64_t optimizer = 0;    // with optim.offload all of it is host memory, and so are the buffers of its update, counted here
   uint64_t activations = 0;  // kept for backward, and what the largest moment of forward, loss or backward adds
+  uint64_t away = 0;         // kept in host memory beside them: with train.offload_activations, of a device
   uint64_t buffers = 0;      // the step's batches, hidden states between stages
   uint64_t block = 0;        // of these activations, those of one block without recomputation
   bool in_evaluation = false;  // activations and buffers are those of an evaluation, which has more
@@ -29,9 +30,9 @@ struct EvalBatches {
   int64_t tokens_of_copy = 0;  // of all that one copy of the model has, which are there at once in a pipeline
 };
 
-// Of the rank at `coords` in a step of `num_batches` micro-batches like this one, or in an evaluation between two.
+// Of the rank at `coords` in a step of `num_batches` micro-batches like this one, or in an evaluation between two, on such a device.
 Footprint step_footprint(const MeshModel& model, const Config& config, const MeshCoords& coords, const MicroBatch& batch, int64_t num_batches,
-                         const EvalBatches& evaluation = {});
+                         const EvalBatches& evaluation = {}, at::DeviceType device = at::kCPU);
 
 // What one block keeps for backward of a micro-batch of so many tokens.
 uint64_t kept_by_block(const Block& block, const ModelConfig& config, at::ScalarType dtype, int64_t tokens, int num_tensor, Recompute mode);

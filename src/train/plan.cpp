@@ -7,6 +7,7 @@
 #include "base/check.h"
 #include "base/counted.h"
 #include "data/loader.h"
+#include "ops/device.h"
 #include "optim/adamw.h"
 #include "train/progress.h"
 
@@ -26,9 +27,16 @@ const Footprint& Plan::largest() const {
   return std::max_element(stages.begin(), stages.end(), [](const Stage& x, const Stage& y) { return x.memory.total() < y.memory.total(); })->memory;
 }
 
-uint64_t Plan::device_bytes() const {
+uint64_t Plan::needed_bytes() const {
+  if (!of_device()) return host_bytes();
   uint64_t most = 0;
   for (const Stage& stage : stages) most = std::max(most, stage.memory.total() - (offload ? stage.memory.optimizer : 0));
+  return most + kernels::kMatMulWorkspace;
+}
+
+uint64_t Plan::host_bytes() const {
+  uint64_t most = 0;
+  for (const Stage& stage : stages) most = std::max(most, of_device() ? (offload ? stage.memory.optimizer : 0) + stage.memory.away : stage.memory.total());
   return most + checkpoint_bytes + base_bytes;
 }
 
@@ -50,9 +58,9 @@ Plan make_plan(const Config& config, const ModelConfig& model, at::ScalarType dt
   }
   for (int stage = 0; stage < mesh.num_pipeline(); ++stage) {
     const MeshCoords coords{stage, 0, mesh.num_tensor() - 1};  // uneven parts: the last has the most
-    plan.stages.push_back({step_footprint(cut, config, coords, {most, most}, data.accumulation, evaluation), step_traffic(cut, config, coords, batches)});
+    plan.stages.push_back({step_footprint(cut, config, coords, {most, most}, data.accumulation, evaluation, data.device), step_traffic(cut, config, coords, batches)});
   }
-  plan.base_bytes += 3 * plan.largest().block;  // resident memory was up to three blocks above the tensors (tests/run_memory_test.py)
+  if (!plan.of_device()) plan.base_bytes += 3 * plan.largest().block;  // resident memory was up to three blocks above the tensors (tests/run_memory_test.py)
   if (config.checkpoint.async)  // what is saved is shared out evenly among the ranks
     plan.checkpoint_bytes = static_cast<uint64_t>(plan.trainable) * (c10::elementSize(dtype) + AdamW::state_bytes_per_element(dtype)) /
                             static_cast<uint64_t>(mesh.num_ranks());
@@ -71,8 +79,12 @@ std::string Plan::text() const {
   if (data.rows_per_epoch > 0)
     out += str(", ", counted(data.rows_per_epoch, "row"), " an epoch (",
                counted((data.rows_per_epoch + data.rows_per_step - 1) / std::max<int64_t>(data.rows_per_step, 1), "step"), ")");
-  out += str("\nplan: memory of a rank: ", parts_text(largest(), offload), checkpoint_bytes > 0 ? ", copy for a checkpoint " + b(checkpoint_bytes) : "",
-             ", program ", b(base_bytes), ": ", b(total_bytes()));
+  const std::string copy = checkpoint_bytes > 0 ? "copy for a checkpoint " + b(checkpoint_bytes) + ", " : "", rest = str(copy, "program ", b(base_bytes), ": ", b(host_bytes()));
+  if (of_device())
+    out += str("\nplan: memory of a rank's device: ", parts_text(largest(), offload), ", workspace of products ", b(kernels::kMatMulWorkspace), ": ", b(needed_bytes()),
+               "; in host memory: ", largest().away > 0 ? "activations " + b(largest().away) + ", " : "", rest);
+  else
+    out += str("\nplan: memory of a rank: ", parts_text(largest(), offload), ", ", rest);
   if (mesh.num_ranks() == 1) return out;
   for (size_t s = 0; s < stages.size() && stages.size() > 1; ++s)
     out += str("\nplan: stage ", s, " of the pipeline: ", parts_text(stages[s].memory, offload), ": ", b(stages[s].memory.total()));
@@ -87,14 +99,18 @@ std::string Plan::text() const {
 }
 
 void check_memory(const Plan& plan, int num_local_ranks, uint64_t free_bytes) {
-  double needed = static_cast<double>(plan.total_bytes()) * num_local_ranks;
-  if (num_local_ranks == plan.mesh.num_ranks())  // every stage is here, and not all are as large as the largest
+  double needed = static_cast<double>(plan.host_bytes()) * num_local_ranks;
+  if (!plan.of_device() && num_local_ranks == plan.mesh.num_ranks())  // every stage is here, and not all are as large as the largest
     for (const auto& stage : plan.stages)
       needed -= static_cast<double>(plan.largest().total() - stage.memory.total()) * num_local_ranks / static_cast<double>(plan.stages.size());
   auto there = static_cast<double>(free_bytes);
   if (needed <= there) return;
+  if (plan.of_device())
+    throw ConfigError(str("the run needs about ", bytes_text(needed), " of host memory (", counted(num_local_ranks, "rank"), " of ", b(plan.host_bytes()), "), but this host has ",
+                          bytes_text(there), " free: ", plan.checkpoint_bytes > 0 ? "set checkpoint.async=false, " : "", plan.offload ? "optim.offload=false, " : "",
+                          plan.largest().away > 0 ? "train.offload_activations=false, " : "", "or start fewer ranks"));
   throw ConfigError(str("the run needs about ", bytes_text(needed), " of memory (", counted(num_local_ranks, "rank"), plan.stages.size() > 1 ? " of at most " : " of ",
-                        bytes_text(static_cast<double>(plan.total_bytes())), ", of which activations ",
+                        b(plan.host_bytes()), ", of which activations ",
                         bytes_text(static_cast<double>(plan.largest().activations)), "), but this host has ", bytes_text(there),
                         " free: lower ", plan.largest().in_evaluation ? "eval" : "train", ".micro_batch_size or data.max_length, set train.recompute=full, "
                         "lora.rank or train.dtype=bfloat16, ",
@@ -102,17 +118,19 @@ void check_memory(const Plan& plan, int num_local_ranks, uint64_t free_bytes) {
 }
 
 void check_device_memory(const Plan& plan, uint64_t free_bytes) {
-  if (plan.device_bytes() <= free_bytes) return;
-  throw ConfigError(str("a rank needs about ", b(plan.device_bytes()), " of its device's memory (", parts_text(plan.largest(), plan.offload), "), which has ", b(free_bytes),
-                        " free: lower ", plan.largest().in_evaluation ? "eval" : "train", ".micro_batch_size or data.max_length, set train.recompute=full, lora.rank, ",
-                        plan.offload ? "" : "optim.offload=true, ", "train.dtype=bfloat16 or parallel.zero, or take more devices"));
+  if (plan.needed_bytes() <= free_bytes) return;
+  throw ConfigError(str("a rank needs about ", b(plan.needed_bytes()), " of its device's memory (", parts_text(plan.largest(), plan.offload), "), which has ", b(free_bytes),
+                        " free: lower ", plan.largest().in_evaluation ? "eval" : "train", ".micro_batch_size or data.max_length, set train.recompute=full",
+                        plan.largest().away > 0 ? "" : " (with train.offload_activations=true)", ", lora.rank, ", plan.offload ? "" : "optim.offload=true, ",
+                        "train.dtype=bfloat16 or parallel.zero, or take more devices"));
 }
 
-std::string fit_text(const Plan& plan, const Config& config, const ModelConfig& model, at::ScalarType dtype, uint64_t bytes) {
-  const bool of_device = config.plan.memory_gb > 0;
-  auto needed = [&](const Plan& p) { return of_device ? p.device_bytes() : p.total_bytes(); };
-  const std::string room = str("plan: a rank needs ", b(needed(plan)), of_device && plan.offload ? " beside what is in host memory" : "", " and has ", b(bytes), ": ");
-  if (needed(plan) <= bytes) return room + "it fits";
+std::string fit_text(const Plan& plan, const Config& config, const ModelConfig& model, at::ScalarType dtype, std::optional<uint64_t> room_bytes) {
+  const std::string needs = str("plan: a rank needs ", b(plan.needed_bytes()), plan.of_device() ? " of its device" : "");
+  if (!room_bytes) return needs + "; there is none here: set plan.memory_gb to a device's memory to see whether it fits";
+  const uint64_t bytes = *room_bytes;
+  const std::string room = str(needs, " and has ", b(bytes), ": ");
+  if (plan.needed_bytes() <= bytes) return room + "it fits";
   // Each change alone, then together with those before it.
   struct Change {
     const char* text;
@@ -125,15 +143,16 @@ std::string fit_text(const Plan& plan, const Config& config, const ModelConfig& 
       {"parallel.zero=1", [&](Config& c) { return copies && c.parallel.zero < 1 && set(c.parallel.zero, 1); }},
       {"parallel.zero=2", [&](Config& c) { return copies && c.parallel.zero < 2 && set(c.parallel.zero, 2); }},
       {"parallel.zero=3", [&](Config& c) { return copies && c.parallel.zero < 3 && set(c.parallel.zero, 3); }},
-      {"optim.offload=true if it has a device", [&](Config& c) { return of_device && set(c.optim.offload, true); }},
+      {"optim.offload=true", [&](Config& c) { return plan.of_device() && set(c.optim.offload, true); }},
       {"train.recompute=full", [&](Config& c) { return set(c.train.recompute, "full"); }},
+      {"train.offload_activations=true", [&](Config& c) { return plan.of_device() && c.train.recompute == "full" && set(c.train.offload_activations, true); }},
       {"eval.micro_batch_size=1", [&](Config& c) { return plan.largest().in_evaluation && set(c.eval.micro_batch_size, 1); }},
       {"train.micro_batch_size=1", [&](Config& c) { return set(c.train.micro_batch_size, 1); }}};
   std::vector<std::string> fitting;
   auto try_it = [&](const Config& changed, const std::string& text) {
     const Plan other = make_plan(changed, model, dtype, plan.mesh, plan.data);
-    if (needed(other) <= bytes) fitting.push_back(str(text, " (", b(needed(other)), ")"));
-    return needed(other) <= bytes;
+    if (other.needed_bytes() <= bytes) fitting.push_back(str(text, " (", b(other.needed_bytes()), ")"));
+    return other.needed_bytes() <= bytes;
   };
   for (const Change& change : changes)
     if (Config alone = config; change.make(alone)) try_it(alone, change.text);

@@ -19,6 +19,7 @@ struct PlannedData {
   int64_t accumulation = 1;    // micro-batches a step, of each copy of the model
   int64_t longest_eval_row = 0;  // tokens; 0: nothing is evaluated
   int64_t eval_tokens = 0;       // of all that is evaluated; 0: not known
+  at::DeviceType device = at::kCPU;  // that computes
 };
 
 struct Plan {
@@ -31,29 +32,31 @@ struct Plan {
   };
   std::vector<Stage> stages;
   uint64_t checkpoint_bytes = 0;  // a rank's share of weights and optimizer, copied for checkpoint.async
-  // Program and libraries, on a device with the workspace of matrix products (ops/product.h); and of the heap what lies between tensors that are kept, in holes too small for a block at work.
+  // Program and libraries in host memory; without a device also what lies in the heap between tensors that are kept, in holes too
+  // small for a block at work.
   uint64_t base_bytes = 300ull << 20;
-  bool offload = false;  // the optimizer is in host memory, and weights may be elsewhere
+  bool offload = false;  // the optimizer is in host memory
   std::string schedule;  // of the pipeline; "" where there is none
   double bubble = 0;     // its share of idle time, where forward, input and weight gradients of all stages cost the same
 
   const Footprint& largest() const;
-  uint64_t total_bytes() const { return largest().total() + checkpoint_bytes + base_bytes; }
-  uint64_t device_bytes() const;  // the same without what is in host memory by `offload`
+  bool of_device() const { return data.device != at::kCPU; }
+  // Of a rank where it computes: of its device the tensors and the workspace of products (beside CUDA's context), else all of it.
+  uint64_t needed_bytes() const;
+  uint64_t host_bytes() const;  // of a rank in host memory; without a device all of it
   std::string text() const;
 };
 
 // Memory of steps of longest rows, at most; ConfigError where the model cannot be cut so.
 Plan make_plan(const Config& config, const ModelConfig& model, at::ScalarType dtype, const Mesh& mesh, const PlannedData& data);
 
-// ConfigError where `num_local_ranks` such ranks do not fit this host's free memory; names the keys to change.
+// ConfigError where what `num_local_ranks` such ranks need of this host does not fit its free memory; names the keys to change.
 void check_memory(const Plan& plan, int num_local_ranks, uint64_t free_bytes = available_bytes());
 
 // The same of a rank's own device.
 void check_device_memory(const Plan& plan, uint64_t free_bytes);
 
-// Whether a rank fits `bytes` (with plan.memory_gb of a device: without what is in host memory), and else by which changes of the
-// configuration it would. One line.
-std::string fit_text(const Plan& plan, const Config& config, const ModelConfig& model, at::ScalarType dtype, uint64_t bytes);
+// Whether a rank fits what it may use where it computes, and else by which changes of the configuration it would. One line.
+std::string fit_text(const Plan& plan, const Config& config, const ModelConfig& model, at::ScalarType dtype, std::optional<uint64_t> room_bytes);
 
 }  // namespace trireme

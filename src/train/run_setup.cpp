@@ -155,6 +155,7 @@ void TrainingRun::say_plan() {
     planned.longest_eval_row = std::max(planned.longest_eval_row, eval_data_->row_tokens(r));
     planned.eval_tokens += eval_data_->row_tokens(r);
   }
+  planned.device = only_asks_ ? planned_device(config_) : device_.type();
   const Plan plan = make_plan(config_, source_.config, dtype_, mesh_, planned);
   log_info(plan.text());
   if (!device_.is_cpu() && rank0())
@@ -163,9 +164,9 @@ void TrainingRun::say_plan() {
     log_warn(str("a step takes ", shape_.rows_per_step(), " rows, but the training data has ", rows,
                  ": each is learnt more than once a step; lower train.accumulation or train.micro_batch_size"));
   if (resumed_) log_info(str("going on from ", resumed_->folder(), ", step ", state_.step, " of ", total_steps_));
-  if (!only_asks_) return device_.is_cpu() ? check_memory(plan, process_.local_size()) : check_device_memory(plan, free_bytes(device_));
-  log_info(fit_text(plan, config_, source_.config, dtype_, config_.plan.memory_gb > 0 ? static_cast<uint64_t>(config_.plan.memory_gb * 1e9)
-                                                                                     : available_bytes() / static_cast<uint64_t>(process_.local_size())));
+  if (only_asks_) return log_info(fit_text(plan, config_, source_.config, dtype_, planned_room(config_, process_, process_.local_size())));
+  check_memory(plan, process_.local_size());
+  if (plan.of_device()) check_device_memory(plan, free_bytes(device_));
 }
 
 void TrainingRun::build() {
