@@ -6,6 +6,7 @@
 #include <dlfcn.h>
 
 #include "base/check.h"
+#include "launch/cuda_graph.h"
 #include "train/device.h"
 
 namespace trireme {
@@ -42,6 +43,7 @@ void load_device(int index) {
 }  // namespace
 
 void offer_cuda() {
+  offer_cuda_graphs();
   set_device_kind({.type = at::kCUDA, .name = "cuda", .find = find_devices, .load = load_device, .kernels = &kernels::cuda_kernels()});
 }
 #else

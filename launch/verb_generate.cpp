@@ -9,6 +9,7 @@
 #include <unistd.h>
 
 #include "base/file.h"
+#include "base/log.h"
 #include "comm/watchdog.h"
 #include "data/masking.h"
 #include "launch/verbs.h"
@@ -93,6 +94,8 @@ void answer_prompts(const Config& config, const CommandLine& line, const Process
       throw ConfigError("generate.chat needs a chat template and the model has none: set data.chat_template to alpaca, chatml, "
                         "gemma, llama3, mistral, phi3, or a file");
     model = build_model(config, source, weight_dtype(config, source), false, device, false, forward_cut(source.config, comms));
+    if (!device.is_cpu())
+      if (const std::string gaps = kernel_gaps(source.config, model->dtype()); !gaps.empty()) log_warn(gaps);
     const DataOptions data = data_options(config, *tools, 0);
     records = record_options(data);
     encoder.emplace(tools->tokenizer, tools->chat ? &*tools->chat : nullptr, encode_options(data));
@@ -103,11 +106,13 @@ void answer_prompts(const Config& config, const CommandLine& line, const Process
   options.max_tokens = g.max_tokens;
   options.end_ids = end_ids(config, source, *tools);
   options.stop = g.stop;
+  options.graphs = g.graphs;
   SharedPrompts shared(copy);
   uint64_t index = 0;
+  Generator generator(*model, tools->tokenizer, options);
   auto generate_next = [&](const std::vector<int64_t>& ids, const std::function<void(const std::string&)>& on_text) {
     try {
-      return generate(*model, tools->tokenizer, ids, index++, options, on_text);
+      return generator.answer(ids, index++, on_text);
     } catch (const DataError& error) {  // about the prompt: of all ranks
       throw AgreedError(error.status(), error.what());
     } catch (const ConfigError& error) {

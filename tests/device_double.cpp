@@ -4,6 +4,8 @@
 //   - its memory can be touched by its operations, kernels and copies alone: anybody else's access is a segmentation fault
 //   - what is copied to the host without waiting is garbage there until the host waits for an event behind it
 //   - memory has an end: TRIREME_DOUBLE_BYTES
+//   - a step graph launches what was recorded, with the numbers and addresses of then, and nothing of the host runs again; while one is
+//     recorded nobody may wait for the device or touch memory of the host
 // and at the end of the process it writes who waited for it, as JSON, into the file TRIREME_DOUBLE_COUNTS.
 #include "device_double.h"
 
@@ -29,6 +31,7 @@
 #include "base/json.h"
 #include "kernels/kernels.h"
 #include "launch/cuda_device.h"
+#include "ops/step_graph.h"
 #include "train/device.h"
 
 namespace trireme {
@@ -55,9 +58,39 @@ class Memory {
     std::lock_guard lock(mutex_);
     if (--num_open_ == 0) ::mprotect(base_, high_, PROT_NONE);
   }
+  // While one is given, blocks are of it: given again within it alone, until it is released.
+  using Pool = std::map<size_t, bool>;  // whether a block is in use, by offset
+  void set_pool(Pool* pool) {
+    std::lock_guard lock(mutex_);
+    if ((pool_ = pool)) pools_.push_back(pool);
+  }
+  void release(Pool* pool) {
+    std::lock_guard lock(mutex_);
+    std::erase(pools_, pool);
+    for (const auto& [at, used] : *pool)
+      if (!used) give_back(at);
+  }
+  // All that is in memory now; `restore` leaves what came later as it is.
+  std::string contents() {
+    open();
+    std::string out(base_, high_);
+    close();
+    return out;
+  }
+  void restore(const std::string& contents) {
+    open();
+    std::memcpy(base_, contents.data(), contents.size());
+    close();
+  }
   void* allocate(size_t num_bytes) {
     std::lock_guard lock(mutex_);
     const size_t size = std::max((num_bytes + kAlignment - 1) / kAlignment * kAlignment, kAlignment);
+    if (pool_)
+      for (auto& [at, used] : *pool_)
+        if (!used && sizes_.at(at) == size) {
+          used = true;
+          return base_ + at;
+        }
     TORCH_CHECK_WITH(OutOfMemoryError, static_cast<int64_t>(used_ + size) <= limit, "the double is out of memory: asked for ", num_bytes, " bytes");
     auto place = free_.begin();
     while (place != free_.end() && place->second < size) ++place;
@@ -74,11 +107,26 @@ class Memory {
     ::mprotect(base_, high_, PROT_READ | PROT_WRITE);
     std::memset(base_ + at, 0xff, std::min(size, kPoison));  // NaN
     if (num_open_ == 0) ::mprotect(base_, high_, PROT_NONE);
+    if (pool_) (*pool_)[at] = true;
     return base_ + at;
   }
   void free(void* data) {
     std::lock_guard lock(mutex_);
     const auto at = static_cast<size_t>(static_cast<char*>(data) - base_);
+    for (Pool* pool : pools_)
+      if (const auto block = pool->find(at); block != pool->end()) {
+        block->second = false;
+        return;
+      }
+    give_back(at);
+  }
+  int64_t limit = kBytes;
+  size_t peak() const { return peak_; }
+  size_t used() const { return used_; }
+  void reset_peak() { peak_ = used_; }
+
+ private:
+  void give_back(size_t at) {
     size_t size = sizes_.at(at);
     used_ -= size;
     sizes_.erase(at);
@@ -87,17 +135,14 @@ class Memory {
     if (place != free_.begin())
       if (auto before = std::prev(place); before->first + before->second == at) before->second += place->second, free_.erase(place);
   }
-  int64_t limit = kBytes;
-  size_t peak() const { return peak_; }
-  size_t used() const { return used_; }
-  void reset_peak() { peak_ = used_; }
 
- private:
   char* base_;
   std::mutex mutex_;
   int num_open_ = 0;
   size_t high_ = 0, used_ = 0, peak_ = 0;
   std::map<size_t, size_t> free_, sizes_;  // by offset
+  Pool* pool_ = nullptr;
+  std::vector<Pool*> pools_;
 };
 Memory& memory() {
   static auto* memory = new Memory;  // tensors may outlive everything
@@ -136,13 +181,18 @@ struct Counts {
   int64_t blocking = 0;  // values that the host has read at once, or copies that it has waited for
   int64_t events = 0;    // that the host has waited for
   int64_t kernels = 0;   // launched
+  int64_t graphs = 0, replays = 0;
   std::map<std::string, int64_t> operations;  // of ATen, by name
   ~Counts() {
     if (const char* file = std::getenv("TRIREME_DOUBLE_COUNTS"))
-      std::ofstream(file) << dump_json({{"blocking", blocking}, {"events", events}, {"kernels", kernels}, {"operations", operations}, {"peak_bytes", memory().peak()}});
+      std::ofstream(file) << dump_json({{"blocking", blocking}, {"events", events}, {"kernels", kernels}, {"graphs", graphs}, {"replays", replays}, {"operations", operations}, {"peak_bytes", memory().peak()}});
   }
 };
 Counts counts;
+
+// What a graph will launch, while one is recorded.
+std::vector<std::function<void()>>* recording = nullptr;
+void not_recorded(const char* what) { TRIREME_CHECK(!recording, what, " while a step is recorded"); }
 
 // Copies to the host that nobody has waited for, in order.
 struct Late {
@@ -200,15 +250,18 @@ class Guard final : public c10::impl::DeviceGuardImplInterface {
     return true;
   }
   void synchronizeEvent(void* event) const override {
+    not_recorded("the host waits for an event");
     ++counts.events;
     static_cast<Event*>(event)->wait();
     deliver(static_cast<Event*>(event)->num_copies);
   }
   void synchronizeStream(const c10::Stream&) const override {
+    not_recorded("the host waits for a stream");
     ++counts.blocking;
     deliver(num_put);
   }
   void synchronizeDevice(const c10::DeviceIndex) const override {
+    not_recorded("the host waits for the device");
     ++counts.blocking;
     deliver(num_put);
   }
@@ -236,6 +289,23 @@ at::Tensor on_host(const at::Tensor& x) {
   return all.as_strided(x.sizes(), x.strides(), x.storage_offset());
 }
 
+// The same memory, which is somebody else's to keep.
+at::Tensor borrowed(const at::Tensor& x) {
+  if (!x.defined() || x.is_cpu()) return x;
+  void* data = const_cast<void*>(x.storage().data());
+  c10::Storage storage(c10::Storage::use_byte_size_t(), x.storage().nbytes(), c10::DataPtr(data, data, [](void*) {}, here), nullptr, false);
+  at::Tensor out = at::detail::make_tensor<c10::TensorImpl>(std::move(storage), c10::DispatchKeySet(c10::DispatchKey::PrivateUse1), x.dtype());
+  out.unsafeGetTensorImpl()->set_sizes_and_strides(x.sizes(), x.strides(), x.storage_offset());
+  return out;
+}
+c10::IValue borrowed(const c10::IValue& value) {
+  if (value.isTensor()) return borrowed(value.toTensor());
+  if (!value.isTensorList()) return value;
+  std::vector<at::Tensor> list;
+  for (const at::Tensor& x : value.toTensorVector()) list.push_back(borrowed(x));
+  return list;
+}
+
 at::Tensor empty_strided(at::IntArrayRef sizes, at::IntArrayRef strides, std::optional<at::ScalarType> dtype, std::optional<at::Layout>, std::optional<at::Device>,
                          std::optional<bool>) {
   return at::detail::empty_strided_generic(sizes, strides, c10::GetAllocator(kType), c10::DispatchKeySet(c10::DispatchKey::PrivateUse1), c10::dtype_or_default(dtype));
@@ -246,6 +316,8 @@ at::Tensor empty(at::IntArrayRef sizes, std::optional<at::ScalarType> dtype, std
 }
 
 at::Tensor copy_from(const at::Tensor& from, const at::Tensor& to, bool non_blocking) {
+  if (from.is_cpu() || to.is_cpu()) not_recorded("a copy from or to the host");
+  if (recording) recording->push_back([from = borrowed(from), to = borrowed(to)] { copy_from(from, to, true); });
   const OpenDevice open;
   at::NoGradGuard no_grad;
   if (!to.is_cpu()) {
@@ -269,6 +341,7 @@ at::Tensor copy_from(const at::Tensor& from, const at::Tensor& to, bool non_bloc
 }
 
 at::Scalar local_scalar(const at::Tensor& x) {
+  not_recorded("the host reads a value");
   ++counts.blocking;
   const OpenDevice open;
   deliver(num_put);
@@ -276,7 +349,7 @@ at::Scalar local_scalar(const at::Tensor& x) {
 }
 
 // Any other operation, by ATen's for the CPU on the same memory.
-void by_cpu(const c10::OperatorHandle& op, torch::jit::Stack* stack) {
+void run_by_cpu(const c10::OperatorHandle& op, torch::jit::Stack* stack) {
   ++counts.operations[op.schema().name()];
   const OpenDevice open;
   const auto& schema = op.schema();
@@ -285,6 +358,7 @@ void by_cpu(const c10::OperatorHandle& op, torch::jit::Stack* stack) {
   std::vector<at::Tensor> tensors;  // of the device
   auto host = [&](const at::Tensor& x) {
     if (x.defined() && !x.is_cpu()) tensors.push_back(x);
+    else if (x.defined() && !x.unsafeGetTensorImpl()->is_wrapped_number()) not_recorded("an operation with a tensor of the host");
     return x.defined() && x.numel() == 0 ? at::empty(x.sizes(), x.scalar_type()) : on_host(x);  // an output may be given its size
   };
   for (size_t i = 0; i < num_arguments; ++i) {
@@ -331,6 +405,25 @@ void by_cpu(const c10::OperatorHandle& op, torch::jit::Stack* stack) {
   }
 }
 
+void by_cpu(const c10::OperatorHandle& op, torch::jit::Stack* stack) {
+  if (!recording) return run_by_cpu(op, stack);
+  const auto size = [&](size_t n) { return stack->end() - static_cast<std::ptrdiff_t>(n); };
+  torch::jit::Stack given;
+  for (auto value = size(op.schema().arguments().size()); value != stack->end(); ++value) given.push_back(borrowed(*value));
+  run_by_cpu(op, stack);
+  torch::jit::Stack made;
+  for (auto value = size(op.schema().returns().size()); value != stack->end(); ++value) made.push_back(borrowed(*value));
+  recording->push_back([op, given, made] {
+    torch::jit::Stack again = given;
+    run_by_cpu(op, &again);
+    for (size_t i = 0; i < made.size(); ++i) {
+      TRIREME_CHECK(made[i].isTensor(), op.schema().name(), " has a result that is not recorded");
+      const at::Tensor from = again[i].toTensor(), to = made[i].toTensor();
+      if (from.storage().data() != to.storage().data()) copy_from(from, to, true);
+    }
+  });
+}
+
 TORCH_LIBRARY_IMPL(aten, PrivateUse1, library) {
   library.impl("empty.memory_format", empty);
   library.impl("empty_strided", empty_strided);
@@ -349,12 +442,64 @@ constexpr size_t kNumKernels = sizeof(kernels::Kernels) / sizeof(Kernel);
 static_assert(sizeof(kernels::Kernels) % sizeof(Kernel) == 0);
 Kernel emulated[kNumKernels], opened[kNumKernels];
 
-template <size_t kIndex>
-void run_opened(const void* call, kernels::Stream stream) {
+size_t num_call_bytes[kNumKernels];  // of its struct; 0: not of those that a step is made of
+
+template <typename Call>
+void set_call_bytes(void (*const& entry)(const Call&, kernels::Stream)) {
+  const auto* table = reinterpret_cast<const char*>(&kernels::emulated_kernels());
+  num_call_bytes[static_cast<size_t>(reinterpret_cast<const char*>(&entry) - table) / sizeof(Kernel)] = sizeof(Call);
+}
+
+void run_kernel(size_t index, const void* call) {
   const OpenDevice open;
   ++counts.kernels;
-  emulated[kIndex](call, stream);
+  emulated[index](call, nullptr);
 }
+
+template <size_t kIndex>
+void run_opened(const void* call, kernels::Stream) {
+  if (recording) {
+    TRIREME_CHECK(num_call_bytes[kIndex] > 0, "kernel ", kIndex, " is not known to be part of a step that is recorded");
+    std::vector<std::max_align_t> bytes(num_call_bytes[kIndex] / sizeof(std::max_align_t) + 1);
+    std::memcpy(bytes.data(), call, num_call_bytes[kIndex]);
+    recording->push_back([bytes] { run_kernel(kIndex, bytes.data()); });
+  }
+  run_kernel(kIndex, call);
+}
+
+// --- step graphs -------------------------------------------------------------------------------------------------------
+
+class RecordedStep final : public StepGraph {
+ public:
+  ~RecordedStep() override { memory().release(&pool_); }
+  // The step is done, to know its results' shapes, and undone.
+  void record(const std::function<void()>& step) override {
+    ++counts.graphs;
+    const std::string before = memory().contents();
+    memory().set_pool(&pool_);
+    recording = &work_;
+    const auto end = [&] {
+      recording = nullptr;
+      memory().set_pool(nullptr);
+      memory().restore(before);
+    };
+    try {
+      step();
+    } catch (...) {
+      end();
+      throw;
+    }
+    end();
+  }
+  void replay() override {
+    ++counts.replays;
+    for (const auto& launch : work_) launch();
+  }
+
+ private:
+  Memory::Pool pool_;
+  std::vector<std::function<void()>> work_;
+};
 
 }  // namespace
 
@@ -374,6 +519,10 @@ void offer_cuda() {
   static kernels::Kernels table;
   std::memcpy(static_cast<void*>(&table), opened, sizeof opened);
   install_nccl_of_double();
+  const kernels::Kernels& k = kernels::emulated_kernels();
+  set_call_bytes(k.decode_attention), set_call_bytes(k.rms_norm_forward), set_call_bytes(k.rope), set_call_bytes(k.glu_forward), set_call_bytes(k.embedding);
+  set_call_bytes(k.matmul), set_call_bytes(k.convert), set_call_bytes(k.lora_up), set_call_bytes(k.lora_down);
+  set_step_graphs(kType, [](at::Device) -> std::unique_ptr<StepGraph> { return std::make_unique<RecordedStep>(); });
   set_device_kind({.type = kType, .name = "cuda", .find = [] { return DeviceKind::Found{std::getenv("TRIREME_DOUBLE_DEVICES") ? std::atoi(std::getenv("TRIREME_DOUBLE_DEVICES")) : 1, ""}; }, .load = [](int index) { here = c10::Device(kType, static_cast<c10::DeviceIndex>(index)); }, .kernels = &table});
 }
 

@@ -478,18 +478,21 @@ TEST_P(FamilyTest, RecomputationChangesNoBit) {
     }
 }
 
-// In pieces of every kind: long, single tokens, past the cache's first capacity.
+// In pieces of every kind: long, single tokens, up to the cache's last row; and over again in the same memory.
 TEST_P(FamilyTest, ThroughACacheComeTheLogitsOfTheWholeForward) {
   for (at::ScalarType dtype : {at::kDouble, at::kFloat, at::kBFloat16, at::kHalf}) {
     Transformer one = model(dtype);
     const std::vector<int64_t> row = random_row(150, 1);
-    KvCache cache(one.config().num_layers);
+    KvCache cache = one.new_cache(150);
+    logits_of(one, input_of({random_row(90, 2)}), &cache);  // of another sequence, which is to be forgotten
+    cache.set_empty(true);
     std::vector<at::Tensor> parts;
+    int64_t seen = 0;
     for (int64_t n : {30, 1, 1, 69, 1, 48}) {
-      const auto from = row.begin() + cache.length();
-      parts.push_back(logits_of(one, input_of({{from, from + n}}, cache.length()), &cache));
+      parts.push_back(logits_of(one, input_of({{row.begin() + seen, row.begin() + seen + n}}, seen), &cache));
+      seen += n;
     }
-    ASSERT_EQ(cache.length(), static_cast<int64_t>(row.size()));
+    ASSERT_EQ(seen, cache.capacity());
     // Logits are of size 1 to 10 here; 16-bit roundings of two layers add up.
     const double factor = dtype == at::kBFloat16 || dtype == at::kHalf ? 8.0 : 4.0;
     EXPECT_TRUE(near(at::cat(parts), logits_of(one, input_of({row})), factor, dtype)) << dtype;

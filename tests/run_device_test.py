@@ -143,8 +143,21 @@ def test_answers_and_evaluations_are_those_of_the_cpu(work):
     assert found == pytest.approx(expected, rel=CURVE_FP32)
     rounded = json.loads(device(work, "eval", *keys, "--train.tf32=true").stdout)
     assert rounded["loss"] != pytest.approx(found["loss"], rel=1e-7) and rounded["loss"] == pytest.approx(found["loss"], rel=2e-3)
-    keys = [f"--model.path={work}/served/model", "--generate.max_tokens=12", "--generate.format=json", "What is"]
-    assert device(work, "generate", *keys).stdout == cpu(work, "generate", *keys).stdout
+    # The first token is the prompt's, the next a step that prepares; later ones are what was recorded, launched again. The second prompt
+    # is answered in the memory of the first, and with what it has recorded.
+    counts = work / "answers.json"
+    keys = [f"--model.path={work}/served/model", "--generate.max_tokens=12", "--generate.format=json", "What is", "Why do ranks row?"]
+    done = device(work, "generate", *keys, TRIREME_DOUBLE_COUNTS=counts)
+    assert done.stdout == cpu(work, "generate", *keys).stdout and "has no kernel" in done.stderr
+    found = json.loads(counts.read_text())
+    steps = sum(min(11, answer["tokens"] + (answer["finish_reason"] == "stop")) for answer in map(json.loads, done.stdout.splitlines()))  # one ahead of what is read
+    assert (found["graphs"], found["replays"]) == (1, steps - 1) and steps > 4
+    keys += ["--model.dtype=bfloat16"]
+    for more in ([], ["--generate.temperature=1"]):
+        done = device(work, "generate", *keys, *more, TRIREME_DOUBLE_COUNTS=counts)
+        assert "has no kernel" not in done.stderr and json.loads(counts.read_text())["graphs"] == 1
+        assert done.stdout == device(work, "generate", *keys, *more, "--generate.graphs=false", TRIREME_DOUBLE_COUNTS=counts).stdout
+        assert json.loads(counts.read_text())["graphs"] == 0
 
 
 def test_the_plan_holds_what_tensors_take(work):

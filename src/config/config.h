@@ -84,7 +84,7 @@ struct Config {
   } eval;
   struct {
     std::string prompt, file, format = "text", system;
-    bool chat = false, stream = true;
+    bool chat = false, stream = true, graphs = true;
     int64_t max_tokens = 128, top_k = 0;
     double temperature = 0, top_p = 1, min_p = 0, repetition_penalty = 1;
     std::vector<std::string> stop;

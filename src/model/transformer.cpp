@@ -167,15 +167,15 @@ std::vector<Linear*> Transformer::linears() {
 
 Transformer::Pass Transformer::prepare(const ModelInput& input, KvCache* cache) const {
   Pass pass;
-  pass.cu_seqlens_q = input.cu_seqlens;
-  pass.cu_seqlens_k = input.cu_seqlens;
-  if (cache) {
-    TRIREME_CHECK(input.cu_seqlens.size() == 2, input.cu_seqlens.size());
-    pass.cu_seqlens_k.back() += cache->length();
-  }
-  pass.bounds_q = bounds_of(pass.cu_seqlens_q, device_);
-  pass.bounds_k = cache ? bounds_of(pass.cu_seqlens_k, device_) : pass.bounds_q;
+  pass.cu_seqlens = input.cu_seqlens;
+  TRIREME_CHECK(!cache || input.cu_seqlens.size() == 2, input.cu_seqlens.size());
   pass.cache = cache;
+  if (cache && !cache->empty()) {
+    pass.positions_T = input.positions_T;
+    pass.lengths_B = (input.positions_T.slice(0, -1) + 1).to(at::kInt);
+  } else {
+    pass.bounds = bounds_of(input.cu_seqlens, device_);
+  }
   at::Tensor angles = input.positions_T.to(inv_freq_.scalar_type()).unsqueeze(1) * inv_freq_.unsqueeze(0);
   angles = at::cat({angles, angles}, 1);
   pass.cos_TR = angles.cos().mul_(rope_scale_);
@@ -214,14 +214,18 @@ at::Tensor Transformer::attention(const Block& b, const ArrivingRows& x_TC, cons
     q_THD = rope(q_THD, pass.cos_TR, pass.sin_TR);
     k_TKD = rope(k_TKD, pass.cos_TR, pass.sin_TR);
   }
-  if (pass.cache) std::tie(k_TKD, v_TKD) = pass.cache->append(b.index, k_TKD, v_TKD);
-  AttentionSpec spec;
-  spec.cu_seqlens_q = pass.cu_seqlens_q;
-  spec.cu_seqlens_k = pass.cu_seqlens_k;
-  spec.window = b.window;
-  spec.bounds_q = pass.bounds_q;
-  spec.bounds_k = pass.bounds_k;
-  at::Tensor out_THD = trireme::attention(q_THD, k_TKD, v_TKD, spec);
+  if (pass.cache) pass.cache->put(b.index, k_TKD, v_TKD, pass.positions_T);
+  at::Tensor out_THD;
+  if (pass.lengths_B.defined()) {
+    const KvCache::Layer& cached = pass.cache->layer(b.index);
+    out_THD = decode_attention(q_THD, cached.k_BSKD, cached.v_BSKD, pass.lengths_B, b.window);
+  } else {
+    AttentionSpec spec;
+    spec.cu_seqlens_q = spec.cu_seqlens_k = pass.cu_seqlens;
+    spec.window = b.window;
+    spec.bounds_q = spec.bounds_k = pass.bounds;
+    out_THD = trireme::attention(q_THD, k_TKD, v_TKD, spec);
+  }
   return see(b.o.path, b.o.forward(out_THD.reshape({t, -1}), pass.dropout));
 }
 
@@ -288,8 +292,20 @@ at::Tensor Transformer::run(const ModelInput& input, Pass& pass) {
 at::Tensor Transformer::forward(const ModelInput& input, KvCache* cache) {
   Pass pass = prepare(input, cache);
   at::Tensor hidden_TC = run(input, pass);
-  if (cache) cache->advance(input.tokens_T.size(0));
+  if (cache) cache->set_empty(false);
   return hidden_TC;
+}
+
+KvCache Transformer::new_cache(int64_t capacity) const {
+  std::map<int64_t, int64_t> heads;
+  for (const Block& b : blocks_) heads[b.index] = b.k.out_features() / config_.head_dim;
+  return KvCache(heads, config_.head_dim, capacity, at::TensorOptions(dtype_).device(device_));
+}
+
+int64_t Transformer::cache_bytes(int64_t capacity) const {
+  int64_t values = 0;
+  for (const Block& b : blocks_) values += (b.k.out_features() + b.v.out_features()) * capacity;
+  return values * static_cast<int64_t>(c10::elementSize(dtype_));
 }
 
 at::Tensor Transformer::logits(const at::Tensor& hidden_TC, int64_t chunk_rows) const {

@@ -80,7 +80,13 @@ class Transformer {
 
   // [T, C] after the final norm; where the head is on a later stage: after the last layer here. Dropout acts only while
   // training() is true.
+  // With a cache, of one sequence (model/kv_cache.h), without gradients: an empty one takes the keys and values of a prompt; later tokens
+  // are put where positions_T says and see all before them. Nothing of a later pass depends on numbers of the host: on a device it can be
+  // recorded (ops/step_graph.h) and launched for the next tokens.
   at::Tensor forward(const ModelInput& input, KvCache* cache = nullptr);
+  // An empty cache for up to `capacity` tokens (rows that a batch is filled up with count), for the layers and heads that are here.
+  KvCache new_cache(int64_t capacity) const;
+  int64_t cache_bytes(int64_t capacity) const;
   // fp32 (fp64 for fp64) logits of hidden states (all_rows() of them), without gradients, chunk by chunk. Stages that run forward
   // only (ModelSeams) all have them.
   at::Tensor logits(const at::Tensor& hidden_TC, int64_t chunk_rows = 512) const;
@@ -125,10 +131,11 @@ class Transformer {
   // What every block of one forward needs.
   struct Pass {
     at::Tensor cos_TR, sin_TR;
-    std::vector<int64_t> cu_seqlens_q, cu_seqlens_k;
-    at::Tensor bounds_q, bounds_k;  // the same, on the device
+    std::vector<int64_t> cu_seqlens;
+    at::Tensor bounds;  // the same, on the device
     DropoutContext dropout;
     KvCache* cache = nullptr;
+    at::Tensor positions_T, lengths_B;  // of tokens behind a cache's prompt: their places, and the number of keys with them
     std::function<void(const std::string& path, const at::Tensor& output)> observe;  // empty, or told every output
   };
   Pass prepare(const ModelInput& input, KvCache* cache) const;

@@ -86,4 +86,22 @@ at::Tensor device_attention(const at::Tensor& q_THD, const at::Tensor& k_SKD, co
   return DeviceAttention::apply(q_THD, k_SKD, v_SKD, spec, scale);
 }
 
+at::Tensor device_decode_attention(const at::Tensor& q_THD, const at::Tensor& k_BSKD, const at::Tensor& v_BSKD, const at::Tensor& lengths_B, int64_t window, double scale) {
+  const at::Tensor q = readable(q_THD), o = at::empty(q.sizes(), q.options());
+  const auto cache = [](const at::Tensor& x) { return kernels::ConstHeads{x.data_ptr(), x.stride(1), x.stride(2)}; };  // a sequence is a page
+  kernels::AttentionDecode call;
+  call.type = kernel_type(q), call.head_dim = static_cast<int>(q.size(2));
+  call.num_heads = q.size(1), call.num_key_heads = k_BSKD.size(2);
+  call.num_sequences = k_BSKD.size(0), call.num_queries = q.size(0) / k_BSKD.size(0);
+  call.scale = static_cast<float>(scale), call.window = window;
+  call.q = in(q), call.k = cache(k_BSKD), call.v = cache(v_BSKD), call.o = out(o);
+  call.k_page_stride = k_BSKD.stride(0), call.v_page_stride = v_BSKD.stride(0);
+  call.lengths = lengths_B.data_ptr<int32_t>(), call.max_length = k_BSKD.size(1);
+  call.workspace_bytes = kernels::decode_attention_workspace_bytes(call);
+  const at::Tensor workspace = at::empty({call.workspace_bytes}, q.options().dtype(at::kByte));
+  call.workspace = workspace.data_ptr();
+  kernels_of(q)->decode_attention(call, stream_of(q));
+  return o;
+}
+
 }  // namespace trireme

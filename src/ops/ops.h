@@ -47,6 +47,13 @@ at::Tensor bounds_of(const std::vector<int64_t>& cu_seqlens, at::Device device);
 at::Tensor attention(const at::Tensor& q_THD, const at::Tensor& k_SKD, const at::Tensor& v_SKD,
                      const AttentionSpec& spec);
 
+// Attention of the newest n tokens of each of B sequences over its keys and values in a static cache, without gradients. Sequence b has
+// lengths_B[b] keys, the rows 0 .. lengths - 1 of k[b] and v[b]; its n queries, the rows b n .. b n + n - 1 of q, are the last of them.
+// Causal; window, scale and groups of heads as above. lengths_B is int32 and where q is: a device's are read there alone, so that the same
+// launches serve any lengths up to S. Rows behind them may hold anything finite. q [B n, H, D], k and v [B, S, K, D], contiguous.
+at::Tensor decode_attention(const at::Tensor& q_THD, const at::Tensor& k_BSKD, const at::Tensor& v_BSKD, const at::Tensor& lengths_B,
+                            int64_t window = -1, double scale = 0.0);
+
 // x w^T (+ bias). Only the gradients that are asked for are computed; w's may wait (ops/delayed_gradients.h). `sum`, if not
 // null: of the ranks' products, [T / n, O], without bias (ops/row_exchange.h).
 at::Tensor linear(const ArrivingRows& x_TI, const at::Tensor& w_OI, const at::Tensor& bias_O, const std::shared_ptr<const RowSum>& sum);

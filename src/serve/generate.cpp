@@ -5,20 +5,9 @@
 #include <algorithm>
 
 #include "base/check.h"
-#include "tasks/task.h"
 
 namespace trireme {
 namespace {
-
-// One segment that goes on at `start`.
-ModelInput continuation(const std::vector<int64_t>& ids, int64_t start, at::Device device) {
-  ModelInput input;
-  auto n = static_cast<int64_t>(ids.size());
-  input.tokens_T = at::tensor(ids, at::kLong).to(device);
-  input.positions_T = at::arange(start, start + n, at::kLong).to(device);
-  input.cu_seqlens = {0, n};
-  return input;
-}
 
 // Bytes at the end of `text` that may be the beginning of a stop text.
 size_t held_back(const std::string& text, const std::vector<std::string>& stop) {
@@ -31,22 +20,26 @@ size_t held_back(const std::string& text, const std::vector<std::string>& stop) 
 
 }  // namespace
 
-Answer generate(Transformer& model, const Tokenizer& tokenizer, const std::vector<int64_t>& prompt, uint64_t prompt_index,
-                const GenerateOptions& options, const std::function<void(const std::string&)>& on_text) {
+Generator::Generator(Transformer& model, const Tokenizer& tokenizer, GenerateOptions options)
+    : tokenizer_(tokenizer), options_(std::move(options)), context_(model.config().max_positions),
+      decoding_(model, options_.sampling.temperature <= 0 && options_.sampling.repetition_penalty == 1, options_.graphs) {
+  for (const auto& s : options_.stop)
+    if (s.empty()) throw ConfigError("generate.stop has an empty text");
+  model.set_training(false);
+}
+
+Answer Generator::answer(const std::vector<int64_t>& prompt, uint64_t prompt_index, const std::function<void(const std::string&)>& on_text) {
+  const GenerateOptions& options = options_;
   if (prompt.empty()) throw DataError(str("prompt ", prompt_index + 1, " is empty"));
-  const int64_t context = model.config().max_positions, room = context - static_cast<int64_t>(prompt.size());
+  const int64_t room = context_ - static_cast<int64_t>(prompt.size());
   if (room < 1)
     throw DataError(str("prompt ", prompt_index + 1, " has ", prompt.size(), " tokens; the model's context (max_position_embeddings) is ",
-                        context, ", one of which the answer needs"));
-  for (const auto& s : options.stop)
-    if (s.empty()) throw ConfigError("generate.stop has an empty text");
-  at::NoGradGuard no_grad;
-  model.set_training(false);
-  KvCache cache(model.config().num_layers);
-  StreamDecoder decoder(tokenizer, true);
+                        context_, ", one of which the answer needs"));
+  const int64_t max_tokens = std::min(options.max_tokens, room);
+  StreamDecoder decoder(tokenizer_, true);
   Answer answer;
   answer.finish_reason = "length";
-  std::vector<int64_t> seen = prompt, next = prompt;
+  std::vector<int64_t> seen = prompt;
   size_t emitted = 0;
   auto emit = [&](size_t up_to) {
     if (on_text && up_to > emitted) on_text(answer.text.substr(emitted, up_to - emitted));
@@ -62,21 +55,15 @@ Answer generate(Transformer& model, const Tokenizer& tokenizer, const std::vecto
     return true;
   };
   bool stop = false;
-  while (!stop && static_cast<int64_t>(answer.ids.size()) < std::min(options.max_tokens, room)) {
-    // No token sees the ones behind it: a prompt is filled up with any, which are forgotten again.
-    const auto own = static_cast<int64_t>(next.size()), multiple = own > 1 ? row_multiple(model) : model.seams().row_multiple;
-    next.resize(static_cast<size_t>((own + multiple - 1) / multiple * multiple), next.back());
-    at::Tensor hidden = model.all_rows(model.forward(continuation(next, cache.length(), model.device()), &cache));
-    cache.forget_last(hidden.size(0) - own);
-    at::Tensor logits = model.logits(hidden.narrow(0, own - 1, 1)).view({-1}).cpu();
-    int64_t id = sample(logits, seen, options.sampling, prompt_index, answer.ids.size());
+  decoding_.begin(prompt, max_tokens);
+  while (!stop && static_cast<int64_t>(answer.ids.size()) < max_tokens) {
+    const int64_t id = decoding_.next([&](const at::Tensor& logits_V) { return sample(logits_V, seen, options.sampling, prompt_index, answer.ids.size()); });
     if (std::find(options.end_ids.begin(), options.end_ids.end(), id) != options.end_ids.end()) {
       answer.finish_reason = "stop";
       break;
     }
     answer.ids.push_back(id);
     seen.push_back(id);
-    next = {id};
     answer.text += decoder.push(id);
     stop = stopped();
     emit(answer.text.size() - (stop ? 0 : held_back(answer.text, options.stop)));
@@ -87,6 +74,11 @@ Answer generate(Transformer& model, const Tokenizer& tokenizer, const std::vecto
   }
   emit(answer.text.size());
   return answer;
+}
+
+Answer generate(Transformer& model, const Tokenizer& tokenizer, const std::vector<int64_t>& prompt, uint64_t prompt_index,
+                const GenerateOptions& options, const std::function<void(const std::string&)>& on_text) {
+  return Generator(model, tokenizer, options).answer(prompt, prompt_index, on_text);
 }
 
 }  // namespace trireme

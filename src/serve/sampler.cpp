@@ -6,10 +6,11 @@
 #include <cmath>
 #include <numeric>
 
-#include "base/check.h"
 #include "base/random.h"
 
 namespace trireme {
+
+DataError not_finite() { return DataError("the model's output is not finite: its weights are damaged, or model.dtype is too narrow for them"); }
 
 Candidates candidates(const at::Tensor& logits_V, const std::vector<int64_t>& seen, const SamplingOptions& options) {
   at::Tensor copy = logits_V.to(at::kFloat, /*non_blocking=*/false, /*copy=*/true).contiguous();
@@ -24,8 +25,7 @@ Candidates candidates(const at::Tensor& logits_V, const std::vector<int64_t>& se
   }
   bool broken = std::any_of(logit, logit + v, [](float x) { return std::isnan(x); });
   const float largest = broken ? 0 : *std::max_element(logit, logit + v);
-  if (broken || !std::isfinite(largest))
-    throw DataError("the model's output is not finite: its weights are damaged, or model.dtype is too narrow for them");
+  if (broken || !std::isfinite(largest)) throw not_finite();
   if (options.temperature <= 0) return {{std::max_element(logit, logit + v) - logit}, {1.0}};
 
   std::vector<int64_t> ids(static_cast<size_t>(v));

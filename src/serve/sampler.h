@@ -1,6 +1,7 @@
 // The next token from logits.
 #pragma once
 
+#include "base/check.h"
 #include "base/tensor.h"
 
 namespace trireme {
@@ -24,6 +25,9 @@ struct Candidates {
 // logits_V: fp32 [V]. `seen`: ids of prompt and answer so far. As Hugging Face, in its order: penalty, temperature, top-k,
 // top-p, min-p, each on the probabilities of what the one before left. DataError: a logit is not a number, or none is finite.
 Candidates candidates(const at::Tensor& logits_V, const std::vector<int64_t>& seen, const SamplingOptions& options);
+
+// What is said of such logits.
+DataError not_finite();
 
 // One of the candidates. The random number is a function of (seed, prompt, position).
 int64_t sample(const at::Tensor& logits_V, const std::vector<int64_t>& seen, const SamplingOptions& options, uint64_t prompt,
