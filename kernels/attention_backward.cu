@@ -6,24 +6,12 @@
 //               stay in the registers of the warps, each with 16 keys; grad_q is added to memory in fp32, or left to QuerySide
 //   QuerySide   a block has a tile of queries and goes over the keys that they see: grad_q in a fixed order
 //   Rounding    grad_q from the sums in fp32
+#include "kernels/attention_backward.h"
 #include "kernels/attention_tile.h"
 
 namespace trireme::kernels::TRIREME_ARCH {
 namespace attention {
 namespace {
-
-struct BackwardParams {
-  Plan plan;
-  ConstHeads q, k, v, o, grad_o;
-  Heads grad_q, grad_k, grad_v;
-  const float* lse;  // [H, T]
-  float* delta;      // [H, T]
-  float* sums;       // [T, H, D] in the order of place_of_column; null: grad_q is QuerySide's
-};
-
-// In `sums` the columns of a row lie so that a lane's 4 results of 16 columns are neighbours: column 16 b + 8 e + 2 t +
-// f is at place 16 b + 4 t + 2 e + f.
-ARCH_FN int place_of_column(int c) { return c / 16 * 16 + c % 8 / 2 * 4 + c % 16 / 8 * 2 + c % 2; }
 
 // A row of D elements is read by kLanes lanes, 8 each.
 template <int D>
@@ -347,11 +335,13 @@ void attention_backward(const AttentionBackward& call, Stream stream) {
     p.plan = plan(s, s.num_queries, Query::kQueries, s.num_heads, group);
     const arch::Index3 row_blocks = blocks_of(s.num_queries * s.num_heads, RowLanes<dim>::kRows);
     if (s.num_queries > 0) arch::launch<Deltas<T, dim>>(row_blocks, 0, stream, p);
-    launch(Key{}, s.num_keys, Key::kKeys, s.num_key_heads, 1);
-    if (call.deterministic)
-      launch(Query{}, s.num_queries, Query::kQueries, s.num_heads, group);
-    else if (s.num_queries > 0)
-      arch::launch<Rounding<T, dim>>(row_blocks, 0, stream, p);
+    if (is_for_hopper(s, {call.q, call.k, call.v, call.grad_o})) {
+      add_gradients_on_hopper(s, p, stream);
+    } else {
+      launch(Key{}, s.num_keys, Key::kKeys, s.num_key_heads, 1);
+      if (call.deterministic) launch(Query{}, s.num_queries, Query::kQueries, s.num_heads, group);
+    }
+    if (!call.deterministic && s.num_queries > 0) arch::launch<Rounding<T, dim>>(row_blocks, 0, stream, p);
   });
 }
 

@@ -135,10 +135,7 @@ struct HopperForward {
       multiply_values(num_tiles - 1);
       arch::group_wait<0>(out, probability);
     } else {
-      ARCH_UNROLL
-      for (auto& columns : out)
-        ARCH_UNROLL
-        for (float& x : columns) x = 0;
+      set_zero(out);
     }
 
     float inverse[2];

@@ -74,6 +74,14 @@ struct HopperTile {
       arch::store(at(row + lane / 4 + 8, 8 * n) + 2 * (lane % 4), arch::pack<T>(x[n][2] * high, x[n][3] * high));
     }
   }
+  // Such rows that were rounded to left factors, as a factor of products.
+  ARCH_FN void put_left(int row, const uint32_t (&x)[D / 16][4]) const {
+    const int lane = arch::recomputed(arch::lane_index());  // the addresses would not fit in registers across a loop
+    ARCH_UNROLL
+    for (int k = 0; k < D / 16; ++k)
+      ARCH_UNROLL
+      for (int i = 0; i < 4; ++i) arch::store_shared(reinterpret_cast<uint32_t*>(at(row + lane / 4 + i % 2 * 8, 16 * k + i / 2 * 8) + 2 * (lane % 4)), x[k][i]);
+  }
   // 16 rows from `row` on to rows to[0 .. count), by one warp.
   ARCH_FN void write_rows(int row, T* to, int64_t stride, int count) const {
     constexpr int kPieces = D / 8;
@@ -90,6 +98,14 @@ template <typename T, int kN>
 ARCH_FN void as_left(uint32_t (&a)[kN / 2][4], const float (&x)[kN][4]) {
   ARCH_UNROLL
   for (int k = 0; k < kN / 2; ++k) as_left<T>(a[k], x[2 * k], x[2 * k + 1]);
+}
+
+template <int kN>
+ARCH_FN void set_zero(float (&x)[kN][4]) {
+  ARCH_UNROLL
+  for (auto& columns : x)
+    ARCH_UNROLL
+    for (float& value : columns) value = 0;
 }
 
 template <typename T>

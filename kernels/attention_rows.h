@@ -149,9 +149,6 @@ ARCH_FN void hide_scores_of_keys(float (&score)[1][kN][4], int key, int num_keys
   }
 }
 
-// The base-2 exponent to subtract, so that p = 2^(score - it): a query that is not there, or sees nothing, gets p = 0.
-ARCH_FN float exponent(float lse) { return lse == -kInfinity ? kInfinity : lse * kLog2E; }
-
 // --- softmax -----------------------------------------------------------------------------------------------------------
 // Rows of thread: m, half -> 16 m + 8 half + lane / 4 of its warp's.
 

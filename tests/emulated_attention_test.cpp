@@ -400,12 +400,15 @@ void expect_neighbours_unseen(int dim, bool causal) {
       std::fill(all->begin() + 150 * width, all->end(), value);
     }
     Device d(c, y);
-    d.forward(), d.backward(true);
     std::vector<uint16_t> own;
-    for (const Tensor* all : {&d.o, &d.grad_q, &d.grad_k, &d.grad_v}) {
-      const std::vector<uint16_t> bits = all->bits();
-      const auto width = static_cast<int64_t>(bits.size()) / 163;
-      own.insert(own.end(), bits.begin() + 9 * width, bits.begin() + 150 * width);
+    d.forward();
+    for (bool deterministic : {true, false}) {  // two tiles of keys: the order of sums does not matter
+      d.backward(deterministic);
+      for (const Tensor* all : {&d.o, &d.grad_q, &d.grad_k, &d.grad_v}) {
+        const std::vector<uint16_t> bits = all->bits();
+        const auto width = static_cast<int64_t>(bits.size()) / 163;
+        own.insert(own.end(), bits.begin() + 9 * width, bits.begin() + 150 * width);
+      }
     }
     return own;
   };
@@ -597,26 +600,39 @@ TEST_F(EmulatedAttention, EveryBarrierAndEveryWaitIsNeeded) {
     }
 }
 
+// Tiles go around their places; there are two of keys, so that the order of sums does not matter.
 TEST_F(EmulatedHopperAttention, EveryBarrierAndEveryWaitIsNeeded) {
-  Case c = make_case(Type::kBFloat16, 64, 1, 1, {0, 70}, {0, 384}, -1, false);  // tiles go around their places
-  Device d(c, make_inputs(c));
-  emulated::set_seed(9);
-  d.forward();
-  EXPECT_EQ(leave_out_each("barrier", Pass::kForward, d), 1);
-  EXPECT_GT(leave_out_each("barrier_wait", Pass::kForward, d), 5);
-  EXPECT_EQ(leave_out_each("group_wait", Pass::kForward, d), 6);
+  struct {
+    Pass pass;
+    int dim, queries, keys, barriers, group_waits;
+  } const all[] = {{Pass::kForward, 64, 70, 384, 1, 6}, {Pass::kBackward, 128, 192, 256, 4, 7}, {Pass::kDeterministicBackward, 128, 128, 256, 1, 8}};
+  for (const auto& one : all) {
+    Case c = make_case(Type::kBFloat16, one.dim, 1, 1, {0, one.queries}, {0, one.keys}, -1, false);
+    Device d(c, make_inputs(c));
+    emulated::set_seed(9);
+    d.forward();
+    EXPECT_EQ(leave_out_each("barrier", one.pass, d), one.barriers);
+    EXPECT_GT(leave_out_each("barrier_wait", one.pass, d), 3);
+    EXPECT_EQ(leave_out_each("group_wait", one.pass, d, one.group_waits), one.group_waits);  // those before a place is filled again
+  }
 }
 
 TEST_F(EmulatedHopperAttention, EveryPartOfClearingIsNeeded) {
-  Case c = make_case(Type::kBFloat16, 64, 1, 1, {0, 70, 70}, {0, 100, 101}, -1, false);
-  Inputs x = make_inputs(c);
-  std::fill(x.v.end() - 64, x.v.end(), NAN);  // of the other segment
-  Device d(c, x);
-  emulated::set_seed(9);
-  d.forward();
-  EXPECT_EQ(leave_out_each("barrier", Pass::kForward, d), 2);
-  EXPECT_EQ(leave_out_each("barrier_wait", Pass::kForward, d, 3), 3);
-  EXPECT_EQ(leave_out_each("async_fence", Pass::kForward, d), 1);
+  struct {
+    Pass pass;
+    int barriers, waits, fences;
+  } const all[] = {{Pass::kForward, 2, 3, 1}, {Pass::kBackward, 5, 3, 4}, {Pass::kDeterministicBackward, 3, 2, 2}};
+  for (const auto& one : all) {
+    Case c = make_case(Type::kBFloat16, 128, 1, 1, {0, 70, 71}, {0, 100, 101}, -1, false);
+    Inputs x = make_inputs(c);
+    for (Doubles* all : {&x.q, &x.k, &x.v, &x.grad_o}) std::fill(all->end() - c.spec.head_dim, all->end(), NAN);  // of the other segment
+    Device d(c, x);
+    emulated::set_seed(9);
+    d.forward();
+    EXPECT_EQ(leave_out_each("barrier", one.pass, d), one.barriers);
+    EXPECT_EQ(leave_out_each("barrier_wait", one.pass, d, one.waits), one.waits);  // before the tile is waited for once more
+    EXPECT_EQ(leave_out_each("async_fence", one.pass, d), one.fences);
+  }
 }
 
 // A row more than there are: the page behind the keys is touched.
