@@ -88,8 +88,13 @@ ExitStatus verb_eval(const Config& config, const CommandLine& line, const Proces
       if (process.rank() == 0) log_info(str("evaluation data: ", dataset->counts().text()));
       model = build_model(config, source, weight_dtype(config, source), false, device, false, cut);
     });
-    metrics = evaluate(*model, *task, dataset, config.eval.micro_batch_size, comms.data, adding,
-                       [&](const auto& part) { agree_on(world, part); });
+    const auto together = [&](const std::function<void()>& part) {
+      agree_on(world, [&] {
+        name_out_of_memory(device, [&] { return bytes_of(model->parameters()); },
+                           "Lower eval.micro_batch_size or data.max_length, set model.dtype=bfloat16, or share the model out: parallel.tensor", part);
+      });
+    };
+    metrics = evaluate(*model, *task, dataset, config.eval.micro_batch_size, comms.data, adding, together);
   }
   if (process.rank() == 0) {
     Json out;

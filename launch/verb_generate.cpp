@@ -161,7 +161,8 @@ void answer_prompts(const Config& config, const CommandLine& line, const Process
     if (!any && !g.file.empty()) throw DataError(str(g.file, " holds no prompt: one a line is expected"));
   };
   try {
-    answer_all();
+    name_out_of_memory(model->device(), [&] { return bytes_of(model->parameters()); },
+                       "Lower generate.max_tokens, shorten the prompt, set model.dtype=bfloat16, or share the model out: parallel.tensor", answer_all);
   } catch (const AgreedError&) {
     throw;
   } catch (const Error& error) {

@@ -171,7 +171,8 @@ struct Allocator final : c10::DeviceAllocator {
   void resetAccumulatedStats(c10::DeviceIndex) override {}
   void resetPeakStats(c10::DeviceIndex) override { memory().reset_peak(); }
   std::pair<size_t, size_t> getMemoryInfo(c10::DeviceIndex) override {
-    return {static_cast<size_t>(memory().limit) - memory().used(), static_cast<size_t>(memory().limit)};
+    const char* said = std::getenv("TRIREME_DOUBLE_SAYS_FREE");  // as if others took the rest later
+    return {said ? std::strtoull(said, nullptr, 10) : static_cast<size_t>(memory().limit) - memory().used(), static_cast<size_t>(memory().limit)};
   }
 };
 

@@ -4,10 +4,11 @@ import json
 import os
 import pathlib
 import re
+import subprocess
 
 import pytest
 import torch
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 
 from bounds import CURVE_BF16, CURVE_FP16, CURVE_FP32
 from program import BINARY, SOURCE, end_of, environment, override, run, start
@@ -174,6 +175,34 @@ def test_the_plan_holds_what_tensors_take(work):
 def test_memory_that_does_not_suffice_is_said_before_the_first_step_or_with_names(work):
     done = device(work, "train", *keys_of(work, "small"), status=2, TRIREME_DOUBLE_BYTES=str(1 << 20))
     assert re.search(r"needs about .* of its device's memory .*which has 1.00 MiB free: lower train.micro_batch_size", done.stderr), done.stderr
+    scarce = dict(TRIREME_DOUBLE_SAYS_FREE=str(1 << 30), TRIREME_DOUBLE_BYTES=str(int(2.5 * 2**20)))
+    done = device(work, "train", *keys_of(work, "scarce", "--train.dtype=bfloat16", "--lora.rank=2"), status=1, **scarce)
+    names = r"activations \(as planned\) 0.58 MiB, model.embed_tokens.weight 0.28 MiB, lm_head.weight 0.28 MiB, .* Lower train.micro_batch_size .*train.recompute=full"
+    assert re.search(r"is out of memory \(the double is out of memory: asked for 33554432 bytes\), with 1.* MiB of tensors at most; the largest: " + names, done.stderr), done.stderr
+    cpu(work, "train", *keys_of(work, "to_serve", "--train.steps=1"))
+    keys = [f"--model.path={work}/to_serve/model"]
+    for verb, more, advice in (("eval", [f"--data.eval={QUICKSTART}/eval.jsonl:6"], "Lower eval.micro_batch_size"), ("generate", ["What is"], "Lower generate.max_tokens")):
+        done = device(work, verb, *keys, *more, status=1, **scarce)
+        assert re.search(r"out of memory .*; the largest: model.embed_tokens.weight 0.56 MiB, .*\. " + advice, done.stderr), done.stderr
+
+
+def test_a_gradient_that_is_not_finite_is_found_in_its_own_step(work):
+    """The loss is finite, and so is all of the step after it: one token's row of the head meets a norm's weight in the first alone."""
+    rows = [letters * 4 for letters in ("a b", "c d", "a b", "e z", "a b", "c d", "a b", "c d", "a b", "c d", "a b", "c d")]
+    (work / "few.jsonl").write_text("".join(json.dumps({"text": row}) + "\n" for row in rows))
+    said = subprocess.run([BINARY, "tokenize", f"--model.path={QUICKSTART}/model", "--tokenize.special=false"], input="".join(json.dumps(row) + "\n" for row in rows),
+                          text=True, capture_output=True, env=environment(work)).stdout
+    ids = [json.loads(line)["ids"] for line in said.splitlines()]
+    token = next(token for token in ids[3][1:] if not any(token in others for others in ids[:3] + ids[4:]))
+    cpu(work, "train", *keys_of(work, "source", "--train.steps=1", "--train.dtype=float32"))
+    weights = load_file(work / "source/model/model.safetensors")
+    weights["model.embed_tokens.weight"][:, 3] = -5  # so that every state has about -11 there, behind its norm
+    weights["model.norm.weight"][3] = 1.77e-38
+    weights["lm_head.weight"][token, 3] = 3e38       # logit -60
+    save_file(weights, work / "source/model/model.safetensors", metadata={"format": "pt"})
+    done = device(work, "train", *override(keys_of(work, "gradient", "--train.dtype=float32"), [f"--model.path={work}/source/model", "--model.config=", "--model.tokenizer=",
+                  f"--data.train={work}/few.jsonl", "--task.kind=pretrain", "--data.shuffle=false", "--eval.every=0", "--data.eval="]), status=1)
+    assert "step 1: the loss or its gradient is not finite; it appeared first in the gradient of model.norm.weight: 1 of 128 values" in done.stderr, done.stderr
 
 
 @pytest.mark.parametrize("keys, ranks", [(["--train.dtype=bfloat16"], 2), (["--train.dtype=float32", "--parallel.zero=3"], 2), (["--train.dtype=float32", "--lora.rank=4", "--parallel.tensor=2"], 2),

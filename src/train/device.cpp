@@ -80,19 +80,26 @@ std::string kernel_gaps(const ModelConfig& model, at::ScalarType dtype) {
              "scores are computed instead, in float32, with more time and memory than planned");
 }
 
-std::string out_of_memory_text(const c10::OutOfMemoryError& error, at::Device device, const std::vector<std::pair<std::string, uint64_t>>& tensors) {
+std::vector<NamedBytes> bytes_of(const std::vector<Parameter>& parameters) {
+  std::vector<NamedBytes> all;
+  for (const Parameter& p : parameters) all.emplace_back(p.name, p.value.nbytes());
+  return all;
+}
+
+void name_out_of_memory(at::Device device, const std::function<std::vector<NamedBytes>()>& held, const std::string& advice,
+                        const std::function<void()>& part) try {
+  part();
+} catch (const c10::OutOfMemoryError& error) {
   constexpr size_t kShown = 5;
-  auto largest = tensors;
+  auto largest = held();
   std::stable_sort(largest.begin(), largest.end(), [](const auto& x, const auto& y) { return x.second > y.second; });
   largest.resize(std::min(largest.size(), kShown));
   std::string names;
   for (const auto& [name, bytes] : largest) names += str(names.empty() ? "" : ", ", name, " ", bytes_text(static_cast<double>(bytes)));
   std::string asked = error.what_without_backtrace();
   asked.resize(std::min(asked.find('\n'), asked.size()));
-  return str(device.str(), " is out of memory (", asked, "), with ", bytes_text(static_cast<double>(peak_bytes(device))), " of tensors at most",
-             names.empty() ? "" : str("; the largest that stay: ", names),
-             ". Lower train.micro_batch_size (and raise train.accumulation), data.max_length or lora.rank, set train.recompute=full, train.offload_activations=true, "
-             "optim.offload=true or train.dtype=bfloat16, or share the model out: parallel.zero, parallel.tensor, parallel.pipeline");
+  throw SystemError(str(device.str(), " is out of memory (", asked, "), with ", bytes_text(static_cast<double>(peak_bytes(device))), " of tensors at most",
+                        names.empty() ? "" : str("; the largest: ", names), ". ", advice));
 }
 
 uint64_t peak_bytes(at::Device device) {

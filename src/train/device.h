@@ -2,6 +2,7 @@
 // ranks of its host.
 #pragma once
 
+#include "base/parameter.h"
 #include "base/tensor.h"
 
 #include "comm/process.h"
@@ -43,8 +44,13 @@ void check_dtype(at::ScalarType dtype, at::Device device);
 // What the kernels of a device do not serve of a model, and what computes it instead; "" where they serve all. ConfigError where nothing does.
 std::string kernel_gaps(const ModelConfig& model, at::ScalarType dtype);
 
-// What to say where memory is out: of `error` the first sentence, the largest of what is there, and the keys to change.
-std::string out_of_memory_text(const c10::OutOfMemoryError& error, at::Device device, const std::vector<std::pair<std::string, uint64_t>>& tensors);
+using NamedBytes = std::pair<std::string, uint64_t>;
+std::vector<NamedBytes> bytes_of(const std::vector<Parameter>& parameters);
+
+// Does `part`. SystemError where the device's memory does not suffice for it: with the largest of what `held` names (in bytes), and
+// `advice`, the keys to change.
+void name_out_of_memory(at::Device device, const std::function<std::vector<NamedBytes>()>& held, const std::string& advice,
+                        const std::function<void()>& part);
 
 // Of tensors, at most so far; of the CPU all that this process holds.
 uint64_t peak_bytes(at::Device device);

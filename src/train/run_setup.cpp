@@ -157,6 +157,7 @@ void TrainingRun::say_plan() {
   }
   planned.device = only_asks_ ? planned_device(config_) : device_.type();
   const Plan plan = make_plan(config_, source_.config, dtype_, mesh_, planned);
+  planned_activations_ = plan.largest().activations;
   log_info(plan.text());
   if (!device_.is_cpu() && rank0())
     if (const std::string gaps = kernel_gaps(source_.config, dtype_); !gaps.empty()) log_warn(gaps);

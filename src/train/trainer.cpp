@@ -19,14 +19,15 @@ TrainingRun::TrainingRun(const Config& config, const CommandLine& line, const Pr
 }
 
 void TrainingRun::or_out_of_memory(const std::function<void()>& part) const {
-  try {
-    part();
-  } catch (const c10::OutOfMemoryError& error) {
-    std::vector<std::pair<std::string, uint64_t>> tensors;
-    if (worker_)
-      for (const NamedTensor& tensor : worker_->tensors()) tensors.emplace_back(tensor.name, tensor.value.nbytes());
-    throw SystemError(out_of_memory_text(error, device_, tensors));
-  }
+  const auto held = [&] {
+    std::vector<NamedBytes> all = worker_ ? worker_->held() : std::vector<NamedBytes>();
+    all.emplace_back("activations (as planned)", planned_activations_);
+    return all;
+  };
+  name_out_of_memory(device_, held,
+                     "Lower train.micro_batch_size (and raise train.accumulation), data.max_length or lora.rank, set train.recompute=full, train.offload_activations=true, "
+                     "optim.offload=true or train.dtype=bfloat16, or share the model out: parallel.zero, parallel.tensor, parallel.pipeline",
+                     part);
 }
 
 void TrainingRun::agree_on_memory(const std::function<void()>& part) const {

@@ -101,6 +101,7 @@ class TrainingRun {
   Stages stages_;
   Clock::time_point loop_started_, reported_;  // the last step
   int64_t first_step_ = 0;  // done before loop()
+  uint64_t planned_activations_ = 0;  // bytes
   int64_t total_steps_ = 0, eval_every_ = 0, save_every_ = 0;
   TrainState state_;
   std::optional<CheckpointStore> store_;

@@ -185,15 +185,15 @@ bool Worker::reads_late(int64_t step) const {
   return !device().is_cpu() && chunks_[0]->dtype() != at::kHalf && !config_.optim.offload && (step > 1 || config_.train.gradients.empty());
 }
 
-// A step's loss and norm on their way to the host, and what is needed to say where they went wrong.
+// A step's loss and norm on their way to the host, and where its rows are, to compute it again and say where it went wrong.
 struct LateNumbers {
   int64_t step;
-  std::vector<ModelInput> inputs;
+  DataPosition rows;
   at::Tensor values;  // {loss, norm}, fp64, on the host
   c10::Event arrived;
 };
 
-void Worker::update_late(StepResult& out, const Sums& mine, int64_t step, std::vector<ModelInput> inputs) {
+void Worker::update_late(StepResult& out, const Sums& mine, int64_t step) {
   const auto options = at::TensorOptions().dtype(at::kDouble).device(device());
   const double learnt = static_cast<double>(out.learnt);
   const bool counts = comms_.coords.tensor == 0 && has_head() && mine.loss.defined();
@@ -201,6 +201,7 @@ void Worker::update_late(StepResult& out, const Sums& mine, int64_t step, std::v
   comms_.world.all_reduce(loss);
   if (!norm_) norm_.emplace(device());
   reducer_->measure(*norm_);
+  norm_->squares.add_(loss * 0);  // a loss that is not finite holds the update as a gradient does
   norm_->clip(config_.train.max_grad_norm, 1.0 / (learnt * loss_scale_.value));
   out.learning_rate = schedule_(step);
   optimizer_->step(out.learning_rate, norm_->factor);
@@ -208,7 +209,7 @@ void Worker::update_late(StepResult& out, const Sums& mine, int64_t step, std::v
   values.copy_(at::stack({loss, norm_->norm.to(at::kDouble)}), /*non_blocking=*/true);
   c10::Event arrived(device().type());
   arrived.record(c10::impl::VirtualGuardImpl(device().type()).getStream(device()));
-  out.late.reset(new LateNumbers{step, std::move(inputs), std::move(values), std::move(arrived)});
+  out.late.reset(new LateNumbers{step, loader_.state(), std::move(values), std::move(arrived)});
 }
 
 void Worker::complete(StepResult& result) {
@@ -217,7 +218,13 @@ void Worker::complete(StepResult& result) {
   late->arrived.synchronize();
   result.loss = late->values[0].item<double>();
   result.grad_norm = late->values[1].item<double>();
-  if (!std::isfinite(result.loss) || !std::isfinite(result.grad_norm)) report_nonfinite(late->step, late->inputs);
+  if (std::isfinite(result.loss) && std::isfinite(result.grad_norm)) return;
+  // A later step's gradients have taken the place of this one's, whose weights are still the same.
+  loader_.set_state(late->rows);
+  std::vector<ModelInput> inputs;
+  comms_.pipeline.size() > 1 ? accumulate_in_pipeline(inputs) : accumulate(inputs);
+  reducer_->finish([&](bool some) { return comms_.world.max(some ? 1.0 : 0.0) > 0; });
+  report_nonfinite(late->step, inputs);
 }
 
 StepResult Worker::run(int64_t step, bool stop, bool save_ready) {
@@ -253,7 +260,7 @@ StepResult Worker::run(int64_t step, bool stop, bool save_ready) {
     out.loss_scale = loss_scale_.value;
     if (late) {
       Span span(TimeKind::kOptimizer, "update");
-      update_late(out, mine, step, std::move(inputs));
+      update_late(out, mine, step);
       break;
     }
     out.loss = sums[0] / sums[1];
@@ -341,6 +348,15 @@ std::vector<NamedTensor> Worker::weights() const {
   for (const auto& part : reducer_->parts())
     for (auto& piece : rectangles("model/" + part.name, flat_weight(part), part.weight.sizes(), part.shard, part.begin, part.end))
       out.push_back(std::move(piece));
+  return out;
+}
+
+std::vector<NamedBytes> Worker::held() const {
+  std::vector<NamedBytes> out = bytes_of(parameters());
+  uint64_t gradients = 0;
+  for (const GradientPart& part : reducer_->parts()) gradients += part.gradient.nbytes();
+  for (const auto& state : optimizer_->state()) out.emplace_back(str("optimizer/", state.kind, "/", reducer_->parts()[state.tensor].name), state.value.nbytes());
+  out.emplace_back("all gradients", gradients);
   return out;
 }
 

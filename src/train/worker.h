@@ -12,6 +12,7 @@
 #include "parallel/sharded_weights.h"
 #include "tasks/task.h"
 #include "train/build.h"
+#include "train/device.h"
 #include "train/traffic.h"
 
 namespace trireme {
@@ -47,6 +48,8 @@ class Worker {
 
   // Everything a checkpoint holds: trained weights and optimizer state, under global names.
   std::vector<NamedTensor> tensors() const;
+  // Of what stays on this rank from step to step: weights, gradients and optimizer state, by name.
+  std::vector<NamedBytes> held() const;
   // The trained weights alone, under the same names.
   std::vector<NamedTensor> weights() const;
   // Collective: SystemError where ranks that hold the same differ. Under ZeRO-3 none do.
@@ -84,7 +87,7 @@ class Worker {
   bool has_head() const;  // computes losses
   bool reads_late(int64_t step) const;
   void update(StepResult& out, int64_t step);
-  void update_late(StepResult& out, const Sums& mine, int64_t step, std::vector<ModelInput> inputs);
+  void update_late(StepResult& out, const Sums& mine, int64_t step);
   at::Device device() const { return chunks_[0]->device(); }
   [[noreturn]] void report_nonfinite(int64_t step, const std::vector<ModelInput>& inputs);
   void write_gradients(const std::string& path) const;
