@@ -172,6 +172,22 @@ def test_the_plan_holds_what_tensors_take(work):
     device(work, "train", *keys_of(work, "fits", *keys), TRIREME_DOUBLE_BYTES=str(int(planned) + 10000))  # rounded as it is said
 
 
+def test_what_leaves_the_device_is_not_on_it(work):
+    """Of eight blocks all inputs but those of two, beside what they are there."""
+    (work / "deep.json").write_text(json.dumps(SHAPE | dict(num_hidden_layers=8)))
+    keys = ["--train.dtype=bfloat16", "--lora.rank=2", "--train.recompute=full", "--train.micro_batch_size=4", "--train.accumulation=1", "--train.steps=1", "--eval.every=0",
+            "--data.eval=", "--data.packing=true"]
+    peaks, planned = {}, {}
+    for offload in ("false", "true"):
+        counts = work / "peak.json"
+        done = device(work, "train", *keys_of(work, f"away_{offload}", *keys, f"--train.offload_activations={offload}", model="deep"), TRIREME_DOUBLE_COUNTS=counts)
+        peaks[offload] = json.loads(counts.read_text())["peak_bytes"]
+        planned[offload] = float(re.search(r"activations at most ([0-9.]+) MiB", done.stderr)[1]) * 2**20
+    row = 4 * 32 * 128 * 2
+    assert peaks["false"] - peaks["true"] >= 5 * row, peaks
+    assert planned["false"] - planned["true"] == pytest.approx(6 * row, rel=0.05)
+
+
 def test_memory_that_does_not_suffice_is_said_before_the_first_step_or_with_names(work):
     done = device(work, "train", *keys_of(work, "small"), status=2, TRIREME_DOUBLE_BYTES=str(1 << 20))
     assert re.search(r"needs about .* of its device's memory .*which has 1.00 MiB free: lower train.micro_batch_size", done.stderr), done.stderr

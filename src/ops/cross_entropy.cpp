@@ -126,11 +126,12 @@ Computed run(const at::Tensor& hidden_TC, const at::Tensor& head_VC, const Rows&
   Computed out;
   if (want_hidden)
     out.grad_hidden_TC = count == hidden_TC.size(0) ? at::empty_like(hidden_TC) : at::zeros_like(hidden_TC);
-  // Sums of chunks are kept in fp32; one chunk needs no second buffer.
+  const kernels::Kernels* k = kernels_of(hidden_TC);
+  // Sums of chunks are kept in fp32; one chunk needs no second buffer. A device's products add to the gradient itself, in fp32 but
+  // for one more rounding a chunk: it has few, and no memory for a copy twice as large.
   const bool several = count > chunk_rows;
   if (want_head && (several || count == 0))
-    out.grad_head_VC = at::zeros({vocabulary, size}, head_VC.options().dtype(compute_dtype(dtype)));
-  const kernels::Kernels* k = kernels_of(hidden_TC);
+    out.grad_head_VC = at::zeros({vocabulary, size}, head_VC.options().dtype(k ? dtype : compute_dtype(dtype)));
   const at::Tensor learnt = to_device(rows.index, hidden_TC.device()), targets = to_device(rows.target, hidden_TC.device());
   const at::Tensor losses = at::empty({count}, hidden_TC.options().dtype(k ? at::kFloat : at::kDouble)), correct = at::empty({count}, losses.options().dtype(at::kByte));
   const int64_t most_rows = padded_rows(std::min(count, chunk_rows));
@@ -168,7 +169,7 @@ Computed run(const at::Tensor& hidden_TC, const at::Tensor& head_VC, const Rows&
       if (!several)
         out.grad_head_VC = product(logits.t(), hidden);
       else if (k)
-        product(logits.t(), hidden, out.grad_head_VC, {.add = true});
+        product(logits.t(), hidden, out.grad_head_VC, {.add = begin > 0});
       else
         out.grad_head_VC.add_(product(logits.t(), hidden));
     }
@@ -233,10 +234,11 @@ struct LinearCrossEntropy : Function<LinearCrossEntropy> {
 }  // namespace
 
 // Logits of about 32 MB: large enough for the matrix products, small enough for the caches. A trained head is read and
-// written once a chunk, so its chunks are larger. The products of a device want a thousand rows and more.
+// written once a chunk, so its chunks are larger. The products of a device want a thousand rows and more: in 400 MB, as many as
+// possible.
 int64_t cross_entropy_chunk_rows(int64_t vocabulary, at::ScalarType dtype, bool trains, at::DeviceType device) {
   const int64_t row_bytes = std::max<int64_t>(1, vocabulary * static_cast<int64_t>(c10::elementSize(dtype)));
-  if (device != at::kCPU) return std::clamp<int64_t>((256ll << 20) / row_bytes / 64, 1, 64) * 64;
+  if (device != at::kCPU) return std::clamp<int64_t>((400ll << 20) / row_bytes / 128, 1, 64) * 128;
   return std::clamp<int64_t>((trains ? 128ll << 20 : 32ll << 20) / row_bytes / 64, 1, 32) * 64;
 }
 
@@ -250,6 +252,10 @@ LossSum linear_cross_entropy(const at::Tensor& hidden_TC, const at::Tensor& head
   const Rows rows = learnt_rows(targets_T, vocabulary);
   const bool want_hidden = wants_gradient(hidden_TC), want_head = wants_gradient(head_VC);
   if (chunk_rows <= 0) chunk_rows = cross_entropy_chunk_rows(vocabulary, head_VC.scalar_type(), want_head, head_VC.device().type());
+  if (const auto count = static_cast<int64_t>(rows.index.size()); count > chunk_rows && !head_VC.is_cpu()) {  // chunks of a size, in whole tiles
+    const int64_t num_chunks = (count + chunk_rows - 1) / chunk_rows;
+    chunk_rows = std::min(chunk_rows, ((count + num_chunks - 1) / num_chunks + 127) / 128 * 128);
+  }
   Computed computed = run(hidden_TC.detach().contiguous(), head_VC.detach(), rows, chunk_rows, want_hidden, want_head,
                           gradient_scale, part);
   LossSum result;

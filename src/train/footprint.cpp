@@ -107,12 +107,13 @@ ChunkBytes bytes_of(const Transformer& chunk, const ModelConfig& c, const Sizes&
   const int64_t chunk_rows = cross_entropy_chunk_rows(c.vocab_size, chunk.dtype(), trains, s.device), rows = std::min(learnt, chunk_rows);
   const int64_t padded = rows <= 64 ? rows : (rows + 63) / 64 * 64;
   const int64_t logits = padded * ((vocabulary + 63) / 64 * 64) * s.element, gathered = padded * c.hidden_size * s.element;
-  const int64_t sum = whole * (learnt > chunk_rows ? s.wide : s.element), part = learnt > chunk_rows ? whole * s.element : 0;
+  const bool copies_sum = learnt > chunk_rows && s.device == at::kCPU;  // a device adds to the gradient itself
+  const int64_t sum = whole * (copies_sum ? s.wide : s.element), part = copies_sum ? whole * s.element : 0;
   const int64_t copies = s.shared() ? rows * vocabulary * s.wide : 0;
   bytes.blocks.kept += row + s.rows * s.wide;  // the final norm's input
   bytes.loss_kept = all + sum;
   bytes.loss_forward = row + (s.shared() ? all : 0) + logits + 2 * gathered + bytes.loss_kept + std::max(part, copies);
-  bytes.loss_backward = bytes.loss_kept + std::max(all, whole * s.element);
+  bytes.loss_backward = bytes.loss_kept + (s.device == at::kCPU ? std::max(all, whole * s.element) : 0);  // a device scales in place
   bytes.through = c.tie_embeddings && chunk.has_embedding() ? whole * s.element : 0;
   return bytes;
 }
