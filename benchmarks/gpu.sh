@@ -22,6 +22,7 @@ racecheck            540 device_kernels_test
 synccheck            300 device_kernels_test
 attention_128        240 bench_gpu_kernels
 attention_64         240 bench_gpu_kernels
+attention_sm80       480 bench_gpu_kernels
 attention_packed      60 bench_gpu_kernels
 memory               120 bench_gpu_kernels
 linear_cross_entropy  60 bench_gpu_kernels

@@ -1,5 +1,6 @@
 // Times Trireme's kernels beside torch's and the card's own speed, in one process:  bench_gpu_kernels STAGE [--dry-run] [LENGTHS]
-// Prints rows as benchmarks/table.py reads them. STAGE: attention_128, attention_64, attention_packed, memory, linear_cross_entropy.
+// Prints rows as benchmarks/table.py reads them. STAGE: attention_128, attention_64, attention_sm80 (both by
+// the kernels for any card, on a card that has its own), attention_packed, memory, linear_cross_entropy.
 // --dry-run: tiny shapes over the emulated kernels on the CPU, by the wall clock: shows that this runs, and no speed. LENGTHS: a file of
 // sequence lengths. Times are medians of CUDA events, of random data, with a cold L2: 256 MB are written before each call.
 #include "tests/attention_beside_torch.h"
@@ -13,6 +14,7 @@
 #include <iostream>
 #include <nlohmann/json.hpp>
 
+#include "kernels/architecture.h"
 #include "ops/ops.h"
 
 namespace trireme {
@@ -52,6 +54,7 @@ class Bench {
   const at::Device device;
   const kernels::Kernels& k;
   const at::TensorOptions wide, narrow;
+  std::string attention = "attention";  // as rows name it
   Json rows = Json::array();
 
  private:
@@ -88,7 +91,7 @@ void attention_rows(Bench& b, const std::vector<int64_t>& lengths, int64_t heads
   test::KernelAttention ours(b.k, in, false), repeatable(b.k, in, true);
   const double ours_forward = forward / b.milliseconds([&] { ours.forward(); }), ours_backward = backward / b.milliseconds([&] { ours.backward(); });
   repeatable.forward();
-  const std::string head = str("attention, head dim ", head_dim, causal ? ", causal, " : ", full, ");
+  const std::string head = str(b.attention, ", head dim ", head_dim, causal ? ", causal, " : ", full, ");
   b.row(head + "backward, deterministic", shape, "TFLOP/s", backward / b.milliseconds([&] { repeatable.backward(); }), 0, "", {});
   struct Other {
     test::TorchBackend backend;
@@ -235,11 +238,15 @@ int main_of(const std::vector<std::string>& words) {
   Bench b(dry);
   if (stage == "attention_128") attention(b, 128);
   else if (stage == "attention_64") attention(b, 64);
-  else if (stage == "attention_packed") attention_packed(b, file);
+  else if (stage == "attention_sm80") {
+    dry ? kernels::emulated::set_architecture(80) : kernels::cuda::set_architecture(80);
+    b.attention = "attention of sm_80";
+    for (int64_t head_dim : {128, 64}) attention(b, head_dim);
+  } else if (stage == "attention_packed") attention_packed(b, file);
   else if (stage == "memory") memory(b);
   else if (stage == "linear_cross_entropy") linear_cross_entropy_rows(b);
   else {
-    std::cerr << "bench_gpu_kernels: no stage '" << stage << "'; there are attention_128, attention_64, attention_packed, memory and linear_cross_entropy\n";
+    std::cerr << "bench_gpu_kernels: no stage '" << stage << "'; there are attention_128, attention_64, attention_sm80, attention_packed, memory and linear_cross_entropy\n";
     return 2;
   }
   std::cout << b.rows.dump(1) << std::endl;

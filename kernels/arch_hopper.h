@@ -23,6 +23,8 @@
 //                                          16 * warp + lane / 4 + 8h and column 8n + 2 * (lane % 4) + e, as mma has
 //   group_commit(), group_wait<N>(x ...)   until at most N groups are under way; x, the registers of d and a of the others, are
 //                                          neither read nor written before
+// settle(x)                              x, which is never negative, and all that it is made of are computed before a group_wait that
+//                                          follows, and not while nothing is under way any more, as the compiler likes to
 // registers_up<N>(), registers_down<N>(): registers of a thread from here on (setmaxnreg).
 #pragma once
 

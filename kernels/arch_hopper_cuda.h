@@ -22,17 +22,23 @@ ARCH_FN void barrier_wait(uint64_t* b, int parity) {
 struct TensorMap {
   CUtensorMap map;
 };
+inline auto tensor_map_encoder() {
+  static const auto encode = [] {
+    void* found = nullptr;
+    cudaDriverEntryPointQueryResult result;
+    check(cudaGetDriverEntryPointByVersion("cuTensorMapEncodeTiled", &found, 12000, cudaEnableDefault, &result), "cudaGetDriverEntryPointByVersion");
+    if (result != cudaDriverEntryPointSuccess) throw std::runtime_error("the driver has no cuTensorMapEncodeTiled; it has to be of CUDA 12 or later");
+    return reinterpret_cast<decltype(&cuTensorMapEncodeTiled)>(found);
+  }();
+  return encode;
+}
 template <typename T>
 TensorMap make_tile_map(const T* base, int64_t rows, int64_t heads, int64_t columns, int64_t row_stride, int64_t head_stride, int tile_rows) {
-  void* encode = nullptr;
-  cudaDriverEntryPointQueryResult found;
-  check(cudaGetDriverEntryPointByVersion("cuTensorMapEncodeTiled", &encode, 12000, cudaEnableDefault, &found), "cudaGetDriverEntryPointByVersion");
-  if (found != cudaDriverEntryPointSuccess) throw std::runtime_error("the driver has no cuTensorMapEncodeTiled; it has to be of CUDA 12 or later");
   TensorMap out;
   const cuuint64_t sizes[] = {static_cast<cuuint64_t>(columns), static_cast<cuuint64_t>(heads), static_cast<cuuint64_t>(rows)};
   const cuuint64_t strides[] = {static_cast<cuuint64_t>(head_stride) * sizeof(T), static_cast<cuuint64_t>(row_stride) * sizeof(T)};
   const cuuint32_t box[] = {64, 1, static_cast<cuuint32_t>(tile_rows)}, steps[] = {1, 1, 1};
-  const auto error = reinterpret_cast<decltype(&cuTensorMapEncodeTiled)>(encode)(
+  const auto error = tensor_map_encoder()(
       &out.map, std::is_same_v<T, bf16> ? CU_TENSOR_MAP_DATA_TYPE_BFLOAT16 : CU_TENSOR_MAP_DATA_TYPE_FLOAT16, 3, const_cast<T*>(base), sizes, strides, box, steps,
       CU_TENSOR_MAP_INTERLEAVE_NONE, CU_TENSOR_MAP_SWIZZLE_128B, CU_TENSOR_MAP_L2_PROMOTION_L2_256B, CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE);
   if (error != CUDA_SUCCESS) throw std::runtime_error("cuTensorMapEncodeTiled: error " + std::to_string(error));
@@ -134,6 +140,9 @@ ARCH_FN void group_wait(X&... x) {
   asm volatile("wgmma.wait_group.sync.aligned %0;" ::"n"(kGroups) : "memory");
   (pin(x), ...);
 }
+
+// The store never happens, but stands before the waits, which no store passes.
+ARCH_FN void settle(float x) { asm volatile("{\n.reg .pred p;\nsetp.lt.f32 p, %0, 0f00000000;\n@p st.shared.f32 [%1], %0;\n}" ::"f"(x), "r"(0) : "memory"); }
 
 template <int kRegisters>
 ARCH_FN void registers_up() {

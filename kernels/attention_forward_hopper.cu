@@ -124,6 +124,7 @@ struct HopperForward {
       arch::group_wait<1>(score[0]);
       keys_pipe.release(i);
       take_softmax(i);
+      arch::settle(sum[0][0]), arch::settle(sum[0][1]);
       arch::group_wait<0>(out, probability);
       values_pipe.release(i - 1);
       rescale(out, correction);

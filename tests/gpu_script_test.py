@@ -32,7 +32,7 @@ def before():
 
 def test_every_benchmark_of_kernels_runs(tmp_path):
     kept = before()
-    stages = ["kernels", "attention_exact", "memcheck", "attention_64", "attention_packed", "memory", "linear_cross_entropy"]
+    stages = ["kernels", "attention_exact", "memcheck", "attention_64", "attention_sm80", "attention_packed", "memory", "linear_cross_entropy"]
     words = [word for stage in stages for word in ("--only", stage)] + ["--dry-run", "--results", tmp_path]
     done = gpu(*words)
     assert done.returncode == 0, done.stdout + done.stderr
@@ -40,6 +40,8 @@ def test_every_benchmark_of_kernels_runs(tmp_path):
     attention = rows_of(tmp_path, "attention_64")
     assert {row["what"] for row in attention} == {f"attention, head dim 64, {mask}, {way}" for mask in ("causal", "full")
                                                   for way in ("forward", "backward", "backward, deterministic")}
+    assert {row["what"] for row in rows_of(tmp_path, "attention_sm80")} == {f"attention of sm_80, head dim {dim}, {mask}, {way}" for dim in (128, 64)
+                                                                            for mask in ("causal", "full") for way in ("forward", "backward", "backward, deterministic")}
     assert all(row["trireme"] > 0 and (row["baseline"] is None or row["ratio"] == pytest.approx(row["trireme"] / row["baseline"])) for row in attention)
     judged = {row["what"]: row["target"] for row in rows_of(tmp_path, "memory") if row["target"]}
     for what in ("RMSNorm", "SwiGLU", "rotary"):

@@ -78,6 +78,9 @@ template <int kGroups, typename... X>
 void group_wait(X&...) {
   wait_for_products(kGroups);
 }
+inline void settle(float x) {
+  if (x < 0) fault("settles what is negative");
+}
 template <int kRegisters>
 void registers_up() {
   static_assert(kRegisters % 8 == 0 && kRegisters >= 24 && kRegisters <= 256);
