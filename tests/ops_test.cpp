@@ -9,7 +9,10 @@
 #include "base/check.h"
 #include "base/random.h"
 #include "ops/attention_bf16.h"
+#include "ops/dropout_mask.h"
+#include "ops/float8.h"
 #include "ops/loops.h"
+#include "ops/product.h"
 #include "support.h"
 
 namespace trireme {
@@ -90,6 +93,20 @@ TEST(RmsNorm, AddsTheResidual) {
         },
         {random({9, 37}), random({9, 37}), random({37})}, 4);
   }
+}
+
+TEST(RmsNorm, TakesAStridedWeight) {
+  const at::Tensor x = random({5, 24}).to(at::kFloat), column = random({24, 3}).to(at::kFloat).select(1, 1);
+  auto run_with = [&](const at::Tensor& weight) {
+    at::Tensor leaf = weight.detach().requires_grad_();
+    auto [sum, y] = add_rms_norm(x, x, leaf, 1e-5);
+    at::Tensor all = at::stack({rms_norm(x, leaf, 1e-5), y});
+    torch::autograd::backward({all.sum()}, {});
+    return std::pair(all, leaf.grad());
+  };
+  const auto strided = run_with(column), dense = run_with(column.contiguous());
+  EXPECT_TRUE(same_bits(strided.first, dense.first));
+  EXPECT_TRUE(same_bits(strided.second, dense.second));
 }
 
 TEST(RmsNorm, WeightGradientDoesNotDependOnThreads) {
@@ -371,6 +388,70 @@ TEST(LinearCrossEntropy, LargeLogitsAndBadTargets) {
 }
 
 // Central differences of the whole chain in fp64: independent of every formula above.
+// Every tensor that an operation is given beside its first: on another device, or of another dtype.
+TEST(Ops, RefuseMixedDevicesAndDtypes) {
+  const at::Tensor x_TC = at::ones({4, 8}), w_C = at::ones({8}), w_OC = at::ones({6, 8}), bias_O = at::ones({6}), a_RC = at::ones({2, 8}), b_OR = at::ones({6, 2}), x_TR = at::ones({4, 2}),
+                   table = at::ones({4, 2}), heads = at::ones({4, 2, 8}), ids = at::zeros({4}, at::kLong), bounds = at::tensor(std::vector<int64_t>{0, 4}).to(at::kInt);
+  AttentionSpec spec{{0, 4}, {0, 4}};
+  const DropoutKey key{0.5, 1, 2, ids, 0};
+  const DropoutMask mask(key);
+  const at::Tensor codes = at::zeros({8, 8}, at::kByte), scale = at::ones({1});
+  struct Case {
+    std::string of, name, first;
+    at::Tensor good;
+    std::function<void(const at::Tensor& t)> call;
+  };
+  const std::vector<Case> cases = {
+      {"rms_norm", "weight", "x", w_C, [&](auto& t) { rms_norm(x_TC, t, 1e-5); }},
+      {"add_rms_norm", "residual", "x", x_TC, [&](auto& t) { add_rms_norm(x_TC, t, w_C, 1e-5); }},
+      {"add_rms_norm", "weight", "x", w_C, [&](auto& t) { add_rms_norm(x_TC, x_TC, t, 1e-5); }},
+      {"rope", "cos", "x", table, [&](auto& t) { rope(heads, t, table); }},
+      {"rope", "sin", "x", table, [&](auto& t) { rope(heads, table, t); }},
+      {"swiglu", "up", "gate", x_TC, [&](auto& t) { swiglu(x_TC, t); }},
+      {"attention", "k", "q", heads, [&](auto& t) { attention(heads, t, heads, spec); }},
+      {"attention", "v", "q", heads, [&](auto& t) { attention(heads, heads, t, spec); }},
+      {"attention", "bounds_q", "q", bounds, [&](auto& t) { attention(heads, heads, heads, {{0, 4}, {0, 4}, -1, 0.0, true, t, bounds}); }},
+      {"attention", "bounds_k", "q", bounds, [&](auto& t) { attention(heads, heads, heads, {{0, 4}, {0, 4}, -1, 0.0, true, bounds, t}); }},
+      {"linear", "weight", "x", w_OC, [&](auto& t) { trireme::linear(x_TC, t); }},
+      {"linear", "bias", "x", bias_O, [&](auto& t) { trireme::linear(x_TC, w_OC, t); }},
+      {"lora_linear", "weight", "x", w_OC, [&](auto& t) { lora_linear(x_TC, t, {}, a_RC, b_OR, 1.0); }},
+      {"lora_linear", "bias", "x", bias_O, [&](auto& t) { lora_linear(x_TC, w_OC, t, a_RC, b_OR, 1.0); }},
+      {"lora_linear", "A", "x", a_RC, [&](auto& t) { lora_linear(x_TC, w_OC, {}, t, b_OR, 1.0); }},
+      {"lora_linear", "B", "x", b_OR, [&](auto& t) { lora_linear(x_TC, w_OC, {}, a_RC, t, 1.0); }},
+      {"dropout", "row ids", "x", ids, [&](auto& t) { trireme::dropout(x_TC, {0.5, 1, 2, t, 0}); }},
+      {"DropoutMask::down", "A", "x", a_RC, [&](auto& t) { mask.down(x_TC, t); }},
+      {"DropoutMask::add_up", "A", "x", a_RC, [&](auto& t) { at::Tensor y = at::zeros({4, 8}); mask.add_up(x_TR, t, y); }},
+      {"DropoutMask::add_up", "y", "x", x_TC.clone(), [&](auto& t) { at::Tensor y = t; mask.add_up(x_TR, a_RC, y); }},
+      {"DropoutMask::gradient", "grad", "x", x_TR, [&](auto& t) { mask.gradient(t, x_TC); }},
+      {"embedding", "ids", "weight", ids, [&](auto& t) { trireme::embedding(w_OC, t); }},
+      {"linear_cross_entropy", "head", "hidden", w_OC, [&](auto& t) { linear_cross_entropy(x_TC, t, ids); }},
+      {"product", "b", "a", w_OC, [&](auto& t) { product(x_TC, t.t()); }},
+      {"product", "y", "a", at::ones({4, 6}), [&](auto& t) { at::Tensor y = t; product(x_TC, w_OC.t(), y); }},
+      {"product", "bias", "y", bias_O, [&](auto& t) { at::Tensor y = at::empty({4, 6}); product(x_TC, w_OC.t(), y, {.bias_N = t}); }}};
+  for (const Case& c : cases) {
+    c.call(c.good);
+    for (const at::Tensor& bad : {c.good.to(at::kMeta), c.good.to(c.good.is_floating_point() ? at::kHalf : at::kShort)}) {
+      const auto text = [](const at::Tensor& t) { return str(c10::toString(t.scalar_type()), " on ", t.device().str()); };
+      const std::string expected = str(c.of, ": ", c.name, " is ", text(bad), ", but with ", c.first, ", which is Float on cpu, it has to be ", text(c.good), ": bring it there with to()");
+      try {
+        c.call(bad);
+        ADD_FAILURE() << expected;
+      } catch (const InternalError& error) {
+        EXPECT_EQ(error.what(), expected);
+      }
+    }
+  }
+  // What lies behind is a device's alone.
+  const at::Tensor x = x_TC.to(at::kHalf);
+  for (const auto& bad : {Float8Weight{codes.to(at::kMeta), codes, scale}, {codes, codes.to(at::kShort), scale}, {codes, codes, scale.to(at::kHalf)}})
+    try {
+      float8_linear(x, bad);
+      ADD_FAILURE();
+    } catch (const InternalError& error) {
+      EXPECT_TRUE(std::string(error.what()).starts_with("float8_linear: ")) << error.what();
+    }
+}
+
 TEST(Ops, FiniteDifferences) {
   at::Tensor cos = random({6, 8}), sin = random({6, 8});
   at::Tensor targets = at::tensor(std::vector<int64_t>{3, -100, 1, 0, 8, 2});

@@ -120,7 +120,14 @@ TEST(AdamW, CountsBytesAndRefusesOtherShapes) {
   for (const auto& state : optimizer.state()) bytes += state.value.nbytes();
   EXPECT_EQ(bytes, 10 * AdamW::state_bytes_per_element(at::kBFloat16));
   EXPECT_THROW(AdamW({{"w", weight, at::zeros({9}), 0.0}}, {}), InternalError);
-  EXPECT_THROW(AdamW({{"w", weight, grad.to(at::kBFloat16), 0.0}}, {}), InternalError);
+  for (const at::Tensor& bad : {grad.to(at::kBFloat16), grad.to(at::kMeta)})
+    try {
+      AdamW({{"w", weight, bad, 0.0}}, {});
+      ADD_FAILURE() << bad.toString();
+    } catch (const InternalError& error) {
+      EXPECT_EQ(error.what(), str("AdamW of w: gradient is ", c10::toString(bad.scalar_type()), " on ", bad.device().str(),
+                                  ", but with weight, which is BFloat16 on cpu, it has to be Float on cpu: bring it there with to()"));
+    }
 }
 
 // Sizes around a piece and two, more tensors than buffers, of unlike dtypes; state passes from one kind to the other.

@@ -244,8 +244,8 @@ int64_t cross_entropy_chunk_rows(int64_t vocabulary, at::ScalarType dtype, bool 
 
 LossSum linear_cross_entropy(const at::Tensor& hidden_TC, const at::Tensor& head_VC, const at::Tensor& targets_T,
                              int64_t chunk_rows, double gradient_scale, const VocabularyPart* part) {
-  TRIREME_CHECK(hidden_TC.dim() == 2 && head_VC.dim() == 2 && hidden_TC.size(1) == head_VC.size(1) &&
-                    hidden_TC.scalar_type() == head_VC.scalar_type() && targets_T.dim() == 1 &&
+  check_alike("linear_cross_entropy", {"hidden", hidden_TC}, {{"head", head_VC}});
+  TRIREME_CHECK(hidden_TC.dim() == 2 && head_VC.dim() == 2 && hidden_TC.size(1) == head_VC.size(1) && targets_T.dim() == 1 &&
                     targets_T.size(0) == hidden_TC.size(0) && targets_T.scalar_type() == at::kLong && targets_T.is_cpu(),
                 hidden_TC.sizes(), head_VC.sizes(), targets_T.sizes(), targets_T.device().str());
   const int64_t vocabulary = part ? part->num_ids : head_VC.size(0);

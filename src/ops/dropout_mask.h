@@ -27,6 +27,16 @@ class DropoutMask {
   DropoutBits bits_;
 };
 
+// Of an adapter whose inputs x [T, width] begin at feature first_feature: whether a device's kernels multiply by mask(x) without
+// writing it. If not, the words for it, which the first such product on a device logs where they have not been said before.
+struct LoraDropoutShape {
+  at::ScalarType dtype;
+  int64_t rank, width, first_feature;
+};
+bool has_lora_dropout_kernels(const LoraDropoutShape& x);
+std::string lora_dropout_gap(const LoraDropoutShape& x);
+void set_lora_dropout_gap_said();
+
 struct KeptMask : torch::CustomClassHolder {
   explicit KeptMask(const DropoutMask& m) : mask(m) {}
   DropoutMask mask;

@@ -112,8 +112,8 @@ DropoutMask::DropoutMask(const DropoutKey& key) : key_(key) {
 
 at::Tensor DropoutMask::row_ids(const at::Tensor& x_TC) const {
   const at::Tensor& ids = key_.row_ids_T;
-  TRIREME_CHECK(ids.defined() && ids.numel() == x_TC.size(0) && ids.scalar_type() == at::kLong, "dropout needs one int64 row id for each of ", x_TC.size(0), " rows");
-  TRIREME_CHECK(ids.device() == x_TC.device(), "row ids are on ", ids.device().str(), ", the values on ", x_TC.device().str());
+  TRIREME_CHECK(ids.defined() && ids.numel() == x_TC.size(0), "dropout needs one row id for each of ", x_TC.size(0), " rows");
+  check_alike("dropout", {"x", x_TC}, {{"row ids", ids}}, at::kLong);
   return ids.contiguous();
 }
 
@@ -142,11 +142,10 @@ at::Tensor DropoutMask::apply(const at::Tensor& x_TC) const {
 void DropoutMask::add_to(const at::Tensor& x_TC, const at::Tensor& y_TC) const { run(x_TC, y_TC, true); }
 
 at::Tensor rope(const at::Tensor& x_THD, const at::Tensor& cos_TR, const at::Tensor& sin_TR) {
-  const auto table = compute_dtype(x_THD.scalar_type());
+  check_alike("rope", {"x", x_THD}, {{"cos", cos_TR}, {"sin", sin_TR}}, compute_dtype(x_THD.scalar_type()));
   TRIREME_CHECK(x_THD.dim() == 3 && cos_TR.dim() == 2 && cos_TR.sizes() == sin_TR.sizes() &&
-                    cos_TR.size(0) == x_THD.size(0) && cos_TR.size(1) <= x_THD.size(2) && cos_TR.size(1) % 2 == 0 &&
-                    cos_TR.scalar_type() == table && sin_TR.scalar_type() == table,
-                x_THD.sizes(), cos_TR.sizes(), sin_TR.sizes(), cos_TR.scalar_type());
+                    cos_TR.size(0) == x_THD.size(0) && cos_TR.size(1) <= x_THD.size(2) && cos_TR.size(1) % 2 == 0,
+                x_THD.sizes(), cos_TR.sizes(), sin_TR.sizes());
   at::Tensor cos = cos_TR.contiguous(), sin = sin_TR.contiguous();
   at::Tensor y = Rope::apply(x_THD, cos, sin);
   if (selective_recompute()) {
@@ -157,8 +156,8 @@ at::Tensor rope(const at::Tensor& x_THD, const at::Tensor& cos_TR, const at::Ten
 }
 
 at::Tensor swiglu(const at::Tensor& gate_TF, const at::Tensor& up_TF) {
-  TRIREME_CHECK(gate_TF.sizes() == up_TF.sizes() && gate_TF.scalar_type() == up_TF.scalar_type(), gate_TF.sizes(),
-                up_TF.sizes());
+  check_alike("swiglu", {"gate", gate_TF}, {{"up", up_TF}});
+  TRIREME_CHECK(gate_TF.sizes() == up_TF.sizes(), gate_TF.sizes(), up_TF.sizes());
   at::Tensor y = Swiglu::apply(gate_TF, up_TF);
   if (selective_recompute())
     register_recipe(

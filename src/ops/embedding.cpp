@@ -74,8 +74,8 @@ struct Embedding : Function<Embedding> {
 }  // namespace
 
 at::Tensor embedding(const at::Tensor& w_VC, const at::Tensor& ids_T) {
-  TRIREME_CHECK(w_VC.dim() == 2 && ids_T.dim() == 1 && ids_T.scalar_type() == at::kLong && ids_T.device() == w_VC.device(), w_VC.sizes(), ids_T.sizes(),
-                ids_T.device().str(), w_VC.device().str());
+  check_alike("embedding", {"weight", w_VC}, {{"ids", ids_T}}, at::kLong);
+  TRIREME_CHECK(w_VC.dim() == 2 && ids_T.dim() == 1, w_VC.sizes(), ids_T.sizes());
   return Embedding::apply(w_VC, ids_T.contiguous());
 }
 

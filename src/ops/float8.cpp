@@ -2,6 +2,7 @@
 
 #include "base/check.h"
 #include "ops/device.h"
+#include "ops/op_support.h"
 #include "ops/product.h"
 
 namespace trireme {
@@ -65,6 +66,9 @@ Float8Weight float8_weight(const at::Tensor& w_OI) {
 }
 
 at::Tensor float8_linear(const at::Tensor& x_TI, const Float8Weight& w, const at::Tensor& bias_O) {
+  check_alike("float8_linear", {"x", x_TI}, {{"weight", w.w_OI}, {"transposed weight", w.w_IO}}, at::kByte);
+  check_alike("float8_linear", {"x", x_TI}, {{"scale", w.scale}}, at::kFloat);
+  check_alike("float8_linear", {"x", x_TI}, {{"bias", bias_O}});
   TRIREME_CHECK(x_TI.dim() == 2 && x_TI.size(1) == w.w_OI.size(1), x_TI.sizes(), w.w_OI.sizes());
   return Float8Linear::apply(x_TI, w, bias_O.defined() ? std::optional(bias_O) : std::nullopt);
 }

@@ -173,6 +173,7 @@ struct LoraLinear : Function<LoraLinear> {
 
 at::Tensor linear(const ArrivingRows& rows, const at::Tensor& w_OI, const at::Tensor& bias_O, const std::shared_ptr<const RowSum>& sum) {
   const at::Tensor& x_TI = rows.promised();
+  check_alike("linear", {"x", x_TI}, {{"weight", w_OI}, {"bias", bias_O}});
   TRIREME_CHECK(x_TI.dim() == 2 && w_OI.dim() == 2 && x_TI.size(1) == w_OI.size(1), x_TI.sizes(), w_OI.sizes());
   TRIREME_CHECK(!sum || !bias_O.defined(), "a bias would be added once a rank");
   return LinearFunction::apply(x_TI, w_OI, optional(bias_O), wants_gradient(w_OI), rows, sum);
@@ -181,6 +182,7 @@ at::Tensor linear(const ArrivingRows& rows, const at::Tensor& w_OI, const at::Te
 at::Tensor lora_linear(const ArrivingRows& rows, const at::Tensor& w_OI, const at::Tensor& bias_O, const at::Tensor& a_RI,
                        const at::Tensor& b_OR, double scale, const DropoutKey& key, const std::shared_ptr<const RowSum>& sum) {
   const at::Tensor& x_TI = rows.promised();
+  check_alike("lora_linear", {"x", x_TI}, {{"weight", w_OI}, {"bias", bias_O}, {"A", a_RI}, {"B", b_OR}});
   TRIREME_CHECK(x_TI.dim() == 2 && w_OI.dim() == 2 && x_TI.size(1) == w_OI.size(1) && a_RI.size(1) == w_OI.size(1) &&
                     b_OR.size(0) == w_OI.size(0) && a_RI.size(0) == b_OR.size(1),
                 x_TI.sizes(), w_OI.sizes(), a_RI.sizes(), b_OR.sizes());

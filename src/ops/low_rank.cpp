@@ -1,10 +1,11 @@
 // The products of an adapter, whose wide side has dropout: a device's kernels drop as they multiply; elsewhere a dropped copy is
 // written first.
-#include <mutex>
+#include <atomic>
 
 #include "base/log.h"
 #include "ops/device.h"
 #include "ops/dropout_mask.h"
+#include "ops/op_support.h"
 #include "ops/product.h"
 
 namespace trireme {
@@ -13,24 +14,33 @@ namespace {
 bool is_aligned(const at::Tensor& x) { return x.is_contiguous() && reinterpret_cast<uintptr_t>(data_of(x)) % 16 == 0; }
 at::Tensor aligned(const at::Tensor& x) { return is_aligned(x) ? x : x.clone(at::MemoryFormat::Contiguous); }
 
+std::atomic<bool> gap_is_said = false;
+
 // Null: these are not for the kernels.
 const kernels::Kernels* kernels_for(const at::Tensor& wide_TC, int64_t rank, int64_t first_feature) {
   const kernels::Kernels* k = kernels_of(wide_TC);
   if (!k || !k->lora_down) return nullptr;
-  if (wide_TC.element_size() == 2 && rank <= 256 && wide_TC.size(1) % 8 == 0 && first_feature % 8 == 0) return k;
-  static std::once_flag once;
-  if (!wide_TC.is_cpu())
-    std::call_once(once, [&] {
-      log_warn(str("LoRA with dropout writes dropped copies of its inputs, which takes time and memory: the kernels that need none are for bf16 and fp16, ranks up to 256 and "
-                   "widths in multiples of 8, not for ",
-                   wide_TC.scalar_type(), ", rank ", rank, ", width ", wide_TC.size(1)));
-    });
+  const LoraDropoutShape shape{wide_TC.scalar_type(), rank, wide_TC.size(1), first_feature};
+  if (has_lora_dropout_kernels(shape)) return k;
+  if (!wide_TC.is_cpu() && !gap_is_said.exchange(true)) log_warn(lora_dropout_gap(shape));
   return nullptr;
 }
 
 }  // namespace
 
+bool has_lora_dropout_kernels(const LoraDropoutShape& x) {
+  return c10::isReducedFloatingType(x.dtype) && x.rank <= 256 && x.width % 8 == 0 && x.first_feature % 8 == 0;
+}
+
+std::string lora_dropout_gap(const LoraDropoutShape& x) {
+  return str("LoRA with dropout writes dropped copies of its inputs, which takes time and memory and rounds them: the kernels that need none are for bfloat16 and float16, ranks up to "
+             "256 and features in eights, not for ", x.dtype == at::kFloat ? "float32" : x.dtype == at::kHalf ? "float16" : "bfloat16", ", rank ", x.rank, ", features ", x.first_feature, " to ", x.first_feature + x.width);
+}
+
+void set_lora_dropout_gap_said() { gap_is_said = true; }
+
 at::Tensor DropoutMask::down(const at::Tensor& x_TC, const at::Tensor& a_RC) const {
+  check_alike("DropoutMask::down", {"x", x_TC}, {{"A", a_RC}});
   const kernels::Kernels* k = kernels_for(x_TC, a_RC.size(0), key_.first_feature);
   if (!k) return product(apply(x_TC.contiguous()), a_RC.t());
   const at::Tensor x = aligned(x_TC), a = aligned(a_RC), ids = row_ids(x);
@@ -40,6 +50,7 @@ at::Tensor DropoutMask::down(const at::Tensor& x_TC, const at::Tensor& a_RC) con
 }
 
 void DropoutMask::add_up(const at::Tensor& x_TR, const at::Tensor& a_RC, at::Tensor& y_TC) const {
+  check_alike("DropoutMask::add_up", {"x", x_TR}, {{"A", a_RC}, {"y", y_TC}});
   if (!active()) return product(x_TR, a_RC, y_TC, {.add = true});
   const kernels::Kernels* k = is_aligned(y_TC) ? kernels_for(y_TC, a_RC.size(0), key_.first_feature) : nullptr;
   if (!k) return add_to(product(x_TR, a_RC), y_TC);
@@ -48,6 +59,7 @@ void DropoutMask::add_up(const at::Tensor& x_TR, const at::Tensor& a_RC, at::Ten
 }
 
 at::Tensor DropoutMask::gradient(const at::Tensor& grad_TR, const at::Tensor& x_TC) const {
+  check_alike("DropoutMask::gradient", {"x", x_TC}, {{"grad", grad_TR}});
   const kernels::Kernels* k = active() ? kernels_for(x_TC, grad_TR.size(1), key_.first_feature) : nullptr;
   if (!k) return product(grad_TR.t(), active() ? apply(x_TC.contiguous()) : x_TC);
   const at::Tensor x = aligned(x_TC), grad = grad_TR.contiguous(), ids = row_ids(x);

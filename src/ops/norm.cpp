@@ -77,9 +77,7 @@ std::pair<at::Tensor, at::Tensor> run_rms_norm_backward(const at::Tensor& grad_y
 }
 
 void check_norm(const at::Tensor& x, const at::Tensor& weight_C) {
-  TRIREME_CHECK(
-      x.dim() > 0 && weight_C.dim() == 1 && x.size(-1) == weight_C.size(0) && x.scalar_type() == weight_C.scalar_type(),
-      x.sizes(), x.scalar_type(), weight_C.sizes(), weight_C.scalar_type());
+  TRIREME_CHECK(x.dim() > 0 && weight_C.dim() == 1 && x.size(-1) == weight_C.size(0), x.sizes(), weight_C.sizes());
 }
 
 struct RmsNorm : Function<RmsNorm> {
@@ -146,8 +144,10 @@ at::Tensor sum_rows(const at::Tensor& x_TC) {
   return sum;
 }
 
-at::Tensor rms_norm(const at::Tensor& x, const at::Tensor& weight_C, double eps) {
-  check_norm(x, weight_C);
+at::Tensor rms_norm(const at::Tensor& x, const at::Tensor& any_weight_C, double eps) {
+  check_alike("rms_norm", {"x", x}, {{"weight", any_weight_C}});
+  check_norm(x, any_weight_C);
+  const at::Tensor weight_C = any_weight_C.contiguous();
   at::Tensor y = RmsNorm::apply(x, weight_C, eps);
   if (selective_recompute()) {
     auto kept = std::make_shared<Kept>(x);
@@ -159,10 +159,11 @@ at::Tensor rms_norm(const at::Tensor& x, const at::Tensor& weight_C, double eps)
 }
 
 std::pair<at::Tensor, at::Tensor> add_rms_norm(const at::Tensor& x, const at::Tensor& residual,
-                                               const at::Tensor& weight_C, double eps) {
-  check_norm(x, weight_C);
-  TRIREME_CHECK(x.sizes() == residual.sizes() && x.scalar_type() == residual.scalar_type(), x.sizes(),
-                residual.sizes());
+                                               const at::Tensor& any_weight_C, double eps) {
+  check_alike("add_rms_norm", {"x", x}, {{"residual", residual}, {"weight", any_weight_C}});
+  check_norm(x, any_weight_C);
+  TRIREME_CHECK(x.sizes() == residual.sizes(), x.sizes(), residual.sizes());
+  const at::Tensor weight_C = any_weight_C.contiguous();
   auto out = AddRmsNorm::apply(x, residual, weight_C, eps);
   if (selective_recompute())
     register_recipe(out[1], [sum = out[0].detach(), weight = weight_C.detach(), eps] {

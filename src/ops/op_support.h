@@ -1,13 +1,35 @@
-// What the operations share: dtype dispatch, splitting rows over threads, and tensors that are kept for backward.
+// What the operations share: what their arguments must have in common, dtype dispatch, splitting rows over threads, and tensors
+// that are kept for backward.
 #pragma once
 
 #include <ATen/Parallel.h>
+
+#include <initializer_list>
+#include <string_view>
 
 #include "base/check.h"
 #include "base/tensor.h"
 #include "ops/loops.h"
 
 namespace trireme {
+
+struct NamedTensor {
+  const char* name;
+  const at::Tensor& tensor;
+};
+[[noreturn]] void refuse_unlike(std::string_view of, const NamedTensor& first, const NamedTensor& other, at::ScalarType wanted);
+
+// InternalError, which names the operation, the tensor and what it is and has to be, where one of `others` is on another device than
+// `first` or its dtype is not `dtype` (default: that of `first`). Undefined ones are left out. Loops and kernels are given bare
+// pointers: nothing behind this would notice.
+inline void check_alike(std::string_view of, const NamedTensor& first, std::initializer_list<NamedTensor> others, at::ScalarType dtype) {
+  for (const NamedTensor& other : others)
+    if (other.tensor.defined() && (other.tensor.scalar_type() != dtype || other.tensor.device() != first.tensor.device())) [[unlikely]]
+      refuse_unlike(of, first, other, dtype);
+}
+inline void check_alike(std::string_view of, const NamedTensor& first, std::initializer_list<NamedTensor> others) {
+  check_alike(of, first, others, first.tensor.scalar_type());
+}
 
 // f(T{}) with the C++ type of a floating dtype.
 template <typename F>

@@ -2,6 +2,7 @@
 
 #include "base/check.h"
 #include "ops/device.h"
+#include "ops/op_support.h"
 
 namespace trireme {
 namespace {
@@ -45,6 +46,9 @@ void product(const at::Tensor& a_MK, const at::Tensor& b_KN, at::Tensor& y_MN, c
   TRIREME_CHECK(a_MK.dim() == 2 && b_KN.dim() == 2 && y_MN.dim() == 2 && a_MK.size(1) == b_KN.size(0) && y_MN.size(0) == a_MK.size(0) && y_MN.size(1) == b_KN.size(1) &&
                     !(terms.add && terms.bias_N.defined()),
                 a_MK.sizes(), b_KN.sizes(), y_MN.sizes());
+  check_alike("product", {"a", a_MK}, {{"b", b_KN}});
+  check_alike("product", {"a", a_MK}, {{"y", y_MN}}, y_MN.scalar_type() == at::kFloat ? at::kFloat : a_MK.scalar_type());
+  check_alike("product", {"y", y_MN}, {{"bias", terms.bias_N}});
   const kernels::Kernels* k = kernels_of(a_MK);
   if (k && k->matmul && a_MK.size(1) > 0) return product_of_kernels(*k, a_MK, b_KN, y_MN, terms);
   if (y_MN.scalar_type() != a_MK.scalar_type()) {

@@ -11,10 +11,9 @@ AdamW::AdamW(std::vector<OptimTensor> tensors, const AdamWOptions& options)
     : tensors_(std::move(tensors)), options_(options) {
   for (auto& t : tensors_) {
     const auto dtype = compute_dtype(t.weight.scalar_type());
-    TRIREME_CHECK(t.weight.dim() == 1 && t.weight.is_contiguous() && t.grad.is_contiguous() &&
-                      t.grad.sizes() == t.weight.sizes() && t.grad.scalar_type() == dtype,
-                  t.name, " ", t.weight.sizes(), " ", t.weight.scalar_type(), ", gradient ", t.grad.sizes(), " ",
-                  t.grad.scalar_type());
+    check_alike("AdamW of " + t.name, {"weight", t.weight}, {{"gradient", t.grad}}, dtype);
+    TRIREME_CHECK(t.weight.dim() == 1 && t.weight.is_contiguous() && t.grad.is_contiguous() && t.grad.sizes() == t.weight.sizes(),
+                  t.name, " ", t.weight.sizes(), ", gradient ", t.grad.sizes());
     t.weight = t.weight.detach();
     const at::Device device = options.offload ? at::kCPU : t.weight.device();
     if (!device.is_cpu()) kernels_of(t.weight);  // there are some

@@ -91,7 +91,8 @@ DeviceNorm::DeviceNorm(at::Device device)
 void DeviceNorm::measure(const std::vector<at::Tensor>& gradients) {
   std::vector<kernels::GradientTensor> list;
   for (const at::Tensor& x : gradients) {
-    TRIREME_CHECK(x.is_contiguous() && x.device() == norm.device() && x.scalar_type() == gradients[0].scalar_type(), x.toString(), " ", x.sizes());
+    check_alike("gradient norm", {"norm", norm}, {{"gradient", x}}, gradients[0].scalar_type());
+    TRIREME_CHECK(x.is_contiguous(), x.sizes());
     list.push_back({x.numel(), data_of(x)});
   }
   const auto count = static_cast<int64_t>(list.size());
