@@ -61,6 +61,7 @@ ExitStatus verb_eval(const Config& config, const CommandLine& line, const Proces
     device = choose_device(config, process);
     source = find_model(config);
     check_dtype(weight_dtype(config, source), device);
+    if (!device.is_cpu()) say_kernel_gaps(kernel_gaps(source.config, weight_dtype(config, source)));
     cut = forward_cut(source.config, comms);
   });
   if (!config.eval.token_ids.empty()) {

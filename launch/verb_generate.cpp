@@ -9,7 +9,6 @@
 #include <unistd.h>
 
 #include "base/file.h"
-#include "base/log.h"
 #include "comm/watchdog.h"
 #include "data/masking.h"
 #include "launch/verbs.h"
@@ -89,13 +88,12 @@ void answer_prompts(const Config& config, const CommandLine& line, const Process
     const at::Device device = choose_device(config, process);
     source = find_model(config);
     check_dtype(weight_dtype(config, source), device);
+    if (!device.is_cpu()) say_kernel_gaps(kernel_gaps(source.config, weight_dtype(config, source)));
     tools.emplace(load_text_tools(config, source.tokenizer_folder, &source.config));
     if (g.chat && !tools->chat)
       throw ConfigError("generate.chat needs a chat template and the model has none: set data.chat_template to alpaca, chatml, "
                         "gemma, llama3, mistral, phi3, or a file");
     model = build_model(config, source, weight_dtype(config, source), false, device, false, forward_cut(source.config, comms));
-    if (!device.is_cpu())
-      if (const std::string gaps = kernel_gaps(source.config, model->dtype()); !gaps.empty()) log_warn(gaps);
     const DataOptions data = data_options(config, *tools, 0);
     records = record_options(data);
     encoder.emplace(tools->tokenizer, tools->chat ? &*tools->chat : nullptr, encode_options(data));

@@ -235,6 +235,47 @@ def test_ranks_with_a_device_each_are_one(work, keys, ranks):
     assert curve(work, name) == pytest.approx(curve(work, f"one_{name}"), rel=CURVE_BF16 if "--train.dtype=bfloat16" in keys else CURVE_FP32)
 
 
+ATTENTION_GAP = "attention has no kernel for head_dim 16 in float32 (but for 64, 96, 128 and 256 in bfloat16 and float16): whole matrices of scores are computed instead"
+
+
+def test_what_the_kernels_leave_to_others_is_said_by_every_verb(work):
+    keys = [f"--model.config={work}/tied.json", f"--model.tokenizer={QUICKSTART}/model"]
+    lora = ["--lora.rank=4", "--lora.dropout=0.1", "--data.max_length=32"]
+    rows = work / "ids.json"
+    rows.write_text("[[1, 2, 3]]")
+    assert device(work, "eval", *keys, f"--eval.token_ids={rows}").stderr.count(ATTENTION_GAP) == 1
+    assert device(work, "generate", *keys, "--generate.max_tokens=1", "a").stderr.count(ATTENTION_GAP) == 1
+    dropped = "LoRA with dropout writes dropped copies of its inputs"
+    words = ", not for float32, rank 4, features 0 to 128 (model.layers.0.self_attn.q_proj and 13 more)"
+    for more in ["--run.device=cuda"], ["--plan.memory_gb=80"], []:  # here the double is seen
+        said = device(work, "plan", *keys, *lora, *more).stderr
+        assert said.count(ATTENTION_GAP) == 1 and said.count(dropped) == 1 and words in said, said
+    assert "LoRA" not in device(work, "plan", *keys, "--lora.rank=4", "--data.max_length=32").stderr
+    for words in ["plan", *keys, *lora, "--run.device=cpu", "--plan.memory_gb=80"], ["eval", *keys, f"--eval.token_ids={rows}", "--run.device=cpu"]:
+        assert "kernel" not in device(work, *words).stderr
+    said = device(work, "train", *keys_of(work, "gaps", *lora, "--train.steps=1", model="tied")).stderr
+    assert said.count(dropped) == 1 and said.index(dropped) < said.index("step 1"), said
+
+
+def test_a_cut_that_leaves_layers_to_other_code_than_one_rank_takes_is_said(work):
+    (work / "uneven.json").write_text(json.dumps(SHAPE | dict(intermediate_size=88, num_key_value_heads=2)))
+    keys = [f"--model.config={work}/uneven.json", "--train.dtype=bfloat16", "--data.max_length=32", "--lora.rank=4", "--lora.dropout=0.1", "--run.device=cuda"]
+    assert "kernel" not in device(work, "plan", *keys).stderr
+    said = device(work, "plan", *keys, "--plan.ranks=2", "--parallel.tensor=2").stderr
+    assert ("not for bfloat16, rank 4, features 0 to 44 (model.layers.0.mlp.down_proj and 1 more); parallel.tensor=2 cuts it so, and one rank would take the kernels, "
+            "whose last bits are others: take a number that leaves eights, or lora.dropout=0") in said, said
+
+
+@pytest.mark.parametrize("verb", ["plan", "eval", "generate"])
+def test_rows_wider_than_the_kernels_hold_are_refused_by_every_verb(work, verb):
+    (work / "wide.json").write_text(json.dumps(SHAPE | dict(hidden_size=16392)))
+    rows = work / "ids.json"
+    rows.write_text("[[1, 2, 3]]")
+    keys = {"plan": ["--data.max_length=32"], "eval": [f"--eval.token_ids={rows}"], "generate": ["a"]}[verb]
+    done = device(work, verb, f"--model.config={work}/wide.json", f"--model.tokenizer={QUICKSTART}/model", *keys, status=2)
+    assert "hidden_size 16392 is more than the 16384 values of a row that the kernels of RMSNorm hold: set run.device=cpu" in done.stderr, done.stderr
+
+
 def test_what_cannot_be_computed_there_is_refused_in_a_sentence(work):
     done = device(work, "train", *keys_of(work, "double", "--train.dtype=float64"), status=2)
     assert "train.dtype=float64 is computed by the CPU alone: set run.device=cpu" in done.stderr

@@ -9,10 +9,13 @@
 
 #include "base/check.h"
 #include "base/counted.h"
+#include "base/log.h"
 #include "model/transformer.h"
 #include "ops/attention_device.h"
 #include "ops/device.h"
+#include "ops/dropout_mask.h"
 #include "train/memory.h"
+#include "train/mesh_model.h"
 #include "train/progress.h"
 
 namespace trireme {
@@ -71,13 +74,52 @@ void check_dtype(at::ScalarType dtype, at::Device device) {
     throw ConfigError(str("train.dtype=float64 is computed by the CPU alone: set run.device=cpu, or train.dtype=float32"));
 }
 
-std::string kernel_gaps(const ModelConfig& model, at::ScalarType dtype) {
+std::vector<std::string> kernel_gaps(const ModelConfig& model, at::ScalarType dtype) {
   const int64_t widest = kernels::rms_norm_widest(model.hidden_size * static_cast<int64_t>(c10::elementSize(dtype)));
   if (model.hidden_size > widest)
     throw ConfigError(str(model.source, ": hidden_size ", model.hidden_size, " is more than the ", widest, " values of a row that the kernels of RMSNorm hold: set run.device=cpu"));
-  if (has_attention_kernels(dtype, model.head_dim)) return "";
-  return str("attention has no kernel for head_dim ", model.head_dim, " in ", dtype_name(dtype), " (but for 64, 96, 128 and 256 in bfloat16 and float16): whole matrices of "
-             "scores are computed instead, in float32, with more time and memory than planned");
+  if (has_attention_kernels(dtype, model.head_dim)) return {};
+  return {str("attention has no kernel for head_dim ", model.head_dim, " in ", dtype_name(dtype), " (but for 64, 96, 128 and 256 in bfloat16 and float16): whole matrices of "
+              "scores are computed instead, in float32, with more time and memory than planned")};
+}
+
+std::vector<std::string> kernel_gaps(const Config& config, const ModelConfig& model, at::ScalarType dtype, const Mesh& mesh) {
+  std::vector<std::string> gaps = kernel_gaps(model, dtype);
+  const bool adapts = !config.lora.path.empty() || config.lora.rank > 0;
+  if (!adapts || lora_config(config).dropout == 0) return gaps;
+  struct Gap {
+    std::string path;       // of the layer, the first rank's part of it that has a gap
+    LoraDropoutShape part;
+    bool by_cut;            // the whole layer has none
+  };
+  std::vector<Gap> found;
+  const MeshModel cut(config, model, dtype, mesh);
+  for (int stage = 0; stage < mesh.num_pipeline(); ++stage)
+    for (int rank = 0; rank < mesh.num_tensor(); ++rank)
+      for (const Parameter& a : cut.at(stage, rank).parameters) {
+        const size_t begin = a.name.find("model.layers."), end = a.name.find(".lora_A.");
+        if (end == std::string::npos) continue;
+        const std::string path = a.name.substr(begin, end - begin);
+        const LoraDropoutShape part{dtype, a.value.size(0), a.value.size(1), a.shard.offset[1]}, whole{dtype, a.value.size(0), a.shard.global_shape[1], 0};
+        if (!has_lora_dropout_kernels(part) && std::none_of(found.begin(), found.end(), [&](const Gap& gap) { return gap.path == path; }))
+          found.push_back({path, part, has_lora_dropout_kernels(whole)});
+      }
+  for (const bool by_cut : {false, true}) {
+    const auto is_so = [&](const Gap& gap) { return gap.by_cut == by_cut; };
+    const auto first = std::find_if(found.begin(), found.end(), is_so);
+    if (first == found.end()) continue;
+    const auto others = std::count_if(found.begin(), found.end(), is_so) - 1;
+    gaps.push_back(str(lora_dropout_gap(first->part), " (", first->path, others > 0 ? str(" and ", others, " more") : "", ")",
+                       by_cut ? str("; parallel.tensor=", mesh.num_tensor(), " cuts it so, and one rank would take the kernels, whose last bits are others: take a number that leaves "
+                                    "eights, or lora.dropout=0") : ""));
+  }
+  return gaps;
+}
+
+void say_kernel_gaps(const std::vector<std::string>& gaps) {
+  set_lora_dropout_gap_said();
+  if (log_rank() != 0) return;
+  for (const std::string& gap : gaps) log_warn(gap);
 }
 
 std::vector<NamedBytes> bytes_of(const std::vector<Parameter>& parameters) {

@@ -5,6 +5,7 @@
 #include "base/parameter.h"
 #include "base/tensor.h"
 
+#include "comm/mesh.h"
 #include "comm/process.h"
 #include "config/config.h"
 #include "model/hf_config.h"
@@ -41,8 +42,13 @@ std::optional<uint64_t> planned_room(const Config& config, const Process& proces
 // ConfigError where a device has no kernels for this dtype.
 void check_dtype(at::ScalarType dtype, at::Device device);
 
-// What the kernels of a device do not serve of a model, and what computes it instead; "" where they serve all. ConfigError where nothing does.
-std::string kernel_gaps(const ModelConfig& model, at::ScalarType dtype);
+// What the kernels of a device do not serve of a model, and what computes it instead: a sentence each. ConfigError where nothing does.
+std::vector<std::string> kernel_gaps(const ModelConfig& model, at::ScalarType dtype);
+// The same of training, with its adapters as the mesh cuts their layers. Where it leaves a layer to other code than one rank
+// takes, that is said.
+std::vector<std::string> kernel_gaps(const Config& config, const ModelConfig& model, at::ScalarType dtype, const Mesh& mesh);
+// Logs them on rank 0. The operations will not say them again.
+void say_kernel_gaps(const std::vector<std::string>& gaps);
 
 using NamedBytes = std::pair<std::string, uint64_t>;
 std::vector<NamedBytes> bytes_of(const std::vector<Parameter>& parameters);

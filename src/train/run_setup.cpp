@@ -159,8 +159,7 @@ void TrainingRun::say_plan() {
   const Plan plan = make_plan(config_, source_.config, dtype_, mesh_, planned);
   planned_activations_ = plan.largest().activations;
   log_info(plan.text());
-  if (!device_.is_cpu() && rank0())
-    if (const std::string gaps = kernel_gaps(source_.config, dtype_); !gaps.empty()) log_warn(gaps);
+  if (planned.device != at::kCPU) say_kernel_gaps(kernel_gaps(config_, source_.config, dtype_, mesh_));
   if (rank0() && rows < shape_.rows_per_step())
     log_warn(str("a step takes ", shape_.rows_per_step(), " rows, but the training data has ", rows,
                  ": each is learnt more than once a step; lower train.accumulation or train.micro_batch_size"));
