@@ -387,7 +387,6 @@ TEST(LinearCrossEntropy, LargeLogitsAndBadTargets) {
   EXPECT_TRUE(std::isnan(bad.sum.item<double>()));
 }
 
-// Central differences of the whole chain in fp64: independent of every formula above.
 // Every tensor that an operation is given beside its first: on another device, or of another dtype.
 TEST(Ops, RefuseMixedDevicesAndDtypes) {
   const at::Tensor x_TC = at::ones({4, 8}), w_C = at::ones({8}), w_OC = at::ones({6, 8}), bias_O = at::ones({6}), a_RC = at::ones({2, 8}), b_OR = at::ones({6, 2}), x_TR = at::ones({4, 2}),
@@ -452,6 +451,7 @@ TEST(Ops, RefuseMixedDevicesAndDtypes) {
     }
 }
 
+// Central differences of the whole chain in fp64: independent of every formula above.
 TEST(Ops, FiniteDifferences) {
   at::Tensor cos = random({6, 8}), sin = random({6, 8});
   at::Tensor targets = at::tensor(std::vector<int64_t>{3, -100, 1, 0, 8, 2});
