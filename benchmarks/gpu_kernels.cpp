@@ -1,5 +1,5 @@
 // Times Trireme's kernels beside torch's and the card's own speed, in one process:  bench_gpu_kernels STAGE [--dry-run] [LENGTHS]
-// Prints rows as benchmarks/table.py reads them. STAGE: attention_128, attention_64, attention_sm80 (both by
+// Prints rows as benchmarks/table.py reads them, each on a line when it is known. STAGE: attention_128, attention_64, attention_sm80 (both by
 // the kernels for any card, on a card that has its own), attention_packed, memory, linear_cross_entropy.
 // --dry-run: tiny shapes over the emulated kernels on the CPU, by the wall clock: shows that this runs, and no speed. LENGTHS: a file of
 // sequence lengths. Times are medians of CUDA events, of random data, with a cold L2: 256 MB are written before each call.
@@ -33,20 +33,19 @@ class Bench {
 
   template <typename F>
   double milliseconds(const F& f) {
-    const int warm = dry ? 0 : 3, repeats = dry ? 1 : 11;
+    const int repeats = dry ? 1 : 11;
+    double spent = 0;
+    for (int i = 0; !dry && (i < 3 || spent < kWarmMilliseconds); ++i) spent += of_wall_clock([&] { of_events(f); });
     std::vector<double> all;
-    for (int i = 0; i < warm + repeats; ++i) {
-      const double t = dry ? of_wall_clock(f) : of_events(f);
-      if (i >= warm) all.push_back(t);
-    }
+    for (int i = 0; i < repeats; ++i) all.push_back(dry ? of_wall_clock(f) : of_events(f));
     std::nth_element(all.begin(), all.begin() + repeats / 2, all.end());
     return all[static_cast<size_t>(repeats / 2)];
   }
 
   // `baseline` 0: none.
   void row(const std::string& what, const std::string& shape, const char* unit, double trireme, double baseline, const std::string& name, std::optional<double> target) {
-    rows.push_back({{"what", what}, {"shape", shape}, {"unit", unit}, {"trireme", trireme}, {"baseline", baseline > 0 ? Json(baseline) : Json()},
-                    {"baseline_name", name}, {"ratio", baseline > 0 ? Json(trireme / baseline) : Json()}, {"target", target ? Json(*target) : Json()}});
+    std::cout << Json{{"what", what}, {"shape", shape}, {"unit", unit}, {"trireme", trireme}, {"baseline", baseline > 0 ? Json(baseline) : Json()},
+                    {"baseline_name", name}, {"ratio", baseline > 0 ? Json(trireme / baseline) : Json()}, {"target", target ? Json(*target) : Json()}} << std::endl;
     std::cerr << what << ", " << shape << ": " << trireme << " " << unit << (baseline > 0 ? str(", ", name, " ", baseline) : "") << std::endl;
   }
 
@@ -55,9 +54,10 @@ class Bench {
   const kernels::Kernels& k;
   const at::TensorOptions wide, narrow;
   std::string attention = "attention";  // as rows name it
-  Json rows = Json::array();
 
  private:
+  static constexpr double kWarmMilliseconds = 200;  // an idle card's clock is a fraction of a busy one's
+
   template <typename F>
   static double of_wall_clock(const F& f) {
     const auto begin = std::chrono::steady_clock::now();
@@ -110,8 +110,9 @@ void attention_rows(Bench& b, const std::vector<int64_t>& lengths, int64_t heads
     } catch (const c10::Error& error) {
       name += str(" (refuses: ", error.what_without_backtrace(), ")");
     }
-    b.row(head + "forward", shape, "TFLOP/s", ours_forward, its_forward, name, other.forward);
-    b.row(head + "backward", shape, "TFLOP/s", ours_backward, its_backward, name, other.backward);
+    const auto target = [](double its, std::optional<double> ratio) { return its > 0 ? ratio : std::nullopt; };
+    b.row(head + "forward", shape, "TFLOP/s", ours_forward, its_forward, name, target(its_forward, other.forward));
+    b.row(head + "backward", shape, "TFLOP/s", ours_backward, its_backward, name, target(its_backward, other.backward));
   }
 }
 
@@ -249,7 +250,6 @@ int main_of(const std::vector<std::string>& words) {
     std::cerr << "bench_gpu_kernels: no stage '" << stage << "'; there are attention_128, attention_64, attention_sm80, attention_packed, memory and linear_cross_entropy\n";
     return 2;
   }
-  std::cout << b.rows.dump(1) << std::endl;
   return 0;
 }
 

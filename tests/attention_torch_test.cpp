@@ -66,8 +66,15 @@ TEST(AttentionBesideTorch, IsAsExactInTheEmulation) {
 }
 
 #ifdef TRIREME_CUDA
+// Before any test: what ATen asks about CUDA before its CUDA half is there, as manual_seed does, it never asks again.
+struct LoadsDevice : testing::Environment {
+  void SetUp() override { has_device = test::loads_device(); }
+  static inline bool has_device = false;
+};
+[[maybe_unused]] const auto* const loads_device = testing::AddGlobalTestEnvironment(new LoadsDevice);
+
 TEST(AttentionBesideTorch, IsAsExactOnADevice) {
-  if (!test::loads_device()) GTEST_SKIP() << "no CUDA device";
+  if (!LoadsDevice::has_device) GTEST_SKIP() << "no CUDA device";
   for (int architecture : {80, 90}) {
     if (architecture == 90 && kernels::probe_device(0).compute_major != 9) continue;
     SCOPED_TRACE(architecture);

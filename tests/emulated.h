@@ -72,20 +72,22 @@ class OnDevice {
 struct Tensor {
   Tensor(Type t, int64_t n) : type(t), size(n), memory(n * size_of(t)) {}
   Tensor(Type t, const Values& values) : Tensor(t, static_cast<int64_t>(values.size())) {
+    void* const all = memory.as();  // waits for a device
     for (size_t i = 0; i < values.size(); ++i) {
       const float x = static_cast<float>(values[i]);
-      if (t == Type::kFloat32) memory.as<float>()[i] = x;
-      else if (t == Type::kBFloat16) memory.as<emulated::arch::bf16>()[i] = emulated::arch::from_float<emulated::arch::bf16>(x);
-      else memory.as<emulated::arch::fp16>()[i] = emulated::arch::from_float<emulated::arch::fp16>(x);
+      if (t == Type::kFloat32) static_cast<float*>(all)[i] = x;
+      else if (t == Type::kBFloat16) static_cast<emulated::arch::bf16*>(all)[i] = emulated::arch::from_float<emulated::arch::bf16>(x);
+      else static_cast<emulated::arch::fp16*>(all)[i] = emulated::arch::from_float<emulated::arch::fp16>(x);
     }
   }
   void* data() { return memory.as(); }
   Values values() {
     Values out;
+    const void* const all = memory.as();
     for (int64_t i = 0; i < size; ++i)
-      out.push_back(type == Type::kFloat32    ? memory.as<float>()[i]
-                    : type == Type::kBFloat16 ? emulated::arch::to_float(memory.as<emulated::arch::bf16>()[i])
-                                              : emulated::arch::to_float(memory.as<emulated::arch::fp16>()[i]));
+      out.push_back(type == Type::kFloat32    ? static_cast<const float*>(all)[i]
+                    : type == Type::kBFloat16 ? emulated::arch::to_float(static_cast<const emulated::arch::bf16*>(all)[i])
+                                              : emulated::arch::to_float(static_cast<const emulated::arch::fp16*>(all)[i]));
     return out;
   }
 

@@ -46,18 +46,20 @@ class Tensor {
         dim_(dim),
         memory_(static_cast<size_t>(rows * (width_ + kPadding)) * 2) {}
   void set(const Doubles& values) {
+    auto* const all = memory_.as<uint16_t>();  // waits for a device
     for (int64_t r = 0; r < rows_; ++r)
       for (int64_t c = 0; c < width_; ++c)
-        memory_.as<uint16_t>()[r * (width_ + kPadding) + c] =
+        all[r * (width_ + kPadding) + c] =
             encode(type_, values[static_cast<size_t>(r * width_ + c)]);
   }
   Doubles get() const {
     Doubles values;
+    const auto* const all = memory_.as<uint16_t>();
     for (int64_t r = 0; r < rows_; ++r) {
       for (int64_t c = 0; c < width_; ++c)
-        values.push_back(decode(type_, memory_.as<uint16_t>()[r * (width_ + kPadding) + c]));
+        values.push_back(decode(type_, all[r * (width_ + kPadding) + c]));
       for (int64_t c = width_; c < width_ + kPadding; ++c)
-        if (memory_.as<uint16_t>()[r * (width_ + kPadding) + c] != 0xffff) ADD_FAILURE() << "written behind row " << r;
+        if (all[r * (width_ + kPadding) + c] != 0xffff) ADD_FAILURE() << "written behind row " << r;
     }
     return values;
   }

@@ -32,7 +32,7 @@ def before():
 
 def test_every_benchmark_of_kernels_runs(tmp_path):
     kept = before()
-    stages = ["kernels", "attention_exact", "memcheck", "attention_64", "attention_sm80", "attention_packed", "memory", "linear_cross_entropy"]
+    stages = ["kernels", "attention_exact", "attention_64", "attention_packed", "memory", "linear_cross_entropy", "attention_sm80", "memcheck"]
     words = [word for stage in stages for word in ("--only", stage)] + ["--dry-run", "--results", tmp_path]
     done = gpu(*words)
     assert done.returncode == 0, done.stdout + done.stderr
@@ -63,7 +63,8 @@ def test_a_whole_step_runs_on_both_sides(tmp_path):
     rows = rows_of(tmp_path, "step_lora_recompute")
     assert [row["unit"] for row in rows] == ["tokens/s", "MB", "tokens/s", "MB", "TFLOP/s"]
     assert rows[0]["trireme"] == rows[2]["trireme"] > 0 and rows[1]["trireme"] > 0 and rows[2]["baseline"] > 0
-    assert "PEFT" in rows[2]["baseline_name"]
+    assert "PEFT" in rows[2]["baseline_name"] and "all bf16" in rows[2]["baseline_name"]
+    assert "2 x 64, bf16 with gradients, master and moments in fp32" in rows[0]["shape"]
     assert (rows[0]["target"], rows[2]["target"]) == (11500, 2)
     assert before() == kept
 
@@ -73,10 +74,41 @@ def program(folder, name, text):
     (folder / name).chmod(0o755)
 
 
+def test_a_test_that_is_skipped_or_not_watched_has_not_passed(tmp_path):
+    program(tmp_path, "trireme", "exit 0\n")
+    program(tmp_path, "nvidia-smi", "echo A card\n")
+    # A driver that is too old: no device is seen.
+    program(tmp_path, "device_kernels_test", """case "$*" in *list*) printf 'Device.\\n  RunsTheTests\\n'; exit ;; esac
+echo 'device_kernels.cpp:1: Skipped'; echo 'no CUDA device: so'; echo '[  SKIPPED ] Device.RunsTheTests (0 ms)'\n""")
+    results = tmp_path / "results"
+
+    def fails(stage, *words):
+        done = gpu("--only", stage, "--results", results, *words, TRIREME_BUILD=str(tmp_path), GPU_SAID=str(tmp_path / "said"), PATH=f"{tmp_path}:{os.environ['PATH']}")
+        assert done.returncode == 1 and f"{stage} ".ljust(22) + " failed, " in done.stdout, done.stdout + done.stderr
+        assert json.loads((results / f"{stage}.json").read_text())["status"] == "failed"
+        return done.stdout
+
+    assert "Device.RunsTheTests of device_kernels_test did not run: no CUDA device" in fails("kernels")
+    # A tool that sees nothing of what it starts.
+    program(tmp_path, "device_kernels_test", """case "$*" in *list*) printf 'Device.\\n  RunsTheTests\\n'; exit ;; esac
+echo "$@" >>"$GPU_SAID"; echo '[       OK ] Device.RunsTheTests (0 ms)'\n""")
+    program(tmp_path, "compute-sanitizer", 'while [ "${1#--}" != "$1" ]; do shift; [ -x "$1" ] || shift; done; "$@"\n')
+    assert "[       OK ] Device.RunsTheTests" in fails("memcheck")
+    program(tmp_path, "compute-sanitizer", 'while [ "${1#--}" != "$1" ]; do shift; [ -x "$1" ] || shift; done; "$@"; echo "========= ERROR SUMMARY: 0 errors"\n')
+    done = gpu("--only", "memcheck", "--results", results, TRIREME_BUILD=str(tmp_path), GPU_SAID=str(tmp_path / "said"), PATH=f"{tmp_path}:{os.environ['PATH']}")
+    assert done.returncode == 0 and "memcheck               passed, " in done.stdout, done.stdout + done.stderr
+    gpu("--only", "kernels", "--dry-run", TRIREME_BUILD=str(tmp_path), GPU_SAID=str(tmp_path / "said"))
+    filters = (tmp_path / "said").read_text().split()
+    assert filters[0] == filters[1] and filters[0].startswith("--gtest_filter=Device.*-*MoreTensors*:") and filters[2:] == ["--gtest_filter=Device.*"]
+    program(tmp_path, "bench_gpu_kernels", """echo '{"what": "one"}'; echo broken >&2; exit 1\n""")
+    fails("memory")
+    assert json.loads((results / "memory.json").read_text())["rows"] == [{"what": "one"}]  # what was known before
+
+
 def test_what_fails_is_told_and_is_run_again(tmp_path):
     program(tmp_path, "trireme", "exit 0\n")
-    program(tmp_path, "device_kernels_test", """case "$*" in *list*) printf 'Device.\\n  Works\\n  Breaks\\n'; exit ;; esac
-echo '[       OK ] Device.Works (0 ms)'; echo 'x.cpp:1: Failure'; echo '[  FAILED  ] Device.Breaks (0 ms)'; exit 1\n""")
+    program(tmp_path, "device_kernels_test", """case "$*" in *list*) printf 'Device.\\n  RunsTheTests\\n  Breaks\\n'; exit ;; esac
+echo '[       OK ] Device.RunsTheTests (0 ms)'; echo 'x.cpp:1: Failure'; echo '[  FAILED  ] Device.Breaks (0 ms)'; exit 1\n""")
     words = ["--only", "kernels", "--dry-run", "--results", tmp_path / "results"]
     done = gpu(*words, TRIREME_BUILD=str(tmp_path))
     assert done.returncode == 1
@@ -91,10 +123,15 @@ echo '[       OK ] Device.Works (0 ms)'; echo 'x.cpp:1: Failure'; echo '[  FAILE
     done = gpu(*words, TRIREME_BUILD=str(tmp_path), PATH=f"{tmp_path}:{os.environ['PATH']}")
     assert done.returncode == 1
     assert "kernels                over its limit of 290 s, " in done.stdout
+    done = gpu(*words, "--within", 100, TRIREME_BUILD=str(tmp_path), PATH=f"{tmp_path}:{os.environ['PATH']}")
+    assert "kernels                over its limit of 85 s, " in done.stdout or "over its limit of 84 s, " in done.stdout
+    done = gpu(*words, "--within", 40, TRIREME_BUILD=str(tmp_path))
+    assert (done.returncode, done.stdout) == (1, "kernels                not begun, the time is over\n")
 
 
 def test_says_what_is_wrong(tmp_path):
     assert gpu("--only", "speed", "--dry-run").stderr.startswith("gpu: no stage 'speed'; there are kernels ")
+    assert gpu("--within", "soon").stderr == "gpu: --within wants seconds, not 'soon'\n"
     assert gpu("--fast").stderr.startswith("gpu: unknown argument '--fast'\n")
     assert gpu("--dry-run", TRIREME_BUILD=str(tmp_path)).stderr.startswith(f"gpu: {tmp_path}/trireme is not there; build it with its tests")
     program(tmp_path, "nvidia-smi", "exit 9\n")
