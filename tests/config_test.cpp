@@ -231,9 +231,9 @@ TEST(Config, HelpOfAVerbNamesWhatItReads) {
   const std::pair<const char*, std::vector<std::string>> reads[] = {
       {"train", {}}, {"plan", {}},
       {"eval", {"run.seed", "run.device", "model", "data", "task", "train.threads", "lora.path", "parallel.data", "parallel.tensor", "parallel.pipeline",
-                "parallel.order", "comm.timeout_s", "eval.micro_batch_size", "eval.token_ids", "eval.logits", "log"}},
+                "parallel.order", "train.tf32", "comm.timeout_s", "eval.micro_batch_size", "eval.token_ids", "eval.logits", "log"}},
       {"generate", {"run.seed", "run.device", "model", "data", "train.threads", "lora.path", "parallel.data", "parallel.tensor", "parallel.pipeline", "parallel.order",
-                    "generate", "log"}},
+                    "train.tf32", "generate", "log"}},
       {"prepare", {"run.seed", "model", "data", "task", "log"}},
       {"tokenize", {"model", "data", "task", "tokenize", "log"}},
       {"export", {"run", "model", "data.chat_template", "data.template_args", "train.dtype", "train.threads", "lora", "log"}},
