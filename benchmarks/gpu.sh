@@ -21,11 +21,13 @@ attention_exact      120 attention_torch_test
 attention_128        240 bench_gpu_kernels
 attention_64         240 bench_gpu_kernels
 attention_packed      60 bench_gpu_kernels
+decode_attention      60 bench_gpu_kernels
 memory               120 bench_gpu_kernels
 linear_cross_entropy  60 bench_gpu_kernels
 step_lora            420 trireme
 step_lora_recompute  420 trireme
 step_full            420 trireme
+decode               420 trireme
 attention_sm80       480 bench_gpu_kernels
 memcheck             540 device_kernels_test
 racecheck            540 device_kernels_test
@@ -128,6 +130,16 @@ step() { # NAME CONFIG ROWS LENGTH lora|full RECOMPUTE GFLOP_A_TOKEN TARGET TARG
   row "share of the card's matrix peak, $what" "$shape" TFLOP/s "$reached" "$sheet" "data sheet" ""
 }
 
+# Both sides of an answer: the likeliest tokens, one after another.
+decode() { # NAME CONFIG TOKENS
+  local name=$1 config=$top/benchmarks/$2 tokens=$3 found
+  [ -z "$dry" ] || { name=tiny config=$top/benchmarks/gpu_tiny.json tokens=40; }
+  found=$("$python" "$top/benchmarks/gpu_decode.py" "$bin/trireme" "$config" "$top/configs/quickstart/model" "Why do ranks row?" "$tokens" $dry 2>"$work/log.python") ||
+    { tail -3 "$work/log.python" >&2; return 1; }
+  of() { sed -n "s/^$1 //p" <<<"$found"; }
+  row "decoding, one answer" "$name, $tokens tokens after $(of prompt), bf16" tokens/s "$(of trireme_tokens_per_second)" "$(of tokens_per_second)" "$(of name)" ""
+}
+
 run_stage() {
   case $1 in
     kernels) suites device_kernels_test "$([ -n "$dry" ] && echo Device.\* || echo \*)" Device.RunsTheTests . env ;;
@@ -137,6 +149,7 @@ run_stage() {
     step_lora_recompute) step "Llama 3 8B" gpu_llama_8b.json 2 2048 lora full 46.6 11500 2 1 ;;
     # Sixteen bytes a weight leave room for rows one by one.
     step_full) step "Qwen2.5 7B" gpu_qwen2_7b.json 1 1024 full none 43.3 14000 "" 8 ;;
+    decode) decode "Llama 3 8B" gpu_llama_8b.json 512 ;;
     *) "$bin/bench_gpu_kernels" "$1" $dry "$top/benchmarks/gpu_gsm8k_lengths.txt" >>"$work/rows" 2>"$work/log.bench" || { tail -3 "$work/log.bench" >&2; return 1; } ;;
   esac
 }

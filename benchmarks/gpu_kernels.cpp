@@ -1,6 +1,7 @@
 // Times Trireme's kernels beside torch's and the card's own speed, in one process:  bench_gpu_kernels STAGE [--dry-run] [LENGTHS]
 // Prints rows as benchmarks/table.py reads them, each on a line when it is known. STAGE: attention_128, attention_64, attention_sm80 (both by
-// the kernels for any card, on a card that has its own), attention_packed, memory, linear_cross_entropy.
+// the kernels for any card, on a card that has its own), attention_packed, decode_attention, memory,
+// linear_cross_entropy.
 // --dry-run: tiny shapes over the emulated kernels on the CPU, by the wall clock: shows that this runs, and no speed. LENGTHS: a file of
 // sequence lengths. Times are medians of CUDA events, of random data, with a cold L2: 256 MB are written before each call.
 #include "tests/attention_beside_torch.h"
@@ -196,6 +197,25 @@ void memory(Bench& b) {
   time("AdamW, bf16 with master", str(count), n * 30, 0.85, [&] { b.k.adamw({Type::kBFloat16, &tensor, 1, 1e-4, 0.01, 0.9, 0.95, 1e-8, 0.1, 0.05, nullptr, 1, 1}, stream); });
 }
 
+// Attention of the newest token of each sequence, beside torch's and beside a copy on the same card: a step reads all keys and values. Heads
+// of Llama 3 8B.
+void decode_attention_rows(Bench& b) {
+  const int64_t heads = b.dry ? 4 : 32, key_heads = b.dry ? 2 : 8, dim = b.dry ? 64 : 128;
+  const at::Tensor from = at::randn({b.dry ? 1024 : 128 << 20}, b.wide), to = at::empty_like(from);
+  const double copy = 2e-9 * static_cast<double>(from.nbytes()) / b.milliseconds([&] { to.copy_(from); });  // TB/s
+  for (const int64_t sequences : {1, 8, 64})
+    for (const int64_t length : b.dry ? std::vector<int64_t>{70} : std::vector<int64_t>{1024, 4096, 32768}) {
+      const at::Tensor q = at::randn({sequences, heads, dim}, b.narrow), k = at::randn({sequences, length, key_heads, dim}, b.narrow), v = at::randn_like(k);
+      const at::Tensor lengths = at::full({sequences}, length, b.wide.dtype(at::kInt));
+      const std::string shape = str(sequences, " x ", length, ", ", heads, " heads over ", key_heads, ", head dim ", dim);
+      const double bytes = 2e-9 * static_cast<double>(k.nbytes()), ours = bytes / b.milliseconds([&] { decode_attention(q, k, v, lengths); });
+      const at::Tensor q_BHTD = q.unsqueeze(2), k_BKSD = k.transpose(1, 2), v_BKSD = v.transpose(1, 2);
+      const double theirs = bytes / b.milliseconds([&] { at::scaled_dot_product_attention(q_BHTD, k_BKSD, v_BKSD, {}, 0.0, false, {}, /*enable_gqa=*/true); });
+      b.row("decode attention", shape, "TB/s", ours, copy, "copy of the card", {});
+      b.row("decode attention", shape, "TB/s", ours, theirs, "torch's attention", {});
+    }
+}
+
 // Forward and backward of the head and the loss. What a training step holds besides: gradients; the rest is workspace.
 void linear_cross_entropy_rows(Bench& b) {
   const int64_t tokens = b.dry ? 8 : 4096, width = b.dry ? 16 : 4096, vocabulary = b.dry ? 100 : 128256;
@@ -245,9 +265,10 @@ int main_of(const std::vector<std::string>& words) {
     for (int64_t head_dim : {128, 64}) attention(b, head_dim);
   } else if (stage == "attention_packed") attention_packed(b, file);
   else if (stage == "memory") memory(b);
+  else if (stage == "decode_attention") decode_attention_rows(b);
   else if (stage == "linear_cross_entropy") linear_cross_entropy_rows(b);
   else {
-    std::cerr << "bench_gpu_kernels: no stage '" << stage << "'; there are attention_128, attention_64, attention_sm80, attention_packed, memory and linear_cross_entropy\n";
+    std::cerr << "bench_gpu_kernels: no stage '" << stage << "'; there are attention_128, attention_64, attention_sm80, attention_packed, decode_attention, memory and linear_cross_entropy\n";
     return 2;
   }
   return 0;

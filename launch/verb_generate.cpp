@@ -17,6 +17,7 @@
 #include "train/build.h"
 #include "train/check_config.h"
 #include "train/device.h"
+#include "train/progress.h"
 #include "train/text_tools.h"
 
 namespace trireme {
@@ -76,6 +77,16 @@ class SharedPrompts {
   Communicator ranks_;
 };
 
+constexpr char kSmallerModel[] = "set model.dtype=bfloat16, or share the model out: parallel.tensor, parallel.pipeline";
+
+// What a cache for `max_tokens` of answer, as far as the model's context reaches, takes at least; ConfigError: more than is free.
+void check_cache(const Transformer& model, int64_t max_tokens) {
+  const auto needed = static_cast<uint64_t>(Decoding::cache_bytes(model, 1, std::min(max_tokens, model.config().max_positions - 1)));
+  if (const uint64_t there = free_bytes(model.device()); needed > there)
+    throw ConfigError(str("generate.max_tokens=", max_tokens, ": the KV cache of an answer takes ", bytes_text(static_cast<double>(needed)), ", and ", model.device().str(), " has ",
+                          bytes_text(static_cast<double>(there)), " free beside the weights: lower generate.max_tokens, ", kSmallerModel));
+}
+
 // `copy`: the ranks that hold one copy of the model together.
 void answer_prompts(const Config& config, const CommandLine& line, const Process& process, const MeshComms& comms, const Communicator& copy) {
   const auto& g = config.generate;
@@ -94,6 +105,7 @@ void answer_prompts(const Config& config, const CommandLine& line, const Process
       throw ConfigError("generate.chat needs a chat template and the model has none: set data.chat_template to alpaca, chatml, "
                         "gemma, llama3, mistral, phi3, or a file");
     model = build_model(config, source, weight_dtype(config, source), false, device, false, forward_cut(source.config, comms));
+    if (!device.is_cpu()) check_cache(*model, g.max_tokens);
     const DataOptions data = data_options(config, *tools, 0);
     records = record_options(data);
     encoder.emplace(tools->tokenizer, tools->chat ? &*tools->chat : nullptr, encode_options(data));
@@ -110,7 +122,16 @@ void answer_prompts(const Config& config, const CommandLine& line, const Process
   Generator generator(*model, tools->tokenizer, options);
   auto generate_next = [&](const std::vector<int64_t>& ids, const std::function<void(const std::string&)>& on_text) {
     try {
-      return generator.answer(ids, index++, on_text);
+      Answer answer;
+      const auto held = [&] {
+        std::vector<NamedBytes> all = bytes_of(model->parameters());
+        const auto size = static_cast<int64_t>(ids.size());
+        all.emplace_back(str("the KV cache of a prompt of ", size, " tokens and its answer"),
+                         Decoding::cache_bytes(*model, size, std::min(g.max_tokens, source.config.max_positions - size)));
+        return all;
+      };
+      name_out_of_memory(model->device(), held, str("Lower generate.max_tokens, shorten the prompt, ", kSmallerModel), [&] { answer = generator.answer(ids, index++, on_text); });
+      return answer;
     } catch (const DataError& error) {  // about the prompt: of all ranks
       throw AgreedError(error.status(), error.what());
     } catch (const ConfigError& error) {
@@ -159,8 +180,7 @@ void answer_prompts(const Config& config, const CommandLine& line, const Process
     if (!any && !g.file.empty()) throw DataError(str(g.file, " holds no prompt: one a line is expected"));
   };
   try {
-    name_out_of_memory(model->device(), [&] { return bytes_of(model->parameters()); },
-                       "Lower generate.max_tokens, shorten the prompt, set model.dtype=bfloat16, or share the model out: parallel.tensor", answer_all);
+    answer_all();
   } catch (const AgreedError&) {
     throw;
   } catch (const Error& error) {

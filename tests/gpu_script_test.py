@@ -3,6 +3,7 @@ fails is seen."""
 import json
 import os
 import pathlib
+import re
 import subprocess
 import sys
 
@@ -32,7 +33,7 @@ def before():
 
 def test_every_benchmark_of_kernels_runs(tmp_path):
     kept = before()
-    stages = ["kernels", "attention_exact", "attention_64", "attention_packed", "memory", "linear_cross_entropy", "attention_sm80", "memcheck"]
+    stages = ["kernels", "attention_exact", "attention_64", "attention_packed", "decode_attention", "memory", "linear_cross_entropy", "attention_sm80", "memcheck"]
     words = [word for stage in stages for word in ("--only", stage)] + ["--dry-run", "--results", tmp_path]
     done = gpu(*words)
     assert done.returncode == 0, done.stdout + done.stderr
@@ -47,6 +48,8 @@ def test_every_benchmark_of_kernels_runs(tmp_path):
     for what in ("RMSNorm", "SwiGLU", "rotary"):
         assert (judged[f"{what}, forward"], judged[f"{what}, backward"]) == (0.85, 0.8)
     assert judged["AdamW, bf16 with master"] == judged["cast, fp32 to bf16"] == judged["cross-entropy, loss alone"] == 0.85
+    decoding = rows_of(tmp_path, "decode_attention")
+    assert [row["baseline_name"] for row in decoding] == ["copy of the card", "torch's attention"] * 3 and all(row["ratio"] > 0 for row in decoding)
     assert [row["target"] for row in rows_of(tmp_path, "linear_cross_entropy")] == [18.5, None, 13.0, None]
     again = gpu(*words)
     assert [line.split(maxsplit=1)[1] for line in again.stdout.splitlines()] == ["passed before"] * len(stages)
@@ -67,6 +70,14 @@ def test_a_whole_step_runs_on_both_sides(tmp_path):
     assert "2 x 64, bf16 with gradients, master and moments in fp32" in rows[0]["shape"]
     assert (rows[0]["target"], rows[2]["target"]) == (11500, 2)
     assert before() == kept
+
+
+def test_an_answer_is_decoded_on_both_sides(tmp_path):
+    done = gpu("--only", "decode", "--dry-run", "--results", tmp_path)
+    assert done.returncode == 0, done.stdout + done.stderr
+    row, = rows_of(tmp_path, "decode")
+    assert row["unit"] == "tokens/s" and row["trireme"] > 0 and row["baseline"] > 0 and "cache" in row["baseline_name"]
+    assert re.match(r"tiny, 40 tokens after \d+, bf16$", row["shape"])
 
 
 def program(folder, name, text):

@@ -159,6 +159,11 @@ def test_answers_and_evaluations_are_those_of_the_cpu(work):
         assert "has no kernel" not in done.stderr and json.loads(counts.read_text())["graphs"] == 1
         assert done.stdout == device(work, "generate", *keys, *more, "--generate.graphs=false", TRIREME_DOUBLE_COUNTS=counts).stdout
         assert json.loads(counts.read_text())["graphs"] == 0
+    weights, cache = os.path.getsize(work / "served/model/model.safetensors"), 256 * 2 * 2 * 64 * 4  # rows, layers, of keys and values
+    done = device(work, "generate", keys[0], "Why?", status=2, TRIREME_DOUBLE_BYTES=str(weights + cache // 2))
+    assert "generate.max_tokens=128: the KV cache of an answer takes 0.25 MiB, and " in done.stderr, done.stderr
+    done = device(work, "generate", keys[0], "Why " * 70, status=1, TRIREME_DOUBLE_BYTES=str(weights + cache * 5 // 4))
+    assert re.search(r"is out of memory .*the KV cache of a prompt of \d+ tokens and its answer 0.50 MiB.* Lower generate.max_tokens, shorten the prompt", done.stderr), done.stderr
 
 
 def test_the_plan_holds_what_tensors_take(work):

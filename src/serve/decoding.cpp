@@ -52,13 +52,7 @@ void Decoding::begin(const std::vector<int64_t>& prompt, int64_t max_tokens) {
   if (const int64_t capacity = capacity_of(model_, size, max_tokens); !cache_ || cache_->capacity() != capacity) {
     graph_.reset(), cache_.reset();
     prepared_ = false;
-    try {
-      cache_.emplace(model_.new_cache(capacity));
-    } catch (const c10::OutOfMemoryError&) {
-      throw SystemError(str(model_.device().str(), " has no room for a KV cache of ", model_.cache_bytes(capacity) >> 20, " MiB, for a prompt of ", size,
-                            " tokens and generate.max_tokens of answer (", max_tokens, " within the model's context): lower generate.max_tokens, set model.dtype=bfloat16, or "
-                            "share the model out: parallel.tensor, parallel.pipeline"));
-    }
+    cache_.emplace(model_.new_cache(capacity));
   }
   cache_->set_empty(true);
   max_tokens_ = max_tokens, num_tokens_ = 0;

@@ -16,11 +16,11 @@ class Decoding {
   // `likeliest`: the next token is always the likeliest, the first of equals, which a device finds by itself. `graphs`: where it has any.
   Decoding(Transformer& model, bool likeliest, bool graphs);
 
-  // Of a cache for such an answer, on this rank.
+  // Of the cache for such an answer, on this rank.
   static int64_t cache_bytes(const Transformer& model, int64_t prompt_size, int64_t max_tokens);
 
   // Runs a prompt, which is not empty; next() may be called max_tokens times. Memory of the one before serves again where it has the right
-  // size, which depends on this prompt alone, as the answer does. Where there is none: SystemError.
+  // size, which depends on this prompt alone, as the answer does. c10::OutOfMemoryError: there is none.
   void begin(const std::vector<int64_t>& prompt, int64_t max_tokens);
   // The next token: chosen from the logits, or the likeliest. DataError: the logits are not finite.
   int64_t next(const Choose& choose);
