@@ -67,9 +67,17 @@ struct AttentionBackward {
   void* workspace = nullptr;     // at a multiple of 16 bytes; holds anything before and after
   int64_t workspace_bytes = 0;
 };
+// grad_k and grad_v are sums over the query heads of a key head, of which a block takes 8 at most; so many parts of a key
+// head's then are added up, in fp32 and in their order. (One block for all would leave most of a card idle where there is
+// a single key head.)
+constexpr int64_t kAttentionHeadsOfPart = 8;
+constexpr int64_t attention_backward_parts(const AttentionShape& s) {
+  return s.num_key_heads > 0 ? (s.num_heads / s.num_key_heads + kAttentionHeadsOfPart - 1) / kAttentionHeadsOfPart : 1;
+}
 constexpr int64_t attention_backward_workspace_bytes(const AttentionShape& s, bool deterministic) {
-  const int64_t deltas = (s.num_queries * s.num_heads + 3) / 4 * 16;
-  return deltas + (deterministic ? 0 : s.num_queries * s.num_heads * s.head_dim * 4);
+  const int64_t deltas = (s.num_queries * s.num_heads + 3) / 4 * 16, parts = attention_backward_parts(s);
+  return deltas + (deterministic ? 0 : s.num_queries * s.num_heads * s.head_dim * 4) +
+         (parts > 1 ? 2 * parts * s.num_keys * s.num_key_heads * s.head_dim * 4 : 0);
 }
 
 // Causal attention of the newest n queries of each of B sequences over its keys and values in a cache. q, o [B n, H,

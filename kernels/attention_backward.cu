@@ -2,10 +2,11 @@
 // delta = sum over D of grad_o o:  grad_v = p^T grad_o,  grad_k = scale ds^T q,  grad_q = scale ds k.
 //
 //   Deltas      delta, and zeros where grad_q is to be summed up
-//   KeySide     a block has a tile of keys and goes over the queries that see it, of all heads of its key head: grad_k and grad_v
+//   KeySide     a block has a tile of keys and goes over the queries that see it, of a part of its key head's heads: grad_k and grad_v
 //               stay in the registers of the warps, each with 16 keys; grad_q is added to memory in fp32, or left to QuerySide
 //   QuerySide   a block has a tile of queries and goes over the keys that they see: grad_q in a fixed order
 //   Rounding    grad_q from the sums in fp32
+//   KeyRounding grad_k and grad_v, where there are several parts
 #include "kernels/attention_backward.h"
 #include "kernels/attention_tile.h"
 
@@ -20,11 +21,11 @@ struct RowLanes {
   bool within;
   int64_t row;
   int head, column;
-  ARCH_FN explicit RowLanes(const Plan& p) {
+  ARCH_FN RowLanes(int num_rows, int num_heads) {
     const int64_t index = int64_t{arch::block_index().x} * kRows + arch::thread_index() / kLanes;
     column = arch::thread_index() % kLanes * 8;
-    row = index / p.num_heads, head = static_cast<int>(index % p.num_heads);
-    within = row < p.num_queries && column < D;
+    row = index / num_heads, head = static_cast<int>(index % num_heads);
+    within = row < num_rows && column < D;
   }
   ARCH_FN float* sums(const BackwardParams& p) const { return p.sums + (row * p.plan.num_heads + head) * D + column; }
 };
@@ -36,7 +37,7 @@ struct Deltas {
   static constexpr int kThreads = Lanes::kThreads;
 
   ARCH_FN static void run(const Params& p) {
-    const Lanes at(p.plan);
+    const Lanes at(p.plan.num_queries, p.plan.num_heads);
     float delta = 0;
     if (at.within) {
       float o[8], grad_o[8];
@@ -62,13 +63,39 @@ struct Rounding {
   static constexpr int kThreads = Lanes::kThreads;
 
   ARCH_FN static void run(const Params& p) {
-    const Lanes at(p.plan);
+    const Lanes at(p.plan.num_queries, p.plan.num_heads);
     if (!at.within) return;
     const float* sums = at.sums(p) - at.column;
     float x[8];
     ARCH_UNROLL
     for (int i = 0; i < 8; ++i) x[i] = sums[place_of_column(at.column + i)] * p.plan.scale;
     store_values<T, 8>(row_of<T>(p.grad_q, at.row, at.head) + at.column, x);
+  }
+};
+
+template <typename T, int D>
+struct KeyRounding {
+  using Params = BackwardParams;
+  using Lanes = RowLanes<D>;
+  static constexpr int kThreads = Lanes::kThreads;
+
+  ARCH_FN static void run(const Params& p) {
+    const Lanes at(p.num_keys, p.num_key_heads);
+    if (!at.within) return;
+    const int64_t part = int64_t{p.num_keys} * p.num_key_heads * D;
+    const float* sums = p.part_sums + (at.row * p.num_key_heads + at.head) * D + at.column;
+    ARCH_UNROLL
+    for (int which = 0; which < 2; ++which) {
+      float total[8] = {}, x[8];
+      for (int i = 0; i < p.num_parts; ++i, sums += part) {
+        load_values<float, 8>(sums, x);
+        ARCH_UNROLL
+        for (int c = 0; c < 8; ++c) total[c] += x[c];
+      }
+      ARCH_UNROLL
+      for (float& c : total) c *= which == 0 ? p.plan.scale : 1;
+      store_values<T, 8>(row_of<T>(which == 0 ? p.grad_k : p.grad_v, at.row, at.head) + at.column, total);
+    }
   }
 };
 
@@ -103,12 +130,13 @@ struct KeySide {
   }
 
   ARCH_FN void run_block(const Params& p) {
-    const Work work = block_work(p.plan, p.plan.num_heads / p.plan.group);
+    const Work work = block_work(p.plan, p.num_key_heads * p.num_parts);
+    const int first_head = KeyHeadPart::first_head_of(p, work.head), key_head = KeyHeadPart(p, first_head).key_head;
     const Segment s = find_segment<kKeys>(p.plan, p.plan.cu_seqlens_k, work.tile);
     if (s.tile < 0) return;
     const int first = s.tile * kKeys, count = smaller(kKeys, s.num_keys - first);
     const SeeingQueries<kQueries> seeing(p.plan, s, first, count);
-    const int begin = seeing.begin, tiles = larger(0, seeing.end - begin), steps = tiles * p.plan.group;
+    const int begin = seeing.begin, tiles = larger(0, seeing.end - begin), steps = tiles * KeyHeadPart(p, first_head).num_heads;
     const int warp = arch::warp_index(), lane = arch::lane_index(), row = warp / kSharers * 16, share = warp % kSharers;
 
     const auto keys = arch::shared<T>(0, kKeyBytes / 2), values = arch::shared<T>(kKeyBytes, kKeyBytes / 2);
@@ -120,7 +148,7 @@ struct KeySide {
     auto statistics = [&](int step) {
       return arch::shared<float>(kStatistics + step % 2 * 2 * kQueries * 4, 2 * kQueries);
     };  // exponents, deltas
-    auto head_of = [&](int step) { return work.head * p.plan.group + step / tiles; };
+    auto head_of = [&](int step) { return first_head + step / tiles; };
     auto query_of = [&](int step) { return (begin + step % tiles) * kQueries; };
     auto copy = [&](int step) {
       const int query = query_of(step), left = s.num_queries - query;
@@ -136,8 +164,8 @@ struct KeySide {
     };
 
     if (steps > 0) {
-      copy_tile<kKeys, D, kThreads>(keys, p.k, s.k_begin + first, work.head, count);
-      copy_tile<kKeys, D, kThreads>(values, p.v, s.k_begin + first, work.head, count);
+      copy_tile<kKeys, D, kThreads>(keys, p.k, s.k_begin + first, key_head, count);
+      copy_tile<kKeys, D, kThreads>(values, p.v, s.k_begin + first, key_head, count);
       copy(0);
       if (arch::thread_index() < 2 * kQueries) statistics(0)[arch::thread_index()] = statistic(0);
     }
@@ -189,13 +217,19 @@ struct KeySide {
       if (step + 1 < steps && arch::thread_index() < 2 * kQueries)
         statistics(step + 1)[arch::thread_index()] = next_statistic;
     }
+    const KeyHeadPart part(p, arch::recomputed(first_head));  // not kept in registers until here
+    if (p.part_sums) {
+      part.write_sums<D>(p, 0, s.k_begin + first + row, count - row, share * kColumns, grad_k[0]);
+      part.write_sums<D>(p, 1, s.k_begin + first + row, count - row, share * kColumns, grad_v[0]);
+      return;
+    }
     if (p.sums) arch::sync_threads();  // all are done with the keys
     put_result<D>(keys, row, share * kColumns, grad_k[0], p.plan.scale, p.plan.scale);
     put_result<D>(values, row, share * kColumns, grad_v[0], 1, 1);
     arch::sync_warp();
-    write_rows<D, 16, kColumns>(keys, row, share * kColumns, row_of<T>(p.grad_k, s.k_begin + first + row, work.head),
+    write_rows<D, 16, kColumns>(keys, row, share * kColumns, row_of<T>(p.grad_k, s.k_begin + first + row, part.key_head),
                                 p.grad_k.row_stride, count - row);
-    write_rows<D, 16, kColumns>(values, row, share * kColumns, row_of<T>(p.grad_v, s.k_begin + first + row, work.head),
+    write_rows<D, 16, kColumns>(values, row, share * kColumns, row_of<T>(p.grad_v, s.k_begin + first + row, part.key_head),
                                 p.grad_v.row_stride, count - row);
   }
 
@@ -313,7 +347,10 @@ void attention_backward(const AttentionBackward& call, Stream stream) {
   refuse_unless(s.num_queries == 0 || call.lse, "lse is a null pointer");
   if (s.num_segments == 0) return;
 
+  const int64_t parts = attention_backward_parts(s);
   auto* delta = static_cast<float*>(call.workspace);
+  float* const sums = delta + (s.num_queries * s.num_heads + 3) / 4 * 4;
+  float* const part_sums = sums + (call.deterministic ? 0 : s.num_queries * s.num_heads * s.head_dim);
   with_type_and_dim(s, [&](auto t, auto dim) {
     using T = decltype(t);
     BackwardParams p{
@@ -322,7 +359,9 @@ void attention_backward(const AttentionBackward& call, Stream stream) {
         call.o,      call.grad_o,
         call.grad_q, call.grad_k,
         call.grad_v, call.lse,
-        delta,       call.deterministic ? nullptr : delta + attention_backward_workspace_bytes(s, true) / 4};
+        delta,       call.deterministic ? nullptr : sums,
+        static_cast<int>(s.num_keys), static_cast<int>(s.num_key_heads),
+        static_cast<int>(parts), parts > 1 ? part_sums : nullptr};
     auto launch = [&]<typename Kernel>(Kernel, int64_t num_rows, int tile_rows, int64_t num_heads,
                                        int64_t of_key_head) {
       if (num_rows == 0) return;
@@ -338,9 +377,10 @@ void attention_backward(const AttentionBackward& call, Stream stream) {
     if (is_for_hopper(s, {call.q, call.k, call.v, call.grad_o})) {
       add_gradients_on_hopper(s, p, stream);
     } else {
-      launch(Key{}, s.num_keys, Key::kKeys, s.num_key_heads, 1);
+      launch(Key{}, s.num_keys, Key::kKeys, s.num_key_heads * parts, parts);
       if (call.deterministic) launch(Query{}, s.num_queries, Query::kQueries, s.num_heads, group);
     }
+    if (p.part_sums && s.num_keys > 0) arch::launch<KeyRounding<T, dim>>(blocks_of(s.num_keys * s.num_key_heads, RowLanes<dim>::kRows), 0, stream, p);
     if (!call.deterministic && s.num_queries > 0) arch::launch<Rounding<T, dim>>(row_blocks, 0, stream, p);
   });
 }

@@ -30,7 +30,8 @@ struct HopperKeySide {
   const Params& p;
   const Plan& plan;
   const Segment s;
-  const int key_head, first;  // of the keys
+  const KeyHeadPart part;
+  const int first;  // of the keys
   const int begin, tiles, steps;
   const Keys keys{0}, values{Keys::kBytes}, results_k{2 * Keys::kBytes}, results_v{3 * Keys::kBytes};
   const Shared<uint64_t> has_keys = arch::shared<uint64_t>(kBarriers, 1);
@@ -40,18 +41,18 @@ struct HopperKeySide {
   ARCH_FN static Queries grad_outs(int step) { return Queries(kStages0 + (kStages + step % kStages) * Queries::kBytes); }
   ARCH_FN static Scores grad_scores(int step) { return Scores(kScores0 + step % 2 * Scores::kBytes); }
   ARCH_FN static Shared<float> statistics(int step) { return arch::shared<float>(kStatistics + step % kStages * kStatisticBytes, 2 * kQueries); }  // exponents, deltas
-  ARCH_FN int head_of(int step) const { return key_head * plan.group + step / tiles; }
+  ARCH_FN int head_of(int step) const { return part.first_head + step / tiles; }
   ARCH_FN int query_of(int step) const { return (begin + step % tiles) * kQueries; }
 
   ARCH_FN static void run(const Params& p) {
-    const Work work = block_work(p.call.plan, p.call.plan.num_heads / p.call.plan.group);
+    const Work work = block_work(p.call.plan, p.call.num_key_heads * p.call.num_parts);
     const Segment s = find_segment<kKeys>(p.call.plan, p.call.plan.cu_seqlens_k, work.tile);
     if (s.tile < 0) return;
     const int first = s.tile * kKeys;
     HopperKeySide(p, s, work.head, SeeingQueries<kQueries>(p.call.plan, s, first, smaller(kKeys, s.num_keys - first))).run_block();
   }
-  ARCH_FN HopperKeySide(const Params& p, const Segment& s, int key_head, const SeeingQueries<kQueries>& seeing)
-      : p(p), plan(p.call.plan), s(s), key_head(key_head), first(s.tile * kKeys), begin(seeing.begin), tiles(larger(0, seeing.end - seeing.begin)), steps(tiles * plan.group) {}
+  ARCH_FN HopperKeySide(const Params& p, const Segment& s, int head, const SeeingQueries<kQueries>& seeing)
+      : p(p), plan(p.call.plan), s(s), part(p.call, KeyHeadPart::first_head_of(p.call, head)), first(s.tile * kKeys), begin(seeing.begin), tiles(larger(0, seeing.end - seeing.begin)), steps(tiles * part.num_heads) {}
 
   ARCH_FN void run_block() const {
     if (arch::thread_index() == 0) {
@@ -74,8 +75,8 @@ struct HopperKeySide {
     const int lane = arch::lane_index();
     if (lane == 0) {
       arch::barrier_arrive_expect(&has_keys[0], 2 * Keys::kBytes);
-      keys.load(p.k, s.k_begin + first, key_head, &has_keys[0]);
-      values.load(p.v, s.k_begin + first, key_head, &has_keys[0]);
+      keys.load(p.k, s.k_begin + first, part.key_head, &has_keys[0]);
+      values.load(p.v, s.k_begin + first, part.key_head, &has_keys[0]);
     }
     for (int step = 0; step < steps; ++step) {
       const int query = query_of(step), head = head_of(step);
@@ -122,7 +123,7 @@ struct HopperKeySide {
         arch::sync_named(kAllGroups, kComputing);
       }
     }
-    int head = key_head * plan.group, query = begin * kQueries;
+    int head = part.first_head, query = begin * kQueries;
     for (int step = 0; step < steps; ++step) {
       const auto known = statistics(step);
       pipe.wait_for_tile(step);
@@ -180,11 +181,16 @@ struct HopperKeySide {
       if (query >= (begin + tiles) * kQueries) ++head, query = begin * kQueries;
     }
     if (steps == 0) set_zero(grad_k), set_zero(grad_v);
+    if (p.call.part_sums) {
+      part.template write_sums<D>(p.call, 0, s.k_begin + first + row, count - row, 0, grad_k);
+      part.template write_sums<D>(p.call, 1, s.k_begin + first + row, count - row, 0, grad_v);
+      return;
+    }
     results_k.put_result(row, grad_k, plan.scale, plan.scale);
     results_v.put_result(row, grad_v, 1, 1);
     arch::sync_warp();
-    results_k.write_rows(row, row_of<T>(p.call.grad_k, s.k_begin + first + row, key_head), p.call.grad_k.row_stride, count - row);
-    results_v.write_rows(row, row_of<T>(p.call.grad_v, s.k_begin + first + row, key_head), p.call.grad_v.row_stride, count - row);
+    results_k.write_rows(row, row_of<T>(p.call.grad_k, s.k_begin + first + row, part.key_head), p.call.grad_k.row_stride, count - row);
+    results_v.write_rows(row, row_of<T>(p.call.grad_v, s.k_begin + first + row, part.key_head), p.call.grad_v.row_stride, count - row);
   }
 
   // A warp's 16 queries from `query` on, 64 columns from `column` on.
@@ -338,7 +344,7 @@ void add_gradients_on_hopper(const AttentionShape& s, const BackwardParams& para
     using Query = HopperQuerySide<T, dim>;
     const auto launch_key_side = [&](auto adds) {
       using Key = HopperKeySide<T, dim, adds>;
-      launch(static_cast<Key*>(nullptr), s.num_keys, Key::kKeys, s.num_key_heads, 1);
+      launch(static_cast<Key*>(nullptr), s.num_keys, Key::kKeys, s.num_key_heads * params.num_parts, params.num_parts);
     };
     if (params.sums) return launch_key_side(std::true_type());
     launch_key_side(std::false_type());

@@ -318,6 +318,13 @@ TEST_F(EmulatedAttention, HeadGroups) {
   expect_right(make_case(Type::kBFloat16, 256, 2, 1, {0, 90}, {0, 90}));
 }
 
+// grad_k and grad_v of many heads are summed up in parts.
+TEST_F(EmulatedAttention, ManyHeadsOfAKeyHead) {
+  expect_right(make_case(Type::kBFloat16, 64, 17, 1, {0, 3, 20}, {0, 3, 20}));
+  expect_right(make_case(Type::kFloat16, 256, 18, 2, {0, 12}, {0, 12}));
+  expect_right(make_case(Type::kBFloat16, 96, 9, 1, {0, 0}, {0, 12}, -1, false));
+}
+
 TEST_F(EmulatedAttention, Windows) {
   for (int window : {1, 2, 40, 64, 65, 150, 299, 1000}) {
     SCOPED_TRACE(window);
@@ -447,6 +454,11 @@ TEST_F(EmulatedHopperAttention, Packed) {
   expect_right(make_case(Type::kBFloat16, 128, 1, 1, {0, 40, 40}, {0, 90, 200}, -1, false));
   expect_right(make_case(Type::kBFloat16, 64, 1, 1, {0, 200, 230}, {0, 30, 30}));  // queries without keys
   expect_right(make_case(Type::kBFloat16, 64, 1, 1, {0, 9}, {0, 0}, -1, false));
+}
+
+TEST_F(EmulatedHopperAttention, ManyHeadsOfAKeyHead) {
+  expect_right(make_case(Type::kBFloat16, 64, 17, 1, {0, 3, 20}, {0, 3, 20}));
+  expect_right(make_case(Type::kFloat16, 128, 18, 2, {0, 12}, {0, 12}));
 }
 
 TEST_F(EmulatedHopperAttention, Windows) {
