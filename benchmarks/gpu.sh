@@ -193,6 +193,7 @@ while read -r name limit program; do
   if [ "$limit" -lt 30 ]; then failed=1 && printf '%-22s not begun, the time is over\n' "$name"; continue; fi
   rm -rf --one-file-system "$work"/*
   : >"$work/rows"
+  : >"$work/clocks" # the watcher may be ended before it has begun
   before=$(field_of clocks.sm,clocks.mem,temperature.gpu,power.draw || true) begin=$SECONDS status=0
   nvidia-smi --query-gpu=utilization.gpu,clocks.sm --format=csv,noheader,nounits --loop=1 >"$work/clocks" 2>/dev/null &
   watch=$!
