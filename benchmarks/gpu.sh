@@ -193,12 +193,13 @@ while read -r name limit program; do
   if [ "$limit" -lt 30 ]; then failed=1 && printf '%-22s not begun, the time is over\n' "$name"; continue; fi
   rm -rf --one-file-system "$work"/*
   : >"$work/rows"
-  : >"$work/clocks" # the watcher may be ended before it has begun
+  : >"$work/clocks"
   before=$(field_of clocks.sm,clocks.mem,temperature.gpu,power.draw || true) begin=$SECONDS status=0
-  nvidia-smi --query-gpu=utilization.gpu,clocks.sm --format=csv,noheader,nounits --loop=1 >"$work/clocks" 2>/dev/null &
-  watch=$!
+  watch=""
+  # Of nothing there is nothing to watch, and a shell that is ended before it has become the watcher would remove $work.
+  if [ -n "$card" ]; then nvidia-smi --query-gpu=utilization.gpu,clocks.sm --format=csv,noheader,nounits --loop=1 >"$work/clocks" 2>/dev/null & watch=$!; fi
   timeout --kill-after=10 "$limit" "$0" --inside "$name" $dry >/dev/null 2>"$work/said" || status=$?
-  { kill $watch && wait $watch; } 2>/dev/null || true
+  [ -z "$watch" ] || { kill "$watch" && wait "$watch"; } 2>/dev/null || true
   busy=$(awk -F', *' '$1 > 50 {print $2}' "$work/clocks" | sort -n | awk '{v[NR] = $1} END {if (NR) printf "%d to %d MHz, median %d", v[1], v[NR], v[int((NR + 1) / 2)]}')
   case $status in 0) state=passed ;; 124 | 137) state="over its limit of $limit s" ;; *) state=failed ;; esac
   [ "$state" = passed ] || failed=1
