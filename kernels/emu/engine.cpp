@@ -3,6 +3,9 @@
 // with probabilistic guarantees of finding bugs"), for a fair order hides that a barrier is missing.
 #include <boost/context/fiber.hpp>
 #include <boost/context/protected_fixedsize_stack.hpp>
+#ifdef __SANITIZE_ADDRESS__
+#include <sanitizer/common_interface_defs.h>
+#endif
 
 #include <algorithm>
 #include <deque>
@@ -75,6 +78,31 @@ struct StackAllocator {
   void deallocate(context::stack_context& stack) { stacks().deallocate(stack); }
 };
 
+// AddressSanitizer wants to know on which stack it is, or takes exceptions there for faults. While one lives, another stack is in use.
+#ifdef __SANITIZE_ADDRESS__
+class StackSwitch {
+ public:
+  StackSwitch(const void* bottom, size_t size) { __sanitizer_start_switch_fiber(&mine_, bottom, size); }
+  ~StackSwitch() { __sanitizer_finish_switch_fiber(mine_, nullptr, nullptr); }
+  static void arrive() { __sanitizer_finish_switch_fiber(nullptr, &scheduler_bottom, &scheduler_size); }
+  static void leave() { __sanitizer_start_switch_fiber(nullptr, scheduler_bottom, scheduler_size); }
+  static inline const void* scheduler_bottom = nullptr;
+  static inline size_t scheduler_size = 0;
+
+ private:
+  void* mine_ = nullptr;
+};
+#else
+struct StackSwitch {
+  StackSwitch(const void*, size_t) {}
+  ~StackSwitch() {}  // so that one is never unused
+  static void arrive() {}
+  static void leave() {}
+  static constexpr const void* scheduler_bottom = nullptr;
+  static constexpr size_t scheduler_size = 0;
+};
+#endif
+
 struct Copy {
   void* to;
   const void* from;
@@ -84,12 +112,20 @@ struct Copy {
 struct Thread {
   int index = 0;
   uint64_t priority = 0;
+  context::stack_context stack;
   context::fiber here, back;       // where it goes on; where it goes when it waits
-  bool ended = false;
+  bool begun = false, ended = false;
   std::string waits;               // what for
   int num_calls = 0;               // of the op that one call is left out of
   std::vector<Copy> uncommitted;
   std::deque<std::vector<Copy>> groups;
+
+  StackSwitch enter() const { return {static_cast<const char*>(stack.sp) - stack.size, stack.size}; }
+  ~Thread() {
+    if (!begun || ended) return;
+    const StackSwitch unwinds = enter();
+    here = {};
+  }
 };
 
 struct Barrier {
@@ -135,7 +171,10 @@ Thread* thread = nullptr;
 void wait(std::string what) {
   Thread* me = thread;
   me->waits = std::move(what);
-  me->back = std::move(me->back).resume();
+  {
+    const StackSwitch to_scheduler(StackSwitch::scheduler_bottom, StackSwitch::scheduler_size);
+    me->back = std::move(me->back).resume();
+  }
   thread = me;
   me->waits.clear();
 }
@@ -164,7 +203,10 @@ bool somebody_can_run() {
 
 void run_block(const std::function<void()>& body) {
   for (Thread& t : block->threads) {
-    t.here = context::fiber(std::allocator_arg, StackAllocator(), [&t, &body](context::fiber&& back) {
+    t.stack = stacks().allocate();
+    t.here = context::fiber(std::allocator_arg, context::preallocated(t.stack.sp, t.stack.size, t.stack), StackAllocator(), [&t, &body](context::fiber&& back) {
+      StackSwitch::arrive();
+      t.begun = true;
       t.back = std::move(back);
       thread = &t;
       try {
@@ -172,11 +214,13 @@ void run_block(const std::function<void()>& body) {
         if (!t.uncommitted.empty() || !t.groups.empty()) fault("has ended with copies under way that nobody waited for");
         if (block->extension) block->extension->thread_ends();
       } catch (const context::detail::forced_unwind&) {
+        StackSwitch::leave();
         throw;
       } catch (...) {
         if (!block->error) block->error = std::current_exception();
       }
       t.ended = true;
+      StackSwitch::leave();
       return std::move(t.back);
     });
     block->ready.push_back(&t);
@@ -189,6 +233,7 @@ void run_block(const std::function<void()>& body) {
     thread = block->ready.back();
     block->ready.pop_back();
     Thread* running = thread;
+    const StackSwitch to_thread = running->enter();
     running->here = std::move(running->here).resume();
   }
   if (block->error) std::rethrow_exception(block->error);
@@ -220,7 +265,7 @@ void run_grid(const Index3& grid, int num_threads, int shared_bytes, const std::
   for (const Index3& index : order) {
     Block b;
     b.index = index, b.grid = grid, b.random = Random(random());
-    b.threads.resize(static_cast<size_t>(num_threads));
+    b.threads = std::vector<Thread>(static_cast<size_t>(num_threads));
     b.warps.resize(static_cast<size_t>(num_threads / 32));
     uint64_t of_warp = 0;
     for (int t = 0; t < num_threads; ++t) {
