@@ -1,9 +1,10 @@
-// Does this build run on this device? See kernels.h.
+// Does this build run on this device? See kernels.h and devices.h.
 #include <cuda_runtime.h>
 
 #include <cstdint>
 #include <vector>
 
+#include "kernels/devices.h"
 #include "kernels/kernels.h"
 
 namespace trireme::kernels {
@@ -63,6 +64,23 @@ DeviceReport probe_device(int index) {
   DeviceReport report;
   report.failure = run(index, report);
   return report;
+}
+
+std::string counting_failure() {
+  int n = 0;
+  const cudaError_t e = cudaGetDeviceCount(&n);
+  return e == cudaSuccess || e == cudaErrorNoDevice || e == cudaErrorInsufficientDriver ? "" : cudaGetErrorString(e);
+}
+
+std::string device_uuid(int index) {
+  cudaDeviceProp facts;
+  if (cudaGetDeviceProperties(&facts, index) != cudaSuccess) return "";
+  return {facts.uuid.bytes, sizeof facts.uuid.bytes};
+}
+
+size_t shared_bytes_per_block(int index) {
+  int bytes = 0;
+  return cudaDeviceGetAttribute(&bytes, cudaDevAttrMaxSharedMemoryPerBlockOptin, index) == cudaSuccess ? static_cast<size_t>(bytes) : 0;
 }
 
 }  // namespace trireme::kernels

@@ -58,7 +58,7 @@ ExitStatus verb_eval(const Config& config, const CommandLine& line, const Proces
   ModelCut cut;
   at::Device device = at::kCPU;
   agree_on(world, [&] {
-    device = choose_device(config, process);
+    device = choose_device(config, world);
     source = find_model(config);
     check_dtype(weight_dtype(config, source), device);
     if (!device.is_cpu()) say_kernel_gaps(kernel_gaps(source.config, weight_dtype(config, source)));

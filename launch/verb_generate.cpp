@@ -88,7 +88,7 @@ void check_cache(const Transformer& model, int64_t max_tokens) {
 }
 
 // `copy`: the ranks that hold one copy of the model together.
-void answer_prompts(const Config& config, const CommandLine& line, const Process& process, const MeshComms& comms, const Communicator& copy) {
+void answer_prompts(const Config& config, const CommandLine& line, const MeshComms& comms, const Communicator& copy) {
   const auto& g = config.generate;
   ModelSource source;
   std::optional<TextTools> tools;
@@ -96,7 +96,7 @@ void answer_prompts(const Config& config, const CommandLine& line, const Process
   RecordOptions records;
   std::optional<RecordEncoder> encoder;
   agree_on(copy, [&] {
-    const at::Device device = choose_device(config, process);
+    const at::Device device = choose_device(config, copy);
     source = find_model(config);
     check_dtype(weight_dtype(config, source), device);
     if (!device.is_cpu()) say_kernel_gaps(kernel_gaps(source.config, weight_dtype(config, source)));
@@ -200,7 +200,7 @@ ExitStatus verb_generate(const Config& config, const CommandLine& line, const Pr
   const Communicator copy = comms.world.split(comms.coords.data, process.rank(), "copy");
   CommTimeoutPause pause(process.rank() != 0);  // rank 0 waits for whoever asks
   agree_on(comms.world, [&] {
-    if (comms.coords.data == 0) answer_prompts(config, line, process, comms, copy);
+    if (comms.coords.data == 0) answer_prompts(config, line, comms, copy);
   });
   return kExitDone;
 }

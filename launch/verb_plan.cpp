@@ -23,7 +23,7 @@ ExitStatus verb_plan(const Config& config, const CommandLine& line, const Proces
     if (!config.data.eval.empty() || config.data.eval_fraction > 0) planned.longest_eval_row = row;
     planned.device = planned_device(config);
     const Plan plan = make_plan(config, source.config, dtype, mesh, planned);
-    log_info(str(plan.text(), "\n", fit_text(plan, config, source.config, dtype, planned_room(config, process, config.plan.ranks > 0 ? 1 : process.local_size()))));
+    log_info(str(plan.text(), "\n", fit_text(plan, config, source.config, dtype, planned_room(config, config.plan.ranks > 0 ? 1 : process.local_size()))));
     if (planned.device != at::kCPU) say_kernel_gaps(kernel_gaps(config, source.config, dtype, mesh));
   });
   return kExitDone;

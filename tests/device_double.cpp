@@ -6,6 +6,8 @@
 //   - memory has an end: TRIREME_DOUBLE_BYTES
 //   - a step graph launches what was recorded, with the numbers and addresses of then, and nothing of the host runs again; while one is
 //     recorded nobody may wait for the device or touch memory of the host
+//   - there is one of it, or those that the variable TRIREME_DOUBLE_DEVICES names, a letter each: "AB"; "A B" lets the first rank of the
+//     host see A, the second B
 // and at the end of the process it writes who waited for it, as JSON, into the file TRIREME_DOUBLE_COUNTS.
 #include "device_double.h"
 
@@ -25,6 +27,7 @@
 #include <fstream>
 #include <map>
 #include <mutex>
+#include <sstream>
 #include <thread>
 
 #include "base/check.h"
@@ -504,6 +507,16 @@ class RecordedStep final : public StepGraph {
 
 }  // namespace
 
+std::vector<std::string> uuids_of_double() {
+  const char *const devices = std::getenv("TRIREME_DOUBLE_DEVICES"), *const local_rank = std::getenv("OMPI_COMM_WORLD_LOCAL_RANK");
+  std::istringstream all(devices ? devices : "A");
+  std::string names;
+  for (int i = local_rank ? std::atoi(local_rank) : 0; all >> names && i > 0; --i) continue;  // the last one's for all that come after
+  std::vector<std::string> uuids;
+  for (char name : names) uuids.emplace_back(16, name);
+  return uuids;
+}
+
 OpenDevice::OpenDevice() { memory().open(); }
 OpenDevice::~OpenDevice() { memory().close(); }
 
@@ -524,7 +537,7 @@ void offer_cuda() {
   set_call_bytes(k.decode_attention), set_call_bytes(k.rms_norm_forward), set_call_bytes(k.rope), set_call_bytes(k.glu_forward), set_call_bytes(k.embedding);
   set_call_bytes(k.matmul), set_call_bytes(k.convert), set_call_bytes(k.lora_up), set_call_bytes(k.lora_down);
   set_step_graphs(kType, [](at::Device) -> std::unique_ptr<StepGraph> { return std::make_unique<RecordedStep>(); });
-  set_device_kind({.type = kType, .name = "cuda", .find = [] { return DeviceKind::Found{std::getenv("TRIREME_DOUBLE_DEVICES") ? std::atoi(std::getenv("TRIREME_DOUBLE_DEVICES")) : 1, ""}; }, .load = [](int index) { here = c10::Device(kType, static_cast<c10::DeviceIndex>(index)); }, .kernels = &table});
+  set_device_kind({.type = kType, .name = "cuda", .find = [] { return DeviceKind::Found{uuids_of_double(), ""}; }, .load = [](int index) { here = c10::Device(kType, static_cast<c10::DeviceIndex>(index)); }, .kernels = &table});
 }
 
 }  // namespace trireme

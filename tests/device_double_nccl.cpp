@@ -238,7 +238,7 @@ void install_nccl_of_double() {
   api.group_start = [] { return 0; };
   api.group_end = [] { return 0; };
   api.device_type = c10::DeviceType::PrivateUse1;
-  api.device_uuid = [](int device) { return std::string(16, static_cast<char>(device)); };
+  api.device_uuid = [](int device) { return uuids_of_double().at(static_cast<size_t>(device)); };
   set_nccl_api(&api);
 }
 

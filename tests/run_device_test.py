@@ -235,7 +235,7 @@ def test_ranks_with_a_device_each_are_one(work, keys, ranks):
     name = "_".join(key.split("=")[0].split(".")[1] + key.split("=")[1] for key in keys)
     cpu(work, "train", *keys_of(work, f"one_{name}", *(key for key in keys if "parallel" not in key), model=model))
     done = end_of(start(work, ["mpirun", "-q", "--bind-to", "none", "--oversubscribe", "-n", str(ranks), DOUBLE, "train",
-                               *keys_of(work, name, *keys, f"--train.accumulation={2 // copies}", model=model)], dict(TRIREME_DOUBLE_DEVICES="4")), timeout=300)
+                               *keys_of(work, name, *keys, f"--train.accumulation={2 // copies}", model=model)], dict(TRIREME_DOUBLE_DEVICES="ABCD")), timeout=300)
     assert done.returncode == 0, done.stderr
     assert curve(work, name) == pytest.approx(curve(work, f"one_{name}"), rel=CURVE_BF16 if "--train.dtype=bfloat16" in keys else CURVE_FP32)
 
@@ -279,6 +279,19 @@ def test_rows_wider_than_the_kernels_hold_are_refused_by_every_verb(work, verb):
     keys = {"plan": ["--data.max_length=32"], "eval": [f"--eval.token_ids={rows}"], "generate": ["a"]}[verb]
     done = device(work, verb, f"--model.config={work}/wide.json", f"--model.tokenizer={QUICKSTART}/model", *keys, status=2)
     assert "hidden_size 16392 is more than the 16384 values of a row that the kernels of RMSNorm hold: set run.device=cpu" in done.stderr, done.stderr
+
+
+def test_ranks_that_see_a_device_each_take_it(work):
+    """As srun --gpus-per-task=1 shows them. One that is not theirs alone is refused."""
+    def ranks(name, devices):
+        return end_of(start(work, ["mpirun", "-q", "--bind-to", "none", "--oversubscribe", "-n", "2", DOUBLE, "train",
+                                   *keys_of(work, name, "--train.steps=1", "--eval.every=0", "--data.eval=")], dict(TRIREME_DOUBLE_DEVICES=devices)))
+    done = ranks("each", "A B")
+    assert done.returncode == 0, done.stderr
+    assert len(lines(work, "each")) == 1
+    for devices, said in {"A A": "this host has 2 ranks but sees 1 device", "AB A": "ranks 0 and 1 of this host see different devices and would both take one of them"}.items():
+        done = ranks("both", devices)
+        assert done.returncode == 2 and said in done.stderr, done.stderr
 
 
 def test_what_cannot_be_computed_there_is_refused_in_a_sentence(work):

@@ -14,6 +14,7 @@
 #include "train/agreement.h"
 #include "train/build.h"
 #include "train/check_config.h"
+#include "train/device_choice.h"
 #include "train/memory.h"
 #include "train/signals.h"
 #include "train/timeline.h"
@@ -156,6 +157,61 @@ TEST(TimeShares, AddUpToAHundred) {
   EXPECT_EQ(time_shares_text({{"compute", 8}, {"wait/data", 0.5}, {"wait/gradients", 0.25}, {"wait/tensor", 1}, {"wait/world", 0.25}, {"other", 1e-9}}),
             "compute 80.0 %, communication not hidden 20.0 % (gradients 7.5 %, other ranks 2.5 %, tensor 10.0 %)");
   EXPECT_EQ(time_shares_text({{"compute", 0}, {"other", 2}}), "other 100.0 %");
+}
+
+std::string refusal(const std::function<void()>& call) {
+  try {
+    call();
+  } catch (const ConfigError& error) {
+    return error.what();
+  }
+  return "";
+}
+
+TEST(DeviceChoice, NamesWhyCudaHasNoDevice) {
+  EXPECT_EQ(missing_devices_text(0, {.driver = 12080, .runtime = 13000}, ""), "the driver is for CUDA 12.8 at most, this build is of CUDA 13.0: update the driver");
+  EXPECT_EQ(missing_devices_text(0, {.driver = 13010, .runtime = 13000}, "system not yet initialized"),
+            "CUDA cannot say which devices are here (system not yet initialized): look at nvidia-smi");
+  for (int driver : {0, 13000, 14000}) EXPECT_EQ(missing_devices_text(0, {.driver = driver, .runtime = 13000}, ""), "") << driver;  // there is none
+  EXPECT_EQ(missing_devices_text(1, {.driver = 12080, .runtime = 13000}, ""), "");  // a driver for other versions too
+}
+
+TEST(DeviceChoice, RefusesADeviceThatTheKernelsDoNotRunOn) {
+  const size_t needed = 163 << 10;
+  const auto report = [](const char* name, int major, int minor, const char* failure = "") {
+    kernels::DeviceReport found;
+    found.name = name, found.compute_major = major, found.compute_minor = minor, found.failure = failure;
+    return found;
+  };
+  const auto said = [&](const kernels::DeviceReport& report, size_t shared) { return refusal([&] { check_device_report(3, report, shared, needed); }); };
+  EXPECT_EQ(said(report("A", 8, 0), needed), "");
+  EXPECT_EQ(said(report("H", 9, 0), 227 << 10), "");
+  EXPECT_EQ(said(report("A", 8, 0), 0), "");  // unknown
+  EXPECT_EQ(said(report("Old", 7, 5, "kernel launch: no kernel image"), 64 << 10),
+            "run.device: CUDA device 3 (Old) has compute capability 7.5, the kernels need 8.0 (A100) or newer: take another with CUDA_VISIBLE_DEVICES, or set run.device=cpu");
+  EXPECT_EQ(said(report("Small", 8, 9), 99 << 10),
+            "run.device: CUDA device 3 (Small) lets a block have 99 KiB of shared memory, the kernels need 163 KiB, as A100, H100 and newer cards of data centers "
+            "have: take another with CUDA_VISIBLE_DEVICES, or set run.device=cpu");
+  EXPECT_EQ(said(report("", 0, 0, "cudaSetDevice: busy"), 0),
+            "run.device: CUDA device 3 cannot be used: cudaSetDevice: busy. Look at nvidia-smi, take another with CUDA_VISIBLE_DEVICES, or set run.device=cpu");
+}
+
+TEST(DeviceChoice, RanksThatSeeTheSameTakeThemInTurnAndARankThatIsAloneTakesItsFirst) {
+  using Seen = std::vector<std::vector<std::string>>;
+  const auto choose = [](const Seen& seen, bool share = false) { return device_of_ranks(seen, share, "run.device=cuda"); };
+  const auto said = [&](const Seen& seen) { return refusal([&] { choose(seen); }); };
+  EXPECT_EQ(choose({{"A", "B"}, {"A", "B"}}), (std::vector{0, 1}));
+  EXPECT_EQ(choose({{"A"}, {"B"}, {"C"}}), (std::vector{0, 0, 0}));
+  EXPECT_EQ(choose({{"A", "B"}, {"C", "D"}, {"A", "B"}, {"C", "D"}}), (std::vector{0, 0, 1, 1}));
+  EXPECT_EQ(choose({{"A", "B"}, {"B", "A"}}), (std::vector{0, 0}));
+  EXPECT_EQ(choose({{"", ""}, {"", ""}}), (std::vector{0, 1}));
+  EXPECT_EQ(choose({{"A", "B"}, {}, {"A", "B"}}), (std::vector{0, 0, 1}));
+  EXPECT_EQ(choose({{"A", "B"}, {"A", "B"}, {"A", "B"}}, true), (std::vector{0, 1, 0}));
+  EXPECT_EQ(said({{"A"}, {"A"}}), "run.device=cuda: this host has 2 ranks but sees 1 device: start one rank a device, set run.device=cpu, or for tests comm.share_device=true");
+  EXPECT_EQ(said({{""}, {""}}), said({{"A"}, {"A"}}));
+  EXPECT_EQ(said({{"C"}, {"A", "B"}, {"A"}}),
+            "run.device=cuda: ranks 1 and 2 of this host see different devices and would both take one of them: let each see those alone that are its own "
+            "(CUDA_VISIBLE_DEVICES, srun --gpus-per-task), or all ranks the same");
 }
 
 }  // namespace

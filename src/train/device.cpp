@@ -8,12 +8,15 @@
 #include <algorithm>
 
 #include "base/check.h"
-#include "base/counted.h"
+#include "base/hash.h"
+#include "base/json.h"
 #include "base/log.h"
+#include "comm/process.h"
 #include "model/transformer.h"
 #include "ops/attention_device.h"
 #include "ops/device.h"
 #include "ops/dropout_mask.h"
+#include "train/device_choice.h"
 #include "train/memory.h"
 #include "train/mesh_model.h"
 #include "train/progress.h"
@@ -26,11 +29,29 @@ std::optional<DeviceKind>& kind() {
   return kind;
 }
 
+struct RankDevices {
+  std::string host;
+  std::vector<std::string> uuids;
+};
+
+// What each of these ranks sees, by rank. Collective.
+std::vector<RankDevices> devices_of_all(const std::vector<std::string>& uuids, const Communicator& ranks) {
+  if (ranks.size() == 1) return {{host_name(), uuids}};
+  Json mine = {{"host", host_name()}, {"uuids", Json::array()}};
+  for (const std::string& uuid : uuids) mine["uuids"].push_back(uuid.empty() ? "" : hash_bytes(uuid));
+  std::string all;
+  for (const std::string& rank : ranks.gather_bytes(dump_json(mine))) all += str(all.empty() ? "[" : ",", rank);
+  std::vector<RankDevices> seen;
+  for (const Json& rank : parse_json(ranks.broadcast_bytes(all.empty() ? all : all + "]"), "the devices of all ranks"))
+    seen.push_back({rank["host"].get<std::string>(), rank["uuids"].get<std::vector<std::string>>()});
+  return seen;
+}
+
 }  // namespace
 
 void set_device_kind(DeviceKind given) { kind() = std::move(given); }
 
-at::Device choose_device(const Config& config, const Process& process) {
+at::Device choose_device(const Config& config, const Communicator& ranks) {
   const std::string& wanted = config.run.device;
   if (wanted == "cpu") return at::kCPU;
   const std::string key = str("run.device=", wanted);
@@ -39,15 +60,20 @@ at::Device choose_device(const Config& config, const Process& process) {
     throw ConfigError(str(key, ", but this build has no CUDA kernels: build with nvcc (launch/setup.sh), or set run.device=cpu"));
   }
   const DeviceKind::Found found = kind()->find();
+  const std::vector<RankDevices> seen = devices_of_all(found.uuids, ranks);  // before anything that may fail on one rank alone
   if (!found.problem.empty()) throw ConfigError(str(key, ": ", found.problem, ", or set run.device=cpu"));
-  if (found.count == 0 && wanted == "auto") return at::kCPU;
-  if (found.count == 0)
-    throw ConfigError(str(key, ", but this process sees no device: `trireme doctor` says what is here; look at CUDA_VISIBLE_DEVICES and the batch "
+  const bool anywhere = std::any_of(seen.begin(), seen.end(), [](const RankDevices& rank) { return !rank.uuids.empty(); });
+  if (!anywhere && wanted == "auto") return at::kCPU;
+  if (found.uuids.empty())
+    throw ConfigError(str(key, ", but this process sees no device", anywhere ? " and others do" : "", ": `trireme doctor` says what is here; look at CUDA_VISIBLE_DEVICES and the batch "
                                "job's request (--gpus), or set run.device=cpu"));
-  if (process.local_size() > found.count && !config.comm.share_device)
-    throw ConfigError(str(key, ": this host has ", counted(process.local_size(), "rank"), " but sees ", counted(found.count, "device"),
-                          ": start one rank a device, set run.device=cpu, or for tests comm.share_device=true"));
-  const int index = process.local_rank() % found.count;
+  std::vector<std::vector<std::string>> of_host;
+  size_t mine = 0;
+  for (size_t rank = 0; rank < seen.size(); ++rank) {
+    if (rank == static_cast<size_t>(ranks.rank())) mine = of_host.size();
+    if (seen[rank].host == host_name()) of_host.push_back(seen[rank].uuids);
+  }
+  const int index = device_of_ranks(of_host, config.comm.share_device, key)[mine];
   kind()->load(index);
   set_kernels(kind()->type, kind()->kernels);
   set_kernel_settings({.tf32 = config.train.tf32, .deterministic = config.train.deterministic});
@@ -59,14 +85,14 @@ at::Device choose_device(const Config& config, const Process& process) {
 at::DeviceType planned_device(const Config& config) {
   const at::DeviceType type = kind() ? kind()->type : at::kCUDA;
   if (config.run.device != "auto") return config.run.device == "cpu" ? at::kCPU : type;
-  return config.plan.memory_gb > 0 || (kind() && kind()->find().count > 0) ? type : at::kCPU;
+  return config.plan.memory_gb > 0 || (kind() && !kind()->find().uuids.empty()) ? type : at::kCPU;
 }
 
-std::optional<uint64_t> planned_room(const Config& config, const Process& process, int num_local_ranks) {
+std::optional<uint64_t> planned_room(const Config& config, int num_local_ranks) {
   if (config.plan.memory_gb > 0) return static_cast<uint64_t>(config.plan.memory_gb * 1e9);
   if (planned_device(config) == at::kCPU) return available_bytes() / static_cast<uint64_t>(num_local_ranks);
-  if (!kind() || kind()->find().count == 0) return std::nullopt;
-  return free_bytes(choose_device(config, process));
+  if (!kind() || kind()->find().uuids.empty()) return std::nullopt;
+  return free_bytes(choose_device(config, Communicator::world()));
 }
 
 void check_dtype(at::ScalarType dtype, at::Device device) {

@@ -6,7 +6,7 @@
 #include "base/tensor.h"
 
 #include "comm/mesh.h"
-#include "comm/process.h"
+#include "comm/communicator.h"
 #include "config/config.h"
 #include "model/hf_config.h"
 #include "ops/device.h"
@@ -19,7 +19,7 @@ struct DeviceKind {
   std::string name;  // in run.device
   // Of the devices that this process sees. `problem`: why those that are there cannot be used, such as a driver that is too old.
   struct Found {
-    int count = 0;
+    std::vector<std::string> uuids;  // of each; "" where unknown
     std::string problem;
   };
   std::function<Found()> find;
@@ -29,15 +29,16 @@ struct DeviceKind {
 void set_device_kind(DeviceKind kind);  // the last one counts
 
 // run.device: `auto` is a device where there is one that can be used, and else the CPU; one that is there but cannot be used is
-// nobody's choice. After it tensors may be made there. ConfigError: no device, or fewer than this host has ranks (but with
-// comm.share_device), or run.device=float64's.
-at::Device choose_device(const Config& config, const Process& process);
+// nobody's choice. After it tensors may be made there. `ranks` call it together: what those of a host see says who takes which
+// (device_choice.h). ConfigError: no device, or fewer than this host has ranks (but with comm.share_device).
+at::Device choose_device(const Config& config, const Communicator& ranks);
 
 // What a run of this configuration would compute on, without touching it: a device where run.device says so, or `auto` sees one or the
 // plan is for memory that is not this host's (plan.memory_gb).
 at::DeviceType planned_device(const Config& config);
 // Bytes that a rank may use there: plan.memory_gb, or what is free, of a host shared by `num_local_ranks`. Null: a device that is not here.
-std::optional<uint64_t> planned_room(const Config& config, const Process& process, int num_local_ranks);
+// Collective, as choose_device() of all ranks.
+std::optional<uint64_t> planned_room(const Config& config, int num_local_ranks);
 
 // ConfigError where a device has no kernels for this dtype.
 void check_dtype(at::ScalarType dtype, at::Device device);

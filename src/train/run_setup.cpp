@@ -42,7 +42,7 @@ std::vector<ModelCut> TrainingRun::cuts() const {
 }
 
 void TrainingRun::read_files() {
-  if (!only_asks_) device_ = choose_device(config_, process_);
+  if (!only_asks_) device_ = choose_device(config_, world_);
   source_ = find_model(config_);
   check_tensor_parallel(source_.config, mesh_.num_tensor());
   stages_ = stages_of(config_, source_.config);
@@ -164,7 +164,7 @@ void TrainingRun::say_plan() {
     log_warn(str("a step takes ", shape_.rows_per_step(), " rows, but the training data has ", rows,
                  ": each is learnt more than once a step; lower train.accumulation or train.micro_batch_size"));
   if (resumed_) log_info(str("going on from ", resumed_->folder(), ", step ", state_.step, " of ", total_steps_));
-  if (only_asks_) return log_info(fit_text(plan, config_, source_.config, dtype_, planned_room(config_, process_, process_.local_size())));
+  if (only_asks_) return log_info(fit_text(plan, config_, source_.config, dtype_, planned_room(config_, process_.local_size())));
   check_memory(plan, process_.local_size());
   if (plan.of_device()) check_device_memory(plan, free_bytes(device_));
 }
