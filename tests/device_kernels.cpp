@@ -58,6 +58,72 @@ TEST(Device, RunsTheTests) {
   EXPECT_EQ(reinterpret_cast<uintptr_t>(memory.as()) % 32, 16u);
 }
 
+// `count` elements in plain memory of the device: zeros, and at the end those of a tensor.
+class Many {
+ public:
+  Many(int64_t count, Tensor& end) : end_bytes_(end.memory.num_bytes()), before_(static_cast<size_t>((count - end.size) * size_of(end.type))) {
+    check(cudaMalloc(&data_, before_ + end_bytes_));
+    check(cudaMemset(data_, 0, before_));
+    check(cudaMemcpy(static_cast<char*>(data_) + before_, end.data(), end_bytes_, cudaMemcpyDefault));
+  }
+  ~Many() { cudaFree(data_); }
+  Many(const Many&) = delete;
+  Many& operator=(const Many&) = delete;
+
+  template <typename T = void>
+  T* as() const {
+    return static_cast<T*>(data_);
+  }
+  // Zeros at the beginning still, and at the end these bits.
+  void expect_end(const Tensor& end, const char* what) const {
+    std::string first(end_bytes_, 1), last(end_bytes_, 1);
+    check(cudaMemcpy(first.data(), data_, end_bytes_, cudaMemcpyDeviceToHost));
+    check(cudaMemcpy(last.data(), as<char>() + before_, end_bytes_, cudaMemcpyDeviceToHost));
+    EXPECT_TRUE(first == std::string(end_bytes_, 0)) << what << " wrote elsewhere";
+    EXPECT_TRUE(last == end.memory.bits()) << what << " differs at the end";
+  }
+
+ private:
+  size_t end_bytes_, before_;
+  void* data_ = nullptr;
+};
+
+// The last elements of tensors of more than 2^31 are those of small tensors.
+TEST(Device, ServesMoreThanTwoToThe31Elements) {
+  if (num_devices() == 0) GTEST_SKIP() << "no CUDA device: the kernels are tested in the emulation alone";
+  constexpr int64_t kCount = (int64_t{1} << 31) + 10, kRows = 3, kEnd = 75;  // three rows are so many
+  static_assert(kCount % kRows == 0 && kEnd % kRows == 0);
+  size_t free = 0, total = 0;
+  check(cudaMemGetInfo(&free, &total));
+  if (free < size_t{20} * kCount) GTEST_SKIP() << "the device has " << (free >> 30) << " GiB free, and 40 are needed";
+  const Kernels& k = emulated_kernels();
+  const auto random = [&](Type type, uint64_t seed) { return Tensor(type, random_values(type, kEnd, seed)); };
+  {
+    Tensor x = random(Type::kFloat32, 1), y(Type::kBFloat16, kEnd);
+    const Many all_x(kCount, x), all_y(kCount, y);
+    k.convert({Type::kFloat32, Type::kBFloat16, kEnd, x.data(), y.data(), 1, false, nullptr}, nullptr);
+    k.convert({Type::kFloat32, Type::kBFloat16, kCount, all_x.as(), all_y.as(), 1, false, nullptr}, nullptr);
+    all_y.expect_end(y, "convert");
+  }
+  {
+    Tensor gate = random(Type::kBFloat16, 2), up = random(Type::kBFloat16, 3), y(Type::kBFloat16, kEnd);
+    const Many all_gate(kCount, gate), all_up(kCount, up), all_y(kCount, y);
+    k.glu_forward({Type::kBFloat16, Gate::kSilu, 1, kEnd, kEnd, gate.data(), up.data(), y.data()}, nullptr);
+    k.glu_forward({Type::kBFloat16, Gate::kSilu, kRows, kCount / kRows, kCount / kRows, all_gate.as(), all_up.as(), all_y.as()}, nullptr);
+    all_y.expect_end(y, "glu_forward");
+  }
+  Tensor master = random(Type::kFloat32, 4), weight(Type::kBFloat16, master.values()), grad = random(Type::kFloat32, 5);
+  Tensor m = random(Type::kFloat32, 6), v(Type::kFloat32, Values(kEnd, 0.25));
+  const Many all_master(kCount, master), all_weight(kCount, weight), all_grad(kCount, grad), all_m(kCount, m), all_v(kCount, v);
+  const auto step = [&](const AdamWTensor& of) { k.adamw({Type::kBFloat16, &of, 1, 1e-2, 0.01, 0.9, 0.95, 1e-8, 0.1, 0.05, nullptr, 1, 1}, nullptr); };
+  step({kEnd, weight.data(), static_cast<float*>(master.data()), static_cast<float*>(grad.data()), static_cast<float*>(m.data()), static_cast<float*>(v.data()), 0, 0});
+  step({kCount, all_weight.as(), all_master.as<float>(), all_grad.as<float>(), all_m.as<float>(), all_v.as<float>(), 0, 0});
+  all_weight.expect_end(weight, "adamw's weight");
+  all_master.expect_end(master, "adamw's master");
+  all_m.expect_end(m, "adamw's exp_avg");
+  all_v.expect_end(v, "adamw's exp_avg_sq");
+}
+
 }  // namespace
 }  // namespace test
 }  // namespace trireme::kernels
