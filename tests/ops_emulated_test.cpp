@@ -67,6 +67,16 @@ TEST_P(OpsEmulated, RmsNorm) {
   }, {random({9, 40}), random({9, 40}), random({40})}, 2);
 }
 
+TEST_P(OpsEmulated, LayerNorm) {
+  at::manual_seed(1);
+  expect_same([](const auto& in) { return std::vector{layer_norm(in[0], in[1], in[2], 1e-5)}; }, {random({7, 48}), random({48}), random({48})}, 2);
+  expect_same([](const auto& in) { return std::vector{layer_norm(in[0], in[1], in[2], 1e-5)}; }, {random({5, 3, 17}), random({17}), random({17})}, 2);
+  expect_same([](const auto& in) {
+    auto [sum, y] = add_layer_norm(in[0], in[1], in[2], in[3], 1e-6);
+    return std::vector{sum, y};
+  }, {random({9, 40}), random({9, 40}), random({40}), random({40})}, 2);
+}
+
 TEST_P(OpsEmulated, Rope) {
   at::manual_seed(2);
   const at::Tensor angles = at::rand({6, 16}) * 6;
@@ -77,6 +87,11 @@ TEST_P(OpsEmulated, Rope) {
 TEST_P(OpsEmulated, Swiglu) {
   at::manual_seed(3);
   expect_same([](const auto& in) { return std::vector{swiglu(in[0], in[1])}; }, {random({5, 33}), random({5, 33})}, 2);
+}
+
+TEST_P(OpsEmulated, Geglu) {
+  at::manual_seed(3);
+  expect_same([](const auto& in) { return std::vector{geglu(in[0], in[1])}; }, {random({5, 33}), random({5, 33})}, 2);
 }
 
 TEST_P(OpsEmulated, Dropout) {
@@ -172,6 +187,12 @@ TEST_P(OpsEmulated, LinearCrossEntropy) {
   }
 }
 
+TEST_P(OpsEmulated, LinearCrossEntropyWithItsTerms) {
+  at::manual_seed(6);
+  for (const CrossEntropyTerms& terms : {CrossEntropyTerms{0.2, 0}, {0, 0.05}, {0.2, 0.05}})
+    expect_same([&](const auto& in) { return std::vector{linear_cross_entropy(in[0], in[1], kTargets, 0, 1, nullptr, terms).sum}; }, {random({9, 24}), random({37, 24})}, 3);
+}
+
 TEST_P(OpsEmulated, LinearCrossEntropyOfNothing) {
   const at::Tensor none = at::full({9}, -100, at::kLong);
   expect_same([&](const auto& in) { return std::vector{linear_cross_entropy(in[0], in[1], none).sum}; }, {random({9, 24}), random({37, 24})}, 2);
@@ -224,7 +245,8 @@ TEST_P(OpsEmulated, LinearCrossEntropyOfPartsOfTheVocabulary) {
   const at::Tensor hidden = random({9, 24}), head = random({37, 24});
   head.slice(0, 36).copy_(head.slice(0, 1, 2));  // equal logits on two ranks: the first of them counts
   at::Tensor whole_hidden = hidden.clone().requires_grad_(), whole_head = head.clone().requires_grad_();
-  const LossSum whole = linear_cross_entropy(whole_hidden, whole_head, kTargets, 4, 2);
+  const CrossEntropyTerms terms{0.2, 0.05};
+  const LossSum whole = linear_cross_entropy(whole_hidden, whole_head, kTargets, 4, 2, nullptr, terms);
   whole.sum.backward();
 
   Emulated emulated;
@@ -234,7 +256,7 @@ TEST_P(OpsEmulated, LinearCrossEntropyOfPartsOfTheVocabulary) {
   for_ranks(3, [&](int rank, const auto& combine) {
     const VocabularyPart part{bounds[rank], 37, combine};
     at::Tensor h = hidden.clone().requires_grad_(), w = head.slice(0, bounds[rank], bounds[rank + 1]).clone().requires_grad_();
-    const LossSum loss = linear_cross_entropy(h, w, kTargets, 4, 2, &part);
+    const LossSum loss = linear_cross_entropy(h, w, kTargets, 4, 2, &part, terms);
     loss.sum.backward();
     EXPECT_TRUE(near(loss.sum, whole.sum.detach()));
     EXPECT_EQ(loss.correct.template item<int64_t>(), whole.correct.template item<int64_t>());

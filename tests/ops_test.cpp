@@ -121,6 +121,44 @@ TEST(RmsNorm, WeightGradientDoesNotDependOnThreads) {
   for (size_t i = 0; i < 2; ++i) EXPECT_TRUE(same_bits(three.grads[i], one.grads[i]));
 }
 
+at::Tensor plain_layer_norm(const at::Tensor& x, const at::Tensor& w, const at::Tensor& b, double eps) {
+  const at::Tensor centred = x - x.mean(-1, true);
+  return centred * (centred.square().mean(-1, true) + eps).rsqrt() * w + b;
+}
+
+TEST(LayerNorm, EqualsFormula) {
+  for (int64_t size : {1, 16, 37, 100})
+    compare([](const Tensors& t) { return layer_norm(t[0], t[1], t[2], 1e-3); }, [](const Tensors& t) { return plain_layer_norm(t[0], t[1], t[2], 1e-3); },
+            {random({70, size}) + 1, random({size}), random({size})}, 3);
+  compare([](const Tensors& t) { return layer_norm(t[0].transpose(0, 1), t[1].as_strided({24}, {2}), t[2], 1e-5); },
+          [](const Tensors& t) { return plain_layer_norm(t[0].transpose(0, 1), t[1].slice(0, 0, 48, 2), t[2], 1e-5); }, {random({5, 3, 24}), random({48}), random({24})}, 3);
+}
+
+TEST(LayerNorm, AddsTheResidual) {
+  for (int part : {0, 1, 2}) {  // the sum alone, the norm alone, both used
+    auto pick = [part](const at::Tensor& sum, const at::Tensor& y) { return part == 0 ? sum * 1 : part == 1 ? y * 1 : sum * 0.5 + y; };
+    compare(
+        [&](const Tensors& t) {
+          auto [sum, y] = add_layer_norm(t[0], t[1], t[2], t[3], 1e-5);
+          return pick(sum, y) + 0 * (t[2] + t[3]).sum();
+        },
+        [&](const Tensors& t) { return pick(t[0] + t[1], plain_layer_norm(t[0] + t[1], t[2], t[3], 1e-5)) + 0 * (t[2] + t[3]).sum(); },
+        {random({9, 37}), random({9, 37}), random({37}), random({37})}, 4);
+  }
+}
+
+TEST(LayerNorm, DoesNotDependOnThreads) {
+  const at::Tensor x = random({1000, 40}), w = random({40}), b = random({40}), weights = random({1000, 40});
+  auto fn = [](const Tensors& t) { return layer_norm(t[0], t[1], t[2], 1e-5); };
+  const int before = at::get_num_threads();
+  at::set_num_threads(1);
+  const Result one = run(fn, {x, w, b}, at::kFloat, weights);
+  at::set_num_threads(3);
+  const Result three = run(fn, {x, w, b}, at::kFloat, weights);
+  at::set_num_threads(before);
+  for (size_t i = 0; i < 3; ++i) EXPECT_TRUE(same_bits(three.grads[i], one.grads[i])) << i;
+}
+
 at::Tensor plain_rope(const at::Tensor& x, const at::Tensor& cos, const at::Tensor& sin) {
   const int64_t rotary = cos.size(1);
   at::Tensor turned = x.slice(2, 0, rotary), rest = x.slice(2, rotary);
@@ -151,6 +189,20 @@ TEST(Swiglu, IsFiniteWhereExpOverflows) {
     EXPECT_TRUE(near(y, at::tensor({0.0, 0.0, 90.0, 1000.0}).reshape({1, 4})));
     gate[0][2] = std::numeric_limits<double>::quiet_NaN();
     EXPECT_TRUE(swiglu(gate, at::ones_like(gate))[0][2].isnan().item<bool>());
+  }
+}
+
+TEST(Geglu, EqualsFormula) {
+  compare([](const Tensors& t) { return geglu(t[0], t[1]); }, [](const Tensors& t) { return at::gelu(t[0], "tanh") * t[1]; }, {random({5, 19}, 4.0), random({5, 19})}, 2);
+}
+
+TEST(Geglu, IsFiniteWhereExpOverflows) {
+  for (auto dtype : {at::kFloat, at::kBFloat16, at::kDouble}) {
+    at::Tensor gate = at::tensor({-1000.0, -90.0, 90.0, 1000.0}).to(dtype).reshape({1, 4}).requires_grad_();
+    const at::Tensor y = geglu(gate, at::ones_like(gate));
+    EXPECT_TRUE(near(y, at::tensor({0.0, 0.0, 90.0, 1000.0}).reshape({1, 4})));
+    torch::autograd::backward({y.sum()}, {});
+    EXPECT_TRUE(near(gate.grad(), at::tensor({0.0, 0.0, 1.0, 1.0}).reshape({1, 4})));
   }
 }
 
@@ -357,6 +409,19 @@ TEST(LinearCrossEntropy, EqualsFormulaInChunks) {
   for (int64_t chunk : {0, 70, 128}) compare_loss(many, 53, chunk);
 }
 
+TEST(LinearCrossEntropy, SmoothedLabelsAndZLossEqualTorchs) {
+  const at::Tensor targets = at::tensor(std::vector<int64_t>{3, -100, 52, 0, 17, -100, -100, 8, 9, 52, 1, 2, 3});
+  for (const CrossEntropyTerms& terms : {CrossEntropyTerms{0.1, 0}, {0, 0.03}, {0.3, 0.02}})
+    for (int64_t chunk : {0, 4})
+      compare([&](const Tensors& t) { return (linear_cross_entropy(t[0], t[1], targets, chunk, 1, nullptr, terms).sum * 0.25).to(t[0].scalar_type()); },
+              [&](const Tensors& t) {
+                const at::Tensor logits = at::linear(t[0], t[1]);
+                const at::Tensor squares = logits.logsumexp({1}).square().masked_select(targets != -100).sum();
+                return (at::cross_entropy_loss(logits, targets, {}, at::Reduction::Sum, -100, terms.label_smoothing) + terms.z_loss * squares) * 0.25;
+              },
+              {random({targets.numel(), 12}, 0.7), random({53, 12}, 0.7)}, 3);
+}
+
 TEST(LinearCrossEntropy, CountsAndHits) {
   at::Tensor head = at::eye(5), targets = at::tensor(std::vector<int64_t>{0, 1, -100, 2, 4});
   at::Tensor hidden = at::zeros({5, 5});
@@ -390,7 +455,8 @@ TEST(LinearCrossEntropy, LargeLogitsAndBadTargets) {
 // Every tensor that an operation is given beside its first: on another device, or of another dtype.
 TEST(Ops, RefuseMixedDevicesAndDtypes) {
   const at::Tensor x_TC = at::ones({4, 8}), w_C = at::ones({8}), w_OC = at::ones({6, 8}), bias_O = at::ones({6}), a_RC = at::ones({2, 8}), b_OR = at::ones({6, 2}), x_TR = at::ones({4, 2}),
-                   table = at::ones({4, 2}), heads = at::ones({4, 2, 8}), ids = at::zeros({4}, at::kLong), bounds = at::tensor(std::vector<int64_t>{0, 4}).to(at::kInt);
+                   table = at::ones({4, 2}), heads = at::ones({4, 2, 8}), ids = at::zeros({4}, at::kLong), bounds = at::tensor(std::vector<int64_t>{0, 4}).to(at::kInt),
+                   cache = at::ones({1, 4, 2, 8}), lengths = at::full({1}, 4, at::kInt);
   AttentionSpec spec{{0, 4}, {0, 4}};
   const DropoutKey key{0.5, 1, 2, ids, 0};
   const DropoutMask mask(key);
@@ -406,7 +472,16 @@ TEST(Ops, RefuseMixedDevicesAndDtypes) {
       {"add_rms_norm", "weight", "x", w_C, [&](auto& t) { add_rms_norm(x_TC, x_TC, t, 1e-5); }},
       {"rope", "cos", "x", table, [&](auto& t) { rope(heads, t, table); }},
       {"rope", "sin", "x", table, [&](auto& t) { rope(heads, table, t); }},
+      {"layer_norm", "weight", "x", w_C, [&](auto& t) { layer_norm(x_TC, t, w_C, 1e-5); }},
+      {"layer_norm", "bias", "x", w_C, [&](auto& t) { layer_norm(x_TC, w_C, t, 1e-5); }},
+      {"add_layer_norm", "residual", "x", x_TC, [&](auto& t) { add_layer_norm(x_TC, t, w_C, w_C, 1e-5); }},
+      {"add_layer_norm", "weight", "x", w_C, [&](auto& t) { add_layer_norm(x_TC, x_TC, t, w_C, 1e-5); }},
+      {"add_layer_norm", "bias", "x", w_C, [&](auto& t) { add_layer_norm(x_TC, x_TC, w_C, t, 1e-5); }},
       {"swiglu", "up", "gate", x_TC, [&](auto& t) { swiglu(x_TC, t); }},
+      {"geglu", "up", "gate", x_TC, [&](auto& t) { geglu(x_TC, t); }},
+      {"decode_attention", "k", "q", cache, [&](auto& t) { decode_attention(heads, t, cache, lengths); }},
+      {"decode_attention", "v", "q", cache, [&](auto& t) { decode_attention(heads, cache, t, lengths); }},
+      {"decode_attention", "lengths", "q", lengths, [&](auto& t) { decode_attention(heads, cache, cache, t); }},
       {"attention", "k", "q", heads, [&](auto& t) { attention(heads, t, heads, spec); }},
       {"attention", "v", "q", heads, [&](auto& t) { attention(heads, heads, t, spec); }},
       {"attention", "bounds_q", "q", bounds, [&](auto& t) { attention(heads, heads, heads, {{0, 4}, {0, 4}, -1, 0.0, true, t, bounds}); }},
@@ -568,7 +643,10 @@ TEST(SelectiveRecompute, DropsWhatCanBeComputedAgain) {
   const Case cases[] = {
       {"rms_norm", [&](auto& x) { return rms_norm(x, norm, 1e-5); }, product},
       {"add_rms_norm", [&](auto& x) { return add_rms_norm(x, start, norm, 1e-5).second; }, product},
+      {"layer_norm", [&](auto& x) { return layer_norm(x, norm, norm, 1e-5); }, product},
+      {"add_layer_norm", [&](auto& x) { return add_layer_norm(x, start, norm, norm, 1e-5).second; }, product},
       {"swiglu", [&](auto& x) { return swiglu(x, start); }, product},
+      {"geglu", [&](auto& x) { return geglu(x, start); }, product},
       {"dropout", [&](auto& x) { return dropout(x, key_of(0.5, 4)); }, product},
       {"rope", [&](auto& x) { return rope(heads(x), cos, sin); },
        [&](auto& h) { return attention(h, heads(start), heads(start), {{0, 4}, {0, 4}}); }},
@@ -628,17 +706,20 @@ std::vector<std::pair<std::string, at::Tensor>> outputs_of(const Loops<T>& loops
   loops.swiglu(kRows * kSize, t(x), t(other), t(output("swiglu", zeros)));
   at::Tensor grad_gate = output("swiglu_backward: gate", zeros), grad_up = output("swiglu_backward: up", zeros);
   loops.swiglu_backward(kRows * kSize, t(weight.repeat({kRows})), t(x), t(other), t(grad_gate), t(grad_up));
+  loops.geglu(kRows * kSize, t(x), t(other), t(output("geglu", zeros)));
+  grad_gate = output("geglu_backward: gate", zeros), grad_up = output("geglu_backward: up", zeros);
+  loops.geglu_backward(kRows * kSize, t(weight.repeat({kRows})), t(x), t(other), t(grad_gate), t(grad_up));
   const at::Tensor row_ids = at::arange(kRows) * 1000003;
   for (bool add : {false, true})
     loops.dropout(kRows, kSize, t(x), row_ids.data_ptr<int64_t>(), {1, 2, 1u << 30, 1.5, 3}, add,
                   t(output("dropout", other)));
   const int64_t targets[kRows] = {0, kSize - 1, x[2].argmax().template item<int64_t>()};
-  for (bool gradient : {false, true}) {
-    at::Tensor loss = output("cross_entropy: loss", at::zeros({kRows}, at::kDouble));
-    at::Tensor correct = output("cross_entropy: correct", at::zeros({kRows}, at::kByte));
-    loops.cross_entropy(kRows, kSize, t(output("cross_entropy", x)), targets, loss.data_ptr<double>(),
-                        correct.data_ptr<uint8_t>(), gradient);
-  }
+  for (bool gradient : {false, true})
+    for (double term : {0.0, 0.1}) {
+      at::Tensor loss = output("cross_entropy: loss", at::zeros({kRows}, at::kDouble));
+      at::Tensor correct = output("cross_entropy: correct", at::zeros({kRows}, at::kByte));
+      loops.cross_entropy(kRows, kSize, t(output("cross_entropy", x)), targets, term, term, loss.data_ptr<double>(), correct.data_ptr<uint8_t>(), gradient);
+    }
   loops.add_rows(kRows, kSize, t(x), a(output("add_rows", sums)));
   loops.scale_from(kSize, a(sums), 0.3, t(output("scale_from", weight)));
   const at::Tensor few = x * 0.05, matrix = values({7, kSize}, dtype);

@@ -241,12 +241,13 @@ at::Tensor attention(const at::Tensor& q_THD, const at::Tensor& k_SKD, const at:
 }
 
 at::Tensor decode_attention(const at::Tensor& q_THD, const at::Tensor& k_BSKD, const at::Tensor& v_BSKD, const at::Tensor& lengths_B, int64_t window, double scale) {
+  check_alike("decode_attention", {"q", q_THD}, {{"k", k_BSKD}, {"v", v_BSKD}});
+  check_alike("decode_attention", {"q", q_THD}, {{"lengths", lengths_B}}, at::kInt);
   const int64_t num_sequences = k_BSKD.size(0);
   TRIREME_CHECK(q_THD.dim() == 3 && k_BSKD.dim() == 4 && v_BSKD.sizes() == k_BSKD.sizes() && q_THD.size(2) == k_BSKD.size(3) && k_BSKD.size(2) > 0 &&
                     q_THD.size(1) % k_BSKD.size(2) == 0 && num_sequences > 0 && q_THD.size(0) % num_sequences == 0 && k_BSKD.is_contiguous() && v_BSKD.is_contiguous(),
                 q_THD.sizes(), k_BSKD.sizes(), v_BSKD.sizes());
-  TRIREME_CHECK(lengths_B.device() == q_THD.device() && lengths_B.scalar_type() == at::kInt && lengths_B.is_contiguous() && lengths_B.numel() == num_sequences,
-                lengths_B.toString(), " ", lengths_B.sizes(), " of lengths");
+  TRIREME_CHECK(lengths_B.is_contiguous() && lengths_B.numel() == num_sequences, lengths_B.sizes(), " of lengths");
   TRIREME_CHECK(window != 0, "window ", window);
   if (scale == 0.0) scale = 1.0 / std::sqrt(static_cast<double>(q_THD.size(2)));
   if (has_device_attention(q_THD)) return device_decode_attention(q_THD, k_BSKD, v_BSKD, lengths_B, window, scale);

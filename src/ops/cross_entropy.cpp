@@ -41,13 +41,14 @@ struct Loss {
   at::Tensor logits_NV, target_N, losses_N, correct_N;
   bool want_gradient;
   double gradient_scale;
+  CrossEntropyTerms terms;
 };
 
 void by_kernels(const kernels::Kernels& k, const Loss& loss, const VocabularyPart* part) {
   const at::Tensor& z = loss.logits_NV;
   const int64_t n = z.size(0);
-  const kernels::CrossEntropy rows{kernel_type(z), n, z.size(1), z.stride(0), data_of(z), loss.target_N.data_ptr<int64_t>(), 0, 0, static_cast<float>(loss.gradient_scale),
-                                   loss.want_gradient, loss.losses_N.data_ptr<float>(), loss.correct_N.data_ptr<uint8_t>()};
+  const kernels::CrossEntropy rows{kernel_type(z), n, z.size(1), z.stride(0), data_of(z), loss.target_N.data_ptr<int64_t>(), static_cast<float>(loss.terms.label_smoothing),
+                                   static_cast<float>(loss.terms.z_loss), static_cast<float>(loss.gradient_scale), loss.want_gradient, loss.losses_N.data_ptr<float>(), loss.correct_N.data_ptr<uint8_t>()};
   if (!part) return k.cross_entropy(rows, stream_of(z));
   const at::Tensor here = at::empty({n}, z.options().dtype(at::kFloat)), sums = at::empty({3, n}, here.options());  // exponentials, target's logits, logits
   at::Tensor largest = at::empty({n}, loss.target_N.options());
@@ -60,7 +61,7 @@ void by_kernels(const kernels::Kernels& k, const Loss& loss, const VocabularyPar
   const at::Tensor negative = (-largest).masked_fill_(here != maximum, std::numeric_limits<int64_t>::min());
   part->combine(negative, true);
   sums[0].mul_((here - maximum).exp_());
-  part->combine(sums.narrow(0, 0, 2), false);  // without label smoothing nobody asks for the third
+  part->combine(sums.narrow(0, 0, loss.terms.label_smoothing != 0 ? 3 : 2), false);
   largest = -negative;
   call.maximum = maximum.data_ptr<float>(), call.largest = largest.data_ptr<int64_t>();
   k.cross_entropy_finish(call, stream_of(z));
@@ -73,7 +74,7 @@ void by_loops(const Loss& loss) {
     at::parallel_for(0, loss.logits_NV.size(0), 1, [&](int64_t from, int64_t to) {
       for (int64_t row = from; row < to; ++row)
         loops<T>().cross_entropy(1, loss.logits_NV.size(1), loss.logits_NV.data_ptr<T>() + row * stride, loss.target_N.data_ptr<int64_t>() + row,
-                                 loss.losses_N.data_ptr<double>() + row, loss.correct_N.data_ptr<uint8_t>() + row, loss.want_gradient);
+                                 loss.terms.label_smoothing, loss.terms.z_loss, loss.losses_N.data_ptr<double>() + row, loss.correct_N.data_ptr<uint8_t>() + row, loss.want_gradient);
     });
   });
 }
@@ -89,27 +90,38 @@ void of_part(const Loss& loss, const VocabularyPart& part) {
   // The first of equals: the largest of the negative ids.
   at::Tensor first = at::where(largest == maximum, -(place + part.first), std::numeric_limits<int64_t>::min());
   part.combine(first, true);
-  at::Tensor sums = at::zeros({2, n}, at::kDouble);  // of exponentials; the target's logit less the maximum
+  const auto [smoothing, z_loss] = loss.terms;
+  at::Tensor sums = at::zeros({smoothing != 0 ? 3 : 2, n}, at::kDouble);  // of exponentials; the target's logit less the maximum; sum of logits less it
   at::Tensor local = loss.target_N - part.first;
   at::Tensor here = at::nonzero((local >= 0).logical_and(local < size)).view({-1}), column = local.index_select(0, here);
   z.sub_(maximum.unsqueeze(1));
   sums[1].index_copy_(0, here, z.index({here, column}).to(at::kDouble));
+  const auto add_up = [&](const at::Tensor& sum_N) {
+    constexpr int64_t kRows = 16;  // at a time: of what it adds up ATen makes a copy in double
+    for (int64_t i = 0; i < n; i += kRows) {
+      at::Tensor part_sums = sum_N.narrow(0, i, std::min(kRows, n - i));
+      at::sum_out(part_sums, z.narrow(0, i, part_sums.size(0)), at::IntArrayRef{1}, false, at::kDouble);
+    }
+  };
+  if (smoothing != 0) add_up(sums[2]);
   z.exp_();
-  at::Tensor exponentials = sums[0];
-  constexpr int64_t kRows = 16;  // at a time: of what it adds up ATen makes a copy in double
-  for (int64_t i = 0; i < n; i += kRows) {
-    at::Tensor part_sums = exponentials.narrow(0, i, std::min(kRows, n - i));
-    at::sum_out(part_sums, z.narrow(0, i, part_sums.size(0)), at::IntArrayRef{1}, false, at::kDouble);
-  }
+  add_up(sums[0]);
   part.combine(sums, false);
   const double *sum = sums.const_data_ptr<double>(), *logit = sum + n;
   const int64_t *hit = first.const_data_ptr<int64_t>(), *target = loss.target_N.const_data_ptr<int64_t>();
   double* losses = loss.losses_N.data_ptr<double>();
   uint8_t* correct = loss.correct_N.data_ptr<uint8_t>();
-  for (int64_t i = 0; i < n; ++i) losses[i] = std::log(sum[i]) - logit[i], correct[i] = -hit[i] == target[i];
+  const at::Tensor log_sum = maximum.to(at::kDouble) + sums[0].log();
+  for (int64_t i = 0; i < n; ++i) {
+    losses[i] = std::log(sum[i]) - logit[i], correct[i] = -hit[i] == target[i];
+    if (z_loss != 0) losses[i] += z_loss * std::pow(log_sum.const_data_ptr<double>()[i], 2);
+    if (smoothing != 0) losses[i] += smoothing * (logit[i] - sum[2 * n + i] / static_cast<double>(part.num_ids));
+  }
   if (!loss.want_gradient) return;
   z.div_(sums[0].to(z.scalar_type()).unsqueeze(1));
-  z.index_put_({here, column}, at::scalar_tensor(-1.0, z.options()), /*accumulate=*/true);
+  if (z_loss != 0) z.mul_((1 + 2 * z_loss * log_sum).to(z.scalar_type()).unsqueeze(1));
+  if (smoothing != 0) z.sub_(smoothing / static_cast<double>(part.num_ids));
+  z.index_put_({here, column}, at::scalar_tensor(smoothing - 1.0, z.options()), /*accumulate=*/true);
   logits_NV.copy_(z);
 }
 
@@ -119,7 +131,7 @@ struct Computed {
 };
 
 Computed run(const at::Tensor& hidden_TC, const at::Tensor& head_VC, const Rows& rows, int64_t chunk_rows,
-             bool want_hidden, bool want_head, double gradient_scale, const VocabularyPart* part) {
+             bool want_hidden, bool want_head, double gradient_scale, const VocabularyPart* part, const CrossEntropyTerms& terms) {
   at::NoGradGuard no_grad;
   const int64_t count = static_cast<int64_t>(rows.index.size()), size = hidden_TC.size(1), vocabulary = head_VC.size(0);
   const auto dtype = hidden_TC.scalar_type();
@@ -152,7 +164,7 @@ Computed run(const at::Tensor& hidden_TC, const at::Tensor& head_VC, const Rows&
     }
     at::Tensor logits = buffer.slice(0, 0, padded);
     product(hidden, head_VC.t(), logits);
-    const Loss loss{logits.slice(0, 0, n), targets.slice(0, begin, end), losses.slice(0, begin, end), correct.slice(0, begin, end), want_hidden || want_head, gradient_scale};
+    const Loss loss{logits.slice(0, 0, n), targets.slice(0, begin, end), losses.slice(0, begin, end), correct.slice(0, begin, end), want_hidden || want_head, gradient_scale, terms};
     if (k) {
       by_kernels(*k, loss, part);
     } else {
@@ -243,7 +255,7 @@ int64_t cross_entropy_chunk_rows(int64_t vocabulary, at::ScalarType dtype, bool 
 }
 
 LossSum linear_cross_entropy(const at::Tensor& hidden_TC, const at::Tensor& head_VC, const at::Tensor& targets_T,
-                             int64_t chunk_rows, double gradient_scale, const VocabularyPart* part) {
+                             int64_t chunk_rows, double gradient_scale, const VocabularyPart* part, const CrossEntropyTerms& terms) {
   check_alike("linear_cross_entropy", {"hidden", hidden_TC}, {{"head", head_VC}});
   TRIREME_CHECK(hidden_TC.dim() == 2 && head_VC.dim() == 2 && hidden_TC.size(1) == head_VC.size(1) && targets_T.dim() == 1 &&
                     targets_T.size(0) == hidden_TC.size(0) && targets_T.scalar_type() == at::kLong && targets_T.is_cpu(),
@@ -257,7 +269,7 @@ LossSum linear_cross_entropy(const at::Tensor& hidden_TC, const at::Tensor& head
     chunk_rows = std::min(chunk_rows, ((count + num_chunks - 1) / num_chunks + 127) / 128 * 128);
   }
   Computed computed = run(hidden_TC.detach().contiguous(), head_VC.detach(), rows, chunk_rows, want_hidden, want_head,
-                          gradient_scale, part);
+                          gradient_scale, part, terms);
   LossSum result;
   result.count = static_cast<int64_t>(rows.index.size());
   result.correct = computed.correct;

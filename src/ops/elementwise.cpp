@@ -1,4 +1,4 @@
-// rope, swiglu and dropout.
+// rope, swiglu, geglu and dropout.
 #include "ops/device.h"
 #include "ops/dropout_mask.h"
 #include "ops/op_support.h"
@@ -44,48 +44,62 @@ struct Rope : Function<Rope> {
   }
 };
 
-at::Tensor run_swiglu(const at::Tensor& gate, const at::Tensor& up) {
+using kernels::Gate;  // kSilu or kGeluTanh
+
+at::Tensor run_glu(Gate activation, const at::Tensor& gate, const at::Tensor& up) {
   at::Tensor y = at::empty_like(gate);
   if (const kernels::Kernels* k = kernels_of(gate)) {
-    k->glu_forward({kernel_type(gate), kernels::Gate::kSilu, 1, gate.numel(), gate.numel(), data_of(gate), data_of(up), data_of(y)}, stream_of(gate));
+    k->glu_forward({kernel_type(gate), activation, 1, gate.numel(), gate.numel(), data_of(gate), data_of(up), data_of(y)}, stream_of(gate));
     return y;
   }
   dispatch_floating(gate.scalar_type(), [&](auto zero) {
     using T = decltype(zero);
+    const auto glu = activation == Gate::kSilu ? loops<T>().swiglu : loops<T>().geglu;
     for_rows(gate.numel(), 1, [&](int64_t begin, int64_t end) {
-      loops<T>().swiglu(end - begin, gate.data_ptr<T>() + begin, up.data_ptr<T>() + begin, y.data_ptr<T>() + begin);
+      glu(end - begin, gate.data_ptr<T>() + begin, up.data_ptr<T>() + begin, y.data_ptr<T>() + begin);
     });
   });
   return y;
 }
 
-struct Swiglu : Function<Swiglu> {
-  static Variable forward(AutogradContext* ctx, const Variable& gate_in, const Variable& up_in) {
+struct Glu : Function<Glu> {
+  static Variable forward(AutogradContext* ctx, const Variable& gate_in, const Variable& up_in, Gate activation) {
     at::AutoDispatchBelowADInplaceOrView guard;
     at::Tensor gate = gate_in.contiguous(), up = up_in.contiguous();
     ctx->save_for_backward({gate, up});
-    return run_swiglu(gate, up);
+    ctx->saved_data["activation"] = static_cast<int64_t>(activation);
+    return run_glu(activation, gate, up);
   }
   static variable_list backward(AutogradContext* ctx, const variable_list& grads) {
     auto saved = ctx->get_saved_variables();
+    const auto activation = static_cast<Gate>(ctx->saved_data.at("activation").toInt());
     at::Tensor grad_y = grads[0].contiguous();
     at::Tensor grad_gate = at::empty_like(saved[0]), grad_up = at::empty_like(saved[0]);
     if (const kernels::Kernels* k = kernels_of(grad_y)) {
-      k->glu_backward({kernel_type(grad_y), kernels::Gate::kSilu, 1, grad_y.numel(), grad_y.numel(), data_of(grad_y), data_of(saved[0]), data_of(saved[1]),
+      k->glu_backward({kernel_type(grad_y), activation, 1, grad_y.numel(), grad_y.numel(), data_of(grad_y), data_of(saved[0]), data_of(saved[1]),
                        data_of(grad_gate), data_of(grad_up)}, stream_of(grad_y));
-      return {grad_gate, grad_up};
+      return {grad_gate, grad_up, {}};
     }
     dispatch_floating(grad_y.scalar_type(), [&](auto zero) {
       using T = decltype(zero);
+      const auto glu_backward = activation == Gate::kSilu ? loops<T>().swiglu_backward : loops<T>().geglu_backward;
       for_rows(grad_y.numel(), 1, [&](int64_t begin, int64_t end) {
-        loops<T>().swiglu_backward(end - begin, grad_y.data_ptr<T>() + begin, saved[0].data_ptr<T>() + begin,
-                                   saved[1].data_ptr<T>() + begin, grad_gate.data_ptr<T>() + begin,
-                                   grad_up.data_ptr<T>() + begin);
+        glu_backward(end - begin, grad_y.data_ptr<T>() + begin, saved[0].data_ptr<T>() + begin, saved[1].data_ptr<T>() + begin, grad_gate.data_ptr<T>() + begin,
+                     grad_up.data_ptr<T>() + begin);
       });
     });
-    return {grad_gate, grad_up};
+    return {grad_gate, grad_up, {}};
   }
 };
+
+at::Tensor glu(std::string_view name, Gate activation, const at::Tensor& gate_TF, const at::Tensor& up_TF) {
+  check_alike(name, {"gate", gate_TF}, {{"up", up_TF}});
+  TRIREME_CHECK(gate_TF.sizes() == up_TF.sizes(), gate_TF.sizes(), up_TF.sizes());
+  at::Tensor y = Glu::apply(gate_TF, up_TF, activation);
+  if (selective_recompute())
+    register_recipe(y, [activation, gate = gate_TF.detach(), up = up_TF.detach()] { return run_glu(activation, gate.contiguous(), up.contiguous()); });
+  return y;
+}
 
 struct Dropout : Function<Dropout> {
   static Variable forward(AutogradContext* ctx, const Variable& x_TC, const DropoutMask& mask) {
@@ -155,15 +169,8 @@ at::Tensor rope(const at::Tensor& x_THD, const at::Tensor& cos_TR, const at::Ten
   return y;
 }
 
-at::Tensor swiglu(const at::Tensor& gate_TF, const at::Tensor& up_TF) {
-  check_alike("swiglu", {"gate", gate_TF}, {{"up", up_TF}});
-  TRIREME_CHECK(gate_TF.sizes() == up_TF.sizes(), gate_TF.sizes(), up_TF.sizes());
-  at::Tensor y = Swiglu::apply(gate_TF, up_TF);
-  if (selective_recompute())
-    register_recipe(
-        y, [gate = gate_TF.detach(), up = up_TF.detach()] { return run_swiglu(gate.contiguous(), up.contiguous()); });
-  return y;
-}
+at::Tensor swiglu(const at::Tensor& gate_TF, const at::Tensor& up_TF) { return glu("swiglu", Gate::kSilu, gate_TF, up_TF); }
+at::Tensor geglu(const at::Tensor& gate_TF, const at::Tensor& up_TF) { return glu("geglu", Gate::kGeluTanh, gate_TF, up_TF); }
 
 at::Tensor dropout(const at::Tensor& x_TC, const DropoutKey& key) {
   if (key.p == 0.0) return x_TC;

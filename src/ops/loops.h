@@ -42,13 +42,15 @@ struct Loops {
                bool inverse);
   void (*swiglu)(int64_t count, const T* gate, const T* up, T* y);
   void (*swiglu_backward)(int64_t count, const T* grad_y, const T* gate, const T* up, T* grad_gate, T* grad_up);
+  void (*geglu)(int64_t count, const T* gate, const T* up, T* y);
+  void (*geglu_backward)(int64_t count, const T* grad_y, const T* gate, const T* up, T* grad_gate, T* grad_up);
   // y = mask(x) (add: y += mask(x)).
   void (*dropout)(int64_t rows, int64_t size, const T* x, const int64_t* row_ids, const DropoutBits& bits, bool add,
                   T* y);
-  // loss[r] = -log softmax(logits[r])[target[r]], correct[r] = 1 where the target is the first largest; `gradient`:
-  // logits become softmax - onehot.
-  void (*cross_entropy)(int64_t rows, int64_t size, T* logits, const int64_t* targets, double* loss, uint8_t* correct,
-                        bool gradient);
+  // loss[r] = -log softmax(logits[r])[target[r]], with the terms of CrossEntropyTerms, correct[r] = 1 where the target is the first
+  // largest; `gradient`: logits become the loss's gradient, without terms softmax - onehot.
+  void (*cross_entropy)(int64_t rows, int64_t size, T* logits, const int64_t* targets, double label_smoothing, double z_loss,
+                        double* loss, uint8_t* correct, bool gradient);
   // sum[c] += x[r][c], rows in order.
   void (*add_rows)(int64_t rows, int64_t size, const T* x, A* sum);
   // y[i] = x[i] * scale

@@ -1,7 +1,7 @@
 // Every differentiable operation of the model: the page of contracts. Values are computed in fp32 (fp64 for fp64
 // tensors) and rounded once to the dtype of the output, unless said otherwise. Dtypes: float32, bfloat16, float16,
-// float64; all tensors of a call have the same one. Everything is a function of its arguments only: the number of
-// threads never changes a bit, except inside the matrix products of ATen.
+// float64; all tensors of a call have the same one, on one device: another is an InternalError that names it. Everything is a
+// function of its arguments only: the number of threads never changes a bit, except inside the matrix products of ATen.
 // ATen has functions of the same names: write trireme::linear, trireme::embedding where a call is ambiguous.
 // Shape suffixes: T tokens (rows), C features, I/O inputs/outputs of a linear layer, F intermediate size, H query
 // heads, K key heads, D head size, S keys, V vocabulary, R rank of an adapter or number of rotary dims.
@@ -23,12 +23,22 @@ at::Tensor rms_norm(const at::Tensor& x, const at::Tensor& weight_C, double eps)
 std::pair<at::Tensor, at::Tensor> add_rms_norm(const at::Tensor& x, const at::Tensor& residual,
                                                const at::Tensor& weight_C, double eps);
 
+// y = (x - mean) * rstd * weight + bias over the last dim, rstd = 1 / sqrt(mean((x - mean)^2) + eps), rounded once; x [..., C] as
+// above. Ba et al. 2016.
+at::Tensor layer_norm(const at::Tensor& x, const at::Tensor& weight_C, const at::Tensor& bias_C, double eps);
+
+// {sum, layer_norm(sum)} of sum = x + residual, on a device in one pass.
+std::pair<at::Tensor, at::Tensor> add_layer_norm(const at::Tensor& x, const at::Tensor& residual, const at::Tensor& weight_C, const at::Tensor& bias_C, double eps);
+
 // Rotary position embedding (Su et al. 2021) in Hugging Face's half-rotation form on the first R of the D dims:
 // y = x * cos + concat(-x[R/2:R], x[:R/2]) * sin. Tables are fp32 (fp64 for fp64 x), [T, R], row t for token t.
 at::Tensor rope(const at::Tensor& x_THD, const at::Tensor& cos_TR, const at::Tensor& sin_TR);
 
 // silu(gate) * up. Shazeer 2020.
 at::Tensor swiglu(const at::Tensor& gate_TF, const at::Tensor& up_TF);
+
+// gelu(gate) * up, by gelu's tanh approximation g/2 (1 + tanh(sqrt(2/pi) (g + 0.044715 g^3))) (Hendrycks & Gimpel 2016), as Gemma's.
+at::Tensor geglu(const at::Tensor& gate_TF, const at::Tensor& up_TF);
 
 // Segment s: queries cu_seqlens_q[s] .. cu_seqlens_q[s+1], keys cu_seqlens_k[s] .. cu_seqlens_k[s+1]. Its last query
 // stands at its last key: query i has position i + (number of keys - number of queries).
@@ -82,8 +92,14 @@ at::Tensor lora_linear(const ArrivingRows& x_TI, const at::Tensor& w_OI, const a
 // Rows of w. Ids are int64 [T] in 0 .. V-1. The gradient adds rows in the order of t.
 at::Tensor embedding(const at::Tensor& w_VC, const at::Tensor& ids_T);
 
+// What a row of logits z may be charged beside -log softmax(z)[target], with L = log(sum(exp(z))):
+// loss = L - (1 - s) z[target] - s mean(z) + c L^2, s label_smoothing (Szegedy et al. 2016), c z_loss (Chowdhery et al. 2022).
+struct CrossEntropyTerms {
+  double label_smoothing = 0, z_loss = 0;
+};
+
 struct LossSum {
-  at::Tensor sum;      // scalar, fp32 (fp64 for fp64): sum of -log softmax(hidden head^T)[target]; differentiable
+  at::Tensor sum;      // scalar, fp32 (fp64 for fp64): sum of the rows' losses; differentiable
   int64_t count = 0;   // rows with a target
   at::Tensor correct;  // int64 scalar: rows whose largest logit (the first of equals) is the target's
 };  // sum and correct are where `hidden` is: on a device nothing has waited for them
@@ -104,7 +120,7 @@ struct VocabularyPart {
 // With a `part` no rank ever holds a whole row of logits: maximum, sum and the target's logit of each row are combined. The
 // results are those of the whole on every rank, the gradient of hidden is this rank's part of the sum over the ranks.
 LossSum linear_cross_entropy(const at::Tensor& hidden_TC, const at::Tensor& head_VC, const at::Tensor& targets_T,
-                             int64_t chunk_rows = 0, double gradient_scale = 1, const VocabularyPart* part = nullptr);
+                             int64_t chunk_rows = 0, double gradient_scale = 1, const VocabularyPart* part = nullptr, const CrossEntropyTerms& terms = {});
 // The number of rows that chunk_rows = 0 stands for; `trains`: the head has a gradient.
 int64_t cross_entropy_chunk_rows(int64_t vocabulary, at::ScalarType dtype, bool trains, at::DeviceType device = at::kCPU);
 
@@ -117,8 +133,8 @@ int64_t cross_entropy_chunk_rows(int64_t vocabulary, at::ScalarType dtype, bool 
 at::Tensor recompute(const std::function<at::Tensor(const std::vector<at::Tensor>&)>& fn,
                      const std::vector<at::Tensor>& inputs, bool trains = true, bool to_host = false);
 
-// While one lives on this thread (and is on), later ops do not keep the outputs of rms_norm, add_rms_norm, rope, swiglu
-// and dropout for backward: these are computed again, once for all who need them, from what is kept anyway. The same
+// While one lives on this thread (and is on), later ops do not keep the outputs of norms, rope, swiglu, geglu and
+// dropout for backward: these are computed again, once for all who need them, from what is kept anyway. The same
 // bits. It needs nothing else from the code in its scope: matrix products and attention outputs are kept as always.
 class SelectiveRecompute {
  public:
