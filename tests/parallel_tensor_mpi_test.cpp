@@ -68,9 +68,9 @@ struct Outcome {
 };
 
 // The gradient of a parameter is the sum over the ranks of what each has for its slice.
-Outcome run(Transformer& model, const Communicator& tensor) {
+Outcome run(Transformer& model, const Communicator& tensor, const CrossEntropyTerms& terms = {}) {
   const ModelInput input = packed();
-  LossSum loss = model.cross_entropy(model.forward(input), input.targets_T);
+  LossSum loss = model.cross_entropy(model.forward(input), input.targets_T, 1, terms);
   loss.sum.backward();
   Outcome out{loss.sum.item<double>(), loss.correct.item<int64_t>(), {}};
   for (const auto& p : model.parameters()) {
@@ -164,6 +164,19 @@ const Case kCases[] = {
     {"selective_recompute_of_all", small_config("qwen3"), false, Recompute::kSelective},
 };
 INSTANTIATE_TEST_SUITE_P(Models, TensorParallel, testing::ValuesIn(kCases), [](const auto& info) { return std::string(info.param.name); });
+
+TEST(TensorParallelLoss, SmoothedLabelsAndZLossAreTheWholeModels) {
+  const Case c = kCases[2];  // an uneven vocabulary
+  auto whole = build(c, at::kDouble, Communicator::self()), cut = build(c, at::kDouble, world());
+  for (const CrossEntropyTerms& terms : {CrossEntropyTerms{0.1, 0}, {0, 0.02}, {0.1, 0.02}}) {
+    for (auto* model : {whole.get(), cut.get()})
+      for (auto& p : model->parameters()) p.value.mutable_grad().reset();
+    const Outcome expected = run(*whole, Communicator::self(), terms), got = run(*cut, world(), terms);
+    EXPECT_NEAR(got.loss, expected.loss, 1e-13 * expected.loss);
+    EXPECT_EQ(got.correct, expected.correct);
+    EXPECT_LT(worst_gradient(got, expected), kGradientBound);
+  }
+}
 
 TEST(TensorParallelFaults, ABrokenSeamIsToldFromAWholeOne) {
   if (world().size() == 1) GTEST_SKIP() << "one rank has no seams";

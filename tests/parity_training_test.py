@@ -76,7 +76,11 @@ def in_double(model):
     return model
 
 
-def reference_run(work, kind, dtype):
+TERMS = dict(label_smoothing=0.1, z_loss=0.01)
+
+
+def reference_run(work, kind, dtype, steps):
+    smoothing, z_loss = TERMS.values() if kind == "terms" else (0, 0)
     model = transformers.LlamaForCausalLM.from_pretrained(work / "base", dtype=dtype)
     if dtype == torch.float64:
         in_double(model)
@@ -88,13 +92,14 @@ def reference_run(work, kind, dtype):
               {"params": [p for _, p in named if p.dim() < 2], "weight_decay": 0.0}]
     optimizer = torch.optim.AdamW(groups, lr=LR)
     losses, gradients = [], {}
-    for step in range(STEPS):
+    for step in range(steps):
         total, count = 0.0, 0
         for record in records[step * ROWS:(step + 1) * ROWS]:
             ids = torch.tensor([record["ids"]])
             learnt = torch.tensor(record["loss"][1:], dtype=torch.bool)
             logits = model(ids).logits[0, :-1]
-            total = total + torch.nn.functional.cross_entropy(logits[learnt], ids[0, 1:][learnt], reduction="sum")
+            total = total + torch.nn.functional.cross_entropy(logits[learnt], ids[0, 1:][learnt], reduction="sum", label_smoothing=smoothing)
+            total = total + z_loss * logits[learnt].logsumexp(1).square().sum()
             count += int(learnt.sum())
         loss = total / count
         optimizer.zero_grad()
@@ -107,12 +112,13 @@ def reference_run(work, kind, dtype):
     return losses, gradients
 
 
-@pytest.mark.parametrize("kind, dtype", [("full", "float32"), ("lora", "float32"), ("full", "float64"), ("lora", "float64")])
+@pytest.mark.parametrize("kind, dtype", [("full", "float32"), ("lora", "float32"), ("full", "float64"), ("lora", "float64"), ("terms", "float64")])
 def test_gradients_and_loss_curve(work, kind, dtype):
-    keys = [f"--lora.path={work / 'adapter'}"] if kind == "lora" else []
-    lines, gradients = train(work, f"{kind}-{dtype}", f"--train.micro_batch_size={ROWS}", f"--train.dtype={dtype}", *keys)
+    keys = {"full": [], "lora": [f"--lora.path={work / 'adapter'}"], "terms": [f"--train.{key}={value}" for key, value in TERMS.items()]}[kind]
+    steps = 10 if kind == "terms" else STEPS
+    lines, gradients = train(work, f"{kind}-{dtype}", f"--train.micro_batch_size={ROWS}", f"--train.dtype={dtype}", *keys, steps=steps)
     losses = [line["loss"] for line in lines]
-    expected_losses, expected_gradients = reference_run(work, kind, getattr(torch, dtype))
+    expected_losses, expected_gradients = reference_run(work, kind, getattr(torch, dtype), steps)
     in_first, in_curve, in_gradient = {"float32": (bounds.LOSS_FP32, bounds.CURVE_FP32, bounds.GRADIENT_FP32),
                                        "float64": (bounds.LOSS_FP64, bounds.CURVE_FP64, bounds.GRADIENT_FP64)}[dtype]
     assert set(gradients) == set(expected_gradients)

@@ -91,6 +91,25 @@ TEST(SequenceBatch, FillingUpChangesNoSumAndNoGradient) {
   }
 }
 
+// Sums of what is minimised in training, and of the plain loss outside of it.
+TEST(LanguageModelTask, TermsOfTheLossActInTrainingAlone) {
+  Transformer model(config(), at::kDouble, 3, Weights::kRandom);
+  const CrossEntropyTerms terms{0.1, 0.02};
+  const ModelInput input = to_device(batch_of({5, 9, 20}), model.device());
+  const double plain = make_task("sft")->run(model, input).sums.at("loss").item<double>();
+  const auto task = make_task("sft", terms);
+  EXPECT_EQ(task->run(model, input).sums.at("loss").item<double>(), plain);
+  model.set_training(true);
+  const TaskResult result = task->run(model, input);
+  at::NoGradGuard no_grad;
+  const at::Tensor logits = model.logits(model.forward(input));
+  const double expected = (at::cross_entropy_loss(logits, input.targets_T, {}, at::Reduction::Sum, kIgnoreTarget, terms.label_smoothing) +
+                           terms.z_loss * logits.logsumexp({1}).square().masked_select(input.targets_T != kIgnoreTarget).sum()).item<double>();
+  EXPECT_NEAR(result.sums.at("loss").item<double>(), expected, test::kSumFp64 * expected);
+  EXPECT_EQ(result.loss_sum.item<double>(), result.sums.at("loss").item<double>());
+  EXPECT_GT(expected, 1.001 * plain);
+}
+
 TEST(ToModel, FillsUpWhereKernelsAreCompiledForEachNumberOfRows) {
   for (auto [dtype, tokens] : {std::pair{at::kFloat, 14}, {at::kDouble, 14}, {at::kBFloat16, 64}, {at::kHalf, 64}}) {
     Transformer model(config(), dtype, 3, Weights::kRandom);

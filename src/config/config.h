@@ -39,7 +39,7 @@ struct Config {
     int64_t micro_batch_size = 1, accumulation = 1;
     std::string recompute = "none";
     bool offload_activations = false, tf32 = false, deterministic = true;
-    double max_grad_norm = 1.0;
+    double max_grad_norm = 1.0, label_smoothing = 0, z_loss = 0;
     std::string gradients;
     int64_t threads = 0;
   } train;

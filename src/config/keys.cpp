@@ -157,6 +157,8 @@ std::vector<Field> fields(Config& c) {
       {"train.tf32", &c.train.tf32, "", "float32 products on a device round what they multiply to 10 bits, several times as fast", {}},
       {"train.deterministic", &c.train.deterministic, "", "a device adds up in one order, and a step that is repeated has the same bits; false: attention's backward is faster", {}},
       {"train.max_grad_norm", &c.train.max_grad_norm, "", "clip the gradient to this norm; 0: never", {}, 0, inf},
+      {"train.label_smoothing", &c.train.label_smoothing, "fraction", "of the target that training shares out evenly over all tokens; evaluation reports the plain loss", {}, 0, 0.99},
+      {"train.z_loss", &c.train.z_loss, "", "times the square of the logits' log-sum-exp is added to a token's training loss, which keeps logits small; evaluation reports the plain loss", {}, 0, 1e6},
       {"train.gradients", &c.train.gradients, "file", "safetensors file for the first step's gradients, in float32", {}},
       {"train.threads", &c.train.threads, "threads", "a rank; 0: cores / ranks on the host", {}, 0, 4096},
       {"optim.kind", &c.optim.kind, "", "rule of the update", Words{"adamw"}},

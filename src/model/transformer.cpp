@@ -321,10 +321,10 @@ at::Tensor Transformer::logits(const at::Tensor& hidden_TC, int64_t chunk_rows) 
   return out;
 }
 
-LossSum Transformer::cross_entropy(const at::Tensor& hidden_TC, const at::Tensor& targets_T, double gradient_scale) const {
+LossSum Transformer::cross_entropy(const at::Tensor& hidden_TC, const at::Tensor& targets_T, double gradient_scale, const CrossEntropyTerms& terms) const {
   if (!has_head_) return {at::zeros({}, at::kDouble), 0, at::zeros({}, at::kLong)};
   return linear_cross_entropy(all_rows(hidden_TC), head_weight_VC_, targets_T, 0, gradient_scale,
-                              seams_.vocabulary ? &*seams_.vocabulary : nullptr);
+                              seams_.vocabulary ? &*seams_.vocabulary : nullptr, terms);
 }
 
 std::string Transformer::first_nonfinite(const ModelInput& input) {

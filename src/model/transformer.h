@@ -94,7 +94,7 @@ class Transformer {
   at::Tensor all_rows(const at::Tensor& hidden_TC) const { return arriving_rows(hidden_TC).wait(); }
   // Next-token loss of what forward() returned; see linear_cross_entropy() in ops/ops.h. 0 of 0 rows where the head is on
   // another stage.
-  LossSum cross_entropy(const at::Tensor& hidden_TC, const at::Tensor& targets_T, double gradient_scale = 1) const;
+  LossSum cross_entropy(const at::Tensor& hidden_TC, const at::Tensor& targets_T, double gradient_scale = 1, const CrossEntropyTerms& terms = {}) const;
 
   // All leaves in Hugging Face order and names (a tied head appears once, as the embedding), then the adapters under
   // PEFT names. Values share storage with the model: fill them to load.

@@ -12,7 +12,7 @@
 namespace trireme {
 
 TaskResult LanguageModelTask::run(Transformer& model, const ModelInput& input, double gradient_scale) const {
-  LossSum loss = model.cross_entropy(model.forward(input), input.targets_T, gradient_scale);
+  LossSum loss = model.cross_entropy(model.forward(input), input.targets_T, gradient_scale, model.training() ? terms_ : CrossEntropyTerms());
   TaskResult result;
   result.loss_sum = loss.sum;
   result.count = loss.count;
@@ -48,8 +48,8 @@ std::map<std::string, double> read(const TensorSums& sums) {
   return values;
 }
 
-std::unique_ptr<Task> make_task(const std::string& kind) {
-  if (kind == "sft" || kind == "pretrain") return std::make_unique<LanguageModelTask>();
+std::unique_ptr<Task> make_task(const std::string& kind, const CrossEntropyTerms& terms) {
+  if (kind == "sft" || kind == "pretrain") return std::make_unique<LanguageModelTask>(terms);
   throw ConfigError(str("task.kind=", kind, ": allowed are pretrain, sft"));
 }
 

@@ -31,7 +31,8 @@ class Task {
 };
 
 // pretrain and sft (both the language-model loss; they differ in which targets the data marks). ConfigError lists the kinds.
-std::unique_ptr<Task> make_task(const std::string& kind);
+// `terms` of the loss act only while a model is training().
+std::unique_ptr<Task> make_task(const std::string& kind, const CrossEntropyTerms& terms = {});
 
 // A batch as tensors on the device of the model, which nobody waits for. The copy is safe to keep while the batch goes.
 ModelInput to_device(const SequenceBatch& batch, at::Device device);

@@ -47,7 +47,7 @@ void TrainingRun::read_files() {
   check_tensor_parallel(source_.config, mesh_.num_tensor());
   stages_ = stages_of(config_, source_.config);
   tools_.emplace(load_text_tools(config_, source_.tokenizer_folder, &source_.config));
-  task_ = make_task(config_.task.kind);
+  task_ = make_task(config_.task.kind, {.label_smoothing = config_.train.label_smoothing, .z_loss = config_.train.z_loss});
   larger_is_better_ = task_->larger_is_better(config_.eval.metric);
   dtype_ = train_dtype(config_, source_);
   check_dtype(dtype_, device_);
