@@ -2,11 +2,14 @@
 gpu_decode.py TRIREME CONFIG.json TOKENIZER_FOLDER TEXT NUM_TOKENS [--dry-run]
 Random weights in bf16 and the likeliest token of each step, behind a prompt of a few. Both sides answer four times in one process; the
 first answer, which prepares and compiles, does not count. Prints `trireme_tokens_per_second`, `tokens_per_second` (the fastest cache of
-transformers: the static one, with which it compiles on a GPU, and the one that grows), `name` and `prompt`, a line each."""
+transformers: the static one, with which it compiles on a GPU, and the one that grows), `name` and `prompt`, a line each. Before: small models
+must give the same answers with a recorded step as without, those that have a kernel of attention and others."""
 import json
 import statistics
+import pathlib
 import subprocess
 import sys
+import tempfile
 import time
 
 import torch
@@ -32,6 +35,19 @@ def ours():
     return statistics.median(tokens / (end - begin) for tokens, begin, end in zip(answers[1:], ends, ends[1:]))
 
 
+def check_graphs():
+    tiny = json.loads((pathlib.Path(__file__).parent / "gpu_tiny.json").read_text())
+    with tempfile.TemporaryDirectory() as folder:
+        for head_dim, dtype in ((64, "bfloat16"), (32, "float32")):
+            (pathlib.Path(folder) / "config.json").write_text(json.dumps(tiny | {"head_dim": head_dim, "initializer_range": 0.2}))
+            keys = [f"--model.config={folder}/config.json", f"--model.tokenizer={tokenizer}", f"--model.dtype={dtype}", "--generate.max_tokens=40", "--generate.format=json",
+                    f"--run.device={device.type}"]
+            plain, recorded = (subprocess.run([program, "generate", *keys, f"--generate.graphs={graphs}", text, text + text], text=True, check=True, stdout=subprocess.PIPE).stdout
+                               for graphs in ("false", "true"))
+            if plain != recorded:
+                raise SystemExit(f"a recorded step gives another answer, head_dim {head_dim} in {dtype}:\n{recorded}without:\n{plain}")
+
+
 def theirs(model, prompt, **cache):
     rates = []
     for _ in range(times):
@@ -42,6 +58,7 @@ def theirs(model, prompt, **cache):
     return statistics.median(rates[1:])
 
 
+check_graphs()
 print(f"trireme_tokens_per_second {ours():.6g}", flush=True)
 config = transformers.AutoConfig.from_pretrained(config_file)
 torch.set_default_device(device)

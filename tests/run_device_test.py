@@ -294,6 +294,14 @@ def test_ranks_that_see_a_device_each_take_it(work):
         assert done.returncode == 2 and said in done.stderr, done.stderr
 
 
+def test_ranks_with_a_device_each_answer_as_one(work):
+    (work / "quads.json").write_text(json.dumps(SHAPE | dict(num_attention_heads=4, num_key_value_heads=2, initializer_range=0.3)))
+    keys = [f"--model.config={work}/quads.json", f"--model.tokenizer={QUICKSTART}/model", "--generate.max_tokens=8", "--generate.format=json", "What is", "Why"]
+    done = end_of(start(work, ["mpirun", "-q", "--bind-to", "none", "--oversubscribe", "-n", "2", DOUBLE, "generate", *keys, "--parallel.pipeline=2"], dict(TRIREME_DOUBLE_DEVICES="AB")), timeout=300)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout == cpu(work, "generate", *keys).stdout
+
+
 def test_what_cannot_be_computed_there_is_refused_in_a_sentence(work):
     done = device(work, "train", *keys_of(work, "double", "--train.dtype=float64"), status=2)
     assert "train.dtype=float64 is computed by the CPU alone: set run.device=cpu" in done.stderr

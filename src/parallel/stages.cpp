@@ -26,10 +26,9 @@ void join_stages(Transformer& part, const Communicator& pipeline) {
   if (pipeline.size() == 1) return;
   const int stage = pipeline.rank(), last = pipeline.size() - 1;
   ModelSeams seams = part.seams();
-  const auto options = at::TensorOptions().dtype(part.dtype());
   if (stage > 0)
-    seams.receive = [pipeline, stage, width = part.config().hidden_size, options](int64_t rows) {
-      at::Tensor hidden = at::empty({rows, width}, options);
+    seams.receive = [pipeline, stage, &part](int64_t rows) {  // its device is known when it has memory
+      at::Tensor hidden = at::empty({rows, part.config().hidden_size}, at::TensorOptions().dtype(part.dtype()).device(part.device()));
       pipeline.receive(hidden, stage - 1);
       return hidden;
     };
