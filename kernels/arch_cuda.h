@@ -157,6 +157,13 @@ inline int device_architecture() {  // 90: compute capability 9.0
   return 10 * major + minor;
 }
 
+inline int num_multiprocessors() {
+  int device = 0, count = 0;
+  check(cudaGetDevice(&device), "cudaGetDevice");
+  check(cudaDeviceGetAttribute(&count, cudaDevAttrMultiProcessorCount, device), "cudaDeviceGetAttribute");
+  return count;
+}
+
 // Blocks that a multiprocessor shall hold, which bounds their registers: Kernel::kBlocks, or 1. Left to the compiler, it spills.
 template <typename Kernel>
 constexpr int blocks_together() {

@@ -5,7 +5,8 @@
 namespace trireme::kernels::TRIREME_ARCH {
 namespace attention {
 
-inline constexpr int kGroups = 2, kComputing = kGroups * kGroup;
+inline constexpr int kGroups = 2, kComputing = kGroups * kGroup, kRegisters = 240, kLoaderRegisters = 24;
+static_assert(registers_suffice<kComputing, kRegisters, kLoaderRegisters>());
 
 // A group has 64 of the keys. Its scores of a tile of queries are transposed, [keys, queries], so that p and ds are left factors as they
 // lie in registers; for grad_q (kAdds) ds goes through shared memory, and a group has 64 queries or 64 columns of the products, which
@@ -62,10 +63,10 @@ struct HopperKeySide {
     }
     arch::sync_threads();
     if (arch::thread_index() >= kComputing) {
-      arch::registers_down<24>();
+      arch::registers_down<kLoaderRegisters>();
       if (arch::thread_index() < kComputing + arch::kWarp && steps > 0) load();
     } else {
-      arch::registers_up<240>();
+      arch::registers_up<kRegisters>();
       compute();
     }
   }
@@ -252,10 +253,10 @@ struct HopperQuerySide {
     }
     arch::sync_threads();
     if (arch::thread_index() >= kComputing) {
-      arch::registers_down<24>();
+      arch::registers_down<kLoaderRegisters>();
       if (arch::thread_index() == kComputing && num_tiles > 0) load();
     } else {
-      arch::registers_up<240>();
+      arch::registers_up<kRegisters>();
       compute();
     }
   }

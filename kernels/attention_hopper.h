@@ -14,6 +14,14 @@ inline constexpr int kGroup = 4 * arch::kWarp;
 // Barriers of hardware, of which 0 is sync_threads.
 inline constexpr int kAllGroups = 1, kTurn = 2;  // the latter: one a group
 
+// Registers of the threads that compute and of the loader's, of those that a block of kComputing + kGroup threads begins with: with more
+// it would wait for ever.
+template <int kComputing, int kRegisters, int kLoaders>
+ARCH_HOST_FN constexpr bool registers_suffice() {
+  constexpr int kThreads = kComputing + kGroup, kEach = 65536 / kThreads / 8 * 8;
+  return kComputing * kRegisters + kGroup * kLoaders <= kThreads * kEach;
+}
+
 // Tiles in kStages places, which are filled and read one after the other: number i lies at place i % kStages. Readers are warps.
 template <int kStages>
 struct Pipe {
@@ -67,7 +75,7 @@ struct HopperTile {
   }
   // A warp's 16 rows of a result; rows l / 4 times `low`, rows l / 4 + 8 times `high`.
   ARCH_FN void put_result(int row, const float (&x)[D / 8][4], float low, float high) const {
-    const int lane = arch::lane_index();
+    const int lane = arch::recomputed(arch::lane_index());  // the addresses would not fit in registers across a loop
     ARCH_UNROLL
     for (int n = 0; n < D / 8; ++n) {
       arch::store(at(row + lane / 4, 8 * n) + 2 * (lane % 4), arch::pack<T>(x[n][0] * low, x[n][1] * low));
@@ -76,7 +84,7 @@ struct HopperTile {
   }
   // Such rows that were rounded to left factors, as a factor of products.
   ARCH_FN void put_left(int row, const uint32_t (&x)[D / 16][4]) const {
-    const int lane = arch::recomputed(arch::lane_index());  // the addresses would not fit in registers across a loop
+    const int lane = arch::recomputed(arch::lane_index());
     ARCH_UNROLL
     for (int k = 0; k < D / 16; ++k)
       ARCH_UNROLL

@@ -38,11 +38,13 @@ struct Plan {
 struct Work {
   int tile, head;
 };
-ARCH_FN Work block_work(const Plan& p, int num_heads) {
-  const int index = arch::block_index().x, per_section = p.num_tiles * p.section_heads, first = index / per_section * p.section_heads;
+ARCH_FN Work block_work(const Plan& p, int num_heads, int index) {
+  const int per_section = p.num_tiles * p.section_heads, first = index / per_section * p.section_heads;
   const int heads = smaller(p.section_heads, num_heads - first), rest = index % per_section;
   return {rest / heads, first + rest % heads};
 }
+
+ARCH_FN Work block_work(const Plan& p, int num_heads) { return block_work(p, num_heads, arch::block_index().x); }
 
 struct Segment {
   int q_begin, num_queries, k_begin, num_keys;

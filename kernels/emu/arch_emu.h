@@ -239,6 +239,7 @@ inline uint32_t ballot(bool p) {
 }
 
 inline int device_architecture() { return 80; }
+inline int num_multiprocessors() { return 2; }
 
 template <typename Kernel>
 void launch(const Index3& grid, int shared_bytes, void*, const typename Kernel::Params& params) {
