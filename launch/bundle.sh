@@ -57,6 +57,8 @@ command -v ompi_info >/dev/null && [ -x "$mpirun" ] && [ -x "$orted" ] || die "m
 path_of() { ompi_info --parsable --path "$1" | cut -d: -f3; }
 add_program "$mpirun" mpirun
 add_program "$orted" orted
+mkdir "$root/openmpi/bin"
+ln -s ../../start "$root/openmpi/bin/orted" # where a program looks for it that starts MPI without mpirun
 prefix=$(path_of prefix) components=$(path_of pkglibdir) help=$(path_of pkgdatadir)
 mkdir -p "$root/openmpi/${components#"$prefix"/}" "$root/openmpi/${help#"$prefix"/}"
 for component in "$components"/mca_*.so; do

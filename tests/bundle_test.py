@@ -83,6 +83,12 @@ def test_trains_with_no_library_of_this_machine(bundle, tmp_path, ranks):
     assert {path for path in strange if not re.search(r"/pmix_mca_|lib(selinux|acl|attr|pcre2-8|tinfo)\.so", path)} == set()
 
 
+def test_starts_mpi_without_mpirun(bundle, tmp_path):
+    """As a test program does; Open MPI starts its daemon for that, which lies in the bundle."""
+    done = call([bundle / "bin/nccl_gpu_mpi_test"], tmp_path, TRIREME_TORCH=torch_folder())
+    assert "[==========] " in done.stdout, done.stdout + done.stderr
+
+
 def test_prints_what_open_mpi_says(bundle, tmp_path):
     done = call([bundle / "bin/mpirun", "-n", "1", "no-such-program"], tmp_path)
     assert done.returncode != 0
