@@ -48,6 +48,8 @@ Json ids_of(const Tokenizer& tokenizer, const Json& ids, const std::string& plac
   std::vector<int64_t> values;
   for (const Json& id : ids) {
     if (!id.is_number_integer()) throw DataError(str(place, ": an array of ids is expected"));
+    if (id.get<double>() < 0 || id.get<double>() >= static_cast<double>(tokenizer.vocab_size()))
+      throw DataError(str(place, ": ", dump_json(id), " is no id of this tokenizer; ids are 0 to ", tokenizer.vocab_size() - 1));
     values.push_back(id.get<int64_t>());
   }
   Json out;

@@ -60,12 +60,13 @@ def refused(work, status, sentence, *keys, ranks=1, verb="train"):
     ('{"colour": "red"}\n', "DATA:1: no usable field; fields found: 'colour'; accepted are \"messages\" (a list of {role, content}), \"conversations\" "
      "(a list of {from, value}), \"prompt\" and \"completion\", \"instruction\" and \"output\", \"text\"; or name the fields with "
      "data.prompt_field and data.completion_field, or data.text_field", 1),
+    ('{"text": "good"}\n{"text": "a"}\0more {{{\n', "DATA:2: not valid JSON at byte 14: a NUL byte", 1),
     ("", "data file 'DATA' is empty", 1),
     ("\n \n", "data file 'DATA' holds no record, only blank lines", 1),
     ('{"text": "good"}\n{"text": "\udcff"}\n', "DATA:2: invalid UTF-8 (byte 0xff at position 11); convert the file, for example with iconv -f LATIN1 -t UTF-8", 1),
     ('{"text": "' + "x" * 11_000_000 + '"}\n', "DATA:1: a record of more than 10 MB; split it, or is this one JSON value over many records? One record a line, or a JSON "
      "array of records", 1),
-], ids=["line 7", "messages", "content", "prompt", "array", "no field", "empty", "blank", "utf8", "10 MB line"])
+], ids=["line 7", "messages", "content", "prompt", "array", "no field", "nul", "empty", "blank", "utf8", "10 MB line"])
 def test_data_files(tmp_path, content, sentence, ranks):
     data = tmp_path / "data.jsonl"
     data.write_bytes(content.encode("utf-8", "surrogateescape"))

@@ -78,6 +78,8 @@ def test_what_a_verb_refuses(work, verb, keys, status, sentence, ranks):
 @pytest.mark.parametrize("line, keys, sentence", [
     ('{"a"', [], "standard input:2: not valid JSON at byte 5: syntax error while parsing object separator - unexpected end of input; expected ':'"),
     ("[1.5]", ["--tokenize.decode=true"], "standard input:2: an array of ids is expected"),
+    ("[1, 1146]", ["--tokenize.decode=true"], "standard input:2: 1146 is no id of this tokenizer; ids are 0 to 1145"),
+    ("[-1]", ["--tokenize.decode=true"], "standard input:2: -1 is no id of this tokenizer; ids are 0 to 1145"),
     ('{"text": 5}', [], "standard input:2: field 'text' is a number; it must be a string"),
 ])
 def test_lines_that_tokenize_refuses(work, line, keys, sentence):

@@ -24,7 +24,7 @@ TEST(Check, MessageHoldsConditionPlaceAndValues) {
   }
 }
 
-// What the library's own parser builds, in the same order; and the two things that it lets pass are refused.
+// What the library's own parser builds, in the same order; and what it lets pass is refused.
 TEST(ParseJson, BuildsWhatTheLibraryBuilds) {
   std::string many = "{";
   for (int i = 0; i < 3000; ++i) many += str(i ? ", " : "", "\"key ", (i * 7919) % 3000, "\": ", i);
@@ -50,6 +50,8 @@ TEST(ParseJson, BuildsWhatTheLibraryBuilds) {
   std::string wide = "[\"";
   for (int i = 0; i < 3000; ++i) wide += "\u00e9";
   EXPECT_NO_THROW(Json(words(wide)).dump()) << "cut within a character";
+  EXPECT_EQ(words(std::string("[1]\0", 4)), "s: not valid JSON at byte 4: a NUL byte") << "the library takes it for the end";
+  EXPECT_EQ(words(std::string("[1\0, 2]", 7)).rfind("s: not valid JSON at byte 3: ", 0), 0u);
   EXPECT_EQ(words("[1]x").rfind("s: not valid JSON at byte 4: ", 0), 0u);
 }
 

@@ -173,6 +173,7 @@ TEST(Config, ValuesAtTheEdges) {
       {"--optim.lr=", number}, {"--optim.lr=1e999", number}, {"--optim.lr=1,5", number}, {"--optim.lr=nan", number},
       {"--optim.lr=-inf", number}, {"--optim.lr=1e-4x", number}, {"--optim.lr=-1e-9", ": must be from 0 to 1e+06"},
       {"--data.packing=", ": true or false is expected"}, {"--data.packing=True", ": true or false is expected"},
+      {"--run.device=gpu", ": allowed are auto, cpu, cuda; did you mean cuda?"}, {"--run.device=cdu", ": allowed are auto, cpu, cuda; did you mean cpu?"},
       {"--quant.base=", ": allowed are none"}, {"--data.truncation=Left", ": allowed are auto, right, left, drop, error, chunk; did you mean left?"}};
   for (const auto& [word, problem] : cases) EXPECT_EQ(refusal({"train", word}), std::string(word).substr(2) + problem) << word;
 

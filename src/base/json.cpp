@@ -121,6 +121,9 @@ Json parse_json(std::string_view text, const std::string& source, int max_depth)
   Json result;
   StrictBuilder builder(result, source, max_depth);
   Json::sax_parse(text.begin(), text.end(), &builder);
+  // The library takes a NUL for the end of the text; in a string it has refused it.
+  if (size_t at = text.find('\0'); at != std::string_view::npos)
+    throw DataError(str(source, ": not valid JSON at byte ", at + 1, ": a NUL byte"));
   return result;
 }
 

@@ -10,7 +10,7 @@ namespace trireme {
 using Json = nlohmann::ordered_json;  // keeps the order of keys: what we write, diffs well
 
 // Parses `text`. `source` (a file, or "file:line") begins every message. DataError: not JSON, a duplicate key, nesting
-// beyond max_depth, bytes after the value.
+// beyond max_depth, bytes after the value (a NUL too).
 Json parse_json(std::string_view text, const std::string& source, int max_depth = 100);
 
 // Reads and parses a whole file. DataError also where it cannot be read or is larger than max_bytes.

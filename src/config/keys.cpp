@@ -80,7 +80,8 @@ std::string Field::set(const std::string& given) const {
                                 : wrong(str("must be from ", number_text(min), " to ", number_text(max)));
   };
   if (!allowed.empty() && std::find(allowed.begin(), allowed.end(), word) == allowed.end()) {
-    std::string near = nearest(word, allowed);
+    // Nearer by its letters is the CPU, which is not meant.
+    std::string near = key == "run.device" && (word == "gpu" || word == "GPU") ? "cuda" : nearest(word, allowed);
     return wrong(str("allowed are ", joined(allowed, ", "), near.empty() ? "" : str("; did you mean ", near, "?")));
   }
   size_t used = 0;
