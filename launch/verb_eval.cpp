@@ -60,7 +60,7 @@ ExitStatus verb_eval(const Config& config, const CommandLine& line, const Proces
   agree_on(world, [&] {
     device = choose_device(config, world);
     source = find_model(config);
-    check_dtype(weight_dtype(config, source), device);
+    check_dtype(weight_dtype(config, source), device.type(), "model.dtype");
     if (!device.is_cpu()) say_kernel_gaps(kernel_gaps(source.config, weight_dtype(config, source)));
     cut = forward_cut(source.config, comms);
   });
@@ -97,6 +97,8 @@ ExitStatus verb_eval(const Config& config, const CommandLine& line, const Proces
     };
     metrics = evaluate(*model, *task, dataset, config.eval.micro_batch_size, comms.data, adding, together);
   }
+  if (metrics.contains("loss") && !std::isfinite(metrics.at("loss")))  // the same on every rank
+    throw AgreedError(kExitData, "the loss is not finite: the model's weights are damaged, or model.dtype is too narrow for them");
   if (process.rank() == 0) {
     Json out;
     for (const auto& [name, value] : metrics) out[name] = name == "tokens" ? Json(static_cast<int64_t>(value)) : Json(value);

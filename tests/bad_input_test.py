@@ -399,7 +399,7 @@ def test_resume_with_other_weights(tmp_path, model):
         file.write(data)
     refused(tmp_path, 2, f"cannot go on from {tmp_path}/run/checkpoints/step-1, it belongs to another run:\n  weights: {model} then, {model} "
                          "now; the content differs\nSet these back, or start a new run with another run.dir. On a run that goes on, "
-                         "train.steps and train.epochs may grow, and the keys of parallel, checkpoint, eval, comm and log may change.", *keys)
+                         "train.steps and train.epochs may grow; the keys of parallel, checkpoint, eval, comm and log, run.device, optim.offload, train.recompute, ", *keys)
 
 
 def test_a_rank_that_is_killed(tmp_path):

@@ -379,6 +379,7 @@ void run_by_cpu(const c10::OperatorHandle& op, torch::jit::Stack* stack) {
       value = c10::IValue(std::move(list));
     }
   }
+  const torch::jit::Stack kept(stack->end() - static_cast<std::ptrdiff_t>(num_arguments), stack->end());  // results may be references to them
   op.redispatchBoxed(c10::DispatchKeySet(c10::DispatchKey::CPU), stack);
   auto device = [&](const at::Tensor& x, const c10::AliasInfo* alias) {
     if (!x.defined()) return x;

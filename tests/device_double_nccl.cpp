@@ -4,6 +4,7 @@
 
 #include <mpi.h>
 
+#include <atomic>
 #include <cstring>
 #include <deque>
 #include <map>
@@ -26,14 +27,8 @@ namespace {
 
 constexpr int kTagsPerComm = 1000, kTagJoin = kTagsPerComm - 1, kTagTable = kTagsPerComm - 2, kNumTags = kTagsPerComm - 2;
 
-MPI_Comm world() {
-  static const MPI_Comm world = [] {
-    MPI_Comm copy;
-    MPI_Comm_dup(MPI_COMM_WORLD, &copy);
-    return copy;
-  }();
-  return world;
-}
+// Not a copy of it, which all ranks would have to make at once. Nobody else sends here.
+MPI_Comm world() { return MPI_COMM_WORLD; }
 int world_rank() {
   int rank = 0;
   MPI_Comm_rank(world(), &rank);
@@ -45,7 +40,7 @@ struct Id {
 };
 
 int get_unique_id(NcclUniqueId* id) {
-  static int count = 0;
+  static std::atomic<int> count = 0;
   Id mine{1 + count++, 0};
   if (int started = 0; MPI_Initialized(&started), started) MPI_Comm_rank(MPI_COMM_WORLD, &mine.creator);
   mine.number = mine.number * 64 + mine.creator;
@@ -79,6 +74,8 @@ int comm_init(NcclHandle* handle, int size, NcclUniqueId given, int rank, NcclCo
 }
 
 bool joined(NcclHandle comm) {
+  static std::mutex mutex;  // several operations ask at once
+  std::lock_guard lock(mutex);
   if (comm->is_joined) return true;
   const int size = static_cast<int>(comm->world_ranks.size()), tag = comm->number * kTagsPerComm;
   if (comm->creator == world_rank() && static_cast<int>(comm->joining.size()) < size) {
@@ -227,8 +224,8 @@ void install_nccl_of_double() {
   api.comm_init_rank_config = comm_init;
   api.comm_get_async_error = [](NcclHandle comm, int* result) { return *result = joined(comm) ? kNcclSuccess : kNcclInProgress, 0; };
   api.comm_finalize = [](NcclHandle) { return 0; };
-  api.comm_destroy = [](NcclHandle comm) { return delete comm, 0; };
-  api.comm_abort = [](NcclHandle comm) { return delete comm, 0; };
+  api.comm_destroy = [](NcclHandle) { return 0; };  // it may have messages under way
+  api.comm_abort = [](NcclHandle) { return 0; };
   api.all_reduce = [](const void* in, void* out, size_t n, int type, int op, NcclHandle comm, void* stream) { return reduce(comm, in, out, n, type, op, false, stream); };
   api.reduce_scatter = [](const void* in, void* out, size_t n, int type, int op, NcclHandle comm, void* stream) { return reduce(comm, in, out, n, type, op, true, stream); };
   api.all_gather = all_gather;

@@ -56,5 +56,5 @@ def test_memory_that_is_not_there(tmp_path, folders, megabytes):
     (tmp_path / "model/config.json").write_text(json.dumps(config | {"vocab_size": 146000}))
     done = train(tmp_path, folders, f"--model.config={tmp_path}/model/config.json", "--train.steps=2", f"--run.dir={tmp_path}/run",
                  second=("sh", "-c", f'ulimit -d {megabytes * 1024}; exec "$@"', "sh"))
-    check(tmp_path, done, 1, r"\[rank 1\] out of memory: lower train\.micro_batch_size or data\.max_length, set train\.recompute=full, or start "
+    check(tmp_path, done, 1, r"\[rank 1\] out of memory: lower train\.micro_batch_size, eval\.micro_batch_size, generate\.max_tokens or data\.max_length, set train\.recompute=full, or start "
           "fewer ranks")

@@ -186,6 +186,13 @@ def test_the_plan_is_what_the_run_then_holds(tmp_path, keys, ranks):
     assert f"optimizer {optimizer / 2**20:.2f} MiB" in plan[1]
 
 
+def test_a_run_is_planned_again_when_it_has_checkpoints(tmp_path):
+    keys = small_run(tmp_path, "run", "--train.steps=2", "--data.eval=", "--eval.every=0")
+    assert run(tmp_path, "train", *keys).returncode == 0
+    done = run(tmp_path, "plan", *override(keys, ["--train.steps=4", "--run.device=cpu"]), "--plan.memory_gb=80")
+    assert done.returncode == 0 and "74.51 GiB: it fits" in done.stderr, done.stderr
+
+
 # --- doctor
 
 

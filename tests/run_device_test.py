@@ -294,10 +294,11 @@ def test_ranks_that_see_a_device_each_take_it(work):
         assert done.returncode == 2 and said in done.stderr, done.stderr
 
 
-def test_ranks_with_a_device_each_answer_as_one(work):
+@pytest.mark.parametrize("ranks, mesh", [(2, ["--parallel.pipeline=2"]), (2, ["--parallel.tensor=2"]), (4, ["--parallel.tensor=2", "--parallel.pipeline=2"])])
+def test_ranks_with_a_device_each_answer_as_one(work, ranks, mesh):
     (work / "quads.json").write_text(json.dumps(SHAPE | dict(num_attention_heads=4, num_key_value_heads=2, initializer_range=0.3)))
     keys = [f"--model.config={work}/quads.json", f"--model.tokenizer={QUICKSTART}/model", "--generate.max_tokens=8", "--generate.format=json", "What is", "Why"]
-    done = end_of(start(work, ["mpirun", "-q", "--bind-to", "none", "--oversubscribe", "-n", "2", DOUBLE, "generate", *keys, "--parallel.pipeline=2"], dict(TRIREME_DOUBLE_DEVICES="AB")), timeout=300)
+    done = end_of(start(work, ["mpirun", "-q", "--bind-to", "none", "--oversubscribe", "-n", str(ranks), DOUBLE, "generate", *keys, *mesh], dict(TRIREME_DOUBLE_DEVICES="ABCD")), timeout=300)
     assert done.returncode == 0, done.stderr
     assert done.stdout == cpu(work, "generate", *keys).stdout
 

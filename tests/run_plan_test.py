@@ -4,7 +4,7 @@ import re
 
 import pytest
 
-from program import run
+from program import override, run
 
 # Llama 3.1 70B, by its config.json alone.
 LLAMA_70B = dict(model_type="llama", vocab_size=128256, hidden_size=8192, intermediate_size=28672, num_hidden_layers=80, num_attention_heads=64,
@@ -16,7 +16,7 @@ def plan(tmp_path):
     (tmp_path / "config.json").write_text(json.dumps(LLAMA_70B))
 
     def say(*keys, status=0):
-        done = run(tmp_path, "plan", f"--model.config={tmp_path}/config.json", "--train.dtype=bfloat16", "--data.max_length=8192", *keys)
+        done = run(tmp_path, "plan", f"--model.config={tmp_path}/config.json", *override(["--train.dtype=bfloat16", "--data.max_length=8192"], keys))
         assert done.returncode == status, done.stderr
         return done.stderr
 
@@ -58,3 +58,11 @@ def test_a_device_that_is_not_here(plan):
     assert re.search(r"needs [\d.]+ GiB of its device; there is none here: set plan.memory_gb ", plan("--plan.ranks=1", "--run.device=cuda"))
     said = plan("--plan.ranks=1", "--run.device=cpu", "--plan.memory_gb=80")
     assert "GiB and has 74.51 GiB: " in said and "device" not in said
+
+
+def test_what_a_device_does_not_compute_or_a_plan_does_not_know(tmp_path, plan):
+    assert "train.dtype=float64 is computed by the CPU alone" in plan("--plan.ranks=1", "--run.device=cuda", "--train.dtype=float64", status=2)
+    (tmp_path / "config.json").write_text(json.dumps(LLAMA_70B | dict(head_dim=80, max_position_embeddings=4096)))
+    said = plan("--plan.ranks=1", "--plan.memory_gb=80")
+    assert "plan: rows of 4096 tokens, the model's max_position_embeddings; data.max_length=8192 is more\n" in said
+    assert "whole matrices of attention's scores, which are not in this plan: whether it fits is not known\n" in said

@@ -105,7 +105,7 @@ TEST(CheckConfig, StepsAreWholeOrAFractionOfTheRun) {
 // libtorch adds a stack trace to what it throws; nobody is to see it.
 TEST(ErrorText, OutOfMemoryIsOneSentence) {
   const std::string words =
-      "out of memory: lower train.micro_batch_size or data.max_length, set train.recompute=full, or start fewer ranks";
+      "out of memory: lower train.micro_batch_size, eval.micro_batch_size, generate.max_tokens or data.max_length, set train.recompute=full, or start fewer ranks";
   try {
     agree_on(Communicator::world(), [] { at::empty({int64_t{1} << 50}); });
     FAIL();

@@ -11,7 +11,7 @@ namespace trireme {
 
 inline std::string text_of(const std::exception& error) {
   const std::string out_of_memory =
-      "out of memory: lower train.micro_batch_size or data.max_length, set train.recompute=full, or start fewer ranks";
+      "out of memory: lower train.micro_batch_size, eval.micro_batch_size, generate.max_tokens or data.max_length, set train.recompute=full, or start fewer ranks";
   if (dynamic_cast<const std::bad_alloc*>(&error)) return out_of_memory;
   const auto* libtorch = dynamic_cast<const c10::Error*>(&error);
   if (!libtorch) return error.what();

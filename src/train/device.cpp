@@ -95,9 +95,8 @@ std::optional<uint64_t> planned_room(const Config& config, int num_local_ranks) 
   return free_bytes(choose_device(config, Communicator::world()));
 }
 
-void check_dtype(at::ScalarType dtype, at::Device device) {
-  if (dtype == at::kDouble && !device.is_cpu())
-    throw ConfigError(str("train.dtype=float64 is computed by the CPU alone: set run.device=cpu, or train.dtype=float32"));
+void check_dtype(at::ScalarType dtype, at::DeviceType device, const char* key) {
+  if (dtype == at::kDouble && device != at::kCPU) throw ConfigError(str(key, "=float64 is computed by the CPU alone: set run.device=cpu, or ", key, "=float32"));
 }
 
 std::vector<std::string> kernel_gaps(const ModelConfig& model, at::ScalarType dtype) {

@@ -41,7 +41,7 @@ at::DeviceType planned_device(const Config& config);
 std::optional<uint64_t> planned_room(const Config& config, int num_local_ranks);
 
 // ConfigError where a device has no kernels for this dtype.
-void check_dtype(at::ScalarType dtype, at::Device device);
+void check_dtype(at::ScalarType dtype, at::DeviceType device, const char* key = "train.dtype");
 
 // What the kernels of a device do not serve of a model, and what computes it instead: a sentence each. ConfigError where nothing does.
 std::vector<std::string> kernel_gaps(const ModelConfig& model, at::ScalarType dtype);

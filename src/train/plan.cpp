@@ -7,6 +7,7 @@
 #include "base/check.h"
 #include "base/counted.h"
 #include "data/loader.h"
+#include "ops/attention_device.h"
 #include "ops/device.h"
 #include "optim/adamw.h"
 #include "train/progress.h"
@@ -127,6 +128,7 @@ void check_device_memory(const Plan& plan, uint64_t free_bytes) {
 
 std::string fit_text(const Plan& plan, const Config& config, const ModelConfig& model, at::ScalarType dtype, std::optional<uint64_t> room_bytes) {
   const std::string needs = str("plan: a rank needs ", b(plan.needed_bytes()), plan.of_device() ? " of its device" : "");
+  if (plan.of_device() && !has_attention_kernels(dtype, model.head_dim)) return needs + " and whole matrices of attention's scores, which are not in this plan: whether it fits is not known";
   if (!room_bytes) return needs + "; there is none here: set plan.memory_gb to a device's memory to see whether it fits";
   const uint64_t bytes = *room_bytes;
   const std::string room = str(needs, " and has ", b(bytes), ": ");

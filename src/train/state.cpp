@@ -69,7 +69,7 @@ TrainState TrainState::from_json(const Json& json, const std::string& source) tr
 
 Json run_identity(Config config, const Json& model, const Json& data) {
   // Keys that do not change what is learnt, or that a resumed run may change.
-  static const std::set<std::string> free_sections = {"parallel", "log", "eval", "checkpoint", "comm", "generate", "tokenize"};
+  static const std::set<std::string> free_sections = {"parallel", "log", "eval", "checkpoint", "comm", "generate", "tokenize", "plan"};
   static const std::set<std::string> free_keys = {
       "run.dir", "run.resume", "run.device", "train.steps", "train.epochs", "train.stop_after", "train.threads", "train.gradients",
       "train.accumulation", "train.micro_batch_size", "train.recompute", "train.offload_activations", "optim.offload", "data.cache", "data.show", "lora.merge",
@@ -112,7 +112,8 @@ void check_identity(const Json& saved, const Json& now, const std::string& check
   if (!differences.empty())
     throw ConfigError(str("cannot go on from ", checkpoint, ", it belongs to another run:", differences,
                           "\nSet these back, or start a new run with another run.dir. On a run that goes on, train.steps and "
-                          "train.epochs may grow, and the keys of parallel, checkpoint, eval, comm and log may change."));
+                          "train.epochs may grow; the keys of parallel, checkpoint, eval, comm and log, run.device, optim.offload, train.recompute, "
+                          "train.offload_activations and train.threads may change, and train.micro_batch_size and train.accumulation where a step keeps its rows."));
 }
 
 }  // namespace trireme
