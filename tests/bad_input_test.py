@@ -15,7 +15,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from program import RUN_LOCAL, SOURCE, TRACES, TRAIN, assert_all_ended, command, end_of, environment, ranks_of, run, small_run, start, wait_for
+from program import RUN_LOCAL, SOURCE, TRACES, TRAIN, assert_all_ended, command, end_of, environment, override, ranks_of, run, small_run, start, wait_for
 
 QUICKSTART = SOURCE / "configs/quickstart/model"
 
@@ -387,6 +387,23 @@ def test_resume_with_another_model_or_data(tmp_path):
     refused(tmp_path, 2, f"{begin}\n  data: 40 records, 1104 tokens of {TRAIN}:40 then, 39 records, 1075 tokens of {TRAIN}:39 now; "
                          f"the content differs{end}", *fewer)
     assert run(tmp_path, "train", *keys).returncode == 0
+
+
+def test_resume_on_ranks_that_cannot_share_out_the_rows(tmp_path):
+    """The way out that is named is one."""
+    begin = f"cannot go on from {tmp_path}/run/checkpoints/step-2: its steps have"
+    keys = small_run(tmp_path, "run", "--train.micro_batch_size=2", "--train.accumulation=3")
+    assert run(tmp_path, "train", *keys, "--train.stop_after=2").returncode == 75
+    refused(tmp_path, 2, f"{begin} 6 rows, which 4 copies of the model with train.micro_batch_size=2 cannot share out evenly; take a number of copies "
+                         "(parallel.data) that divides 3", *keys, ranks=4)
+    refused(tmp_path, 2, f"{begin} 6 rows, which 2 copies of the model with train.micro_batch_size=2 cannot share out evenly; set train.micro_batch_size=1, "
+                         "or take a number of copies (parallel.data) that divides 3", *keys, ranks=2)
+    shutil.rmtree(tmp_path / "run")
+    keys = small_run(tmp_path, "run", "--train.micro_batch_size=4")
+    assert run(tmp_path, "train", *keys, "--train.stop_after=2").returncode == 75
+    refused(tmp_path, 2, f"{begin} 4 rows, which 2 copies of the model with train.micro_batch_size=4 cannot share out evenly; set "
+                         "train.micro_batch_size=2, or take a number of copies (parallel.data) that divides 1", *keys, ranks=2)
+    assert run(tmp_path, "train", *override(keys, ["--train.micro_batch_size=2"]), ranks=2).returncode == 0
 
 
 def test_resume_with_other_weights(tmp_path, model):

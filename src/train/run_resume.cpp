@@ -4,6 +4,7 @@
 
 #include <cstdlib>
 #include <filesystem>
+#include <numeric>
 
 #include "base/file.h"
 #include "base/log.h"
@@ -82,9 +83,15 @@ void TrainingRun::keep_rows() {
     throw ConfigError(str(from, " (train.micro_batch_size ", state_.micro_batch_size, ", train.accumulation ", state_.accumulation,
                           " then; ", config_.train.micro_batch_size, ", ", config_.train.accumulation, " now: ",
                           shape_.rows_per_step(), " rows); set these back, or start a new run with another run.dir"));
-  if (rows % pass != 0)
+  if (rows % pass != 0) {
+    std::string ways;
+    if (const int64_t rows_of_copy = rows / shape_.data_size; rows % shape_.data_size == 0) {
+      const int64_t micro = std::gcd(rows_of_copy, shape_.micro_batch_size), accumulation = rows_of_copy / micro;
+      ways = str("set train.micro_batch_size=", micro, accumulation == config_.train.accumulation ? "" : str(" and train.accumulation=", accumulation), ", or ");
+    }
     throw ConfigError(str(from, ", which ", shape_.data_size, " copies of the model with train.micro_batch_size=", shape_.micro_batch_size,
-                          " cannot share out evenly; take a number of copies (parallel.data) that divides ", rows / shape_.micro_batch_size));
+                          " cannot share out evenly; ", ways, "take a number of copies (parallel.data) that divides ", rows / shape_.micro_batch_size));
+  }
   shape_.accumulation = rows / pass;
   log_info(str("going on with train.accumulation=", shape_.accumulation, ", so that a step keeps its ", rows, " rows"));
 }
