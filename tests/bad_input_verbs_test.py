@@ -33,6 +33,8 @@ def work(tmp_path):
     ("eval", [RANDOM], 2, "nothing to evaluate: set data.eval to record files, or eval.token_ids to a JSON file of ids", 2),
     ("eval", [RANDOM, "--data.eval=x", "--eval.logits=y"], 2, "eval.logits needs eval.token_ids", 1),
     ("eval", [RANDOM, "--eval.token_ids=WORK/ids.json"], 3, "WORK/ids.json: element 1 has 5000; ids are 0 to 1151", 2),
+    ("eval", [RANDOM, "--eval.token_ids=WORK/ids.json", "--eval.logits=WORK/out/logits.safetensors"], 2, "eval.logits=WORK/out/logits.safetensors: there is "
+     "no folder WORK/out; make it, or name a file in one that is there", 2),
     ("eval", [RANDOM, "--eval.token_ids=WORK/row.json"], 3, "WORK/row.json: element 1 is no array of ids, or empty", 1),
     ("eval", [RANDOM, "--eval.token_ids=WORK/no-rows.json"], 3, "WORK/no-rows.json: an array of arrays of ids is expected", 1),
     ("eval", [RANDOM, "--data.eval=WORK/none.jsonl"], 3, "data file 'WORK/none.jsonl' cannot be opened: No such file or directory", 1),

@@ -96,6 +96,8 @@ void find_conflicts(const Config& c, const CommandLine& line, int num_ranks, std
                               mesh.num_data(), " copies of the model: use a divisor of that, or 0: all share out")));
     });
   }
+  if (const fs::path file = c.eval.logits; line.verb == "eval" && !file.empty() && file.has_parent_path() && !fs::is_directory(file.parent_path()))
+    wrong("eval.logits=", c.eval.logits, ": there is no folder ", file.parent_path().string(), "; make it, or name a file in one that is there");
   if (!c.data.eval.empty() && c.data.eval_fraction > 0) wrong("data.eval and data.eval_fraction are both set; set one");
 }
 
