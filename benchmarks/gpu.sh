@@ -166,6 +166,9 @@ field_of() { nvidia-smi --query-gpu="$1" --format=csv,noheader 2>/dev/null | hea
 card=$(field_of name || true)
 [ -n "$card$dry$list" ] || die "nvidia-smi shows no GPU here; --dry-run shows on the CPU that everything runs"
 [ -x "$bin/trireme" ] || die "$bin/trireme is not there; build it with its tests (launch/setup.sh --tests), or unpack launch/bundle.sh's file"
+if [ -n "$keeps" ] && [ -z "$list" ]; then # else hours would be found lost at their end
+  mkdir -p "$results" 2>/dev/null && [ -w "$results" ] || die "no file can be written in $results; name another folder with --results"
+fi
 if [ -z "${TRIREME_TORCH:-}" ]; then # where the programs find libtorch (in a bundle) and cuBLASLt
   TRIREME_TORCH=$(ldd "$bin/trireme" 2>/dev/null | sed -n 's|.* => \(/.*\)/lib/libtorch_cpu.so .*|\1|p' || true)
   [ -n "$TRIREME_TORCH" ] || TRIREME_TORCH=$("$python" -c 'import importlib.util; print(importlib.util.find_spec("torch").submodule_search_locations[0])' 2>/dev/null || true)
@@ -174,8 +177,20 @@ program_of() { if [ -e "$top/programs/$1" ]; then echo "$top/programs/$1"; else 
 key_of() { { echo "$card $dry"; cat "$top/benchmarks"/gpu* "$(program_of "$1")"; } 2>/dev/null | sha256sum | cut -c1-16; }
 state_of() { # NAME PROGRAM
   [ -e "$results/$1.json" ] || { echo "not done"; return; }
-  grep -q "\"key\": \"$(key_of "$2")\"" "$results/$1.json" || { echo "done, something has changed since"; return; }
-  sed -n 's/^ "status": "\(.*\)",$/\1/p' "$results/$1.json"
+  local status
+  status=$(sed -n 's/^ "status": "\(.*\)",$/\1/p' "$results/$1.json")
+  if grep -q "\"key\": \"$(key_of "$2")\"" "$results/$1.json"; then echo "$status"
+  elif [ "$status" = passed ]; then echo "done, something has changed since"
+  else echo "$status, and something has changed since"; fi
+}
+lacks() { # NAME PROGRAM: says what the stage cannot begin without, if anything
+  local modules="" missing
+  [ -x "$bin/$2" ] || { echo "$bin/$2 is not there; build with the tests (launch/setup.sh --tests), and pack a bundle from such a build"; return; }
+  case $1 in step_*) modules="torch transformers peft" ;; decode) modules="torch transformers" ;; esac
+  [ -n "$modules" ] || return 0
+  missing=$("$python" -c 'import importlib.util, sys; print(*(name for name in sys.argv[1:] if not importlib.util.find_spec(name)), sep=", ")' $modules 2>/dev/null) ||
+    missing=${modules// /, }
+  [ -z "$missing" ] || echo "$python lacks $missing; set TRIREME_PYTHON to a Python that has ${modules// /, }"
 }
 
 commit=$(cat "$top/COMMIT" 2>/dev/null || git -C "$top" describe --always --dirty 2>/dev/null || echo unknown)
@@ -189,6 +204,8 @@ while read -r name limit program; do
   state=$(state_of "$name" "$program")
   if [ -n "$list" ]; then printf '%-22s %s\n' "$name" "$state"; continue; fi
   if [ "$state" = passed ] && [ -z "$force" ]; then printf '%-22s passed before\n' "$name"; continue; fi
+  why=$(lacks "$name" "$program")
+  if [ -n "$why" ]; then failed=1 && printf '%-22s not begun, %s\n' "$name" "$why"; continue; fi
   if [ -n "$within" ] && [ "$limit" -gt $((within - SECONDS - 15)) ]; then limit=$((within - SECONDS - 15)); fi # it is killed 10 s after
   if [ "$limit" -lt 30 ]; then failed=1 && printf '%-22s not begun, the time is over\n' "$name"; continue; fi
   rm -rf --one-file-system "$work"/*
@@ -205,7 +222,6 @@ while read -r name limit program; do
   [ "$state" = passed ] || failed=1
   printf '%-22s %s, %d s, %d rows%s\n' "$name" "$state" $((SECONDS - begin)) "$(wc -l <"$work/rows")" "$([ "$state" = passed ] || sed 's/^/\n    /' "$work/said" | head -20)"
   [ -n "$keeps" ] || continue
-  mkdir -p "$results"
   {
     printf '{\n "benchmark": "gpu/%s",\n "date": "%s",\n "commit": "%s",\n "key": "%s",\n "status": "%s",\n' "$name" "$(date -u +%F)" "$commit" "$(key_of "$program")" "$state"
     printf ' "hardware": {"cpu": %s, "cores": %d, "memory_gb": %d, "gpu": %s, "driver": %s, "clocks_before": %s, "clocks_busy": %s, "clocks_after": %s, "clocks_max": %s},\n' \

@@ -129,7 +129,10 @@ echo '[       OK ] Device.RunsTheTests (0 ms)'; echo 'x.cpp:1: Failure'; echo '[
     assert [(row["what"], row["trireme"], row["baseline"]) for row in result["rows"]] == [("Device", 1, 2)]
     assert gpu("--list", *words[2:], TRIREME_BUILD=str(tmp_path)).stdout.splitlines()[0].split() == ["kernels", "failed"]
     program(tmp_path, "device_kernels_test", "kill -SEGV $$\n")
-    assert "changed since" in gpu("--list", *words[2:], TRIREME_BUILD=str(tmp_path)).stdout
+    assert gpu("--list", *words[2:], TRIREME_BUILD=str(tmp_path)).stdout.splitlines()[0] == "kernels                failed, and something has changed since"
+    kept = tmp_path / "results/kernels.json"
+    kept.write_text(kept.read_text().replace('"status": "failed"', '"status": "passed"'))
+    assert gpu("--list", *words[2:], TRIREME_BUILD=str(tmp_path)).stdout.splitlines()[0] == "kernels                done, something has changed since"
     program(tmp_path, "timeout", "exit 124\n")  # as if the time were over
     done = gpu(*words, TRIREME_BUILD=str(tmp_path), PATH=f"{tmp_path}:{os.environ['PATH']}")
     assert done.returncode == 1
@@ -138,6 +141,24 @@ echo '[       OK ] Device.RunsTheTests (0 ms)'; echo 'x.cpp:1: Failure'; echo '[
     assert "kernels                over its limit of 85 s, " in done.stdout or "over its limit of 84 s, " in done.stdout
     done = gpu(*words, "--within", 40, TRIREME_BUILD=str(tmp_path))
     assert (done.returncode, done.stdout) == (1, "kernels                not begun, the time is over\n")
+
+
+def test_what_a_stage_lacks_is_told_before_it_begins(tmp_path):
+    program(tmp_path, "trireme", "touch $0.ran\n")
+    program(tmp_path, "python", "echo peft\n")
+    words = ["--only", "kernels", "--only", "memory", "--only", "step_lora", "--dry-run", "--results", tmp_path / "results"]
+    done = gpu(*words, TRIREME_BUILD=str(tmp_path), TRIREME_PYTHON=f"{tmp_path}/python")
+    end = "build with the tests (launch/setup.sh --tests), and pack a bundle from such a build"
+    assert done.stdout.splitlines() == [
+        f"kernels                not begun, {tmp_path}/device_kernels_test is not there; {end}", f"memory                 not begun, {tmp_path}/bench_gpu_kernels is not there; {end}",
+        f"step_lora              not begun, {tmp_path}/python lacks peft; set TRIREME_PYTHON to a Python that has torch, transformers, peft"], done.stdout + done.stderr
+    assert done.returncode == 1 and not list((tmp_path / "results").iterdir())
+    done = gpu("--only", "decode", "--dry-run", TRIREME_BUILD=str(tmp_path), TRIREME_PYTHON="no-python")
+    assert done.stdout == "decode                 not begun, no-python lacks torch, transformers; set TRIREME_PYTHON to a Python that has torch, transformers\n"
+    done = gpu("--only", "decode", "--dry-run", "--results", tmp_path / "trireme/results", TRIREME_BUILD=str(tmp_path))
+    assert (done.returncode, done.stdout) == (2, "")
+    assert done.stderr == f"gpu: no file can be written in {tmp_path}/trireme/results; name another folder with --results\n"
+    assert not (tmp_path / "trireme.ran").exists()
 
 
 def test_says_what_is_wrong(tmp_path):
