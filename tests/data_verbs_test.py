@@ -63,6 +63,17 @@ def test_several_files_with_a_limit_each(trireme, tmp_path):
     assert shown == [f"{file}:{line}," for file, n in ((a, 2), (b, 3), (a, 5)) for line in range(1, n + 1)]
 
 
+def test_a_copy_goes_by_its_own_name(trireme, tmp_path):
+    """Its tokens are those of the file that was there first."""
+    a, b = (write(tmp_path / name, [{"text": "a text that is not short"}]) for name in ("a.jsonl", "b.jsonl"))
+    keys = [f"--model.tokenizer={MODEL}", "--data.show=1"]
+    assert f"--- 1: {a}:1, " in trireme("prepare", *keys, f"--data.train={a}").stdout
+    assert f"--- 1: {b}:1, " in trireme("prepare", *keys, f"--data.train={b}").stdout
+    assert len(list((tmp_path / "cache/tokens").glob("*.h5"))) == 1
+    done = trireme("prepare", *keys, f"--data.train={b}", "--data.truncation=error", "--data.max_length=4", status=3)
+    assert done.stderr.startswith(f"error: {b}:1: the record has "), done.stderr
+
+
 def test_text_files(trireme, tmp_path):
     text = tmp_path / "a.txt"
     text.write_text("".join(f"Line {i} of a long text.\n" for i in range(20_000)))

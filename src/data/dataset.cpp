@@ -129,7 +129,9 @@ std::string Dataset::prepare(const DataOptions& options, Split split, const Toke
 std::shared_ptr<const Dataset> Dataset::open(const DataOptions& options, Split split, const std::string& token_file) {
   options.check();
   auto dataset = std::make_shared<Dataset>();
-  auto file = std::make_shared<TokenFile>(token_file);
+  std::vector<std::string> names;  // the token file's are those of whoever made it, of another copy of the data perhaps
+  for (const DataFile& data : files_of(options, split)) names.push_back(data.path);
+  auto file = std::make_shared<TokenFile>(token_file, std::move(names));
   dataset->file_ = file;
   check_ids(*file, options.embedding_rows);
   DatasetCounts& counts = dataset->counts_;

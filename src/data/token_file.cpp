@@ -67,7 +67,7 @@ std::string token_file_content(const std::string& path) {
   return json_get<std::string>(read_json_file(name, 1 << 20), "content", name);
 }
 
-TokenFile::TokenFile(const std::string& path) : path_(path), map_(path) {
+TokenFile::TokenFile(const std::string& path, std::vector<std::string> names_now) : path_(path), map_(path) {
   Hdf5File file = Hdf5File::open(path);
   if (!file.has_attribute("trireme_tokens") || file.attribute("trireme_tokens") != std::to_string(kTokenFileVersion))
     throw DataError(str("token file ", path, " is not of format version ", kTokenFileVersion, "; delete it"));
@@ -86,6 +86,7 @@ TokenFile::TokenFile(const std::string& path) : path_(path), map_(path) {
   num_skipped_ = std::atoll(file.attribute("skipped").c_str());
   Json names = parse_json(file.attribute("files"), path);
   for (const Json& name : names) names_.push_back(name.is_string() ? name.get<std::string>() : std::string());
+  if (names_now.size() == names_.size()) names_ = std::move(names_now);
   bool ordered = offsets_[0] == 0 && offsets_[records] == num_tokens_;
   for (uint64_t r = 0; ordered && r < records; ++r)
     ordered = offsets_[r] < offsets_[r + 1] && files_[r] >= 0 && static_cast<size_t>(files_[r]) < names_.size();

@@ -61,7 +61,8 @@ std::string token_file_content(const std::string& path);
 // A token file mapped read-only. DataError where it is not one, or its parts contradict each other.
 class TokenFile {
  public:
-  explicit TokenFile(const std::string& path);
+  // `names`: how its data files are called now, for source(); empty: as when it was made.
+  explicit TokenFile(const std::string& path, std::vector<std::string> names = {});
   int64_t num_records() const { return num_records_; }
   int64_t num_tokens() const { return num_tokens_; }
   int64_t begin(int64_t record) const { return offsets_[record]; }
