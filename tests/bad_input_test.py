@@ -369,6 +369,11 @@ def test_a_second_run_on_the_folder_of_a_living_one(tmp_path):
     assert (tmp_path / "run/checkpoints" / f"step-{steps[-1]}").is_dir()
 
 
+MAY_CHANGE = ("\nSet these back, or start a new run with another run.dir. On a run that goes on, train.steps and train.epochs may grow; the keys of parallel, "
+              "checkpoint, eval, comm and log, run.device, optim.offload, train.recompute, train.offload_activations and train.threads may change, and "
+              "train.micro_batch_size and train.accumulation where a step keeps its rows.")
+
+
 def test_resume_with_another_model_or_data(tmp_path):
     keys = small_run(tmp_path)
     assert run(tmp_path, "train", *keys, "--train.stop_after=2").returncode == 75
@@ -377,15 +382,13 @@ def test_resume_with_another_model_or_data(tmp_path):
     shutil.copytree(QUICKSTART, other)
     config = json.loads((other / "config.json").read_text())
     (other / "config.json").write_text(json.dumps(config | {"rope_theta": 500.0}))
-    end = ("\nSet these back, or start a new run with another run.dir. On a run that goes on, train.steps and train.epochs may grow, "
-           "and the keys of parallel, checkpoint, eval, comm and log may change.")
     begin = f"cannot go on from {folder}, it belongs to another run:"
     was = f"{config['rope_theta']}" if "rope_theta" in config else "absent"
-    refused(tmp_path, 2, f"{begin}\n  optim.lr: 0.002 then, 0.5 now\n  config.json rope_theta: {was} then, 500.0 now{end}",
+    refused(tmp_path, 2, f"{begin}\n  optim.lr: 0.002 then, 0.5 now\n  config.json rope_theta: {was} then, 500.0 now{MAY_CHANGE}",
             *keys, f"--model.config={other / 'config.json'}", "--optim.lr=0.5", ranks=2)
     fewer = small_run(tmp_path, records=39)
     refused(tmp_path, 2, f"{begin}\n  data: 40 records, 1104 tokens of {TRAIN}:40 then, 39 records, 1075 tokens of {TRAIN}:39 now; "
-                         f"the content differs{end}", *fewer)
+                         f"the content differs{MAY_CHANGE}", *fewer)
     assert run(tmp_path, "train", *keys).returncode == 0
 
 
@@ -415,8 +418,7 @@ def test_resume_with_other_weights(tmp_path, model):
     with open(weights, "r+b") as file:
         file.write(data)
     refused(tmp_path, 2, f"cannot go on from {tmp_path}/run/checkpoints/step-1, it belongs to another run:\n  weights: {model} then, {model} "
-                         "now; the content differs\nSet these back, or start a new run with another run.dir. On a run that goes on, "
-                         "train.steps and train.epochs may grow; the keys of parallel, checkpoint, eval, comm and log, run.device, optim.offload, train.recompute, ", *keys)
+                         "now; the content differs" + MAY_CHANGE, *keys)
 
 
 def test_a_rank_that_is_killed(tmp_path):
