@@ -4,6 +4,7 @@ import resource
 import subprocess
 
 import pytest
+from safetensors.torch import load_file, save_file
 
 from bad_input_test import check_refusal, contents, refused
 from program import SOURCE, TRAIN, command, end_of, environment, run, small_run, start
@@ -142,3 +143,13 @@ def test_an_answer_that_cannot_be_written(work, verb, keys):
         done = subprocess.run(command(verb, *keys), input='"a"\n', stdout=full, stderr=subprocess.PIPE, text=True, timeout=60, env=environment(work))
     assert done.returncode == 1
     assert done.stderr == "error: standard output cannot be written to its end: its disk is full, or its reader has gone\n"
+
+
+@pytest.mark.parametrize("ranks", [1, 2])
+def test_eval_of_damaged_weights_is_no_number(tmp_path, ranks):
+    assert run(tmp_path, "train", *small_run(tmp_path, "run", "--train.steps=1", "--data.eval=", "--eval.every=0")).returncode == 0
+    weights = load_file(tmp_path / "run/model/model.safetensors")
+    next(iter(weights.values())).view(-1)[0] = float("nan")
+    save_file(weights, tmp_path / "run/model/model.safetensors", metadata={"format": "pt"})
+    done = run(tmp_path, "eval", f"--model.path={tmp_path}/run/model", f"--data.eval={SOURCE}/configs/quickstart/eval.jsonl:8", ranks=ranks)
+    assert (done.returncode, done.stdout) == (3, "") and done.stderr.count("the loss is not finite: the model's weights are damaged") == 1, done.stderr
