@@ -18,14 +18,15 @@ const std::map<std::string, std::set<std::string>> kMayInclude = {
     {"comm", {"base"}},
     {"data", {"config", "base"}},
     {"ops", {"kernels", "base"}},
-    {"optim", {"ops", "kernels", "base"}},
-    {"model", {"ops", "config", "base"}},
-    {"checkpoint", {"comm", "config", "base"}},
-    {"parallel", {"checkpoint", "model", "optim", "ops", "comm", "base"}},
+    {"quant", {"ops", "kernels", "base"}},
+    {"optim", {"quant", "ops", "kernels", "base"}},
+    {"model", {"quant", "ops", "config", "base"}},
+    {"checkpoint", {"quant", "comm", "config", "base"}},
+    {"parallel", {"checkpoint", "model", "optim", "quant", "ops", "comm", "base"}},
     {"tasks", {"model", "ops", "data", "base"}},
     {"eval", {"tasks", "model", "data", "comm", "base"}},
     {"serve", {"tasks", "model", "data", "ops", "base"}},
-    {"train", {"eval", "serve", "tasks", "parallel", "checkpoint", "optim", "model", "data", "comm", "config", "ops", "base"}},
+    {"train", {"eval", "serve", "tasks", "parallel", "checkpoint", "optim", "model", "quant", "data", "comm", "config", "ops", "base"}},
 };
 
 TEST(Layers, EveryIncludePointsDownward) {

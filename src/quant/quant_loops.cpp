@@ -1,0 +1,32 @@
+#include "quant/quant_loops.h"
+
+#include <algorithm>
+
+namespace trireme {
+namespace {
+
+constexpr float kNf4Thresholds[] = {-0.8480964004993439f, -0.6106329262256622f, -0.4599952697753906f, -0.33967943489551544f, -0.23460740596055984f,
+                                    -0.13791173323988914f, -0.045525018125772476f, 0.03979014977812767f, 0.1202552504837513f, 0.2035212516784668f,
+                                    0.2920137718319893f, 0.3893125355243683f, 0.5016634166240692f, 0.6427869200706482f, 0.8614784181118011f};
+constexpr float kFp4Thresholds[] = {0.00260417f, 0.0859375f, 0.20833333f, 0.29166667f, 0.4166667f, 0.583333f, 0.8333333f};
+
+}  // namespace
+}  // namespace trireme
+
+#define TRIREME_LOOPS "quant/quant_loops.inc"
+#include "ops/vector_targets.h"
+
+namespace trireme {
+
+template <typename T>
+const QuantLoops<T>& quant_loops(int level) {
+  if (level < 0) level = vector_level();
+  TRIREME_CHECK(level <= vector_level(), "level ", level);
+  return level == 2 ? level2::kQuantLoops<T> : level == 1 ? level1::kQuantLoops<T> : level0::kQuantLoops<T>;
+}
+
+template const QuantLoops<float>& quant_loops<float>(int);
+template const QuantLoops<c10::BFloat16>& quant_loops<c10::BFloat16>(int);
+template const QuantLoops<c10::Half>& quant_loops<c10::Half>(int);
+
+}  // namespace trireme

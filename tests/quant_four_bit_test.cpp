@@ -1,0 +1,249 @@
+// NF4, FP4 and their scales in 8 bits: the bits are those of the rules written as plain loops.
+#include <cmath>
+#include <random>
+
+#include "base/check.h"
+#include "quant/dynamic_map.h"
+#include "quant/four_bit.h"
+#include "quant/quant_loops.h"
+#include "quant_values.h"
+#include "support.h"
+
+namespace trireme {
+namespace {
+
+using test::same_bits;
+
+// --- the rules --------------------------------------------------------------------------------------------------------
+
+int nf4_code(float x) {
+  const float thresholds[] = {-0.8480964004993439f, -0.6106329262256622f, -0.4599952697753906f, -0.33967943489551544f, -0.23460740596055984f,
+                              -0.13791173323988914f, -0.045525018125772476f, 0.03979014977812767f, 0.1202552504837513f, 0.2035212516784668f,
+                              0.2920137718319893f, 0.3893125355243683f, 0.5016634166240692f, 0.6427869200706482f, 0.8614784181118011f};
+  int code = 0;
+  while (code < 15 && x > thresholds[code]) ++code;
+  return code;
+}
+
+int fp4_code(float x) {
+  const int sign = x < 0 ? 8 : 0;
+  x = std::abs(x);
+  if (x > 0.8333333f) return sign + 3;
+  if (x > 0.583333f) return sign + 2;
+  if (x > 0.4166667f) return sign + 5;
+  if (x > 0.29166667f) return sign + 4;
+  if (x > 0.20833333f) return sign + 7;
+  if (x > 0.0859375f) return sign + 6;
+  if (x > 0.00260417f) return sign + 1;
+  return sign;
+}
+
+float fp4_number(int code) {
+  const float numbers[] = {0, 1.0f / 192, 2.0f / 3, 1, 1.0f / 3, 1.0f / 2, 1.0f / 6, 1.0f / 4};
+  return code & 8 ? -numbers[code & 7] : numbers[code & 7];
+}
+
+FourBitTensor by_rule(const at::Tensor& x, FourBit kind, int64_t size) {
+  const at::Tensor values = x.to(at::kFloat).flatten();
+  const int64_t count = values.numel(), blocks = (count + size - 1) / size;
+  FourBitTensor q{kind, size, at::zeros({(count + 1) / 2}, at::kByte), {}};
+  q.scales.absmax = at::zeros({blocks}, at::kFloat);
+  const float* v = values.data_ptr<float>();
+  for (int64_t b = 0; b < blocks; ++b) {
+    float largest = 0;
+    for (int64_t i = b * size; i < std::min(count, (b + 1) * size); ++i) largest = std::fmax(largest, std::abs(v[i]));
+    q.scales.absmax.data_ptr<float>()[b] = largest;
+    const float inverse = 1.0f / largest;
+    for (int64_t i = b * size; i < std::min(count + count % 2, (b + 1) * size); ++i) {
+      const float scaled = (i < count ? v[i] : 0.0f) * inverse;
+      const int code = kind == FourBit::kNf4 ? nf4_code(scaled) : fp4_code(scaled);
+      q.codes.data_ptr<uint8_t>()[i / 2] |= static_cast<uint8_t>(i % 2 == 0 ? code << 4 : code);
+    }
+  }
+  return q;
+}
+
+at::Tensor values_by_rule(const FourBitTensor& q, const std::vector<float>& scales, int64_t count, at::ScalarType dtype) {
+  at::Tensor out = at::empty({count}, at::kFloat);
+  for (int64_t i = 0; i < count; ++i) {
+    const int byte = q.codes.data_ptr<uint8_t>()[i / 2], code = i % 2 == 0 ? byte >> 4 : byte & 15;
+    const float number = q.kind == FourBit::kNf4 ? four_bit_numbers(q.kind)[static_cast<size_t>(code)] : fp4_number(code);
+    out.data_ptr<float>()[i] = number * scales[static_cast<size_t>(i / q.block_size)];
+  }
+  return out.to(dtype);
+}
+
+std::vector<float> floats(const at::Tensor& t) { return {t.data_ptr<float>(), t.data_ptr<float>() + t.numel()}; }
+
+// Every NaN the same: which of them an instruction gives is not part of any rule.
+at::Tensor settled(const at::Tensor& x) { return at::where(x.isnan(), at::full({}, NAN, x.options()), x); }
+
+const std::vector<at::ScalarType> kDtypes = {at::kFloat, at::kBFloat16, at::kHalf};
+
+TEST(FourBit, BitsOfTheRules) {
+  for (FourBit kind : {FourBit::kNf4, FourBit::kFp4})
+    for (at::ScalarType dtype : kDtypes)
+      for (int64_t size = 32; size <= 4096; size *= 2)
+        for (int64_t count : {int64_t{1}, int64_t{33}, size - 1, size, size + 1, 3 * size + 2, 5 * size + 31}) {
+          SCOPED_TRACE(testing::Message() << (kind == FourBit::kNf4 ? "nf4 " : "fp4 ") << dtype << ", " << count << " in blocks of " << size);
+          for (const auto& [name, values] : test::unusual_values(count, size)) {
+            SCOPED_TRACE(name);
+            const at::Tensor x = values.to(dtype);
+            const FourBitTensor q = quantize_4bit(x, kind, size), expected = by_rule(x, kind, size);
+            ASSERT_TRUE(same_bits(q.scales.absmax, expected.scales.absmax));
+            ASSERT_TRUE(same_bits(q.codes, expected.codes));
+            const at::Tensor out = at::full({count}, 7, at::TensorOptions(dtype));
+            dequantize_4bit(q, out);
+            ASSERT_TRUE(same_bits(settled(out), settled(values_by_rule(q, floats(q.scales.absmax), count, dtype))));
+          }
+        }
+}
+
+TEST(FourBit, EveryInstructionSetHasTheSameBits) {
+  const int64_t count = 64 * 9 + 45, size = 64;
+  for (const auto& [name, values] : test::unusual_values(count, size))
+    for (FourBit kind : {FourBit::kNf4, FourBit::kFp4})
+      for (at::ScalarType dtype : kDtypes) {
+        SCOPED_TRACE(testing::Message() << name << " " << dtype);
+        const at::Tensor x = values.to(dtype);
+        const FourBitTensor expected = quantize_4bit(x, kind, size);
+        const BlockScales nested = double_quantized(expected.scales);
+        at::Tensor plain_values = at::empty({count}, x.options()), nested_values = at::empty({count}, x.options());
+        dequantize_4bit(expected, plain_values);
+        FourBitTensor doubled = expected;
+        doubled.scales = nested;
+        dequantize_4bit(doubled, nested_values);
+        for (int level = 0; level < test::num_vector_levels(); ++level)
+          with_quant_loops(dtype, [&](const auto&, auto zero) {
+            using T = decltype(zero);
+            const QuantLoops<T>& loops = quant_loops<T>(level);
+            FourBitTensor q = by_rule(x, kind, size);
+            q.codes.fill_(0xaa), q.scales.absmax.fill_(3);
+            loops.quantize_4bit(kind, count, size, x.data_ptr<T>(), q.codes.data_ptr<uint8_t>(), q.scales.absmax.data_ptr<float>());
+            EXPECT_TRUE(same_bits(q.codes, expected.codes)) << level;
+            EXPECT_TRUE(same_bits(q.scales.absmax, expected.scales.absmax)) << level;
+            at::Tensor out = at::empty({count}, x.options());
+            loops.dequantize_4bit(kind, ScaleReader(expected.scales), 0, count, size, q.codes.data_ptr<uint8_t>(), out.data_ptr<T>());
+            EXPECT_TRUE(same_bits(settled(out), settled(plain_values))) << level;
+            loops.dequantize_4bit(kind, ScaleReader(nested), 0, count, size, q.codes.data_ptr<uint8_t>(), out.data_ptr<T>());
+            EXPECT_TRUE(same_bits(settled(out), settled(nested_values))) << level;
+          });
+      }
+}
+
+TEST(FourBit, DoubleQuantizationIsTheRule) {
+  const at::Tensor x = test::gaussian(64 * 1500 + 3, 5).to(at::kBFloat16);
+  FourBitTensor q = quantize_4bit(x, FourBit::kNf4, 64);
+  const std::vector<float> plain = floats(q.scales.absmax);
+  double sum = 0;
+  for (float s : plain) sum += static_cast<double>(s);
+  const float offset = static_cast<float>(sum / static_cast<double>(plain.size()));
+  q.scales = double_quantized(q.scales);
+  EXPECT_EQ(q.scales.offset, offset);
+  EXPECT_EQ(q.scales.absmax.scalar_type(), at::kByte);
+  EXPECT_EQ(q.scales.nested_absmax.numel(), 6);
+  const BlockCodes codes = quantize_blockwise(at::tensor(plain) - offset, dynamic_map(true), 256);
+  EXPECT_TRUE(same_bits(q.scales.absmax, codes.codes));
+  EXPECT_TRUE(same_bits(q.scales.nested_absmax, codes.absmax));
+
+  const at::Tensor map = dynamic_map(true);
+  std::vector<float> back;
+  for (size_t b = 0; b < plain.size(); ++b) {
+    volatile float product = map.data_ptr<float>()[codes.codes.data_ptr<uint8_t>()[b]] * codes.absmax.data_ptr<float>()[b / 256];  // rounded by itself
+    back.push_back(product + offset);
+  }
+  EXPECT_TRUE(same_bits(plain_scales(q.scales), at::tensor(back)));
+  for (at::ScalarType dtype : kDtypes) {
+    const at::Tensor out = at::empty(x.sizes(), at::TensorOptions(dtype));
+    dequantize_4bit(q, out);
+    EXPECT_TRUE(same_bits(out, values_by_rule(q, back, x.numel(), dtype)));
+  }
+}
+
+// A slice has the values of the whole, by rows and by columns, with plain and nested scales.
+TEST(FourBit, ASliceHasTheValuesOfTheWhole) {
+  const int64_t rows = 48, columns = 1024;
+  const at::Tensor w = test::gaussian(rows * columns, 6).view({rows, columns});
+  for (int64_t size : {32, 64, 256})
+    for (bool nested : {false, true}) {
+      FourBitTensor q = quantize_4bit(w, FourBit::kNf4, size);
+      if (nested) q.scales = double_quantized(q.scales);
+      const at::Tensor whole = at::empty({rows, columns}, at::kFloat);
+      dequantize_4bit(q, whole);
+      for (int64_t dim : {0, 1})
+        for (int64_t part = 0; part < 4; ++part) {
+          SCOPED_TRACE(testing::Message() << size << " " << nested << " " << dim << " " << part);
+          const int64_t length = (dim == 0 ? rows : columns) / 4;
+          const at::Tensor expected = whole.slice(dim, part * length, (part + 1) * length).contiguous(), out = at::empty(expected.sizes(), at::kFloat);
+          const FourBitTensor slice = slice_4bit(q, rows, columns, dim, part * length, (part + 1) * length);
+          dequantize_4bit(slice, out);
+          EXPECT_TRUE(same_bits(out, expected));
+          EXPECT_EQ(slice.scales.nested_absmax.defined() ? slice.scales.nested_absmax.data_ptr() : nullptr, nested ? q.scales.nested_absmax.data_ptr() : nullptr);
+        }
+    }
+  const FourBitTensor q = quantize_4bit(w, FourBit::kNf4, 512);
+  EXPECT_TRUE(four_bit_slice_fits(rows, columns, 1, 512, 1024, 512));
+  EXPECT_FALSE(four_bit_slice_fits(rows, columns, 1, 256, 512, 512));
+  EXPECT_FALSE(four_bit_slice_fits(3, 100, 0, 1, 2, 32));
+  EXPECT_TRUE(four_bit_slice_fits(3, 96, 0, 1, 3, 32));
+  EXPECT_THROW(slice_4bit(q, rows, columns, 1, 256, 512), InternalError);
+}
+
+TEST(FourBit, ZerosComeBack) {
+  for (FourBit kind : {FourBit::kNf4, FourBit::kFp4}) {
+    const FourBitTensor q = quantize_4bit(at::zeros({128}), kind, 64);
+    EXPECT_EQ(q.scales.absmax.abs().sum().item<float>(), 0);
+    EXPECT_EQ(q.codes.sum().item<int64_t>(), 0);
+    const at::Tensor out = at::ones({128});
+    dequantize_4bit(q, out);
+    EXPECT_EQ(out.abs().sum().item<float>(), 0);
+  }
+}
+
+TEST(FourBit, RefusesWhatItDoesNotKnow) {
+  const at::Tensor w = at::ones({128});
+  for (int64_t size : {0, 16, 48, 8192, -64}) EXPECT_THROW(quantize_4bit(w, FourBit::kNf4, size), InternalError) << size;
+  EXPECT_THROW(quantize_4bit(w.to(at::kDouble), FourBit::kNf4, 64), InternalError);
+  EXPECT_THROW(quantize_4bit(w.to(at::kLong), FourBit::kNf4, 64), InternalError);
+  const FourBitTensor q = quantize_4bit(w, FourBit::kNf4, 64);
+  EXPECT_THROW(dequantize_4bit(q, at::empty({130})), InternalError);
+  EXPECT_THROW(dequantize_4bit(q, at::empty({192})), InternalError);
+  EXPECT_THROW(dequantize_4bit(q, at::empty({128}, at::kDouble)), InternalError);
+  EXPECT_THROW(dequantize_4bit(q, at::empty({16, 16}).slice(1, 0, 8)), InternalError);
+  FourBitTensor few = q;
+  few.scales.absmax = q.scales.absmax.slice(0, 0, 1);
+  EXPECT_THROW(dequantize_4bit(few, at::empty({128})), InternalError);
+  few.scales = double_quantized(q.scales);
+  few.scales.slice.first = 255;  // of which the second has no nested scale
+  EXPECT_THROW(dequantize_4bit(few, at::empty({128})), InternalError);
+  EXPECT_THROW(double_quantized(few.scales), InternalError);
+}
+
+TEST(BlockScales, WrongOnesAreNamed) {
+  BlockScales scales{.absmax = at::ones({5})};
+  EXPECT_EQ(check_scales(scales), "");
+  const auto with = [&](int64_t i, float x) {
+    BlockScales wrong = scales;
+    wrong.absmax = scales.absmax.clone();
+    wrong.absmax[i] = x;
+    return check_scales(wrong);
+  };
+  EXPECT_EQ(with(3, NAN), "scale 3 is NaN");
+  EXPECT_EQ(with(0, INFINITY), "scale 0 is infinite");
+  EXPECT_EQ(with(4, -INFINITY), "scale 4 is infinite");
+  EXPECT_EQ(with(2, -0.5), "scale 2 is negative (-0.5)");
+  EXPECT_EQ(with(2, -0.0), "");
+
+  const BlockScales nested = double_quantized({.absmax = at::rand({600})});
+  EXPECT_EQ(check_scales(nested), "");
+  BlockScales wrong = nested;
+  wrong.offset = NAN;
+  EXPECT_EQ(check_scales(wrong), "its nested offset is nan");
+  wrong = nested, wrong.nested_absmax = -nested.nested_absmax;
+  EXPECT_EQ(check_scales(wrong).substr(0, 28), "nested scale 0 is negative (");
+  wrong = nested, wrong.nested_map = nested.nested_map.clone(), wrong.nested_map[17] = NAN;
+  EXPECT_EQ(check_scales(wrong), "number of the nested map 17 is NaN");
+}
+
+}  // namespace
+}  // namespace trireme
