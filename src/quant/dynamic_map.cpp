@@ -13,7 +13,8 @@ namespace trireme {
 namespace {
 
 // Bits of fp32. The rule: for i = 0 .. 6 the means of neighbours in linspace(0.1, 1, 2^i + 1), unsigned 2^(i + 1) + 1, times 10^(i - 6), and
-// where signed their negatives; and 0 and 1. All in fp32, in which linspace rounds towards the middle from both ends: hence the table.
+// where signed their negatives; and 0 and 1. All in fp32, where torch's linspace depends on the processor: these are the numbers of those
+// that multiply and add at once, as all of this time do.
 constexpr uint32_t kSigned[256] = {
     0xbf7e3333, 0xbf7a999a, 0xbf770000, 0xbf736666, 0xbf6fcccd, 0xbf6c3333, 0xbf68999a, 0xbf650000, 0xbf616666, 0xbf5dcccd, 0xbf5a3333, 0xbf56999a,
     0xbf530000, 0xbf4f6666, 0xbf4bcccd, 0xbf483333, 0xbf44999a, 0xbf410000, 0xbf3d6666, 0xbf39cccd, 0xbf363334, 0xbf32999a, 0xbf2f0000, 0xbf2b6666,

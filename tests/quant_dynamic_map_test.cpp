@@ -1,0 +1,146 @@
+// The dynamic 8-bit map: its numbers by their rule, codes and values by the rules written as plain loops.
+#include <cmath>
+#include <limits>
+
+#include "base/check.h"
+#include "quant/dynamic_map.h"
+#include "quant/quant_loops.h"
+#include "quant_values.h"
+#include "support.h"
+
+namespace trireme {
+namespace {
+
+using test::same_bits;
+
+// linspace(0.1, 1, count) in fp32, as torch on processors that multiply and add at once: from the first number in the lower half, from
+// the last in the upper.
+std::vector<float> linspace(int64_t count) {
+  const float step = (1.0f - 0.1f) / static_cast<float>(count - 1);
+  std::vector<float> out;
+  for (int64_t i = 0; i < count; ++i)
+    out.push_back(i < count / 2 ? std::fma(step, static_cast<float>(i), 0.1f) : std::fma(-step, static_cast<float>(count - 1 - i), 1.0f));
+  return out;
+}
+
+TEST(DynamicMap, NumbersOfTheRule) {
+  for (bool is_signed : {true, false}) {
+    std::vector<float> numbers = {0, 1};
+    for (int i = 0; i < 7; ++i) {
+      const std::vector<float> bounds = linspace((int64_t{1} << (is_signed ? i : i + 1)) + 1);
+      for (size_t j = 0; j + 1 < bounds.size(); ++j) {
+        const float number = (bounds[j] + bounds[j + 1]) / 2 * static_cast<float>(std::pow(10.0, i - 6));
+        numbers.push_back(number);
+        if (is_signed) numbers.push_back(-number);
+      }
+    }
+    std::sort(numbers.begin(), numbers.end());
+    EXPECT_TRUE(same_bits(dynamic_map(is_signed), at::tensor(numbers))) << is_signed;
+  }
+  const at::Tensor map = dynamic_map(true);
+  EXPECT_EQ(map[127].item<float>(), 0);
+  EXPECT_FLOAT_EQ(map[0].item<float>(), -0.99296874f);
+  EXPECT_FLOAT_EQ(map[128].item<float>(), 5.5e-7f);
+  EXPECT_FLOAT_EQ(dynamic_map(false)[1].item<float>(), 3.25e-7f);
+}
+
+// Seven steps of a binary search from the middle, then the midpoint to the neighbour on x's side.
+int code_by_rule(const float* map, float x) {
+  int pivot = 127, upper = 255, lower = 0;
+  for (int step = 64; step > 0; step /= 2)
+    if (x > map[pivot]) lower = pivot, pivot += step;
+    else upper = pivot, pivot -= step;
+  if (x > map[pivot]) return x > (map[upper] + map[pivot]) * 0.5f ? upper : pivot;
+  return x < (map[lower] + map[pivot]) * 0.5f ? lower : pivot;
+}
+
+// Around each number and each midpoint between two, where the codes change.
+TEST(DynamicMap, CodesAtTheirBounds) {
+  for (bool is_signed : {true, false}) {
+    const at::Tensor map = dynamic_map(is_signed);
+    const float* numbers = map.data_ptr<float>();
+    const DynamicSearch search(numbers);
+    std::vector<float> all = {0.0f, -0.0f, NAN, INFINITY, -INFINITY, 2, -2, 1e-30f, -1e-30f};
+    const auto around = [&](float x) {
+      for (float y : {x, std::nextafter(x, 9.0f), std::nextafter(x, -9.0f)}) all.push_back(y), all.push_back(-y);
+    };
+    for (int i = 0; i < 256; ++i) {
+      around(numbers[i]);
+      if (i < 255) around((numbers[i] + numbers[i + 1]) * 0.5f);
+    }
+    for (float x : all) EXPECT_EQ(search.code(x), code_by_rule(numbers, x)) << x;
+    for (int i = 0; i < 256; ++i) EXPECT_EQ(search.code(numbers[i]), i);
+  }
+}
+
+BlockCodes by_rule(const at::Tensor& x, const at::Tensor& map, int64_t size) {
+  const at::Tensor values = x.to(at::kFloat).flatten();
+  const int64_t count = values.numel(), blocks = (count + size - 1) / size;
+  BlockCodes q{at::zeros(x.sizes(), at::kByte), at::zeros({blocks}, at::kFloat)};
+  for (int64_t b = 0; b < blocks; ++b) {
+    float largest = 0;
+    for (int64_t i = b * size; i < std::min(count, (b + 1) * size); ++i) largest = std::fmax(largest, std::abs(values.data_ptr<float>()[i]));
+    q.absmax.data_ptr<float>()[b] = largest;
+    for (int64_t i = b * size; i < std::min(count, (b + 1) * size); ++i)
+      q.codes.data_ptr<uint8_t>()[i] = static_cast<uint8_t>(code_by_rule(map.data_ptr<float>(), values.data_ptr<float>()[i] * (1.0f / largest)));
+  }
+  return q;
+}
+
+at::Tensor settled(const at::Tensor& x) { return at::where(x.isnan(), at::full({}, NAN, x.options()), x); }  // which NaN is no rule's
+
+TEST(Blockwise, BitsOfTheRules) {
+  for (bool is_signed : {true, false})
+    for (at::ScalarType dtype : {at::kFloat, at::kBFloat16, at::kHalf})
+      for (int64_t size : {64, 256, 2048})
+        for (int64_t count : {int64_t{1}, size - 1, size, 3 * size + 17}) {
+          const at::Tensor map = dynamic_map(is_signed);
+          for (const auto& [name, values] : test::unusual_values(count, size)) {
+            SCOPED_TRACE(testing::Message() << name << " " << is_signed << " " << dtype << ", " << count << " in blocks of " << size);
+            const at::Tensor x = (is_signed ? values : values * values).to(dtype);
+            const BlockCodes q = quantize_blockwise(x, map, size), expected = by_rule(x, map, size);
+            ASSERT_TRUE(same_bits(q.absmax, expected.absmax));
+            ASSERT_TRUE(same_bits(q.codes, expected.codes));
+            const at::Tensor out = at::empty({count}, x.options());
+            dequantize_blockwise(q, map, size, out);
+            const at::Tensor by_block = q.absmax.repeat_interleave(size).slice(0, 0, count);
+            ASSERT_TRUE(same_bits(settled(out), settled((map.index_select(0, q.codes.to(at::kLong)) * by_block).to(dtype))));
+          }
+        }
+}
+
+TEST(Blockwise, EveryInstructionSetHasTheSameBits) {
+  const int64_t count = 256 * 5 + 45, size = 256;
+  for (bool is_signed : {true, false})
+    for (const auto& [name, values] : test::unusual_values(count, size)) {
+      const at::Tensor map = dynamic_map(is_signed), x = values.to(at::kBFloat16);
+      const BlockCodes expected = by_rule(x, map, size);
+      at::Tensor wanted = at::empty({count}, x.options());
+      dequantize_blockwise(expected, map, size, wanted);
+      for (int level = 0; level < test::num_vector_levels(); ++level) {
+        SCOPED_TRACE(testing::Message() << name << " " << is_signed << " " << level);
+        const auto& loops = quant_loops<c10::BFloat16>(level);
+        const BlockCodes q{at::empty({count}, at::kByte), at::empty({6}, at::kFloat)};
+        loops.quantize_blockwise(DynamicSearch(map.data_ptr<float>()), count, size, x.data_ptr<c10::BFloat16>(), q.codes.data_ptr<uint8_t>(), q.absmax.data_ptr<float>());
+        EXPECT_TRUE(same_bits(q.codes, expected.codes));
+        EXPECT_TRUE(same_bits(q.absmax, expected.absmax));
+        at::Tensor out = at::empty({count}, x.options());
+        loops.dequantize_blockwise(map.data_ptr<float>(), count, size, q.codes.data_ptr<uint8_t>(), q.absmax.data_ptr<float>(), out.data_ptr<c10::BFloat16>());
+        EXPECT_TRUE(same_bits(settled(out), settled(wanted)));
+      }
+    }
+}
+
+TEST(Blockwise, RefusesWhatItDoesNotKnow) {
+  const at::Tensor x = at::ones({300}), map = dynamic_map(true);
+  EXPECT_THROW(quantize_blockwise(x, map, 100), InternalError);
+  EXPECT_THROW(quantize_blockwise(x.to(at::kDouble), map, 256), InternalError);
+  EXPECT_THROW(quantize_blockwise(x, map.slice(0, 0, 128), 256), InternalError);
+  const BlockCodes q = quantize_blockwise(x, map, 256);
+  EXPECT_THROW(dequantize_blockwise(q, map, 128, at::empty({300})), InternalError);
+  EXPECT_THROW(dequantize_blockwise(q, map, 256, at::empty({299})), InternalError);
+  EXPECT_THROW(dequantize_blockwise(q, map, 256, at::empty({300}, at::kLong)), InternalError);
+}
+
+}  // namespace
+}  // namespace trireme
