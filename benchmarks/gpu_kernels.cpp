@@ -193,8 +193,8 @@ void memory(Bench& b) {
       });
   }
   const at::Tensor weight = random(), master = at::randn({count}, b.wide), grad = at::randn({count}, b.wide), m = at::randn({count}, b.wide), v = at::rand({count}, b.wide);
-  const kernels::AdamWTensor tensor{count, weight.data_ptr(), master.data_ptr<float>(), grad.data_ptr<float>(), m.data_ptr<float>(), v.data_ptr<float>(), 0, 0};
-  time("AdamW, bf16 with master", str(count), n * 30, 0.85, [&] { b.k.adamw({Type::kBFloat16, &tensor, 1, 1e-4, 0.01, 0.9, 0.95, 1e-8, 0.1, 0.05, nullptr, 1, 1}, stream); });
+  const kernels::UpdateTensor tensor{count, weight.data_ptr(), master.data_ptr<float>(), grad.data_ptr<float>(), m.data_ptr<float>(), v.data_ptr<float>(), {}, 0};
+  time("AdamW, bf16 with master", str(count), n * 30, 0.85, [&] { b.k.update({kernels::UpdateRule::kAdamW, Type::kBFloat16, &tensor, 1, 1e-4, 0.01, 0.9, 0.95, 1e-8, 0.1, 0.05, nullptr, 1, 1}, stream); });
 }
 
 // Attention of the newest token of each sequence, beside torch's and beside a copy on the same card: a step reads all keys and values. Heads

@@ -9,7 +9,7 @@ namespace trireme::kernels {
 
 namespace TRIREME_ARCH {
 
-void add_adamw(Kernels& kernels);
+void add_optimizer(Kernels& kernels);
 void add_casts(Kernels& kernels);
 void add_cross_entropy(Kernels& kernels);
 void add_dropout(Kernels& kernels);
@@ -35,7 +35,7 @@ namespace {
 const Kernels& all() {
   static const Kernels kernels = [] {
     Kernels k{};
-    add_adamw(k);
+    add_optimizer(k);
     k.attention_forward = attention_forward;
     k.attention_backward = attention_backward;
     k.decode_attention = decode_attention;

@@ -220,25 +220,39 @@ struct CrossEntropyPart {
   int64_t* largest;                 // the first id that has the maximum
 };
 
-// One step of AdamW (Loshchilov & Hutter 2019) on tensors with weights of `type`, in one launch (some 450 tensors each):
-//   g = grad * grad_scale;  m += (g - m) (1 - beta1);  v = v beta2 + g^2 (1 - beta2)
-//   w = w (1 - lr weight_decay) - m / (sqrt(v) / sqrt(correction2) + epsilon) * lr / correction1
-// in fp32, in this order. w is the master, which the weights are rounded from. Without one, weights are fp32, or bf16 that are rounded
+// One step of an optimizer on tensors with weights of `type`, in one launch (some 300 tensors each), in fp32 and in this order, with
+// g = grad * grad_scale:
+//   kAdamW (Loshchilov & Hutter 2019), states m and v:  m += (g - m) (1 - beta1);  v = v beta2 + g^2 (1 - beta2)
+//     w = w (1 - lr weight_decay) - m / (sqrt(v) / sqrt(correction2) + epsilon) * lr / correction1
+//   kSgd (torch.optim.SGD), state m:  m = m beta1 + (g + w weight_decay);  w = w - m lr; without m as if it were 0
+//   kLion (Chen et al. 2023), state m:  w = w (1 - lr weight_decay) - sign(m beta1 + g (1 - beta1)) lr;  m = m beta2 + g (1 - beta2)
+// w is the master, which the weights are rounded from. Without one, weights are fp32, or bf16 that are rounded
 // to one of their two neighbours at random, so that the mean over many steps is kept: by 16 bits, half `i % 2` of word i % 8 / 2 of
-// the Philox block with stream kRounding (base/random.h), high counter step * 2^32 + id and low counter i / 8, where i = first + the
-// element: the same on any mesh. Where grad_scale is not finite nothing is written: no step is taken, which the host need not know.
-struct AdamWTensor {
+// the Philox block with stream kRounding (base/random.h), high counter step * 2^32 + id and low counter i / 8, where i is the
+// element's place in the whole tensor: the same on any mesh. Where grad_scale is not finite nothing is written: no step is taken,
+// which the host need not know.
+enum class UpdateRule { kAdamW, kSgd, kLion };
+constexpr int kUpdateRules = 3;
+// Element i of a part stands at offset + j / run * stride + j % run of the whole tensor, row by row, where j = first + i is its
+// place in the slice that the part is of: a slice of columns has a run in each row, any other is one run.
+struct Places {
+  int64_t first = 0;
+  int64_t offset = 0;                           // of the slice's first element
+  int64_t run = int64_t{1} << 62, stride = 0;   // elements that stand together, and from one such run to the next
+};
+struct UpdateTensor {
   int64_t size;
   void* weight;
   float* master;                  // null: none
   const float* grad;
-  float *exp_avg, *exp_avg_sq;
-  int64_t first;                  // of this part's elements in the whole tensor
+  float *m, *v;                   // null where the rule has none
+  Places places;
   uint32_t id;                    // of the whole tensor
 };
-struct AdamW {
+struct Update {
+  UpdateRule rule;
   Type type;
-  const AdamWTensor* tensors;     // on the host
+  const UpdateTensor* tensors;    // on the host
   int64_t num_tensors;
   double lr, weight_decay, beta1, beta2, epsilon;
   double correction1, correction2;  // 1 - beta^t
@@ -253,6 +267,7 @@ struct Clip {
   double max_norm, scale;
   float *norm, *factor;           // null: not wanted
   bool hold;
+  const double* loss = nullptr;   // on the device; where it is not finite, neither are the squares
 };
 
 // squares = the sum of the squares of all values, in fp64; in two launches (some 1,500 tensors each). The order of the sum depends on
@@ -390,7 +405,7 @@ struct Kernels {
   void (*cross_entropy)(const CrossEntropy&, Stream);
   void (*cross_entropy_part)(const CrossEntropyPart&, Stream);
   void (*cross_entropy_finish)(const CrossEntropyPart&, Stream);
-  void (*adamw)(const AdamW&, Stream);
+  void (*update)(const Update&, Stream);
   void (*gradient_norm)(const GradientNorm&, Stream);
   void (*clip_factor)(const ClipFactor&, Stream);
   void (*embedding)(const Embedding&, Stream);

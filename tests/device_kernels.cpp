@@ -115,13 +115,13 @@ TEST(Device, ServesMoreThanTwoToThe31Elements) {
   Tensor master = random(Type::kFloat32, 4), weight(Type::kBFloat16, master.values()), grad = random(Type::kFloat32, 5);
   Tensor m = random(Type::kFloat32, 6), v(Type::kFloat32, Values(kEnd, 0.25));
   const Many all_master(kCount, master), all_weight(kCount, weight), all_grad(kCount, grad), all_m(kCount, m), all_v(kCount, v);
-  const auto step = [&](const AdamWTensor& of) { k.adamw({Type::kBFloat16, &of, 1, 1e-2, 0.01, 0.9, 0.95, 1e-8, 0.1, 0.05, nullptr, 1, 1}, nullptr); };
-  step({kEnd, weight.data(), static_cast<float*>(master.data()), static_cast<float*>(grad.data()), static_cast<float*>(m.data()), static_cast<float*>(v.data()), 0, 0});
-  step({kCount, all_weight.as(), all_master.as<float>(), all_grad.as<float>(), all_m.as<float>(), all_v.as<float>(), 0, 0});
-  all_weight.expect_end(weight, "adamw's weight");
-  all_master.expect_end(master, "adamw's master");
-  all_m.expect_end(m, "adamw's exp_avg");
-  all_v.expect_end(v, "adamw's exp_avg_sq");
+  const auto step = [&](const UpdateTensor& of) { k.update({UpdateRule::kAdamW, Type::kBFloat16, &of, 1, 1e-2, 0.01, 0.9, 0.95, 1e-8, 0.1, 0.05, nullptr, 1, 1}, nullptr); };
+  step({kEnd, weight.data(), static_cast<float*>(master.data()), static_cast<float*>(grad.data()), static_cast<float*>(m.data()), static_cast<float*>(v.data()), {}, 0});
+  step({kCount, all_weight.as(), all_master.as<float>(), all_grad.as<float>(), all_m.as<float>(), all_v.as<float>(), {}, 0});
+  all_weight.expect_end(weight, "update's weight");
+  all_master.expect_end(master, "update's master");
+  all_m.expect_end(m, "update's exp_avg");
+  all_v.expect_end(v, "update's exp_avg_sq");
 }
 
 }  // namespace

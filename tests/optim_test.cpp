@@ -2,13 +2,15 @@
 #include <ATen/CPUGeneratorImpl.h>
 #include <ATen/Parallel.h>
 
+#include <bit>
 #include <numbers>
 
 #include "base/check.h"
-#include "optim/adamw.h"
+#include "base/random.h"
 #include "optim/clip.h"
 #include "optim/loss_scale.h"
 #include "optim/offload.h"
+#include "optim/optimizer.h"
 #include "optim/schedule.h"
 #include "optim/update_loops.h"
 #include "support.h"
@@ -50,7 +52,7 @@ TEST(AdamW, EqualsThePlainLoop) {
     for (int64_t size : {1, 37, 20000}) {
       at::Tensor weight = random(size).to(dtype), grad = at::empty({size}, wide(dtype));
       PlainAdamW plain(weight);
-      AdamW optimizer({{"w", weight, grad, 0.1}}, {0.8, 0.95, 1e-6});
+      Optimizer optimizer({{"w", weight, grad, 0.1}}, {0.8, 0.95, 1e-6});
       for (int t = 1; t <= 5; ++t) {
         at::Tensor g = random(size, 0.1 * t).to(wide(dtype));
         grad.copy_(g * 4);
@@ -71,10 +73,113 @@ TEST(AdamW, EqualsThePlainLoop) {
 
 TEST(AdamW, MasterKeepsWhatTheWeightCannot) {
   at::Tensor weight = at::ones({4}, at::kBFloat16), grad = at::ones({4});
-  AdamW optimizer({{"w", weight, grad, 0.0}}, {});
+  Optimizer optimizer({{"w", weight, grad, 0.0}}, {});
   for (int t = 0; t < 8; ++t) optimizer.step(1e-3);  // each step moves by 0.001, less than half of bf16's 2^-8
   EXPECT_TRUE(near(optimizer.state()[2].value, at::full({4}, 0.992)));
   EXPECT_TRUE(same_bits(weight, at::full({4}, 0.992).to(at::kBFloat16)));
+}
+
+float rounded_at_random(float x, uint64_t seed, uint64_t step, uint32_t id, int64_t place) {
+  const auto words = philox(seed ^ uint64_t{6} << 56, step << 32 | id, static_cast<uint64_t>(place / 8));
+  const uint32_t bits = std::bit_cast<uint32_t>(x), noise = words[static_cast<size_t>(place % 8 / 2)] >> place % 2 * 16 & 0xffff;
+  return std::isfinite(x) ? std::bit_cast<float>((bits + noise) & 0xffff0000) : x;
+}
+
+// What the same code makes of weights in fp32, rounded by the bits of their places, beyond the 32 bits that a block's number might have.
+TEST(WithoutMaster, WeightsAreRoundedByTheirPlaces) {
+  for (int level : {0, 1, 2})
+    for (int64_t size : {1, 7, 16, 129, 1000})
+      for (int64_t place : {int64_t{0}, int64_t{5}, int64_t{127}, (int64_t{1} << 35) - 100}) {
+        at::Tensor weight = random(size).to(at::kBFloat16), in_fp32 = weight.to(at::kFloat), g = random(size).to(at::kFloat), m = random(size).to(at::kFloat), v = m.square();
+        if (place == 5) weight[0].fill_(INFINITY), in_fp32[0].fill_(INFINITY);
+        at::Tensor m32 = m.clone(), v32 = v.clone();
+        const UpdateStep step{0.1, 0.5, 0.9, 0.99, 1e-8, 1.0, 1 - 0.9, 1 - 0.99};
+        const RandomRounding rounding{11 ^ uint64_t{6} << 56, uint64_t{3} << 32 | 17, place};
+        try {
+          update_loops<float>(level).adamw(size, in_fp32.data_ptr<float>(), nullptr, g.data_ptr<float>(), m32.data_ptr<float>(), v32.data_ptr<float>(), step, nullptr);
+        } catch (const InternalError&) {
+          std::printf("level %d: not on this processor\n", level);
+          continue;
+        }
+        update_loops<at::BFloat16>(level).adamw(size, weight.data_ptr<at::BFloat16>(), nullptr, g.data_ptr<float>(), m.data_ptr<float>(), v.data_ptr<float>(), step, &rounding);
+        for (int64_t i = 0; i < size; ++i) in_fp32[i] = rounded_at_random(in_fp32[i].item<float>(), 11, 3, 17, place + i);
+        EXPECT_TRUE(same_bits(weight, in_fp32.to(at::kBFloat16))) << level << " " << size << " " << place;
+        EXPECT_TRUE(same_bits(m, m32) && same_bits(v, v32));
+      }
+}
+
+// A step moves by an eighth of the distance to the next number, which rounding to the nearest would lose.
+TEST(WithoutMaster, SmallUpdatesSurviveAndTheirMeanIsKept) {
+  constexpr int64_t kSize = 20000;
+  at::Tensor weight = at::ones({kSize}, at::kBFloat16), grad = at::ones({kSize});
+  Optimizer optimizer({{"w", weight, grad, 0.0}}, {.masters = false, .seed = 5});
+  for (int t = 0; t < 8; ++t) optimizer.step(0x1p-11);
+  EXPECT_EQ(optimizer.state().size(), 2u);
+  const double moved = (1 - weight.to(at::kDouble)).mean().item<double>() / 0x1p-11;
+  EXPECT_NEAR(moved, 8, 5 * std::sqrt(8 * 7.0 / kSize));  // the variance of a step is 8 - 1 for one weight
+  EXPECT_NEAR((weight == 1).to(at::kDouble).mean().item<double>(), std::pow(7.0 / 8, 8), 0.02);  // each by itself: five deviations
+}
+
+TEST(WithoutMaster, EveryStepSeedAndNameHasItsOwnBits) {
+  auto train = [](const char* name, uint64_t seed, int64_t step) {
+    at::Tensor weight = at::ones({1000}, at::kBFloat16);
+    Optimizer optimizer({{name, weight, at::ones({1000}), 0.0}}, {.masters = false, .seed = seed});
+    optimizer.set_num_steps(step);
+    optimizer.step(1e-3);
+    return weight;
+  };
+  const at::Tensor one = train("w", 1, 0);
+  EXPECT_TRUE(same_bits(train("w", 1, 0), one));
+  EXPECT_FALSE(same_bits(train("v", 1, 0), one));
+  EXPECT_FALSE(same_bits(train("w", 2, 0), one));
+  EXPECT_FALSE(same_bits(train("w", 1, 1), one));
+}
+
+// Slices of a tensor of up to three dimensions, from anywhere in them on, against indices counted one by one.
+TEST(WithoutMaster, PlacesAreThoseOfTheWholeTensor) {
+  struct Case {
+    std::vector<int64_t> whole, offset, sizes;
+  };
+  for (const Case& c : std::vector<Case>{{{}, {}, {}}, {{9}, {4}, {5}}, {{6, 7}, {0, 0}, {6, 7}}, {{6, 7}, {2, 0}, {3, 7}}, {{6, 7}, {0, 3}, {6, 2}}, {{6, 7}, {1, 3}, {4, 4}},
+                                         {{4, 5, 6}, {1, 0, 0}, {2, 5, 6}}, {{4, 5, 6}, {0, 2, 0}, {4, 2, 6}}, {{4, 5, 6}, {1, 0, 4}, {2, 5, 2}}}) {
+    at::Tensor all = at::arange(c10::multiply_integers(c.whole), at::kLong).view(c.whole);
+    for (size_t d = 0; d < c.sizes.size(); ++d) all = all.narrow(static_cast<int64_t>(d), c.offset[d], c.sizes[d]);
+    const at::Tensor expected = all.contiguous().view({-1});
+    for (int64_t begin = 0; begin < expected.numel(); ++begin) {
+      const Places p = places_of(c.sizes, {c.whole, c.offset, false}, begin);
+      for (int64_t i = 0; begin + i < expected.numel(); ++i) {
+        const int64_t j = p.first + i;
+        ASSERT_EQ(p.offset + j / p.run * p.stride + j % p.run, expected[begin + i].item<int64_t>()) << c.whole << c.offset << c.sizes << begin;
+      }
+    }
+  }
+}
+
+// Parts of rows and of columns, in pieces that begin anywhere, by any threads, here and by way of the host's buffers.
+TEST(WithoutMaster, ShardsOfSlicesChangeNothing) {
+  constexpr int64_t kRows = 333, kWidth = 210, kCut = 70;  // 70 * 333 = 23,310 > 16,384, a thread's least
+  const at::Tensor start = random(kRows * kWidth).to(at::kBFloat16).view({kRows, kWidth}), g = random(kRows * kWidth).to(at::kFloat).view({kRows, kWidth});
+  auto train = [&](const std::vector<std::pair<int64_t, int64_t>>& columns, int64_t piece, bool offload, int threads) {
+    const int before = at::get_num_threads();
+    at::set_num_threads(threads);
+    std::vector<at::Tensor> slices;
+    std::vector<OptimTensor> tensors;
+    for (const auto& [begin, end] : columns) {
+      slices.push_back(start.slice(1, begin, end).clone(at::MemoryFormat::Contiguous));
+      const at::Tensor weight = slices.back().view({-1}), grad = g.slice(1, begin, end).contiguous().view({-1});
+      for (int64_t i = 0; i < weight.numel(); i += piece)
+        tensors.push_back({"w", weight.slice(0, i, i + piece), grad.slice(0, i, i + piece), 0.1, places_of(slices.back().sizes(), {{kRows, kWidth}, {0, begin}, false}, i)});
+    }
+    Optimizer optimizer(tensors, {.offload = offload, .masters = false, .seed = 3});
+    for (int t = 0; t < 3; ++t) optimizer.step(1e-2);
+    at::set_num_threads(before);
+    return at::cat(slices, 1);
+  };
+  const at::Tensor whole = train({{0, kWidth}}, kRows * kWidth, false, 1);
+  EXPECT_FALSE(same_bits(whole, start));
+  EXPECT_TRUE(same_bits(train({{0, kWidth}}, 12345, false, 3), whole));
+  EXPECT_TRUE(same_bits(train({{0, kCut}, {kCut, kWidth}}, kRows * kWidth, false, 3), whole));
+  EXPECT_TRUE(same_bits(train({{0, kCut + 3}, {kCut + 3, kWidth}}, 777, true, 2), whole));
 }
 
 TEST(AdamW, ShardsAndThreadsChangeNothing) {
@@ -86,7 +191,7 @@ TEST(AdamW, ShardsAndThreadsChangeNothing) {
     std::vector<OptimTensor> shards;
     for (size_t i = 0; i + 1 < bounds.size(); ++i)
       shards.push_back({"w", weight.slice(0, bounds[i], bounds[i + 1]), g.slice(0, bounds[i], bounds[i + 1]), 0.1});
-    AdamW optimizer(shards, {});
+    Optimizer optimizer(shards, {});
     for (int t = 0; t < 3; ++t) optimizer.step(1e-2);
     at::set_num_threads(before);
     return weight;
@@ -98,12 +203,12 @@ TEST(AdamW, ShardsAndThreadsChangeNothing) {
 }
 
 TEST(AdamW, GoesOnFromItsState) {
-  for (auto dtype : {at::kFloat, at::kBFloat16}) {
+  for (auto [dtype, masters] : {std::pair{at::kFloat, true}, {at::kBFloat16, true}, {at::kBFloat16, false}}) {
     at::Tensor weight = random(100).to(dtype), grad = random(100).to(at::kFloat);
-    AdamW first({{"w", weight, grad, 0.1}}, {});
+    Optimizer first({{"w", weight, grad, 0.1}}, {.masters = masters});
     first.step(1e-2);
     at::Tensor copy = weight.clone();
-    AdamW second({{"w", copy, grad, 0.1}}, {});
+    Optimizer second({{"w", copy, grad, 0.1}}, {.masters = masters});
     auto from = first.state(), to = second.state();
     for (size_t i = 0; i < from.size(); ++i) to[i].value.copy_(from[i].value);
     second.set_num_steps(first.num_steps());
@@ -115,17 +220,24 @@ TEST(AdamW, GoesOnFromItsState) {
 
 TEST(AdamW, CountsBytesAndRefusesOtherShapes) {
   at::Tensor weight = at::ones({10}, at::kBFloat16), grad = at::zeros({10});
-  AdamW optimizer({{"w", weight, grad, 0.0}}, {});
-  uint64_t bytes = 0;
-  for (const auto& state : optimizer.state()) bytes += state.value.nbytes();
-  EXPECT_EQ(bytes, 10 * AdamW::state_bytes_per_element(at::kBFloat16));
-  EXPECT_THROW(AdamW({{"w", weight, at::zeros({9}), 0.0}}, {}), InternalError);
+  Optimizer optimizer({{"w", weight, grad, 0.0}}, {});
+  auto bytes_of = [](const Optimizer& of) {
+    uint64_t bytes = 0;
+    for (const auto& state : of.state()) bytes += state.value.nbytes();
+    return bytes;
+  };
+  EXPECT_EQ(bytes_of(optimizer), 10 * Optimizer::state_bytes_per_element(at::kBFloat16));
+  for (auto dtype : {at::kDouble, at::kFloat, at::kBFloat16})
+    EXPECT_EQ(bytes_of(Optimizer({{"w", weight.to(dtype), grad.to(wide(dtype)), 0.0}}, {.masters = false})), 10 * Optimizer::state_bytes_per_element(dtype, {.masters = false}));
+  EXPECT_EQ(Optimizer::state_bytes_per_element(at::kBFloat16) - Optimizer::state_bytes_per_element(at::kBFloat16, {.masters = false}), 4u);
+  EXPECT_THROW(Optimizer({{"w", weight.to(at::kHalf), grad, 0.0}}, {.masters = false}), InternalError);
+  EXPECT_THROW(Optimizer({{"w", weight, at::zeros({9}), 0.0}}, {}), InternalError);
   for (const at::Tensor& bad : {grad.to(at::kBFloat16), grad.to(at::kMeta)})
     try {
-      AdamW({{"w", weight, bad, 0.0}}, {});
+      Optimizer({{"w", weight, bad, 0.0}}, {});
       ADD_FAILURE() << bad.toString();
     } catch (const InternalError& error) {
-      EXPECT_EQ(error.what(), str("AdamW of w: gradient is ", c10::toString(bad.scalar_type()), " on ", bad.device().str(),
+      EXPECT_EQ(error.what(), str("the optimizer of w: gradient is ", c10::toString(bad.scalar_type()), " on ", bad.device().str(),
                                   ", but with weight, which is BFloat16 on cpu, it has to be Float on cpu: bring it there with to()"));
     }
 }
@@ -147,7 +259,7 @@ TEST(AdamW, OffloadChangesNothing) {
     std::vector<at::Tensor> ends;
     std::vector<OptimState> state;
     for (size_t t = 0; t < offload.size(); ++t) {
-      AdamW optimizer(tensors, {0.9, 0.99, 1e-8, offload[t]});
+      Optimizer optimizer(tensors, {0.9, 0.99, 1e-8, offload[t]});
       for (size_t i = 0; i < state.size(); ++i) optimizer.state()[i].value.copy_(state[i].value);
       optimizer.set_num_steps(static_cast<int64_t>(t));
       for (at::Tensor& grad : grads) grad.copy_(at::linspace(-1, 2, grad.numel()) + static_cast<double>(t));
@@ -172,19 +284,19 @@ TEST(AdamW, OffloadChangesNothing) {
 
 TEST(AdamW, ADeviceNeedsKernelsOrOffload) {
   const auto meta = at::TensorOptions(at::kMeta).dtype(at::kFloat);
-  EXPECT_THROW(AdamW({{"w", at::empty({4}, meta), at::empty({4}, meta), 0.0}}, {}), InternalError);
+  EXPECT_THROW(Optimizer({{"w", at::empty({4}, meta), at::empty({4}, meta), 0.0}}, {}), InternalError);
 }
 
 TEST(AdamW, TakesNoStepOfAScaleThatIsNotFinite) {
   at::Tensor w = at::ones({4});
-  AdamW optimizer({{"w", w, at::ones({4}), 0.1}}, {});
+  Optimizer optimizer({{"w", w, at::ones({4}), 0.1}}, {});
   optimizer.step(0.1, at::scalar_tensor(std::nan(""), at::kFloat));
   EXPECT_TRUE(same_bits(w, at::ones({4})));
   EXPECT_EQ(optimizer.num_steps(), 1);
 
   at::Tensor a = at::ones({4}), b = at::ones({4});
-  AdamW({{"w", a, at::ones({4}), 0.1}}, {}).step(0.1, at::scalar_tensor(0.25, at::kFloat));
-  AdamW({{"w", b, at::ones({4}), 0.1}}, {}).step(0.1, 0.25);
+  Optimizer({{"w", a, at::ones({4}), 0.1}}, {}).step(0.1, at::scalar_tensor(0.25, at::kFloat));
+  Optimizer({{"w", b, at::ones({4}), 0.1}}, {}).step(0.1, 0.25);
   EXPECT_TRUE(same_bits(a, b));
   EXPECT_FALSE(same_bits(a, w));
 }
@@ -199,7 +311,7 @@ TEST(AdamW, EveryInstructionSetDoesTheSame) {
     plain.step(1, g.to(at::kDouble), 0.1, 0.5, 0.9, 0.99, 1e-8);
     try {
       update_loops<float>(level).adamw(45, w.data_ptr<float>(), nullptr, g.data_ptr<float>(), m.data_ptr<float>(),
-                                       v.data_ptr<float>(), {0.1, 0.5, 0.9, 0.99, 1e-8, 1.0, 1 - 0.9, 1 - 0.99});
+                                       v.data_ptr<float>(), {0.1, 0.5, 0.9, 0.99, 1e-8, 1.0, 1 - 0.9, 1 - 0.99}, nullptr);
     } catch (const InternalError&) {
       std::printf("level %d: not on this processor\n", level);
       continue;

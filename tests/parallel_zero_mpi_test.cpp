@@ -11,7 +11,7 @@
 #include "checkpoint/checkpoint.h"
 #include "comm/process.h"
 #include "model/lora.h"
-#include "optim/adamw.h"
+#include "optim/optimizer.h"
 #include "optim/clip.h"
 #include "support.h"
 
@@ -56,7 +56,7 @@ struct Training {
   Holders holders;
   std::unique_ptr<GradientReducer> reducer;
   std::unique_ptr<ShardedWeights> weights;
-  std::unique_ptr<AdamW> optimizer;
+  std::unique_ptr<Optimizer> optimizer;
   std::vector<double> norms;
   int64_t peak_weights = 0;
   bool gathers = true;  // off: the negative control
@@ -94,7 +94,7 @@ struct Training {
                                   : part.weight.detach().view({-1});
       tensors.push_back({part.name, weight, part.gradient, part.weight.dim() >= 2 ? 0.1 : 0.0});
     }
-    optimizer = std::make_unique<AdamW>(std::move(tensors), AdamWOptions{});
+    optimizer = std::make_unique<Optimizer>(std::move(tensors), OptimizerOptions{});
   }
 
   ModelInput rows(int64_t step, int micro) const {

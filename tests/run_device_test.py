@@ -72,6 +72,7 @@ KINDS = {
     "bfloat16 lora dropout": (CURVE_BF16, ["--train.dtype=bfloat16", "--lora.rank=4", "--lora.dropout=0.2", "--train.recompute=full"]),
     "bfloat16 activations on the host": (CURVE_BF16, ["--train.dtype=bfloat16", "--train.recompute=full", "--train.offload_activations=true"]),
     "bfloat16 optimizer on the host": (CURVE_BF16, ["--train.dtype=bfloat16", "--optim.offload=true"]),
+    "bfloat16 without masters": (CURVE_BF16, ["--train.dtype=bfloat16", "--optim.masters=false"]),
     "float16": (CURVE_FP16, ["--train.dtype=float16"]),
 }
 

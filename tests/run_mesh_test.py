@@ -52,18 +52,37 @@ def test_every_mesh_learns_the_same(work, whole, mesh, kind):
     assert not any(found[key].any() for key in expected.keys() - set(learns)) and len(learns) >= len(expected) // (2 if kind == LORA else 1)
 
 
-@pytest.mark.parametrize("dtype, bound", [("float32", LAYOUT_FP32), ("bfloat16", LAYOUT_BF16)])
-def test_every_way_of_cutting_learns_the_same_in_dtypes_that_round(work, dtype, bound):
+@pytest.mark.parametrize("dtype, bound, of_dtype", [("float32", LAYOUT_FP32, []), ("bfloat16", LAYOUT_BF16, []), ("bfloat16", LAYOUT_BF16, ["--optim.masters=false"])],
+                         ids=["float32", "bfloat16", "bfloat16 without masters"])
+def test_every_way_of_cutting_learns_the_same_in_dtypes_that_round(work, dtype, bound, of_dtype):
     kind = "full_tied_biases"
     found = {}
     for mesh, faults in [(None, []), ("dp2", []), ("tp2", []), ("pp2", []), (None, ["--optim.lr=1.1e-3"])]:
         ranks, keys = MESHES[mesh] if mesh else (1, [])
-        train(work, kind, name := f"{dtype}_{mesh}_{len(faults)}", *keys, *faults, f"--model.dtype={dtype}", ranks=ranks)
+        train(work, kind, name := f"{dtype}{len(of_dtype)}_{mesh}_{len(faults)}", *keys, *faults, *of_dtype, f"--model.dtype={dtype}", ranks=ranks)
         found[mesh, len(faults)] = losses(work, name)[0]
     expected = found.pop((None, 0))
     farthest = {key: max(abs(a / b - 1) for a, b in zip(losses, expected)) for key, losses in found.items()}
     assert farthest.pop((None, 1)) > 4 * bound  # what a tenth more of learning rate does
     assert max(farthest.values()) < bound, farthest
+
+
+def test_weights_without_masters_are_rounded_by_the_same_bits_on_every_mesh(work):
+    """After one step of AdamW, whose size does not depend on the gradient's: what differs is where a gradient changed its sign."""
+    def step(mesh, masters="false"):
+        ranks, of_mesh = MESHES[mesh]
+        name = f"rounded_{mesh}_{masters}"
+        train(work, FULL, name, *of_mesh, "--model.dtype=bfloat16", f"--optim.masters={masters}", "--train.steps=1", "--schedule.warmup_steps=0", "--optim.lr=1e-4",
+              ranks=ranks)
+        return load_file(work / name / "model/model.safetensors")
+
+    def share_that_differs(a, b):
+        return sum((a[key] != b[key]).sum().item() for key in a) / sum(value.numel() for value in a.values())
+
+    one = step("one")
+    for mesh in ("dp4_zero3", "tp2", "pp2", "dp2_tp2_pp2"):
+        assert share_that_differs(one, step(mesh)) < 0.02, mesh
+    assert share_that_differs(one, step("one", "true")) > 0.1  # rounded to the nearest: what other bits would do
 
 
 def test_the_comparison_can_fail(work, whole):

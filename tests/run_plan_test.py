@@ -61,6 +61,7 @@ def test_a_device_that_is_not_here(plan):
 
 
 def test_what_a_device_does_not_compute_or_a_plan_does_not_know(tmp_path, plan):
+    assert "error: optim.masters=false is not possible with train.dtype=float16, " in plan("--plan.ranks=1", "--train.dtype=float16", "--optim.masters=false", status=2)
     assert "train.dtype=float64 is computed by the CPU alone" in plan("--plan.ranks=1", "--run.device=cuda", "--train.dtype=float64", status=2)
     (tmp_path / "config.json").write_text(json.dumps(LLAMA_70B | dict(head_dim=80, max_position_embeddings=4096)))
     said = plan("--plan.ranks=1", "--plan.memory_gb=80")

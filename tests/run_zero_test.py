@@ -41,6 +41,23 @@ def test_no_stage_changes_a_bit(tmp_path, kind, ranks):
         assert train_with(zero, f"zero{zero}{len(keys)}", *keys) == plain, (zero, keys)
 
 
+@pytest.mark.parametrize("kind, ranks", [("full", 2), ("tensor", 4)])
+def test_no_stage_changes_a_bit_of_weights_without_masters(tmp_path, kind, ranks):
+    """Nor does the optimizer in host memory, or a run that goes on in another stage."""
+    keys = ("--train.dtype=bfloat16", "--optim.masters=false")
+    train(tmp_path, "plain", kind, 0, ranks, *keys)
+    for zero in (1, 2, 3):
+        train(tmp_path, f"zero{zero}", kind, zero, ranks, *keys, *(["--optim.offload=true"] if zero == 2 else []))
+        assert outcome(tmp_path, f"zero{zero}", kind) == outcome(tmp_path, "plain", kind), zero
+    for start, zero in enumerate((3, 0)):
+        train(tmp_path, "cut", kind, zero, ranks, *keys, *(["--train.stop_after=2"] if start == 0 else []), status=0 if start else 75)
+    assert outcome(tmp_path, "cut", kind) == outcome(tmp_path, "plain", kind)
+    assert saved(tmp_path, "cut", 4) == saved(tmp_path, "plain", 4)
+    assert not any(name.startswith("optimizer/master") for name in saved(tmp_path, "plain", 4))
+    said = train(tmp_path, "plain", kind, 0, ranks, "--train.dtype=bfloat16", "--train.steps=5", status=2)
+    assert "cannot go on from " in said and "\n  optim.masters: false then, true now\n" in said
+
+
 def test_a_run_goes_on_in_another_stage(tmp_path):
     train(tmp_path, "whole", "full", 0, 2)
     for zero in (3, 1, 2, 0):

@@ -45,8 +45,8 @@ struct Config {
   } train;
   struct {
     std::string kind = "adamw";
-    double lr = 2e-4, weight_decay = 0.0, beta1 = 0.9, beta2 = 0.999, epsilon = 1e-8;
-    bool offload = false;
+    double lr = 2e-4, weight_decay = 0.0, beta1 = 0.9, beta2 = 0.999, epsilon = 1e-8, momentum = 0.9;
+    bool masters = true, offload = false;
   } optim;
   struct {
     std::string kind = "linear";

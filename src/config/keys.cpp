@@ -168,6 +168,7 @@ std::vector<Field> fields(Config& c) {
       {"optim.beta1", &c.optim.beta1, "", "decay of the mean gradient", {}, 0, 0.9999999},
       {"optim.beta2", &c.optim.beta2, "", "decay of the mean squared gradient", {}, 0, 0.9999999},
       {"optim.epsilon", &c.optim.epsilon, "", "added to the root of the mean squared gradient", {}, 1e-30, 1},
+      {"optim.masters", &c.optim.masters, "", "bfloat16 weights have a copy in float32 that is updated in their place; false: they do without, and round at random to one of their two neighbours", {}},
       {"optim.offload", &c.optim.offload, "", "moments and masters live in host memory, where the update is computed, for weights on a device", {}},
       {"schedule.kind", &c.schedule.kind, "", "of the learning rate", Words{"constant", "linear", "cosine", "exponential"}},
       {"schedule.warmup_steps", &c.schedule.warmup_steps, "steps", "of linear warm-up; below 1: a fraction of the run", {}, 0, 1e12},

@@ -88,7 +88,16 @@ DeviceNorm::DeviceNorm(at::Device device)
   TRIREME_CHECK(kernels_of(norm), "no kernels for ", device.str());
 }
 
-void DeviceNorm::measure(const std::vector<at::Tensor>& gradients) {
+namespace {
+
+kernels::Clip clip_of(const DeviceNorm& to, const ClipBy& by) {
+  TRIREME_CHECK(!by.loss.defined() || (by.loss.scalar_type() == at::kDouble && by.loss.device() == to.norm.device()), by.loss.toString());
+  return {by.max_norm, by.scale, to.norm.data_ptr<float>(), to.factor.data_ptr<float>(), true, static_cast<const double*>(data_of(by.loss))};
+}
+
+}  // namespace
+
+void DeviceNorm::measure(const std::vector<at::Tensor>& gradients, const ClipBy* by) {
   std::vector<kernels::GradientTensor> list;
   for (const at::Tensor& x : gradients) {
     check_alike("gradient norm", {"norm", norm}, {{"gradient", x}}, gradients[0].scalar_type());
@@ -97,12 +106,10 @@ void DeviceNorm::measure(const std::vector<at::Tensor>& gradients) {
   }
   const auto count = static_cast<int64_t>(list.size());
   const at::Tensor workspace = at::empty({kernels::gradient_norm_workspace(list.data(), count)}, squares.options());
-  kernels_of(norm)->gradient_norm({kernel_type(list.empty() ? norm : gradients[0]), list.data(), count, workspace.data_ptr<double>(), squares.data_ptr<double>(), {}},
-                                  stream_of(norm));
+  kernels_of(norm)->gradient_norm({kernel_type(list.empty() ? norm : gradients[0]), list.data(), count, workspace.data_ptr<double>(), squares.data_ptr<double>(),
+                                   by ? clip_of(*this, *by) : kernels::Clip{}}, stream_of(norm));
 }
 
-void DeviceNorm::clip(double max_norm, double scale) {
-  kernels_of(norm)->clip_factor({squares.data_ptr<double>(), {max_norm, scale, norm.data_ptr<float>(), factor.data_ptr<float>(), true}}, stream_of(norm));
-}
+void DeviceNorm::clip(const ClipBy& by) { kernels_of(norm)->clip_factor({squares.data_ptr<double>(), clip_of(*this, by)}, stream_of(norm)); }
 
 }  // namespace trireme

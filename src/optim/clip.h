@@ -32,22 +32,33 @@ inline double squared_norm(const at::Tensor& x) { return squared_norm(std::vecto
 // max_norm <= 0: 1, no clipping. NaN where the norm is.
 double clip_scale(double norm, double max_norm);
 
+// Of gradients that are yet to be multiplied by `scale`: norm = scale * sqrt(squares), factor = scale * clip_scale(norm, max_norm).
+struct ClipBy {
+  double max_norm = 0, scale = 1;
+  at::Tensor loss = {};  // scalar, fp64, on the device: one that is not finite holds the update as a gradient does
+};
+
 // The same on a device, which nothing waits for:
-//   norm.measure(gradients);        // squares; a caller of several ranks adds them up over the ranks
-//   norm.clip(max_norm, scale);     // norm and factor
+//   norm.measure(gradients, by);    // squares, norm and factor, in two launches
 //   optimizer.step(lr, norm.factor);
+// or, where ranks have parts of the gradients:
+//   norm.measure(gradients);        // squares, which the caller adds up over the ranks
+//   norm.clip(by);                  // norm and factor
 // A step whose gradients are not finite is not taken, nor is any behind it: the host, which reads norms late, calls resume()
 // when it has seen to it.
 struct DeviceNorm {
   explicit DeviceNorm(at::Device device);
   // Of contiguous tensors of one dtype; 0 of none. The order of the sum depends on their sizes.
-  void measure(const std::vector<at::Tensor>& gradients);
-  // Of gradients that are yet to be multiplied by `scale`: norm = scale * sqrt(squares), factor = scale * clip_scale(norm, max_norm).
-  void clip(double max_norm, double scale);
+  void measure(const std::vector<at::Tensor>& gradients) { measure(gradients, nullptr); }
+  void measure(const std::vector<at::Tensor>& gradients, const ClipBy& by) { measure(gradients, &by); }
+  void clip(const ClipBy& by);
   void resume() { factor.fill_(1); }
 
   at::Tensor squares;       // scalar, fp64
   at::Tensor norm, factor;  // scalars, fp32
+
+ private:
+  void measure(const std::vector<at::Tensor>& gradients, const ClipBy* by);
 };
 
 }  // namespace trireme

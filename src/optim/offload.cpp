@@ -14,7 +14,7 @@ at::Tensor front(const at::Tensor& buffer, const at::Tensor& piece) {
 
 }  // namespace
 
-HostStaging::HostStaging(const std::vector<OptimTensor>& tensors) {
+HostStaging::HostStaging(const std::vector<OptimTensor>& tensors, bool masters) : masters_(masters) {
   size_t weight_bytes = 0, gradient_bytes = 0;
   bool pinned = false;
   for (size_t i = 0; i < tensors.size(); ++i)
@@ -37,7 +37,7 @@ void HostStaging::fetch(size_t k) {
   Buffers& buffers = buffers_[k % buffers_.size()];
   front(buffers.gradient, piece.gradient).copy_(piece.gradient, /*non_blocking=*/true);
   bytes_fetched_ += static_cast<int64_t>(piece.gradient.nbytes());
-  if (piece.weight.scalar_type() == compute_dtype(piece.weight.scalar_type()))
+  if (!has_master(piece.weight.scalar_type(), masters_))
     front(buffers.weight, piece.weight).copy_(piece.weight, /*non_blocking=*/true), bytes_fetched_ += static_cast<int64_t>(piece.weight.nbytes());
   if (piece.weight.is_cpu()) return;
   buffers.arrived.emplace(piece.weight.device().type());

@@ -8,7 +8,7 @@
 
 #include <array>
 
-#include "optim/adamw.h"
+#include "optim/optimizer.h"
 
 namespace trireme {
 
@@ -16,10 +16,10 @@ class HostStaging {
  public:
   static constexpr int64_t kPieceElements = 1 << 18;  // 1 MiB of fp32: the time that starting a copy takes is a tenth of it
 
-  explicit HostStaging(const std::vector<OptimTensor>& tensors);
+  explicit HostStaging(const std::vector<OptimTensor>& tensors, bool masters = true);
 
   // update(tensor, begin, weight, gradient) of every piece in turn: elements from `begin` on of that tensor, both on the host.
-  // `weight` has its values where it is its own master (fp32, fp64); what update leaves there goes back. On a device the last
+  // `weight` has its values where it is its own master (has_master()); what update leaves there goes back. On a device the last
   // pieces are then still on their way, in its current stream.
   using Update = std::function<void(size_t tensor, int64_t begin, const at::Tensor& weight, const at::Tensor& gradient)>;
   void for_pieces(const Update& update);
@@ -40,6 +40,7 @@ class HostStaging {
   };
   void fetch(size_t piece);
 
+  bool masters_;
   std::vector<Piece> pieces_;
   std::array<Buffers, 2> buffers_;
   int64_t bytes_fetched_ = 0;

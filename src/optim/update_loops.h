@@ -5,9 +5,15 @@
 
 namespace trireme {
 
-struct AdamWStep {
+struct UpdateStep {
   double lr, weight_decay, beta1, beta2, epsilon, grad_scale;
   double correction1, correction2;  // 1 - beta^t
+};
+
+// Of weights that are rounded at random (kernels::Update): Philox's key and high counter, and the first element's place.
+struct RandomRounding {
+  uint64_t key, counter;
+  int64_t place;
 };
 
 constexpr int kSquareLevels = 3;
@@ -15,8 +21,8 @@ constexpr int kSquareLevels = 3;
 template <typename T>
 struct UpdateLoops {
   using A = typename ComputeType<T>::type;
-  // master may be null: then the weight itself, of type A, is the master.
-  void (*adamw)(int64_t count, T* weight, A* master, const A* grad, A* exp_avg, A* exp_avg_sq, const AdamWStep& step);
+  // master may be null: then the weight itself is the master, of type A, or of bf16 with `rounding`, which is null otherwise.
+  void (*adamw)(int64_t count, T* weight, A* master, const A* grad, A* exp_avg, A* exp_avg_sq, const UpdateStep& step, const RandomRounding* rounding);
   double (*largest)(int64_t count, const T* x);  // magnitude; infinity or NaN where one is among the values
   // Sums of the squares' parts, see SquareSum in clip.h.
   void (*square_sums)(int64_t count, const T* x, const double* shifts, double* sums);

@@ -450,7 +450,7 @@ double GradientReducer::squared_norm() const {
   const std::vector<at::Tensor> mine = impl_->mine();
   if (!impl_->states.empty() && !impl_->states[0].part.is_cpu()) {
     DeviceNorm norm(impl_->states[0].part.device());
-    measure(norm);
+    measure(norm, {});
     return norm.squares.item<double>();
   }
   if (impl_->everywhere()) return trireme::squared_norm(mine);
@@ -463,9 +463,11 @@ double GradientReducer::squared_norm() const {
   return sum.total();
 }
 
-void GradientReducer::measure(DeviceNorm& norm) const {
+void GradientReducer::measure(DeviceNorm& norm, const ClipBy& by) const {
+  if (impl_->everywhere()) return norm.measure(impl_->mine(), by);
   norm.measure(impl_->mine());
-  if (!impl_->everywhere()) impl_->holders.all.all_reduce(norm.squares);
+  impl_->holders.all.all_reduce(norm.squares);
+  norm.clip(by);
 }
 
 }  // namespace trireme

@@ -67,6 +67,7 @@ struct GradientPart {
 };
 
 struct DeviceNorm;
+struct ClipBy;
 
 struct GradientReducerOptions {
   int64_t bucket_bytes = 8 << 20;  // at most; an eighth of all gradients where that is less, but not below 64 KiB
@@ -115,8 +116,9 @@ class GradientReducer {
   // Sum of the squares of all gradients of all ranks, every slice once, in fp64: the same bits on every rank, with any
   // cut into buckets and any `zero`. Without communication where every rank has everything, else collective.
   double squared_norm() const;
-  // The same of gradients on a device, where it stays and nobody waits for it; the bits are those of the cut.
-  void measure(DeviceNorm& norm) const;
+  // The same of gradients on a device, and the factor that clips them, where both stay and nobody waits for them; the bits are
+  // those of the cut.
+  void measure(DeviceNorm& norm, const ClipBy& by) const;
   int64_t bytes_reduced() const;  // a step: payload of the reductions of the last finish()
   int64_t bytes_exchanged() const;  // since the start, as the Communicators counted: reductions by groups of more than one rank
   int64_t bytes_held() const;     // of gradient buffers, now

@@ -118,6 +118,14 @@ at::ScalarType train_dtype(const Config& config, const ModelSource& source) {
   return dtype == at::kHalf && config.model.dtype == "auto" ? at::kBFloat16 : dtype;
 }
 
+OptimizerOptions optimizer_options(const Config& config, at::ScalarType dtype) {
+  const auto& c = config.optim;
+  if (!c.masters && dtype == at::kHalf)
+    throw ConfigError("optim.masters=false is not possible with train.dtype=float16, whose range is too small for weights that are updated in it: set "
+                      "train.dtype=bfloat16, or optim.masters=true");
+  return {c.beta1, c.beta2, c.epsilon, c.offload, c.masters, static_cast<uint64_t>(config.run.seed)};
+}
+
 LoraConfig lora_config(const Config& config) {
   LoraConfig lora;
   if (!config.lora.path.empty()) {

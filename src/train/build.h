@@ -7,6 +7,7 @@
 #include "config/config.h"
 #include "model/lora.h"
 #include "model/transformer.h"
+#include "optim/optimizer.h"
 #include "parallel/stages.h"
 
 namespace trireme {
@@ -42,6 +43,9 @@ void check_adapter(const std::string& path);
 at::ScalarType weight_dtype(const Config& config, const ModelSource& source);
 // Of training: train.dtype, else weight_dtype(), but bfloat16 for weights that happen to be stored in float16.
 at::ScalarType train_dtype(const Config& config, const ModelSource& source);
+
+// The rule of the update by optim.*; ConfigError where weights of this dtype cannot be trained so.
+OptimizerOptions optimizer_options(const Config& config, at::ScalarType dtype);
 
 // The shapes of the whole model, on the meta device, with the adapter of lora.path, or (`attach`) new adapters by lora.*.
 std::unique_ptr<Transformer> model_shapes(const Config& config, const ModelConfig& model, at::ScalarType dtype, bool attach);

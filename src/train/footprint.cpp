@@ -208,7 +208,7 @@ void add_shared_out(Footprint& f, const MeshModel& model, const Config& config, 
     if (adds_up || !config.comm.overlap) transient = all * wide;
     f.gradients = static_cast<uint64_t>(parts * wide + std::min(all * wide, transient));
   }
-  f.optimizer = static_cast<uint64_t>(zero == 0 ? all : parts) * AdamW::state_bytes_per_element(model.dtype());
+  f.optimizer = static_cast<uint64_t>(zero == 0 ? all : parts) * Optimizer::state_bytes_per_element(model.dtype(), optimizer_options(config, model.dtype()));
   if (config.optim.offload) f.optimizer += HostStaging::bytes(longest, model.dtype());
 }
 

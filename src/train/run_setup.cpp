@@ -51,6 +51,7 @@ void TrainingRun::read_files() {
   larger_is_better_ = task_->larger_is_better(config_.eval.metric);
   dtype_ = train_dtype(config_, source_);
   check_dtype(dtype_, only_asks_ ? planned_device(config_) : device_.type());
+  optimizer_options(config_, dtype_);
   options_ = data_options(config_, *tools_, source_.config.vocab_size);
   options_.check();
   build_model(config_, source_, dtype_, true, device_, true);

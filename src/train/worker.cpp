@@ -43,9 +43,9 @@ Worker::Worker(const Config& config, Chunks chunks, std::unique_ptr<Task> task, 
     for (auto& chunk : chunks_) chunk->set_block_weights(weights_.get());
   std::vector<OptimTensor> tensors;
   for (const auto& part : reducer_->parts())
-    tensors.push_back({part.name, flat_weight(part), part.gradient, part.weight.dim() >= 2 ? config.optim.weight_decay : 0.0});
-  AdamWOptions adam{config.optim.beta1, config.optim.beta2, config.optim.epsilon, config.optim.offload};
-  optimizer_ = std::make_unique<AdamW>(std::move(tensors), adam);
+    tensors.push_back({part.name, flat_weight(part), part.gradient, part.weight.dim() >= 2 ? config.optim.weight_decay : 0.0,
+                       places_of(part.weight.sizes(), part.shard, part.begin)});
+  optimizer_ = std::make_unique<Optimizer>(std::move(tensors), optimizer_options(config, chunks_[0]->dtype()));
 }
 
 at::Tensor Worker::flat_weight(const GradientPart& part) const {
@@ -200,9 +200,7 @@ void Worker::update_late(StepResult& out, const Sums& mine, int64_t step) {
   at::Tensor loss = counts ? mine.loss / learnt : at::zeros({}, options);
   comms_.world.all_reduce(loss);
   if (!norm_) norm_.emplace(device());
-  reducer_->measure(*norm_);
-  norm_->squares.add_(loss * 0);  // a loss that is not finite holds the update as a gradient does
-  norm_->clip(config_.train.max_grad_norm, 1.0 / (learnt * loss_scale_.value));
+  reducer_->measure(*norm_, {config_.train.max_grad_norm, 1.0 / (learnt * loss_scale_.value), loss});
   out.learning_rate = schedule_(step);
   optimizer_->step(out.learning_rate, norm_->factor);
   at::Tensor values = at::empty({2}, at::TensorOptions().dtype(at::kDouble).pinned_memory(device().is_cuda()));

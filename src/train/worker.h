@@ -4,7 +4,7 @@
 #include "checkpoint/checkpoint.h"
 #include "comm/mesh.h"
 #include "data/loader.h"
-#include "optim/adamw.h"
+#include "optim/optimizer.h"
 #include "optim/clip.h"
 #include "optim/loss_scale.h"
 #include "optim/schedule.h"
@@ -104,7 +104,7 @@ class Worker {
   Holders holders_;  // of the model's parameters
   std::unique_ptr<GradientReducer> reducer_;
   std::unique_ptr<ShardedWeights> weights_;  // with ZeRO
-  std::unique_ptr<AdamW> optimizer_;
+  std::unique_ptr<Optimizer> optimizer_;
   std::optional<DeviceNorm> norm_;  // on a device
 };
 

@@ -37,11 +37,11 @@ struct State {
     EXPECT_EQ(Values(all.begin(), all.begin() + skip), Values(static_cast<size_t>(skip), &t == &weight && !master.empty() ? 9 : 7));
     return {all.begin() + skip, all.end()};
   }
-  AdamWTensor part(int64_t first, int64_t count, uint32_t id) {
+  UpdateTensor part(int64_t first, int64_t count, uint32_t id) {
     auto at = [&](std::list<Tensor>& t) { return t.front().memory.as<float>() + skip + first; };
-    return {count, weight.front().memory.as<char>() + (skip + first) * size_of(type), master.empty() ? nullptr : at(master), at(grad), at(exp_avg), at(exp_avg_sq), first, id};
+    return {count, weight.front().memory.as<char>() + (skip + first) * size_of(type), master.empty() ? nullptr : at(master), at(grad), at(exp_avg), at(exp_avg_sq), {.first = first}, id};
   }
-  AdamWTensor whole(uint32_t id) { return part(0, size, id); }
+  UpdateTensor whole(uint32_t id) { return part(0, size, id); }
 
   int64_t skip, size;
   reference::AdamWState before;
@@ -50,10 +50,10 @@ struct State {
   std::list<Tensor> weight, master, grad, exp_avg, exp_avg_sq;
 };
 
-void step(Type type, const std::vector<AdamWTensor>& tensors, float scale = kNumbers.grad_scale) {
+void step(Type type, const std::vector<UpdateTensor>& tensors, float scale = kNumbers.grad_scale) {
   const OnDevice<float> device_scale(scale);
   const auto& n = kNumbers;
-  emulated_kernels().adamw({type, tensors.data(), static_cast<int64_t>(tensors.size()), n.lr, n.weight_decay, n.beta1, n.beta2, n.epsilon, n.correction1, n.correction2,
+  emulated_kernels().update({UpdateRule::kAdamW, type, tensors.data(), static_cast<int64_t>(tensors.size()), n.lr, n.weight_decay, n.beta1, n.beta2, n.epsilon, n.correction1, n.correction2,
                             device_scale.data(), 11, 3}, nullptr);
 }
 
@@ -65,7 +65,7 @@ class AdamWKernel : public testing::TestWithParam<std::tuple<Type, bool, int64_t
 TEST_P(AdamWKernel, IsTheLoop) {
   const auto [type, with_master, skip] = GetParam();
   std::list<State> states;
-  std::vector<AdamWTensor> tensors;
+  std::vector<UpdateTensor> tensors;
   for (int64_t size : kSizes) {
     states.emplace_back(type, size, with_master, 10 * states.size(), skip);
     tensors.push_back(states.back().whole(static_cast<uint32_t>(states.size())));
@@ -110,19 +110,45 @@ TEST(AdamWKernelWithoutMaster, RoundsByTheBitsOfItsElements) {
 TEST(AdamWKernelWithoutMaster, RoundsPartsThatBeginAnywhere) {
   State aligned(Type::kBFloat16, 40, false, 1), not_aligned(Type::kBFloat16, 40, false, 1, 1);
   for (State* s : {&aligned, &not_aligned}) {
-    AdamWTensor part = s->whole(5);
-    part.first = 21;
+    UpdateTensor part = s->whole(5);
+    part.places.first = 21;
     step(Type::kBFloat16, {part});
   }
   EXPECT_EQ(aligned.read(aligned.weight), not_aligned.read(not_aligned.weight));
+}
+
+// A slice of columns: its rows' elements have the bits that they have in the whole tensor.
+TEST(AdamWKernelWithoutMaster, RoundsASliceOfColumnsAsTheWhole) {
+  constexpr int64_t kRows = 37, kWidth = 60;
+  for (const auto& [begin, width] : {std::pair<int64_t, int64_t>{8, 24}, {11, 7}, {20, 40}})
+    for (const int64_t first : {int64_t{0}, width + 3, 4 * width}) {
+      State whole(Type::kBFloat16, kRows * kWidth, false, 3);
+      Values weight, grad, m, v;
+      for (int64_t r = 0; r < kRows; ++r)
+        for (int64_t c = begin; c < begin + width; ++c) {
+          const auto i = static_cast<size_t>(r * kWidth + c);
+          weight.push_back(whole.before.weight[i]), grad.push_back(whole.grads[i]);
+          m.push_back(whole.before.exp_avg[i]), v.push_back(whole.before.exp_avg_sq[i]);
+        }
+      const auto rest = [&](Values& x) { return Values(x.begin() + first, x.end()); };
+      Tensor w(Type::kBFloat16, rest(weight)), g(Type::kFloat32, rest(grad)), mean(Type::kFloat32, rest(m)), square(Type::kFloat32, rest(v));
+      step(Type::kBFloat16, {whole.whole(5)});
+      step(Type::kBFloat16, {{kRows * width - first, w.data(), nullptr, g.memory.as<float>(), mean.memory.as<float>(), square.memory.as<float>(),
+                              {first, begin, width, kWidth}, 5}});
+      const Values all = whole.read(whole.weight), got = w.values();
+      for (size_t i = 0; i < got.size(); ++i) {
+        const int64_t in_slice = first + static_cast<int64_t>(i);
+        ASSERT_EQ(got[i], all[static_cast<size_t>(in_slice / width * kWidth + begin + in_slice % width)]) << begin << " " << first << " " << i;
+      }
+    }
 }
 
 TEST(AdamWKernelWithoutMaster, KeepsTheMeanOfSmallUpdates) {
   constexpr int64_t kSize = 20000;
   Tensor weight(Type::kBFloat16, Values(kSize, 1)), grad(Type::kFloat32, Values(kSize, 1)), m(Type::kFloat32, Values(kSize, 0)), v(Type::kFloat32, Values(kSize, 0));
   // The first step changes a weight by lr: an eighth of the distance to the next number below.
-  const AdamWTensor tensor{kSize, weight.data(), nullptr, grad.memory.as<float>(), m.memory.as<float>(), v.memory.as<float>(), 0, 1};
-  emulated_kernels().adamw({Type::kBFloat16, &tensor, 1, 0x1p-11, 0, 0.9, 0.95, 0, 1 - 0.9, 1 - 0.95, nullptr, 1, 1}, nullptr);
+  const UpdateTensor tensor{kSize, weight.data(), nullptr, grad.memory.as<float>(), m.memory.as<float>(), v.memory.as<float>(), {}, 1};
+  emulated_kernels().update({UpdateRule::kAdamW, Type::kBFloat16, &tensor, 1, 0x1p-11, 0, 0.9, 0.95, 0, 1 - 0.9, 1 - 0.95, nullptr, 1, 1}, nullptr);
   double mean = 0;
   for (double w : weight.values()) mean += (1 - w) / 0x1p-11 / kSize;
   EXPECT_NEAR(mean, 1, 5 * std::sqrt(7.0 / kSize));  // its variance is 8 - 1 for one weight
@@ -130,7 +156,7 @@ TEST(AdamWKernelWithoutMaster, KeepsTheMeanOfSmallUpdates) {
 
 TEST(AdamWKernel, TakesMoreTensorsThanOneLaunch) {
   std::list<State> states;
-  std::vector<AdamWTensor> tensors;
+  std::vector<UpdateTensor> tensors;
   for (uint64_t i = 0; i < 1000; ++i) tensors.push_back(states.emplace_back(Type::kFloat32, 2, false, i).whole(0));
   step(Type::kFloat32, tensors);
   for (State& s : states) ASSERT_TRUE(near(s.read(s.weight), reference::adamw(kNumbers, s.before, s.grads).weight, 0, kBound));
@@ -153,7 +179,7 @@ TEST(AdamWKernel, RefusesHalvesWithoutMaster) {
     step(Type::kFloat16, {s.whole(0)});
     FAIL() << "not refused";
   } catch (const Refused& error) {
-    EXPECT_STREQ(error.what(), "adamw of tensor 0: weights in float16 need a master in fp32; bfloat16 does without, by stochastic rounding");
+    EXPECT_STREQ(error.what(), "update of tensor 0: weights in float16 need a master in fp32; bfloat16 does without, by stochastic rounding");
   }
 }
 

@@ -1,22 +1,34 @@
-// AdamW (Loshchilov & Hutter 2019): Adam with decoupled weight decay, over flat contiguous tensors (whole parameters or
-// the shards of a rank). The arithmetic of torch.optim.AdamW, in fp32 (fp64 for fp64 weights):
-//   w -= lr * weight_decay * w
-//   m += (1 - beta1) * (g - m);  v = beta2 * v + (1 - beta2) * g^2
-//   w -= lr / (1 - beta1^t) * m / (sqrt(v) / sqrt(1 - beta2^t) + epsilon)
-// bf16 and fp16 weights have an fp32 master, which is updated and then rounded to the weight.
+// Rules of the update over flat contiguous tensors (whole parameters or the shards of a rank), element by element, in fp32 (fp64 for
+// fp64 weights). With g the gradient:
+//   adamw (Loshchilov & Hutter 2019), the arithmetic of torch.optim.AdamW: Adam with decoupled weight decay
+//     w -= lr * weight_decay * w
+//     m += (1 - beta1) * (g - m);  v = beta2 * v + (1 - beta2) * g^2
+//     w -= lr / (1 - beta1^t) * m / (sqrt(v) / sqrt(1 - beta2^t) + epsilon)
+// bf16 and fp16 weights have an fp32 master, which is updated and then rounded to the weight. Without masters a bf16 weight is rounded
+// to one of its two neighbours at random, the nearer one more often, so that small updates are kept in the mean (kernels/kernels.h
+// has the rule): by bits of the step, the name and the element's place in the whole tensor, so they are the same on every mesh.
 // With `offload` the state is in host memory and the update is computed there, with the bits of weights on the CPU
 // (optim/offload.h). Else state is where the weights are, and a device updates all tensors of one dtype and weight decay at once.
 #pragma once
 
+#include "base/parameter.h"
 #include "base/tensor.h"
+#include "kernels/kernels.h"
 
 namespace trireme {
+
+using UpdateRule = kernels::UpdateRule;
+using Places = kernels::Places;
+
+// Of the elements from `begin` on of a slice with these sizes. One dimension may be cut, or the first and another.
+Places places_of(at::IntArrayRef slice_sizes, const ShardSpec& slice, int64_t begin);
 
 struct OptimTensor {
   std::string name;           // of the parameter
   at::Tensor weight;          // flat [N], contiguous, the model's dtype; updated in place
   at::Tensor grad;            // flat [N], contiguous, fp32 (fp64 for fp64 weights); read at every step
   double weight_decay = 0.0;  // 1/step at learning rate 1
+  Places places = {};         // of the elements in the whole parameter; of use without masters alone
 };
 
 // One tensor of the optimizer's state; shares storage with the optimizer: read it to save, fill it to load.
@@ -27,18 +39,23 @@ struct OptimState {
   at::Tensor value;       // flat [N], fp32 (fp64 for fp64 weights)
 };
 
-struct AdamWOptions {
+struct OptimizerOptions {
   double beta1 = 0.9, beta2 = 0.999, epsilon = 1e-8;
   bool offload = false;
+  bool masters = true;  // of bf16; fp16 weights have them
+  uint64_t seed = 0;    // of the random rounding
 };
+
+// Whether weights of `dtype` have a master beside them; else they are their own.
+bool has_master(at::ScalarType dtype, bool masters);
 
 class HostStaging;
 
-class AdamW {
+class Optimizer {
  public:
   // The masters start as the weights are now. InternalError: a tensor is not flat and contiguous, or grad's dtype or
-  // length is another, or, without offload, a device has no kernels (ops/device.h).
-  AdamW(std::vector<OptimTensor> tensors, const AdamWOptions& options);
+  // length is another, or weights are fp16 without masters, or, without offload, a device has no kernels (ops/device.h).
+  Optimizer(std::vector<OptimTensor> tensors, const OptimizerOptions& options);
 
   // One update with gradients grad * grad_scale (clipping and averaging). Elements do not depend on threads or on how
   // parameters are cut into shards.
@@ -55,17 +72,18 @@ class AdamW {
   int64_t bytes_fetched() const;  // with offload: of gradients and weights that came to the host's buffers, since the start
 
   // Bytes of state for a parameter element of `dtype`; for plans before anything is allocated.
-  static uint64_t state_bytes_per_element(at::ScalarType dtype);
+  static uint64_t state_bytes_per_element(at::ScalarType dtype, const OptimizerOptions& options = {});
 
  private:
   void update(double lr, double grad_scale, const at::Tensor& device_scale);
 
-  struct Moments {
-    at::Tensor exp_avg, exp_avg_sq, master;
+  struct State {
+    at::Tensor m, v, master;
+    uint32_t id = 0;  // of the whole parameter
   };
   std::vector<OptimTensor> tensors_;
-  std::vector<Moments> moments_;
-  AdamWOptions options_;
+  std::vector<State> states_;
+  OptimizerOptions options_;
   std::shared_ptr<HostStaging> staging_;  // with offload
   int64_t num_steps_ = 0;
 };

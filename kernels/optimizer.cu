@@ -1,4 +1,4 @@
-// The optimizer's step: AdamW on many tensors at once, the norm of their gradients and the factor that clips it.
+// The optimizer's step on many tensors at once, the norm of their gradients and the factor that clips it.
 #include <cmath>
 
 #include "kernels/arch.h"
@@ -20,27 +20,46 @@ ARCH_FN float round_stochastically(float x, uint32_t random16) {
   return (bits & 0x7f800000u) == 0x7f800000u ? x : arch::float_of((bits + random16) & 0xffff0000u);
 }
 
+// Numbers of a step in fp32, as in src/optim/update_loops.inc.
+struct UpdateNumbers {
+  float keep, decay, beta1, mix1, beta2, mix2, root, size, epsilon;
+  const float* grad_scale;
+  uint64_t key, step;
+};
+
+// One value: g the gradient, w the weight, m and v the states.
+template <UpdateRule kRule>
+ARCH_FN void apply(const UpdateNumbers& n, float g, float& w, float& m, float& v) {
+  if constexpr (kRule == UpdateRule::kAdamW) {
+    m = m + (g - m) * n.mix1;
+    v = v * n.beta2 + g * g * n.mix2;
+    w = w * n.keep - m / (arch::sqrt(v) / n.root + n.epsilon) * n.size;
+  } else if constexpr (kRule == UpdateRule::kSgd) {
+    m = m * n.beta1 + (g + w * n.decay);
+    w = w - m * n.size;
+  } else {
+    const float c = m * n.beta1 + g * n.mix1;
+    w = w * n.keep - (c > 0 ? n.size : c < 0 ? -n.size : c * 0);
+    m = m * n.beta2 + g * n.mix2;
+  }
+}
+
 // T: of the weights.
-template <typename T>
-struct Update {
-  struct Numbers {  // as in src/optim/update_loops.inc
-    float keep, mix, beta2, mix2, root, size, epsilon;
-    const float* grad_scale;
-    uint64_t key, step;
-  };
+template <typename T, UpdateRule kRule>
+struct UpdateTensors {
   struct Params {
-    Numbers numbers;
-    TensorList<AdamWTensor, kUpdateChunk> list;
+    UpdateNumbers numbers;
+    TensorList<UpdateTensor, kUpdateChunk> list;
   };
   static constexpr int kThreads = 256, kBlocks = 4;
 
   ARCH_FN static void run(const Params& p) {
     const float scale = p.numbers.grad_scale ? *p.numbers.grad_scale : 1.0f;
     if (!(scale - scale == 0)) return;  // not finite: no step
-    p.list.with_chunk(arch::block_index().x, [&](const AdamWTensor& t, int64_t begin, int64_t end) {
-      const uintptr_t addresses = reinterpret_cast<uintptr_t>(t.grad) | reinterpret_cast<uintptr_t>(t.exp_avg) | reinterpret_cast<uintptr_t>(t.exp_avg_sq) |
+    p.list.with_chunk(arch::block_index().x, [&](const UpdateTensor& t, int64_t begin, int64_t end) {
+      const uintptr_t addresses = reinterpret_cast<uintptr_t>(t.grad) | reinterpret_cast<uintptr_t>(t.m) | reinterpret_cast<uintptr_t>(t.v) |
                                   reinterpret_cast<uintptr_t>(t.master) | reinterpret_cast<uintptr_t>(t.weight) * (4 / sizeof(T));
-      const bool in_vectors = addresses % 16 == 0 && t.first % kVector == 0;
+      const bool in_vectors = addresses % 16 == 0 && (t.places.first | t.places.offset | t.places.run | t.places.stride) % kVector == 0;
       const int64_t whole = in_vectors ? begin + (end - begin) / kVector * kVector : begin;
       for (int64_t i = begin + arch::thread_index() * kVector; i < whole; i += kThreads * kVector) update<kVector>(p.numbers, t, i, scale);
       for (int64_t i = whole + arch::thread_index(); i < end; i += kThreads) update<1>(p.numbers, t, i, scale);
@@ -48,31 +67,27 @@ struct Update {
   }
 
   template <int kPer>
-  ARCH_FN static void update(const Numbers& n, const AdamWTensor& t, int64_t i, float scale) {
+  ARCH_FN static void update(const UpdateNumbers& n, const UpdateTensor& t, int64_t i, float scale) {
     T* weight = static_cast<T*>(t.weight) + i;
-    float g[kPer], m[kPer], v[kPer], w[kPer];
+    float g[kPer], m[kPer] = {}, v[kPer] = {}, w[kPer];
     load_values<float, kPer>(t.grad + i, g);
-    load_values<float, kPer>(t.exp_avg + i, m);
-    load_values<float, kPer>(t.exp_avg_sq + i, v);
+    if (kRule != UpdateRule::kSgd || t.m) load_values<float, kPer>(t.m + i, m);
+    if constexpr (kRule == UpdateRule::kAdamW) load_values<float, kPer>(t.v + i, v);
     if (t.master) load_values<float, kPer>(t.master + i, w);
     else load_values<T, kPer>(weight, w);
     ARCH_UNROLL
-    for (int e = 0; e < kPer; ++e) {
-      g[e] *= scale;
-      m[e] = m[e] + (g[e] - m[e]) * n.mix;
-      v[e] = v[e] * n.beta2 + g[e] * g[e] * n.mix2;
-      w[e] = w[e] * n.keep - m[e] / (arch::sqrt(v[e]) / n.root + n.epsilon) * n.size;
-    }
-    store_values<float, kPer>(t.exp_avg + i, m);
-    store_values<float, kPer>(t.exp_avg_sq + i, v);
+    for (int e = 0; e < kPer; ++e) apply<kRule>(n, g[e] * scale, w[e], m[e], v[e]);
+    if (kRule != UpdateRule::kSgd || t.m) store_values<float, kPer>(t.m + i, m);
+    if constexpr (kRule == UpdateRule::kAdamW) store_values<float, kPer>(t.v + i, v);
     if (t.master) store_values<float, kPer>(t.master + i, w);
     if constexpr (std::is_same_v<T, arch::bf16>) {
       if (!t.master) {
-        const uint64_t index = static_cast<uint64_t>(t.first + i);
-        const Random4 random = philox(n.key, n.step << 32 | t.id, index / 8);
+        const int64_t in_slice = t.places.first + i, in_run = in_slice % t.places.run;
+        const auto place = static_cast<uint64_t>(t.places.offset + in_slice / t.places.run * t.places.stride + in_run);
+        const Random4 random = philox(n.key, n.step << 32 | t.id, place / 8);
         ARCH_UNROLL
         for (int e = 0; e < kPer; ++e) {
-          const uint32_t at = static_cast<uint32_t>(index & (kPer == 1 ? 7 : 4)) + static_cast<uint32_t>(e);  // of the 8 halves of words
+          const uint32_t at = static_cast<uint32_t>(place & (kPer == 1 ? 7 : 4)) + static_cast<uint32_t>(e);  // of the 8 halves of words
           const uint32_t low = at & 2 ? random.word[1] : random.word[0], high = at & 2 ? random.word[3] : random.word[2];
           w[e] = round_stochastically(w[e], (at & 4 ? high : low) >> (at & 1) * 16 & 0xffff);
         }
@@ -82,18 +97,30 @@ struct Update {
   }
 };
 
-void adamw(const AdamW& p, Stream stream) {
-  for (int64_t i = 0; i < p.num_tensors; ++i)
-    if (p.type == Type::kFloat16 && !p.tensors[i].master)
-      throw Refused("adamw of tensor " + std::to_string(i) + ": weights in float16 need a master in fp32; bfloat16 does without, by stochastic rounding");
+template <UpdateRule kRule>
+void update(const Update& p, Stream stream) {
   with_type(p.type, [&]<typename T>(T) {
-    using Kernel = Update<T>;
+    using Kernel = UpdateTensors<T, kRule>;
     const auto f = [](double x) { return static_cast<float>(x); };
-    typename Kernel::Params params{{f(1 - p.lr * p.weight_decay), f(1 - p.beta1), f(p.beta2), f(1 - p.beta2), f(std::sqrt(p.correction2)), f(p.lr / p.correction1),
-                                    f(p.epsilon), p.grad_scale, random_key(p.seed, kRounding), p.step}, {}};
-    for_lists<kUpdateChunk>("adamw", p.tensors, p.num_tensors, params.list,
+    typename Kernel::Params params{{f(1 - p.lr * p.weight_decay), f(p.weight_decay), f(p.beta1), f(1 - p.beta1), f(p.beta2), f(1 - p.beta2), f(std::sqrt(p.correction2)),
+                                    f(p.lr / p.correction1), f(p.epsilon), p.grad_scale, random_key(p.seed, kRounding), p.step}, {}};
+    for_lists<kUpdateChunk>("update", p.tensors, p.num_tensors, params.list,
                             [&](int64_t) { arch::launch<Kernel>({params.list.num_chunks, 1, 1}, 0, stream, params); });
   });
+}
+
+void update(const Update& p, Stream stream) {
+  for (int64_t i = 0; i < p.num_tensors; ++i)
+    if (p.type == Type::kFloat16 && !p.tensors[i].master)
+      throw Refused("update of tensor " + std::to_string(i) + ": weights in float16 need a master in fp32; bfloat16 does without, by stochastic rounding");
+  switch (p.rule) {
+    case UpdateRule::kAdamW:
+      return update<UpdateRule::kAdamW>(p, stream);
+    case UpdateRule::kSgd:
+      return update<UpdateRule::kSgd>(p, stream);
+    case UpdateRule::kLion:
+      return update<UpdateRule::kLion>(p, stream);
+  }
 }
 
 // The sum of the squares of chunk c in fp64, where no square of an fp32 overflows: each thread its values, then the threads.
@@ -127,6 +154,7 @@ struct SumSquares {
 };
 
 ARCH_FN void set_clip(double squares, const Clip& p) {
+  if (p.loss) squares += *p.loss * 0;
   const double root = arch::sqrt(squares), norm = p.scale * root;
   if (p.norm) *p.norm = static_cast<float>(norm);
   if (!p.factor || (p.hold && *p.factor != *p.factor)) return;
@@ -181,8 +209,8 @@ void clip_factor(const ClipFactor& p, Stream stream) { arch::launch<FactorOfSqua
 
 }  // namespace
 
-void add_adamw(Kernels& kernels) {
-  kernels.adamw = adamw;
+void add_optimizer(Kernels& kernels) {
+  kernels.update = update;
   kernels.gradient_norm = gradient_norm;
   kernels.clip_factor = clip_factor;
 }
