@@ -26,6 +26,7 @@ memory               120 bench_gpu_kernels
 linear_cross_entropy  60 bench_gpu_kernels
 step_lora            420 trireme
 step_lora_recompute  420 trireme
+step_lora_fp8        420 trireme
 step_full            420 trireme
 decode               420 trireme
 attention_sm80       480 bench_gpu_kernels
@@ -89,13 +90,15 @@ sanitizer() { # TOOL
 }
 
 # Both sides of whole steps: tokens a second and peak memory, of steps after the first three.
-step() { # NAME CONFIG ROWS LENGTH lora|full RECOMPUTE GFLOP_A_TOKEN TARGET TARGET_RATIO ACCUMULATION
-  local name=$1 config=$top/benchmarks/$2 rows=$3 length=$4 kind=$5 recompute=$6 accumulation=${10} steps=10 keys=() what run=$work/run shape
-  what=$([ "$kind" = lora ] && echo "LoRA rank 16" || echo "full fine-tuning")
+step() { # NAME CONFIG ROWS LENGTH lora|full RECOMPUTE GFLOP_A_TOKEN TARGET TARGET_RATIO ACCUMULATION [BASE]
+  local name=$1 config=$top/benchmarks/$2 rows=$3 length=$4 kind=$5 recompute=$6 accumulation=${10} base=${11:-none} steps=10 keys=() what run=$work/run shape
+  [ -z "$dry" ] || base=none # the CPU has no such products
+  what=$([ "$kind" = lora ] && echo "LoRA rank 16" || echo "full fine-tuning")$([ "$base" = none ] || echo ", base in $base")
   [ -z "$dry" ] || { name=tiny config=$top/benchmarks/gpu_tiny.json rows=2 length=64 steps=5; }
   shape="$name, $rows x $length$([ "$accumulation" = 1 ] || echo ", $accumulation times a step"), bf16 with gradients, master and moments in fp32, recomputation $recompute"
   for _ in $(seq $((steps * accumulation * rows * length / 20000 + 2))); do cat "$top/configs/quickstart/train.jsonl"; done >"$work/text.txt"
   [ "$kind" != lora ] || keys+=(--lora.rank=16 --lora.alpha=16)
+  [ "$base" = none ] || keys+=(--quant.base="$base")
   "$bin/trireme" train --model.config="$config" --model.tokenizer="$top/configs/quickstart/model" --task.kind=pretrain --data.train="$work/text.txt" \
     --data.max_length="$length" --data.cache="$work/cache" --train.dtype=bfloat16 --train.micro_batch_size="$rows" --train.accumulation="$accumulation" --train.recompute="$recompute" \
     --train.steps=$((steps + 100)) --checkpoint.async=false --schedule.kind=constant --optim.lr=1e-4 --log.every=1 --run.device=$([ -n "$dry" ] && echo cpu || echo cuda) --run.dir="$run" ${keys+"${keys[@]}"} >"$work/log.trireme" 2>&1 &
@@ -147,6 +150,7 @@ run_stage() {
     memcheck | racecheck | synccheck) sanitizer "$1" ;;
     step_lora) step "Llama 3 8B" gpu_llama_8b.json 2 2048 lora none 32.1 14000 2 1 ;;
     step_lora_recompute) step "Llama 3 8B" gpu_llama_8b.json 2 2048 lora full 46.6 11500 2 1 ;;
+    step_lora_fp8) step "Llama 3 8B" gpu_llama_8b.json 2 2048 lora none 32.1 "" "" 1 fp8 ;;
     # Sixteen bytes a weight leave room for rows one by one.
     step_full) step "Qwen2.5 7B" gpu_qwen2_7b.json 1 1024 full none 43.3 14000 "" 8 ;;
     decode) decode "Llama 3 8B" gpu_llama_8b.json 512 ;;

@@ -32,11 +32,16 @@ void load_device(int index) {
   at::globalContext().lazyInitDevice(c10::kCUDA);
 }
 
+int capability_of(int index) {
+  const kernels::DeviceReport report = kernels::probe_device(index);
+  return 10 * report.compute_major + report.compute_minor;
+}
+
 }  // namespace
 
 void offer_cuda() {
   offer_cuda_graphs();
-  set_device_kind({.type = at::kCUDA, .name = "cuda", .find = find_devices, .load = load_device, .kernels = &kernels::cuda_kernels()});
+  set_device_kind({.type = at::kCUDA, .name = "cuda", .find = find_devices, .load = load_device, .capability = capability_of, .kernels = &kernels::cuda_kernels()});
 }
 #else
 void offer_cuda() {}

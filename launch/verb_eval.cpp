@@ -60,7 +60,7 @@ ExitStatus verb_eval(const Config& config, const CommandLine& line, const Proces
   agree_on(world, [&] {
     device = choose_device(config, world);
     source = find_model(config);
-    check_dtype(weight_dtype(config, source), device.type(), "model.dtype");
+    check_dtype(config, weight_dtype(config, source), device.type(), "model.dtype");
     if (!device.is_cpu()) say_kernel_gaps(kernel_gaps(source.config, weight_dtype(config, source)));
     cut = forward_cut(source.config, comms);
   });

@@ -98,7 +98,7 @@ void answer_prompts(const Config& config, const CommandLine& line, const MeshCom
   agree_on(copy, [&] {
     const at::Device device = choose_device(config, copy);
     source = find_model(config);
-    check_dtype(weight_dtype(config, source), device.type(), "model.dtype");
+    check_dtype(config, weight_dtype(config, source), device.type(), "model.dtype");
     if (!device.is_cpu()) say_kernel_gaps(kernel_gaps(source.config, weight_dtype(config, source)));
     tools.emplace(load_text_tools(config, source.tokenizer_folder, &source.config));
     if (g.chat && !tools->chat)

@@ -22,7 +22,7 @@ ExitStatus verb_plan(const Config& config, const CommandLine& line, const Proces
     PlannedData planned{row, static_cast<double>(row), 0, config.train.micro_batch_size * accumulation * mesh.num_data(), config.train.steps, accumulation};
     if (!config.data.eval.empty() || config.data.eval_fraction > 0) planned.longest_eval_row = row;
     planned.device = planned_device(config);
-    check_dtype(dtype, planned.device);
+    check_dtype(config, dtype, planned.device);
     if (config.data.max_length > row) log_info(str("plan: rows of ", row, " tokens, the model's max_position_embeddings; data.max_length=", config.data.max_length, " is more"));
     const Plan plan = make_plan(config, source.config, dtype, mesh, planned);
     log_info(str(plan.text(), "\n", fit_text(plan, config, source.config, dtype, planned_room(config, config.plan.ranks > 0 ? 1 : process.local_size()))));

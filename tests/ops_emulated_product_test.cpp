@@ -156,7 +156,9 @@ TEST(OpsProduct, Float8OfAFrozenWeight) {
   for (at::ScalarType dtype : {at::kBFloat16, at::kHalf}) {
     const at::Tensor x = at::randn({7, 48}).to(dtype).requires_grad_(true), w = (at::randn({32, 48}) * 0.02).to(dtype), bias = at::randn({32}).to(dtype), weights = at::randn({7, 32}).to(dtype);
     Emulated emulated;
-    const at::Tensor y = float8_linear(x, float8_weight(w), bias);
+    const auto weight = float8_weight("layer", 32, 48);
+    weight->set(w);
+    const at::Tensor y = trireme::linear(x, LinearWeight(weight), bias, nullptr);
     y.backward(weights);
     auto error = [](const at::Tensor& got, const at::Tensor& expected) { return ((got.to(at::kFloat) - expected).norm() / expected.norm()).item<double>(); };
     const at::Tensor wide = w.to(at::kFloat);
@@ -166,8 +168,41 @@ TEST(OpsProduct, Float8OfAFrozenWeight) {
     ASSERT_EQ(calls.size(), 2u);
     EXPECT_EQ(calls[1].a_type, kernels::Type::kFloat8E5M2);
   }
-  EXPECT_THROW(float8_weight(at::ones({32, 40}, at::kBFloat16)), InternalError);
-  EXPECT_THROW(float8_weight(at::ones({32, 48}, at::kBFloat16)), InternalError);  // no kernels
+  EXPECT_THROW(float8_weight("layer", 32, 48)->set(at::ones({32, 48}, at::kBFloat16)), InternalError);  // no kernels
+}
+
+// What ranks hold of it multiplies as the whole does: codes and scale are those of the whole weight.
+TEST(OpsProduct, SlicesOfAFloat8Weight) {
+  at::manual_seed(7);
+  const at::Tensor x = at::randn({5, 64}).to(at::kBFloat16), w = (at::randn({32, 64}) * 0.02).to(at::kBFloat16);
+  Emulated emulated;
+  const auto whole = float8_weight("layer", 32, 64);
+  const std::vector<at::Tensor> codes = whole->encode(w);
+  whole->set(w);
+  for (const int64_t dim : {0, 1}) {
+    const auto part = float8_weight("layer", 32, 64);
+    part->keep(dim, 16, 32);
+    for (size_t i = 0; i < codes.size(); ++i) {
+      FrozenWeight::Leaf& leaf = part->leaves()[i];
+      at::Tensor value = codes[i];
+      for (int64_t d = 0; d < value.dim(); ++d) value = value.narrow(d, leaf.place.offset[static_cast<size_t>(d)], leaf.value.size(d));
+      leaf.value = value.contiguous();
+    }
+    const auto times = [](const at::Tensor& rows, const LinearWeight& weight) { return trireme::linear(rows, weight, {}, nullptr); };
+    if (dim == 0) {
+      EXPECT_TRUE(same_bits(times(x, part), times(x, whole).narrow(1, 16, 16)));
+    } else {
+      at::Tensor only = at::zeros_like(x);
+      only.narrow(1, 16, 16).copy_(x.narrow(1, 16, 16));
+      EXPECT_TRUE(same_bits(times(x.narrow(1, 16, 16), part), times(only, whole)));
+    }
+  }
+  try {
+    float8_weight("model.layers.0.mlp.down_proj", 32, 64)->keep(1, 0, 24);
+    ADD_FAILURE();
+  } catch (const ConfigError& error) {
+    EXPECT_STREQ(error.what(), "quant.base=fp8: model.layers.0.mlp.down_proj has 32 outputs and 24 inputs on a rank, and products of float8 take multiples of 16: add it to quant.skip, or set another parallel.tensor");
+  }
 }
 
 // What the result's dtype asks for is done where ATen computes, too.

@@ -316,3 +316,79 @@ def test_what_cannot_be_computed_there_is_refused_in_a_sentence(work):
 def test_a_device_that_is_asked_for_and_not_there(work):
     done = run(work, "train", *keys_of(work, "none"), "--run.device=cuda")
     assert done.returncode == 2 and "run.device=cuda" in done.stderr and "set run.device=cpu" in done.stderr, done.stderr
+
+
+FLOAT8 = ["--train.dtype=bfloat16", "--lora.rank=4", "--quant.base=fp8"]
+CURVE_FLOAT8 = 0.02  # factors of products have three digits behind the point, gradients two: 6 and 12 % of each, of which a sum keeps little
+
+
+def over_ranks(work, ranks, verb, *keys):
+    return end_of(start(work, ["mpirun", "-q", "--bind-to", "none", "--oversubscribe", "-n", str(ranks), DOUBLE, verb, *keys], dict(TRIREME_DOUBLE_DEVICES="ABCD")), timeout=300)
+
+
+@pytest.fixture(scope="module")
+def float8(work):
+    """A run with products of float8: the folder's name."""
+    (work / "float8.json").write_text(json.dumps(SHAPE | dict(num_attention_heads=4, num_key_value_heads=2)))
+    counts = work / "float8.counts"
+    done = device(work, "train", *keys_of(work, "float8", *FLOAT8, model="float8"), TRIREME_DOUBLE_COUNTS=counts)
+    number, unit = re.search(r"plan: memory of a rank's device: weights .*, workspace of products 32.00 MiB: ([0-9.]+) ([KMG]iB); in host memory: ", done.stderr).groups()
+    assert json.loads(counts.read_text())["peak_bytes"] <= float(number) * {"MiB": 2**20}[unit]
+    return "float8"
+
+
+def test_a_frozen_base_in_float8_trains_adapters_as_one_in_16_bits(work, float8):
+    cpu(work, "train", *keys_of(work, "not_float8", *FLOAT8[:2], model="float8"))
+    found, expected = curve(work, float8), curve(work, "not_float8")
+    assert found == pytest.approx(expected, rel=CURVE_FLOAT8)
+    assert found != pytest.approx(expected, rel=1e-4)
+    for key, value in product(work, "not_float8").items():
+        assert (product(work, float8)[key].float() - value.float()).norm() <= 40 * CURVE_FLOAT8 * value.float().norm() + 1e-3, key
+    device(work, "train", *keys_of(work, "all_skipped", *FLOAT8, "--quant.skip=all-linear", model="float8"))
+    device(work, "train", *keys_of(work, "in_16_bits", *FLOAT8[:2], model="float8"))
+    assert curve(work, "all_skipped") == curve(work, "in_16_bits")
+    device(work, "train", *keys_of(work, "some_skipped", *FLOAT8, "--quant.skip=down_proj", model="float8"))
+    assert curve(work, "some_skipped") not in (curve(work, "in_16_bits"), found)
+
+
+def test_a_frozen_base_in_float8_is_resumed_to_the_bit(work, float8):
+    device(work, "train", *keys_of(work, "float8_parts", *FLOAT8, "--train.stop_after=2", model="float8"), status=75)
+    done = device(work, "train", *keys_of(work, "float8_parts", *FLOAT8[:2], model="float8"), status=2)
+    assert "quant.base" in done.stderr, done.stderr
+    device(work, "train", *keys_of(work, "float8_parts", *FLOAT8, model="float8"))
+    assert curve(work, "float8_parts") == curve(work, float8)
+
+
+@pytest.mark.parametrize("ranks, mesh", [(2, ["--parallel.zero=3", "--train.accumulation=1"]), (2, ["--parallel.pipeline=2"]), (2, ["--parallel.tensor=2"]),
+                                         (4, ["--parallel.tensor=2", "--parallel.zero=3", "--train.accumulation=1"])])
+def test_a_frozen_base_in_float8_is_the_same_on_every_mesh(work, float8, ranks, mesh):
+    """But where ranks cut the rows of a product: each scales its own."""
+    name = "float8_" + "_".join(key.split("=")[0].split(".")[1] for key in mesh)
+    done = over_ranks(work, ranks, "train", *keys_of(work, name, *FLOAT8, *mesh, model="float8"))
+    assert done.returncode == 0, done.stderr
+    assert curve(work, name) == pytest.approx(curve(work, float8), rel=CURVE_FLOAT8 if "--parallel.tensor=2" in mesh else CURVE_BF16)
+
+
+def test_a_frozen_base_in_float8_is_evaluated_and_answers(work, float8):
+    keys = [f"--model.config={work}/float8.json", "--model.dtype=bfloat16", f"--model.tokenizer={QUICKSTART}/model", f"--lora.path={work}/{float8}/adapter"]
+    data = [f"--data.eval={QUICKSTART}/eval.jsonl:4", "--data.max_length=32"]
+    found, plain = (json.loads(device(work, "eval", *keys, *data, *more).stdout)["loss"] for more in (["--quant.base=fp8"], []))
+    assert found == pytest.approx(lines(work, float8, "eval")[-1]["loss"], rel=CURVE_BF16) and found != plain
+    answers = [device(work, "generate", *keys, "--quant.base=fp8", "--generate.max_tokens=6", "What is", *more).stdout for more in ([], ["--generate.graphs=false"])]
+    assert answers[0] == answers[1]
+
+
+def test_a_frozen_base_in_float8_that_cannot_be_is_refused(work, float8):
+    for keys, env, said in (
+            (FLOAT8, dict(TRIREME_DOUBLE_CAPABILITY="80"), "quant.base=fp8 needs a device of compute capability 8.9 or newer, but device 0 has 8.0: leave quant.base out"),
+            (FLOAT8 + ["--run.device=cpu"], {}, "quant.base=fp8 needs a device of compute capability 8.9 or newer, and the CPU computes this"),
+            (FLOAT8[1:] + ["--train.dtype=float32"], {}, "quant.base=fp8 goes with 16 bits, but train.dtype is float32: set train.dtype=bfloat16"),
+            (FLOAT8[::2], {}, "quant.base=fp8 freezes the weights, and nothing would be trained: set lora.rank, or leave quant.base out"),
+            (FLOAT8[:2] + ["--quant.skip=q_proj"], {}, "quant.skip is set, but quant.base is none"),
+            (FLOAT8 + ["--quant.skip=q_prj"], {}, "quant.skip=q_prj: no linear layer has this name; there are down_proj, gate_proj"),
+            (FLOAT8[:2] + ["--quant.base=fp9"], {}, "quant.base=fp9: allowed are none, fp8")):
+        done = device(work, "train", *keys_of(work, "refused", *keys, model="float8"), status=2, **env)
+        assert said in done.stderr, done.stderr
+    (work / "odd.json").write_text(json.dumps(SHAPE | dict(intermediate_size=88)))
+    done = device(work, "train", *keys_of(work, "refused", *FLOAT8, model="odd"), status=2)
+    assert ("quant.base=fp8: model.layers.0.mlp.gate_proj has 88 outputs and 128 inputs, and products of float8 take multiples of 16: add it to quant.skip" in done.stderr), done.stderr

@@ -57,9 +57,9 @@ const std::vector<std::string> kNotInRuns = {"data.show", "lora.merge", "eval.to
 const std::vector<Verb> kVerbs = {
     {"train", "train or fine-tune a model", kRunSections, kNotInRuns},
     {"eval", "loss, perplexity and accuracy; logits to a file",
-     {"run.seed", "run.device", "model", "data", "task", "train.threads", "train.tf32", "lora.path", "parallel.data", "parallel.tensor", "parallel.pipeline", "parallel.order",
+     {"run.seed", "run.device", "model", "data", "task", "train.threads", "train.tf32", "lora.path", "quant", "parallel.data", "parallel.tensor", "parallel.pipeline", "parallel.order",
       "comm.timeout_s", "eval.micro_batch_size", "eval.token_ids", "eval.logits", "log"}, {"log.trace"}},
-    {"generate", "answer prompts", {"run.seed", "run.device", "model", "data", "train.threads", "train.tf32", "lora.path", "parallel.data", "parallel.tensor", "parallel.pipeline", "parallel.order",
+    {"generate", "answer prompts", {"run.seed", "run.device", "model", "data", "train.threads", "train.tf32", "lora.path", "quant", "parallel.data", "parallel.tensor", "parallel.pipeline", "parallel.order",
       "generate", "log"}, {"log.trace"}},
     {"prepare", "tokenise data and report its lengths and masks", {"run.seed", "model", "data", "task", "log"}, {"log.trace"}},
     {"tokenize", "text or records to ids, and back", {"model", "data", "task", "tokenize", "log"}, {"log.trace"}},

@@ -61,6 +61,7 @@ struct Config {
   } lora;
   struct {
     std::string base = "none";
+    std::vector<std::string> skip;
   } quant;
   struct {
     int64_t data = 0, tensor = 1, pipeline = 1, virtual_stages = 0, zero = 0, shard_within = 0;

@@ -14,9 +14,9 @@ at::Tensor Linear::forward(const ArrivingRows& x_TI, const DropoutContext& dropo
     DropoutKey key;
     if (dropout.active && lora->dropout > 0)
       key = {lora->dropout, dropout.seed, static_cast<uint64_t>(index), dropout.row_ids_T, first_feature};
-    y = lora_linear(x_TI, weight_OI, fused_bias, lora->a_RI, lora->b_OR, lora->scale, key, after);
+    y = lora_linear(x_TI, weight(), fused_bias, lora->a_RI, lora->b_OR, lora->scale, key, after);
   } else {
-    y = trireme::linear(x_TI, weight_OI, fused_bias, after);
+    y = trireme::linear(x_TI, weight(), fused_bias, after);
   }
   return after && bias_O.defined() ? y + bias_O : y;
 }

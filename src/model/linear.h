@@ -2,6 +2,7 @@
 #pragma once
 
 #include "base/parameter.h"
+#include "ops/frozen_weight.h"
 #include "ops/row_exchange.h"
 
 namespace trireme {
@@ -27,15 +28,17 @@ class Linear {
  public:
   std::string path;      // model.layers.0.self_attn.q_proj
   int64_t index = 0;     // number of this layer in the model; keys its dropout masks
-  at::Tensor weight_OI;  // leaf
+  at::Tensor weight_OI;  // leaf; undefined where there is a
+  std::shared_ptr<FrozenWeight> frozen;  // whose leaves are the layer's
   at::Tensor bias_O;     // leaf, or undefined
   std::unique_ptr<LoraAdapter> lora;
   std::shared_ptr<const RowSum> after;
   int64_t first_feature = 0;  // of x in the whole layer's inputs, where they are sliced; keys the dropout masks
 
   at::Tensor forward(const ArrivingRows& x_TI, const DropoutContext& dropout) const;
-  int64_t out_features() const { return weight_OI.size(0); }
-  int64_t in_features() const { return weight_OI.size(1); }
+  LinearWeight weight() const { return frozen ? LinearWeight(frozen) : LinearWeight(weight_OI); }
+  int64_t out_features() const { return weight().out_features(); }
+  int64_t in_features() const { return weight().in_features(); }
 };
 
 }  // namespace trireme

@@ -10,17 +10,14 @@ struct LoraConfig {
   double alpha = 16.0;
   double dropout = 0.0;
   bool rank_stabilized = false;  // rsLoRA (Kalajdzievski 2023): scale = alpha / sqrt(rank) instead of alpha / rank
-  // As PEFT's target_modules. "all-linear": every Linear but the head. Otherwise a name, which matches a path that is
-  // equal to it or ends in ".name" (q_proj, layers.0.mlp.up_proj), or, where it holds other characters than letters,
-  // digits, _ and '.', a regular expression that must match the whole path.
-  std::vector<std::string> targets = {"all-linear"};
+  std::vector<std::string> targets = {"all-linear"};  // model/linear_names.h; the head is none of them
 
   double scale() const;
 };
 
 // Puts an adapter on every matching Linear, in the model's dtype (A uniform(-1, 1) / sqrt(in), B zero; a function of
 // seed, layer and element) and freezes all other parameters. kUninitialized: a file will fill the adapters.
-// ConfigError: rank or dropout out of range, a target that matches nothing (the names there are are listed).
+// ConfigError: rank or dropout out of range, a target that matches nothing.
 void attach_lora(Transformer& model, const LoraConfig& config, uint64_t seed, Weights weights = Weights::kRandom);
 
 bool has_lora(Transformer& model);

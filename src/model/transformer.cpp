@@ -87,12 +87,15 @@ Transformer::Transformer(const ModelConfig& config, at::ScalarType dtype, uint64
   if (!device.is_meta()) materialize(device, seed, [=](const std::string&) { return random; });
 }
 
-void Transformer::for_each_leaf(const std::function<void(const std::string& name, at::Tensor& leaf)>& fn) {
+void Transformer::for_each_leaf(const std::function<void(const std::string& name, at::Tensor& leaf)>& fn, const std::function<void(Linear&)>& frozen) {
   auto visit = [&](const std::string& name, at::Tensor& leaf) {
     if (leaf.defined()) fn(name, leaf);
   };
   auto visit_linear = [&](Linear& l) {
     visit(l.path + ".weight", l.weight_OI);
+    if (l.frozen && frozen) frozen(l);
+    else if (l.frozen)
+      for (FrozenWeight::Leaf& leaf : l.frozen->leaves()) visit(l.path + leaf.suffix, leaf.value);
     visit(l.path + ".bias", l.bias_O);
   };
   auto visit_norm = [&](Norm& n) { visit(n.path + ".weight", n.weight_C); };
@@ -144,6 +147,14 @@ void Transformer::slice(const std::function<std::pair<at::Tensor, ShardSpec>(con
     auto [part, place] = cut({name, leaf, ShardSpec::whole(leaf)});
     if (part.sizes() != leaf.sizes()) slices_[name] = place;
     leaf = part.detach().requires_grad_(trained);
+  }, [&](Linear& l) {
+    const at::Tensor whole = at::empty({l.out_features(), l.in_features()}, at::TensorOptions(dtype_).device(at::kMeta));
+    const auto [part, place] = cut({l.path + ".weight", whole, ShardSpec::whole(whole)});
+    for (int64_t d : {0, 1}) {
+      const int64_t begin = place.offset[static_cast<size_t>(d)];
+      if (part.size(d) != whole.size(d)) l.frozen->keep(d, begin, begin + part.size(d));
+    }
+    for (const FrozenWeight::Leaf& leaf : l.frozen->leaves()) slices_[l.path + leaf.suffix] = leaf.place;
   });
 }
 

@@ -102,7 +102,7 @@ class Transformer {
 
   // To cut a model to what one rank of many holds, while it is on the meta device (parallel/), and to give it memory then.
   void keep_layers(int64_t first, int64_t end, bool embedding, bool head);  // of the pipeline stage
-  // Replaces every leaf by the slice that `cut` returns: {the slice, its place}.
+  // Replaces every leaf by the slice that `cut` returns: {the slice, its place}. It is asked for a frozen weight as for a dense one.
   void slice(const std::function<std::pair<at::Tensor, ShardSpec>(const Parameter& whole)>& cut);
   void set_seams(ModelSeams seams) { seams_ = std::move(seams); }
   const ModelSeams& seams() const { return seams_; }
@@ -145,8 +145,9 @@ class Transformer {
   at::Tensor attention(const Block& block, const ArrivingRows& x_TC, const Pass& pass) const;
   at::Tensor mlp(const Block& block, const ArrivingRows& x_TC, const Pass& pass) const;
 
-  // fn(name, leaf), in the order of parameters(); leaves may be replaced.
-  void for_each_leaf(const std::function<void(const std::string& name, at::Tensor& leaf)>& fn);
+  // fn(name, leaf), in the order of parameters(); leaves may be replaced. `frozen`, where it is given, is told of a layer whose weight
+  // is made of several leaves in place of these.
+  void for_each_leaf(const std::function<void(const std::string& name, at::Tensor& leaf)>& fn, const std::function<void(Linear&)>& frozen = {});
 
   ModelConfig config_;
   at::ScalarType dtype_;

@@ -1,3 +1,5 @@
+#include "base/tensor.h"
+
 #include "ops/float8.h"
 
 #include "base/check.h"
@@ -9,10 +11,6 @@ namespace trireme {
 namespace {
 
 using kernels::Type;
-using torch::autograd::AutogradContext;
-using torch::autograd::Function;
-using torch::autograd::Variable;
-using torch::autograd::variable_list;
 
 struct Codes {
   Type type;
@@ -33,44 +31,69 @@ Codes to_codes(const at::Tensor& any, Type type) {
   return out;
 }
 
-// a b^T (+ bias), of the dtype of `like`
-at::Tensor product_of_codes(const Codes& a_MK, const Codes& b_NK, const at::Tensor& like, const at::Tensor& bias_N) {
+// y = a b^T (+ bias)
+void product_of_codes(const Codes& a_MK, const Codes& b_NK, const at::Tensor& bias_N, at::Tensor& y_MN) {
   const int64_t m = a_MK.codes.size(0), k = a_MK.codes.size(1), n = b_NK.codes.size(0);
-  at::Tensor y_MN = at::empty({m, n}, like.options());
-  const ProductWorkspace workspace(like);
-  kernels_for(like).matmul({a_MK.type, b_NK.type, kernel_type(like), m, n, k, false, true, data_of(a_MK.codes), data_of(b_NK.codes), k, k, data_of(y_MN), n, data_of(bias_N), 1, 0,
+  TRIREME_CHECK(b_NK.codes.size(1) == k && y_MN.size(0) == m && y_MN.size(1) == n && y_MN.stride(1) == 1, a_MK.codes.sizes(), b_NK.codes.sizes(), y_MN.sizes());
+  const ProductWorkspace workspace(y_MN);
+  kernels_for(y_MN).matmul({a_MK.type, b_NK.type, kernel_type(y_MN), m, n, k, false, true, data_of(a_MK.codes), data_of(b_NK.codes), k, k, data_of(y_MN), y_MN.stride(0), data_of(bias_N), 1, 0,
                             false, a_MK.scale.data_ptr<float>(), b_NK.scale.data_ptr<float>(), workspace.data, workspace.num_bytes},
-                           stream_of(like));
-  return y_MN;
+                           stream_of(y_MN));
 }
 
-struct Float8Linear : Function<Float8Linear> {
-  static Variable forward(AutogradContext* ctx, const Variable& x_TI, const Float8Weight& w, const std::optional<at::Tensor>& bias_O) {
-    at::AutoDispatchBelowADInplaceOrView guard;
-    ctx->saved_data["w"] = w.w_IO;
-    ctx->saved_data["scale"] = w.scale;
-    return product_of_codes(to_codes(x_TI, Type::kFloat8E4M3), {Type::kFloat8E4M3, w.w_OI, w.scale}, x_TI, bias_O ? bias_O->contiguous() : at::Tensor());
+class Float8Weight : public FrozenWeight {
+ public:
+  Float8Weight(const std::string& path, int64_t out_features, int64_t in_features) : FrozenWeight(path, out_features, in_features) {
+    const auto leaf = [](const char* suffix, at::IntArrayRef sizes, at::ScalarType dtype) {
+      const at::Tensor value = at::empty(sizes, at::TensorOptions(dtype).device(at::kMeta));
+      return Leaf{suffix, value, ShardSpec::whole(value)};
+    };
+    leaves_ = {leaf(".weight", {out_features, in_features}, at::kByte), leaf(".weight.transposed", {in_features, out_features}, at::kByte), leaf(".weight.scale", {1}, at::kFloat)};
+    check_sizes();
   }
-  static variable_list backward(AutogradContext* ctx, const variable_list& grads) {
-    const Codes w_IO{Type::kFloat8E4M3, ctx->saved_data.at("w").toTensor(), ctx->saved_data.at("scale").toTensor()};
-    return {product_of_codes(to_codes(grads[0], Type::kFloat8E5M2), w_IO, grads[0], {}), {}, {}};
+
+  std::vector<at::Tensor> encode(const at::Tensor& whole_OI) const override {
+    const Codes w = to_codes(whole_OI, Type::kFloat8E4M3);
+    return {w.codes, w.codes.t().contiguous(), w.scale};
+  }
+
+  void keep(int64_t dim, int64_t begin, int64_t end) override {
+    (dim == 0 ? out_features_ : in_features_) = end - begin;
+    check_sizes();
+    for (int64_t i : {0, 1}) {  // the second is transposed
+      Leaf& leaf = leaves_[static_cast<size_t>(i)];
+      const int64_t its_dim = i == 0 ? dim : 1 - dim;
+      leaf.value = at::empty_like(leaf.value.narrow(its_dim, begin, end - begin), at::MemoryFormat::Contiguous);
+      leaf.place.offset[static_cast<size_t>(its_dim)] = begin;
+    }
+  }
+
+  Product times_transposed() const override { return product_with(leaves_[0].value, Type::kFloat8E4M3); }
+  Product times() const override { return product_with(leaves_[1].value, Type::kFloat8E5M2); }
+
+  int64_t product_bytes(int64_t rows) const override { return rows * std::max(in_features_, out_features_) + kernels::kFloat8Partials * 4; }
+
+ private:
+  void check_sizes() const {
+    if (out_features_ % 16 == 0 && in_features_ % 16 == 0) return;
+    const ShardSpec& whole = leaves_[0].place;
+    const bool cut = out_features_ != whole.global_shape[0] || in_features_ != whole.global_shape[1];
+    throw ConfigError(str("quant.base=fp8: ", path_, " has ", out_features_, " outputs and ", in_features_, " inputs", cut ? " on a rank" : "", ", and products of float8 take multiples of 16: add it to quant.skip",
+                          cut ? ", or set another parallel.tensor" : ""));
+  }
+
+  Product product_with(const at::Tensor& codes, Type of_rows) const {
+    return [of_rows, w = Codes{Type::kFloat8E4M3, codes, leaves_[2].value}](const at::Tensor& rows, const at::Tensor& bias, at::Tensor& y) {
+      check_alike("float8", {"x", rows}, {{"weight", w.codes}}, at::kByte);
+      product_of_codes(to_codes(rows, of_rows), w, bias.defined() ? bias.contiguous() : bias, y);
+    };
   }
 };
 
 }  // namespace
 
-Float8Weight float8_weight(const at::Tensor& w_OI) {
-  TRIREME_CHECK(w_OI.dim() == 2 && w_OI.size(0) % 16 == 0 && w_OI.size(1) % 16 == 0, "float8 takes sizes that are multiples of 16, not ", w_OI.sizes());
-  const Codes w = to_codes(w_OI, Type::kFloat8E4M3);
-  return {w.codes, w.codes.t().contiguous(), w.scale};
-}
-
-at::Tensor float8_linear(const at::Tensor& x_TI, const Float8Weight& w, const at::Tensor& bias_O) {
-  check_alike("float8_linear", {"x", x_TI}, {{"weight", w.w_OI}, {"transposed weight", w.w_IO}}, at::kByte);
-  check_alike("float8_linear", {"x", x_TI}, {{"scale", w.scale}}, at::kFloat);
-  check_alike("float8_linear", {"x", x_TI}, {{"bias", bias_O}});
-  TRIREME_CHECK(x_TI.dim() == 2 && x_TI.size(1) == w.w_OI.size(1), x_TI.sizes(), w.w_OI.sizes());
-  return Float8Linear::apply(x_TI, w, bias_O.defined() ? std::optional(bias_O) : std::nullopt);
+std::shared_ptr<FrozenWeight> float8_weight(const std::string& path, int64_t out_features, int64_t in_features) {
+  return std::make_shared<Float8Weight>(path, out_features, in_features);
 }
 
 }  // namespace trireme

@@ -3,18 +3,12 @@
 // arrangements, as such products take one alone: its memory is that of 16 bits. The CPU has no code for it.
 #pragma once
 
-#include "base/tensor.h"
+#include "ops/frozen_weight.h"
 
 namespace trireme {
 
-struct Float8Weight {
-  at::Tensor w_OI, w_IO;  // codes, as uint8
-  at::Tensor scale;       // fp32 [1]
-};
-Float8Weight float8_weight(const at::Tensor& w_OI);  // I and O multiples of 16; 16 bits
-
-// x w^T (+ bias), of x's dtype (bfloat16 or float16); the gradient of x alone, from that of the result rounded to e5m2. Keeps nothing
-// but the weight.
-at::Tensor float8_linear(const at::Tensor& x_TI, const Float8Weight& w, const at::Tensor& bias_O = {});
+// Leaves .weight and .weight.transposed (the codes as uint8, [O, I] and [I, O]) and .weight.scale (fp32 [1], of the whole weight). Rows and
+// results are bfloat16 or float16. ConfigError: O or I, or what they are cut into, is no multiple of 16; it names the layer.
+std::shared_ptr<FrozenWeight> float8_weight(const std::string& path, int64_t out_features, int64_t in_features);
 
 }  // namespace trireme

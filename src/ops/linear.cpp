@@ -36,11 +36,11 @@ void product_of_few_rows(const at::Tensor& x_in, const at::Tensor& w_OI, double 
 }
 
 // y = x w^T (+ bias)
-void forward_product(const at::Tensor& x_TI, const at::Tensor& w_OI, const std::optional<at::Tensor>& bias_O, at::Tensor y_TO) {
+void forward_product(const at::Tensor& x_TI, const at::Tensor& w_OI, const at::Tensor& bias_O, at::Tensor& y_TO) {
   if (has_few_rows(x_TI, w_OI))
-    product_of_few_rows(x_TI, w_OI, 1.0, bias_O ? bias_O->contiguous().expand_as(y_TO) : at::Tensor(), y_TO);
+    product_of_few_rows(x_TI, w_OI, 1.0, bias_O.defined() ? bias_O.contiguous().expand_as(y_TO) : at::Tensor(), y_TO);
   else
-    product(x_TI, w_OI.t(), y_TO, {.bias_N = bias_O.value_or(at::Tensor())});
+    product(x_TI, w_OI.t(), y_TO, {.bias_N = bias_O});
 }
 
 // y += scale * x w^T
@@ -78,23 +78,38 @@ at::Tensor over_rows(const ArrivingRows& x_TI, int64_t features, const RowSum* s
   return part_tO;
 }
 
-struct KeptSum : torch::CustomClassHolder {
-  explicit KeptSum(std::shared_ptr<const RowSum> s) : sum(std::move(s)) {}
-  std::shared_ptr<const RowSum> sum;
+template <typename T>
+struct KeptValue : torch::CustomClassHolder {
+  explicit KeptValue(T v) : value(std::move(v)) {}
+  T value;
 };
-void keep_sum(AutogradContext* ctx, const std::shared_ptr<const RowSum>& sum) {
-  if (sum) ctx->saved_data["sum"] = c10::IValue::make_capsule(c10::make_intrusive<KeptSum>(sum));
+template <typename T>
+void keep_value(AutogradContext* ctx, const char* name, const T& value) {
+  ctx->saved_data[name] = c10::IValue::make_capsule(c10::make_intrusive<KeptValue<T>>(value));
+}
+template <typename T>
+const T& kept_value(AutogradContext* ctx, const char* name) {
+  return c10::static_intrusive_pointer_cast<KeptValue<T>>(ctx->saved_data.at(name).toCapsule())->value;
+}
+
+using Sum = std::shared_ptr<const RowSum>;
+void keep_sum(AutogradContext* ctx, const Sum& sum) {
+  if (sum) keep_value(ctx, "sum", sum);
 }
 
 // The gradient of the product's own output, from that of what the op returned.
 ArrivingRows gradient_of_product(AutogradContext* ctx, const at::Tensor& grad) {
-  auto kept = ctx->saved_data.find("sum");
-  if (kept == ctx->saved_data.end()) return grad.contiguous();
-  return c10::static_intrusive_pointer_cast<KeptSum>(kept->second.toCapsule())->sum->gather(grad.contiguous());
+  return ctx->saved_data.count("sum") ? kept_value<Sum>(ctx, "sum")->gather(grad.contiguous()) : grad.contiguous();
 }
 
-at::Tensor gradient_of_rows(const ArrivingRows& grad_TO, const at::Tensor& w_OI) {
-  return over_rows(grad_TO, w_OI.size(1), nullptr, [&](int64_t, const at::Tensor& grad, at::Tensor y) { product(grad, w_OI, y); });
+FrozenWeight::Product times_transposed(const LinearWeight& w) {
+  if (w.frozen) return w.frozen->times_transposed();
+  return [w_OI = w.dense_OI](const at::Tensor& x_TI, const at::Tensor& bias_O, at::Tensor& y_TO) { forward_product(x_TI, w_OI, bias_O, y_TO); };
+}
+
+at::Tensor gradient_of_rows(const ArrivingRows& grad_TO, const LinearWeight& w) {
+  const FrozenWeight::Product times = w.frozen ? w.frozen->times() : [&](const at::Tensor& grad, const at::Tensor&, at::Tensor& y) { product(grad, w.dense_OI, y); };
+  return over_rows(grad_TO, w.in_features(), nullptr, [&](int64_t, const at::Tensor& grad, at::Tensor y) { times(grad, {}, y); });
 }
 
 // An undefined tensor may not enter a Function; an empty optional may, and has no edge in the graph: so it comes last.
@@ -103,14 +118,14 @@ std::optional<at::Tensor> optional(const at::Tensor& t) { return t.defined() ? s
 struct LinearFunction : Function<LinearFunction> {
   static Variable forward(AutogradContext* ctx, const Variable& x_TI, const Variable& w_OI,
                           const std::optional<at::Tensor>& bias_O, bool keep_x, const ArrivingRows& rows,
-                          const std::shared_ptr<const RowSum>& sum) {
+                          const Sum& sum) {
     at::AutoDispatchBelowADInplaceOrView guard;
     if (keep_x) keep(ctx, "x", x_TI);  // only the weight's gradient needs it
     ctx->saved_data["bias"] = bias_O.has_value();
     keep_sum(ctx, sum);
     ctx->save_for_backward({w_OI});
     return over_rows(rows, w_OI.size(0), sum.get(),
-                     [&](int64_t, const at::Tensor& x, at::Tensor y) { forward_product(x, w_OI, bias_O, std::move(y)); });
+                     [&](int64_t, const at::Tensor& x, at::Tensor y) { forward_product(x, w_OI, bias_O.value_or(at::Tensor()), y); });
   }
   static variable_list backward(AutogradContext* ctx, const variable_list& grads) {
     at::Tensor grad_x, grad_w, grad_bias;
@@ -125,10 +140,26 @@ struct LinearFunction : Function<LinearFunction> {
   }
 };
 
+// Of a weight that is kept in another form: it has no gradient.
+struct FrozenLinear : Function<FrozenLinear> {
+  static Variable forward(AutogradContext* ctx, const Variable&, const LinearWeight& w, const std::optional<at::Tensor>& bias_O, const ArrivingRows& rows,
+                          const Sum& sum) {
+    at::AutoDispatchBelowADInplaceOrView guard;
+    keep_sum(ctx, sum);
+    keep_value(ctx, "weight", w);
+    const FrozenWeight::Product times = times_transposed(w);
+    return over_rows(rows, w.out_features(), sum.get(), [&](int64_t, const at::Tensor& x, at::Tensor y) { times(x, bias_O.value_or(at::Tensor()), y); });
+  }
+  static variable_list backward(AutogradContext* ctx, const variable_list& grads) {
+    return {gradient_of_rows(gradient_of_product(ctx, grads[0]), kept_value<LinearWeight>(ctx, "weight")), {}, {}, {}, {}};
+  }
+};
+
+// Of a frozen weight, in either form.
 struct LoraLinear : Function<LoraLinear> {
-  static Variable forward(AutogradContext* ctx, const Variable& x_TI, const Variable& w_OI, const Variable& a_RI,
-                          const Variable& b_OR, const std::optional<at::Tensor>& bias_O, double scale,
-                          const DropoutMask& mask, const ArrivingRows& rows, const std::shared_ptr<const RowSum>& sum) {
+  static Variable forward(AutogradContext* ctx, const Variable& x_TI, const Variable& a_RI, const Variable& b_OR, const LinearWeight& w,
+                          const std::optional<at::Tensor>& bias_O, double scale,
+                          const DropoutMask& mask, const ArrivingRows& rows, const Sum& sum) {
     at::AutoDispatchBelowADInplaceOrView guard;
     at::Tensor xa_TR;
     auto adapt = [&](int64_t first, at::Tensor y) {
@@ -136,8 +167,9 @@ struct LoraLinear : Function<LoraLinear> {
       if (!xa_TR.defined()) forward_product(rows.wait(), a_RI, {}, xa_TR = at::empty({rows.promised().size(0), a_RI.size(0)}, rows.promised().options()));
       add_product(xa_TR.narrow(0, first, y.size(0)), b_OR, scale, y);
     };
-    at::Tensor y_TO = over_rows(rows, w_OI.size(0), sum.get(), [&](int64_t first, const at::Tensor& x, at::Tensor y) {
-      forward_product(x, w_OI, bias_O, y);
+    const FrozenWeight::Product times = times_transposed(w);
+    at::Tensor y_TO = over_rows(rows, w.out_features(), sum.get(), [&](int64_t first, const at::Tensor& x, at::Tensor y) {
+      times(x, bias_O.value_or(at::Tensor()), y);
       if (sum) adapt(first, y);  // before it leaves
     });
     if (!sum) adapt(0, y_TO);
@@ -146,49 +178,52 @@ struct LoraLinear : Function<LoraLinear> {
     ctx->saved_data["xa"] = xa_TR;
     ctx->saved_data["scale"] = scale;
     ctx->saved_data["mask"] = c10::IValue::make_capsule(c10::make_intrusive<KeptMask>(mask));
-    ctx->save_for_backward({w_OI, a_RI, b_OR});
+    keep_value(ctx, "weight", w);
+    ctx->save_for_backward({a_RI, b_OR});
     return y_TO;
   }
   static variable_list backward(AutogradContext* ctx, const variable_list& grads) {
     auto saved = ctx->get_saved_variables();
-    at::Tensor &w_OI = saved[0], &a_RI = saved[1], &b_OR = saved[2];
+    at::Tensor &a_RI = saved[0], &b_OR = saved[1];
     const DropoutMask mask = c10::static_intrusive_pointer_cast<KeptMask>(ctx->saved_data.at("mask").toCapsule())->mask;
     const double scale = ctx->saved_data.at("scale").toDouble();
     at::Tensor xa_TR = ctx->saved_data.at("xa").toTensor();
     at::Tensor grad_x, grad_a, grad_b;
     const ArrivingRows arriving = gradient_of_product(ctx, grads[0]);
-    if (ctx->needs_input_grad(0)) grad_x = gradient_of_rows(arriving, w_OI);
+    if (ctx->needs_input_grad(0)) grad_x = gradient_of_rows(arriving, kept_value<LinearWeight>(ctx, "weight"));
     const at::Tensor grad_y = arriving.wait();
     at::Tensor grad_xa_TR = product(grad_y, b_OR, scale);
     at::Tensor x_TI = take(ctx, "x");
-    if (ctx->needs_input_grad(2)) grad_a = mask.gradient(grad_xa_TR, x_TI);
-    if (ctx->needs_input_grad(3)) grad_b = product(grad_y.t(), xa_TR, scale);
+    if (ctx->needs_input_grad(1)) grad_a = mask.gradient(grad_xa_TR, x_TI);
+    if (ctx->needs_input_grad(2)) grad_b = product(grad_y.t(), xa_TR, scale);
     if (ctx->needs_input_grad(0)) mask.add_up(grad_xa_TR, a_RI, grad_x);
     ctx->saved_data.clear();
-    return {grad_x, {}, grad_a, grad_b, {}, {}, {}, {}, {}};
+    return {grad_x, grad_a, grad_b, {}, {}, {}, {}, {}, {}};
   }
 };
 
 }  // namespace
 
-at::Tensor linear(const ArrivingRows& rows, const at::Tensor& w_OI, const at::Tensor& bias_O, const std::shared_ptr<const RowSum>& sum) {
+at::Tensor linear(const ArrivingRows& rows, const LinearWeight& w, const at::Tensor& bias_O, const std::shared_ptr<const RowSum>& sum) {
   const at::Tensor& x_TI = rows.promised();
-  check_alike("linear", {"x", x_TI}, {{"weight", w_OI}, {"bias", bias_O}});
-  TRIREME_CHECK(x_TI.dim() == 2 && w_OI.dim() == 2 && x_TI.size(1) == w_OI.size(1), x_TI.sizes(), w_OI.sizes());
+  check_alike("linear", {"x", x_TI}, {{"weight", w.dense_OI}, {"bias", bias_O}});
+  TRIREME_CHECK(x_TI.dim() == 2 && (w.frozen || w.dense_OI.dim() == 2) && x_TI.size(1) == w.in_features(), x_TI.sizes(), w.out_features(), w.in_features());
   TRIREME_CHECK(!sum || !bias_O.defined(), "a bias would be added once a rank");
-  return LinearFunction::apply(x_TI, w_OI, optional(bias_O), wants_gradient(w_OI), rows, sum);
+  if (!w.frozen) return LinearFunction::apply(x_TI, w.dense_OI, optional(bias_O), wants_gradient(w.dense_OI), rows, sum);
+  TRIREME_CHECK(!wants_gradient(bias_O), "the bias of a frozen layer is frozen");
+  return FrozenLinear::apply(x_TI, w, optional(bias_O), rows, sum);
 }
 
-at::Tensor lora_linear(const ArrivingRows& rows, const at::Tensor& w_OI, const at::Tensor& bias_O, const at::Tensor& a_RI,
+at::Tensor lora_linear(const ArrivingRows& rows, const LinearWeight& w, const at::Tensor& bias_O, const at::Tensor& a_RI,
                        const at::Tensor& b_OR, double scale, const DropoutKey& key, const std::shared_ptr<const RowSum>& sum) {
   const at::Tensor& x_TI = rows.promised();
-  check_alike("lora_linear", {"x", x_TI}, {{"weight", w_OI}, {"bias", bias_O}, {"A", a_RI}, {"B", b_OR}});
-  TRIREME_CHECK(x_TI.dim() == 2 && w_OI.dim() == 2 && x_TI.size(1) == w_OI.size(1) && a_RI.size(1) == w_OI.size(1) &&
-                    b_OR.size(0) == w_OI.size(0) && a_RI.size(0) == b_OR.size(1),
-                x_TI.sizes(), w_OI.sizes(), a_RI.sizes(), b_OR.sizes());
-  TRIREME_CHECK(!wants_gradient(w_OI) && !wants_gradient(bias_O), "the base of a LoRA layer is frozen");
+  check_alike("lora_linear", {"x", x_TI}, {{"weight", w.dense_OI}, {"bias", bias_O}, {"A", a_RI}, {"B", b_OR}});
+  TRIREME_CHECK(x_TI.dim() == 2 && (w.frozen || w.dense_OI.dim() == 2) && x_TI.size(1) == w.in_features() && a_RI.size(1) == w.in_features() &&
+                    b_OR.size(0) == w.out_features() && a_RI.size(0) == b_OR.size(1),
+                x_TI.sizes(), w.out_features(), w.in_features(), a_RI.sizes(), b_OR.sizes());
+  TRIREME_CHECK(!wants_gradient(w.dense_OI) && !wants_gradient(bias_O), "the base of a LoRA layer is frozen");
   TRIREME_CHECK(!sum || !bias_O.defined(), "a bias would be added once a rank");
-  return LoraLinear::apply(x_TI, w_OI, a_RI, b_OR, optional(bias_O), scale, DropoutMask(key), rows, sum);
+  return LoraLinear::apply(x_TI, a_RI, b_OR, w, optional(bias_O), scale, DropoutMask(key), rows, sum);
 }
 
 }  // namespace trireme

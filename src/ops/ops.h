@@ -10,6 +10,7 @@
 #include <utility>
 
 #include "base/tensor.h"
+#include "ops/frozen_weight.h"
 #include "ops/row_exchange.h"
 
 namespace trireme {
@@ -64,9 +65,9 @@ at::Tensor attention(const at::Tensor& q_THD, const at::Tensor& k_SKD, const at:
 at::Tensor decode_attention(const at::Tensor& q_THD, const at::Tensor& k_BSKD, const at::Tensor& v_BSKD, const at::Tensor& lengths_B,
                             int64_t window = -1, double scale = 0.0);
 
-// x w^T (+ bias). Only the gradients that are asked for are computed; w's may wait (ops/delayed_gradients.h). `sum`, if not
-// null: of the ranks' products, [T / n, O], without bias (ops/row_exchange.h).
-at::Tensor linear(const ArrivingRows& x_TI, const at::Tensor& w_OI, const at::Tensor& bias_O, const std::shared_ptr<const RowSum>& sum);
+// x w^T (+ bias). Only the gradients that are asked for are computed; w's may wait (ops/delayed_gradients.h), one in another form
+// (ops/frozen_weight.h) has none. `sum`, if not null: of the ranks' products, [T / n, O], without bias (ops/row_exchange.h).
+at::Tensor linear(const ArrivingRows& x_TI, const LinearWeight& w_OI, const at::Tensor& bias_O, const std::shared_ptr<const RowSum>& sum);
 inline at::Tensor linear(const at::Tensor& x_TI, const at::Tensor& w_OI, const at::Tensor& bias_O = {}) {
   return linear(ArrivingRows(x_TI), w_OI, bias_O, nullptr);
 }
@@ -85,7 +86,7 @@ at::Tensor dropout(const at::Tensor& x_TC, const DropoutKey& key);
 
 // x w^T + bias + scale * dropout(x) a^T b^T (Hu et al. 2021) with a frozen base: no gradient for w and bias. Keeps
 // x and the [T, R] product only. `sum`: as above.
-at::Tensor lora_linear(const ArrivingRows& x_TI, const at::Tensor& w_OI, const at::Tensor& bias_O, const at::Tensor& a_RI,
+at::Tensor lora_linear(const ArrivingRows& x_TI, const LinearWeight& w_OI, const at::Tensor& bias_O, const at::Tensor& a_RI,
                        const at::Tensor& b_OR, double scale, const DropoutKey& key = {},
                        const std::shared_ptr<const RowSum>& sum = {});
 

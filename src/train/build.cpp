@@ -11,6 +11,7 @@
 #include "checkpoint/peft.h"
 #include "data/file_hash.h"
 #include "data/token_file.h"
+#include "model/frozen_base.h"
 #include "model/initialize.h"
 #include "parallel/tensor_parallel.h"
 
@@ -167,6 +168,7 @@ std::unique_ptr<Transformer> model_shapes(const Config& config, const ModelConfi
   const auto seed = static_cast<uint64_t>(config.run.seed);
   at::NoGradGuard no_grad;
   auto model = std::make_unique<Transformer>(shape, dtype, seed, Weights::kUninitialized, at::kMeta);
+  freeze_base(*model, {config.quant.base, config.quant.skip});  // the adapters are not part of it
   if (!config.lora.path.empty()) {
     LoraConfig lora = lora_config(config);
     std::set<std::string> paths;
@@ -189,22 +191,26 @@ std::unique_ptr<Transformer> build_model(const Config& config, const ModelSource
   auto model = model_shapes(config, source.config, dtype, attach);
   std::set<std::string> whole;
   for (const auto& p : model->parameters()) whole.insert(p.name);
+  const FrozenLayers frozen(*model);
   if (cut) cut(*model);
   using Stored = std::shared_ptr<const SafetensorsFolder>;  // opened once, whoever reads how often; null: random values
   const Stored base = source.folder.empty() ? nullptr : std::make_shared<SafetensorsFolder>(source.folder);
   const Stored adapter = config.lora.path.empty() ? nullptr : std::make_shared<SafetensorsFolder>(config.lora.path, adapter_options().stem);
-  const auto load = [base, adapter, seed, range = source.config.initializer_range](const std::vector<Parameter>& parameters,
-                                                                                   const std::set<std::string>* names_to_check) {
+  const auto load = [base, adapter, frozen, dtype, seed, range = source.config.initializer_range](const std::vector<Parameter>& parameters, const std::set<std::string>* names_to_check) {
     at::NoGradGuard no_grad;
-    for (const bool adapters : {false, true}) {
-      std::vector<Parameter> targets = parameters;
-      std::erase_if(targets, [&](const Parameter& p) { return is_adapter(p) != adapters; });
+    const auto read = [&](const std::vector<Parameter>& targets, bool adapters) {
       LoadOptions options = adapters ? adapter_options() : LoadOptions();
       options.headers_only = names_to_check != nullptr, options.partial = !names_to_check;
       options.elsewhere = [&](const std::string& name) { return names_to_check->count(name) != 0; };
       if (const Stored& stored = adapters ? adapter : base) load_weights(*stored, targets, options);
       else if (!names_to_check) for (const auto& p : targets) fill_initial(p, seed, range);
-    }
+    };
+    std::vector<Parameter> dense, adapters, encoded;
+    for (const Parameter& p : parameters) (frozen.holds(p.name) ? encoded : is_adapter(p) ? adapters : dense).push_back(p);
+    if (names_to_check) for (Parameter& whole : frozen.made_of(encoded)) dense.push_back(std::move(whole));
+    else frozen.fill(encoded, [&](const Parameter& whole) { read({whole}, false); });
+    read(dense, false);
+    read(adapters, true);
   };
   load(model->parameters(), &whole);
   const WeightFill fill_now = [load](const std::vector<Parameter>& parameters) { load(parameters, nullptr); };

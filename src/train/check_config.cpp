@@ -59,6 +59,8 @@ void find_conflicts(const Config& c, const CommandLine& line, int num_ranks, std
         wrong(key, " and lora.path are both set: the adapter of lora.path brings its own; leave ", key, " out");
       else if (is_set && c.lora.rank == 0)
         wrong(key, " is set, but lora.rank is 0: set lora.rank, or leave ", key, " out");
+    if (c.quant.base != "none" && c.lora.rank == 0 && c.lora.path.empty())
+      wrong("quant.base=", c.quant.base, " freezes the weights, and nothing would be trained: set lora.rank, or leave quant.base out");
     if (c.lora.rank > 0 && !c.lora.path.empty()) wrong("lora.rank and lora.path are both set: the adapter of lora.path has a rank; set one");
     if (complete && c.eval.patience > 0 && c.eval.every == 0) wrong("eval.patience needs eval.every");
     if (complete && c.eval.every > 0 && c.data.eval.empty() && c.data.eval_fraction == 0)
@@ -98,6 +100,7 @@ void find_conflicts(const Config& c, const CommandLine& line, int num_ranks, std
   }
   if (const fs::path file = c.eval.logits; line.verb == "eval" && !file.empty() && file.has_parent_path() && !fs::is_directory(file.parent_path()))
     wrong("eval.logits=", c.eval.logits, ": there is no folder ", file.parent_path().string(), "; make it, or name a file in one that is there");
+  if (c.quant.base == "none" && !c.quant.skip.empty()) wrong("quant.skip is set, but quant.base is none: set quant.base, or leave quant.skip out");
   if (!c.data.eval.empty() && c.data.eval_fraction > 0) wrong("data.eval and data.eval_fraction are both set; set one");
 }
 

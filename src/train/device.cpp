@@ -75,6 +75,8 @@ at::Device choose_device(const Config& config, const Communicator& ranks) {
   }
   const int index = device_of_ranks(of_host, config.comm.share_device, key)[mine];
   kind()->load(index);
+  if (const int capability = kind()->capability(index); config.quant.base == "fp8" && capability < 89)
+    throw ConfigError(str("quant.base=fp8 needs a device of compute capability 8.9 or newer, but device ", index, " has ", capability / 10, ".", capability % 10, ": leave quant.base out"));
   set_kernels(kind()->type, kind()->kernels);
   set_kernel_settings({.tf32 = config.train.tf32, .deterministic = config.train.deterministic});
   const c10::Device device(kind()->type, static_cast<c10::DeviceIndex>(index));
@@ -95,7 +97,11 @@ std::optional<uint64_t> planned_room(const Config& config, int num_local_ranks) 
   return free_bytes(choose_device(config, Communicator::world()));
 }
 
-void check_dtype(at::ScalarType dtype, at::DeviceType device, const char* key) {
+void check_dtype(const Config& config, at::ScalarType dtype, at::DeviceType device, const char* key) {
+  if (config.quant.base == "fp8") {
+    if (device == at::kCPU) throw ConfigError("quant.base=fp8 needs a device of compute capability 8.9 or newer, and the CPU computes this: leave quant.base out, or run where there is one");
+    if (c10::elementSize(dtype) != 2) throw ConfigError(str("quant.base=fp8 goes with 16 bits, but ", key, " is ", dtype_name(dtype), ": set ", key, "=bfloat16"));
+  }
   if (dtype == at::kDouble && device != at::kCPU) throw ConfigError(str(key, "=float64 is computed by the CPU alone: set run.device=cpu, or ", key, "=float32"));
 }
 

@@ -24,6 +24,7 @@ struct DeviceKind {
   };
   std::function<Found()> find;
   std::function<void(int index)> load;  // before the first tensor there; ConfigError where this one cannot be used
+  std::function<int(int index)> capability;  // compute capability, 89: 8.9
   const kernels::Kernels* kernels = nullptr;
 };
 void set_device_kind(DeviceKind kind);  // the last one counts
@@ -40,8 +41,8 @@ at::DeviceType planned_device(const Config& config);
 // Collective, as choose_device() of all ranks.
 std::optional<uint64_t> planned_room(const Config& config, int num_local_ranks);
 
-// ConfigError where a device has no kernels for this dtype.
-void check_dtype(at::ScalarType dtype, at::DeviceType device, const char* key = "train.dtype");
+// ConfigError where there are no kernels for this dtype, or none for quant.base in it.
+void check_dtype(const Config& config, at::ScalarType dtype, at::DeviceType device, const char* key = "train.dtype");
 
 // What the kernels of a device do not serve of a model, and what computes it instead: a sentence each. ConfigError where nothing does.
 std::vector<std::string> kernel_gaps(const ModelConfig& model, at::ScalarType dtype);

@@ -136,6 +136,15 @@ int64_t forward_bytes(const Transformer& chunk, const ModelConfig& c, const Size
   return most * s.element + 2 * s.tokens * c.head_dim * s.wide;
 }
 
+// Beside that, of a product with a frozen weight, whenever it is.
+int64_t product_bytes(const Chunks& chunks, int64_t tokens) {
+  int64_t most = 0;
+  for (const auto& chunk : chunks)
+    for (const Linear* l : chunk->linears())
+      if (l->frozen) most = std::max(most, l->frozen->product_bytes(tokens));
+  return most;
+}
+
 struct Peak {
   int64_t here = 0, away = 0;
 };
@@ -184,7 +193,7 @@ void add_shared_out(Footprint& f, const MeshModel& model, const Config& config, 
   for (const bool of_trained : {true, false})
     for (const Bucket& bucket : model.buckets(rank, config, of_trained)) {
       const int64_t part = bucket.num_elements / MeshModel::shared_out(rank.group_sizes[bucket.group], config, model.mesh()).first;
-      weight_parts += part * element;
+      weight_parts += part * static_cast<int64_t>(bucket.options.dtype().itemsize());
       if (!of_trained) continue;
       all += bucket.num_elements, parts += part;
       for (int64_t bytes = bucket.num_elements * wide; int64_t& place : largest)
@@ -195,9 +204,9 @@ void add_shared_out(Footprint& f, const MeshModel& model, const Config& config, 
       for (size_t i : bucket.parameters) blocks[block_of(rank.parameters[i].name)] = true;
       for (const auto& [block, there] : blocks) of_block[block] += bucket.num_elements * wide;
     }
-  int64_t elements = 0, frozen = 0;
-  for (const Parameter& p : rank.parameters) elements += p.value.numel(), frozen += p.value.requires_grad() ? 0 : p.value.numel();
-  f.weights = static_cast<uint64_t>((zero == 0 ? elements : frozen + all) * element);
+  uint64_t weights = 0, frozen = 0;
+  for (const Parameter& p : rank.parameters) (p.value.requires_grad() ? weights : frozen) += p.value.nbytes();
+  f.weights = frozen + (zero == 0 ? weights : static_cast<uint64_t>(all * element));
   if (zero == 3) f.weights = static_cast<uint64_t>(weight_parts + gathered_blocks(model, config, coords, num_batches).peak_bytes);
   f.gradients = static_cast<uint64_t>(all * wide);
   if (zero >= 2) {
@@ -258,12 +267,13 @@ Footprint step_footprint(const MeshModel& model, const Config& config, const Mes
     }
     buffers += hidden(sizes, static_cast<int64_t>(receives.size() + sends.size()));
   }
-  int64_t activations = peak.here;
+  int64_t activations = peak.here + product_bytes(rank.chunks, sizes.tokens);
   f.away = static_cast<uint64_t>(peak.away);
   if (evaluation.tokens > 0) {
     const Sizes evaluated = sizes_of(evaluation.tokens);
     int64_t forward = 0, around = kIds * evaluated.tokens;
     for (const auto& chunk : rank.chunks) forward = std::max(forward, forward_bytes(*chunk, model.config(), evaluated));
+    forward += product_bytes(rank.chunks, evaluated.tokens);
     // Of each chunk a receive is posted, and two outputs may be on their way (PipelineRunner).
     if (mesh.num_pipeline() > 1)
       around = kIds * std::max(evaluation.tokens_of_copy, evaluated.tokens) + hidden(evaluated, 3 * static_cast<int64_t>(numbers.size()));

@@ -50,7 +50,7 @@ void TrainingRun::read_files() {
   task_ = make_task(config_.task.kind, {.label_smoothing = config_.train.label_smoothing, .z_loss = config_.train.z_loss});
   larger_is_better_ = task_->larger_is_better(config_.eval.metric);
   dtype_ = train_dtype(config_, source_);
-  check_dtype(dtype_, only_asks_ ? planned_device(config_) : device_.type());
+  check_dtype(config_, dtype_, only_asks_ ? planned_device(config_) : device_.type());
   optimizer_options(config_, dtype_);
   options_ = data_options(config_, *tools_, source_.config.vocab_size);
   options_.check();

@@ -70,7 +70,7 @@ Gathers gathered_blocks(const MeshModel& model, const Config& config, const Mesh
   std::map<int64_t, Unit> units;  // by block; -1: outside of them
   for (const bool of_trained : {true, false})
     for (const Bucket& bucket : model.buckets(rank, config, of_trained)) {
-      const int64_t bytes = bucket.num_elements * static_cast<int64_t>(c10::elementSize(model.dtype()));
+      const int64_t bytes = bucket.num_elements * static_cast<int64_t>(bucket.options.dtype().itemsize());
       units[bucket.unit].bytes += bytes;
       if (MeshModel::shared_out(rank.group_sizes[bucket.group], config, model.mesh()).first > 1) units[bucket.unit].exchanged += bytes;
     }

@@ -1,0 +1,41 @@
+// The weights of a model's linear layers in fewer bits, frozen: what quant.base chooses.
+#pragma once
+
+#include "model/transformer.h"
+
+namespace trireme {
+
+struct FrozenBase {
+  std::string kind = "none";         // fp8: products of float8 (ops/float8.h)
+  std::vector<std::string> skipped;  // layers that stay as they are, by name (model/linear_names.h)
+
+  bool none() const { return kind == "none"; }
+};
+
+// Gives every linear layer of the blocks but the skipped ones a weight in that form, and freezes all of the model. The model is on
+// the meta device: reading or initialising its leaves is encoding (FrozenWeight::encode). ConfigError: a layer that cannot be kept so,
+// a name that matches nothing.
+void freeze_base(Transformer& model, const FrozenBase& base);
+
+// Values for the leaves of frozen weights, or for parts of them, from the whole weights: a layer at a time.
+class FrozenLayers {
+ public:
+  explicit FrozenLayers(Transformer& model);  // before it is cut
+
+  bool holds(const std::string& leaf) const { return layers_.count(leaf) != 0; }
+  // The weights that these leaves are made of, each once, on the meta device.
+  std::vector<Parameter> made_of(const std::vector<Parameter>& leaves) const;
+  // `read` gives a weight in the model's dtype, which is there while its leaves are filled.
+  void fill(const std::vector<Parameter>& leaves, const std::function<void(const Parameter& whole)>& read) const;
+
+ private:
+  struct Layer {
+    Parameter whole;  // on the meta device
+    std::shared_ptr<const FrozenWeight> weight;
+  };
+  using Place = std::pair<std::shared_ptr<const Layer>, size_t>;  // and the number of its leaf
+
+  std::map<std::string, Place> layers_;
+};
+
+}  // namespace trireme
