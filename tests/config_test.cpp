@@ -174,7 +174,7 @@ TEST(Config, ValuesAtTheEdges) {
       {"--optim.lr=-inf", number}, {"--optim.lr=1e-4x", number}, {"--optim.lr=-1e-9", ": must be from 0 to 1e+06"},
       {"--data.packing=", ": true or false is expected"}, {"--data.packing=True", ": true or false is expected"},
       {"--run.device=gpu", ": allowed are auto, cpu, cuda; did you mean cuda?"}, {"--run.device=cdu", ": allowed are auto, cpu, cuda; did you mean cpu?"},
-      {"--quant.base=", ": allowed are none"}, {"--data.truncation=Left", ": allowed are auto, right, left, drop, error, chunk; did you mean left?"}};
+      {"--data.learn=", ": allowed are completion, all"}, {"--data.truncation=Left", ": allowed are auto, right, left, drop, error, chunk; did you mean left?"}};
   for (const auto& [word, problem] : cases) EXPECT_EQ(refusal({"train", word}), std::string(word).substr(2) + problem) << word;
 
   Config config;
@@ -232,9 +232,9 @@ TEST(Config, HelpOfAVerbNamesWhatItReads) {
   const std::pair<const char*, std::vector<std::string>> reads[] = {
       {"train", {}}, {"plan", {}},
       {"eval", {"run.seed", "run.device", "model", "data", "task", "train.threads", "lora.path", "parallel.data", "parallel.tensor", "parallel.pipeline",
-                "parallel.order", "train.tf32", "comm.timeout_s", "eval.micro_batch_size", "eval.token_ids", "eval.logits", "log"}},
+                "parallel.order", "quant", "train.tf32", "comm.timeout_s", "eval.micro_batch_size", "eval.token_ids", "eval.logits", "log"}},
       {"generate", {"run.seed", "run.device", "model", "data", "train.threads", "lora.path", "parallel.data", "parallel.tensor", "parallel.pipeline", "parallel.order",
-                    "train.tf32", "generate", "log"}},
+                    "quant", "train.tf32", "generate", "log"}},
       {"prepare", {"run.seed", "model", "data", "task", "log"}},
       {"tokenize", {"model", "data", "task", "tokenize", "log"}},
       {"export", {"run", "model", "data.chat_template", "data.template_args", "train.dtype", "train.threads", "lora", "log"}},
