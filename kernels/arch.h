@@ -34,7 +34,9 @@
 // Numbers: bf16, fp16, e4m3, e5m2; to_float(x), from_float<T>(x) (to the nearest even), pack<T>(low, high), unpack<T>(u, low, high);
 //   exp(x), exp2(x), log2(x), rsqrt(x), sqrt(x), erf(x), reciprocal(x) (1 / x to a unit of the last place, 0 where that is below
 //   2^-126), exp2_approx(x) (2 ulp; a result below 2^-126 is 0); bits_of(x), float_of(bits); load<V>(p), store<V>(p, v): 16 bytes
-//   at once of aligned addresses, stored to global memory; recomputed(x): x, from which the compiler keeps nothing in registers that it had computed before.
+//   at once of aligned addresses, stored to global memory; recomputed(x): x, from which the compiler keeps nothing in registers that it had computed before;
+//   product(a, b): rounded by itself, where a sum that follows would be joined with it; nearest(x): int, to the nearest even, 0 of NaN, the
+//   last one where there is none.
 // What only sm_90a has is in arch_hopper.h.
 #pragma once
 

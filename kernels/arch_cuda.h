@@ -103,6 +103,8 @@ ARCH_FN float log2(float x) { return log2f(x); }
 ARCH_FN float rsqrt(float x) { return rsqrtf(x); }
 ARCH_FN float sqrt(float x) { return sqrtf(x); }
 ARCH_FN double sqrt(double x) { return ::sqrt(x); }
+ARCH_FN float product(float a, float b) { return __fmul_rn(a, b); }
+ARCH_FN int nearest(float x) { return __float2int_rn(x); }
 ARCH_FN uint32_t bits_of(float x) { return __float_as_uint(x); }
 ARCH_FN float float_of(uint32_t bits) { return __uint_as_float(bits); }
 ARCH_FN float to_float(float x) { return x; }

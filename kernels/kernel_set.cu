@@ -15,10 +15,12 @@ void add_cross_entropy(Kernels& kernels);
 void add_dropout(Kernels& kernels);
 void add_elementwise(Kernels& kernels);
 void add_embedding(Kernels& kernels);
+void add_int8(Kernels& kernels);
 void add_lora(Kernels& kernels);
 void add_float8(Kernels& kernels);
 void add_matmul(Kernels& kernels);
 void add_norm(Kernels& kernels);
+void add_quantize_blocks(Kernels& kernels);
 void add_sums(Kernels& kernels);
 
 namespace {
@@ -44,10 +46,12 @@ const Kernels& all() {
     add_dropout(k);
     add_elementwise(k);
     add_embedding(k);
+    add_int8(k);
     add_lora(k);
     add_float8(k);
     add_matmul(k);
     add_norm(k);
+    add_quantize_blocks(k);
     add_sums(k);
     return k;
   }();

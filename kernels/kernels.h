@@ -7,6 +7,7 @@
 #include <string>
 
 #include "kernels/attention.h"
+#include "kernels/quantize.h"
 #include "kernels/types.h"
 
 namespace trireme::kernels {
@@ -415,6 +416,13 @@ struct Kernels {
   void (*sum_rows)(const SumRows&, Stream);
   void (*matmul)(const MatMul&, Stream);
   void (*to_float8)(const ToFloat8&, Stream);
+  void (*quantize_4)(const Quantize4&, Stream);
+  void (*dequantize_4)(const Dequantize4&, Stream);
+  void (*quantize_blocks)(const QuantizeBlocks&, Stream);
+  void (*dequantize_blocks)(const DequantizeBlocks&, Stream);
+  void (*quantize_rows)(const QuantizeRows&, Stream);
+  void (*dequantize_rows)(const DequantizeRows&, Stream);
+  void (*scale_products)(const ScaleProducts&, Stream);
 };
 const Kernels& cuda_kernels();
 const Kernels& emulated_kernels();  // on the host, for tests: kernels/emu

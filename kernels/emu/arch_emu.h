@@ -179,6 +179,11 @@ inline float log2(float x) { return std::log2(x); }
 inline float rsqrt(float x) { return 1.0f / std::sqrt(x); }
 inline float sqrt(float x) { return std::sqrt(x); }
 inline double sqrt(double x) { return std::sqrt(x); }
+inline float product(float a, float b) { return a * b; }
+inline int nearest(float x) {
+  if (x != x) return 0;
+  return std::abs(x) < 0x1p31f ? static_cast<int>(std::nearbyint(x)) : x < 0 ? std::numeric_limits<int>::min() : std::numeric_limits<int>::max();
+}
 inline uint32_t bits_of(float x) { return std::bit_cast<uint32_t>(x); }
 inline float float_of(uint32_t bits) { return std::bit_cast<float>(bits); }
 
