@@ -139,7 +139,7 @@ TEST(FourBit, DoubleQuantizationIsTheRule) {
   for (float s : plain) sum += static_cast<double>(s);
   const float offset = static_cast<float>(sum / static_cast<double>(plain.size()));
   q.scales = double_quantized(q.scales);
-  EXPECT_EQ(q.scales.offset, offset);
+  EXPECT_EQ(q.scales.offset.item<float>(), offset);
   EXPECT_EQ(q.scales.absmax.scalar_type(), at::kByte);
   EXPECT_EQ(q.scales.nested_absmax.numel(), 6);
   const BlockCodes codes = quantize_blockwise(at::tensor(plain) - offset, dynamic_map(true), 256);
@@ -237,7 +237,7 @@ TEST(BlockScales, WrongOnesAreNamed) {
   const BlockScales nested = double_quantized({.absmax = at::rand({600})});
   EXPECT_EQ(check_scales(nested), "");
   BlockScales wrong = nested;
-  wrong.offset = NAN;
+  wrong.offset = at::full({1}, NAN);
   EXPECT_EQ(check_scales(wrong), "its nested offset is nan");
   wrong = nested, wrong.nested_absmax = -nested.nested_absmax;
   EXPECT_EQ(check_scales(wrong).substr(0, 28), "nested scale 0 is negative (");

@@ -23,7 +23,7 @@ struct BlockScales {
   at::Tensor nested_absmax{};  // fp32 [ceil(blocks of the whole / nested_block_size)]; undefined: absmax is fp32
   at::Tensor nested_map{};     // fp32 [256], the numbers of the codes
   int64_t nested_block_size = 256;
-  float offset = 0;
+  at::Tensor offset{};           // fp32 [1], where the scales are
   BlockSlice slice{};
 
   bool is_nested() const { return nested_absmax.defined(); }
