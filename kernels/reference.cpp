@@ -178,13 +178,26 @@ CrossEntropy cross_entropy(const Values& logits, int64_t width, const std::vecto
   return out;
 }
 
-AdamWState adamw(const AdamWNumbers& n, AdamWState state, const Values& grad) {
+UpdateState update(UpdateRule rule, const UpdateNumbers& n, UpdateState state, const Values& grad) {
   for (size_t i = 0; i < grad.size(); ++i) {
     const double g = grad[i] * n.grad_scale;
-    double &w = state.weight[i], &m = state.exp_avg[i], &v = state.exp_avg_sq[i];
-    m += (g - m) * (1 - n.beta1);
-    v = v * n.beta2 + g * g * (1 - n.beta2);
-    w = w * (1 - n.lr * n.weight_decay) - m / (std::sqrt(v) / std::sqrt(n.correction2) + n.epsilon) * n.lr / n.correction1;
+    double &w = state.weight[i], &m = state.m[i], &v = state.v[i];
+    switch (rule) {
+      case UpdateRule::kAdamW:
+        m += (g - m) * (1 - n.beta1);
+        v = v * n.beta2 + g * g * (1 - n.beta2);
+        w = w * (1 - n.lr * n.weight_decay) - m / (std::sqrt(v) / std::sqrt(n.correction2) + n.epsilon) * n.lr / n.correction1;
+        break;
+      case UpdateRule::kSgd:
+        m = m * n.beta1 + g + w * n.weight_decay;
+        w -= m * n.lr;
+        break;
+      case UpdateRule::kLion: {
+        const double c = m * n.beta1 + g * (1 - n.beta1);
+        w = w * (1 - n.lr * n.weight_decay) - (c > 0 ? 1 : c < 0 ? -1 : 0) * n.lr;
+        m = m * n.beta2 + g * (1 - n.beta2);
+      }
+    }
   }
   return state;
 }

@@ -52,13 +52,13 @@ struct CrossEntropy {
 };
 CrossEntropy cross_entropy(const Values& logits, int64_t width, const std::vector<int64_t>& targets, double label_smoothing, double z_loss, double gradient_scale);
 
-struct AdamWNumbers {
+struct UpdateNumbers {
   double lr, weight_decay, beta1, beta2, epsilon, correction1, correction2, grad_scale;
 };
-struct AdamWState {
-  Values weight, exp_avg, exp_avg_sq;
+struct UpdateState {
+  Values weight, m, v;
 };
-AdamWState adamw(const AdamWNumbers& numbers, AdamWState state, const Values& grad);
+UpdateState update(UpdateRule rule, const UpdateNumbers& numbers, UpdateState state, const Values& grad);
 
 double sum_of_squares(const Values& x);
 

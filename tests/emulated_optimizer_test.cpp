@@ -13,19 +13,21 @@ using reference::round_to;
 
 constexpr int64_t kSizes[] = {1, 15, 16, 17, 127, 128, 129, 8191, 8192, 8193, 0, 20000};  // chunks have 8,192
 
-constexpr reference::AdamWNumbers kNumbers{1e-2, 0.1, 0.9, 0.95, 1e-8, 1 - 0.9 * 0.9, 1 - 0.95 * 0.95, 0.5};
+constexpr reference::UpdateNumbers kNumbers{1e-2, 0.1, 0.9, 0.95, 1e-8, 1 - 0.9 * 0.9, 1 - 0.95 * 0.95, 0.5};
+
+constexpr reference::UpdateNumbers kNumbersOfOthers{1e-2, 0.1, 0.9, 0.95, 0, 1, 1, 0.5};
 
 // A tensor with its state in guarded memory, each of which begins `skip` elements later than it is aligned.
 struct State {
   State(Type type, int64_t size, bool with_master, uint64_t seed, int64_t skip = 0) : skip(skip), size(size), before{
         random_values(with_master ? Type::kFloat32 : type, size, seed), random_values(Type::kFloat32, size, seed + 1), random_values(Type::kFloat32, size, seed + 2)},
         grads(random_values(Type::kFloat32, size, seed + 3)), type(type) {
-    for (double& v : before.exp_avg_sq) v = round_to(Type::kFloat32, 0.5 + std::abs(v));
+    for (double& v : before.v) v = round_to(Type::kFloat32, 0.5 + std::abs(v));
     if (with_master) master.emplace_back(Type::kFloat32, padded(before.weight));
     weight.emplace_back(type, with_master ? Values(static_cast<size_t>(size + skip), 9) : padded(before.weight));
     grad.emplace_back(Type::kFloat32, padded(grads));
-    exp_avg.emplace_back(Type::kFloat32, padded(before.exp_avg));
-    exp_avg_sq.emplace_back(Type::kFloat32, padded(before.exp_avg_sq));
+    exp_avg.emplace_back(Type::kFloat32, padded(before.m));
+    exp_avg_sq.emplace_back(Type::kFloat32, padded(before.v));
   }
   Values padded(const Values& x) const {
     Values out(static_cast<size_t>(skip), 7);
@@ -44,16 +46,16 @@ struct State {
   UpdateTensor whole(uint32_t id) { return part(0, size, id); }
 
   int64_t skip, size;
-  reference::AdamWState before;
+  reference::UpdateState before;
   Values grads;
   Type type;
   std::list<Tensor> weight, master, grad, exp_avg, exp_avg_sq;
 };
 
-void step(Type type, const std::vector<UpdateTensor>& tensors, float scale = kNumbers.grad_scale) {
+void step(Type type, const std::vector<UpdateTensor>& tensors, float scale = kNumbers.grad_scale, UpdateRule rule = UpdateRule::kAdamW) {
   const OnDevice<float> device_scale(scale);
-  const auto& n = kNumbers;
-  emulated_kernels().update({UpdateRule::kAdamW, type, tensors.data(), static_cast<int64_t>(tensors.size()), n.lr, n.weight_decay, n.beta1, n.beta2, n.epsilon, n.correction1, n.correction2,
+  const auto& n = rule == UpdateRule::kAdamW ? kNumbers : kNumbersOfOthers;
+  emulated_kernels().update({rule, type, tensors.data(), static_cast<int64_t>(tensors.size()), n.lr, n.weight_decay, n.beta1, n.beta2, n.epsilon, n.correction1, n.correction2,
                             device_scale.data(), 11, 3}, nullptr);
 }
 
@@ -72,9 +74,9 @@ TEST_P(AdamWKernel, IsTheLoop) {
   }
   step(type, tensors);
   for (State& s : states) {
-    const auto expected = reference::adamw(kNumbers, s.before, s.grads);
-    EXPECT_TRUE(near(s.read(s.exp_avg), expected.exp_avg, 0, kBound));
-    EXPECT_TRUE(near(s.read(s.exp_avg_sq), expected.exp_avg_sq, 0, kBound));
+    const auto expected = reference::update(UpdateRule::kAdamW, kNumbers, s.before, s.grads);
+    EXPECT_TRUE(near(s.read(s.exp_avg), expected.m, 0, kBound));
+    EXPECT_TRUE(near(s.read(s.exp_avg_sq), expected.v, 0, kBound));
     EXPECT_TRUE(near(s.read(with_master ? s.master : s.weight), expected.weight, with_master || type == Type::kFloat32 ? 0 : 2 * unit(type), kBound));
     if (with_master) {
       EXPECT_EQ(s.read(s.weight), round_to(type, s.read(s.master)));
@@ -85,6 +87,53 @@ TEST_P(AdamWKernel, IsTheLoop) {
 INSTANTIATE_TEST_SUITE_P(Types, AdamWKernel, testing::Values(
     std::tuple{Type::kFloat32, false, 0}, std::tuple{Type::kFloat32, false, 1}, std::tuple{Type::kBFloat16, true, 0}, std::tuple{Type::kBFloat16, true, 2},
     std::tuple{Type::kFloat16, true, 0}, std::tuple{Type::kFloat16, true, 3}, std::tuple{Type::kBFloat16, false, 0}, std::tuple{Type::kBFloat16, false, 1}));
+
+class UpdateKernel : public testing::TestWithParam<std::tuple<UpdateRule, Type, bool, int64_t>> {};
+
+TEST_P(UpdateKernel, IsTheLoop) {
+  const auto [rule, type, with_master, skip] = GetParam();
+  std::list<State> states;
+  std::vector<UpdateTensor> tensors;
+  for (int64_t size : kSizes) {
+    states.emplace_back(type, size, with_master, 10 * states.size(), skip);
+    tensors.push_back(states.back().whole(static_cast<uint32_t>(states.size())));
+    tensors.back().v = nullptr;
+  }
+  step(type, tensors, kNumbersOfOthers.grad_scale, rule);
+  for (State& s : states) {
+    const auto expected = reference::update(rule, kNumbersOfOthers, s.before, s.grads);
+    EXPECT_TRUE(near(s.read(s.exp_avg), expected.m, 0, kBound));
+    EXPECT_EQ(s.read(s.exp_avg_sq), s.before.v);
+    EXPECT_TRUE(near(s.read(with_master ? s.master : s.weight), expected.weight, with_master || type == Type::kFloat32 ? 0 : 2 * unit(type), kBound));
+    if (with_master) {
+      EXPECT_EQ(s.read(s.weight), round_to(type, s.read(s.master)));
+    }
+  }
+}
+INSTANTIATE_TEST_SUITE_P(Rules, UpdateKernel, testing::Combine(testing::Values(UpdateRule::kSgd, UpdateRule::kLion), testing::Values(Type::kFloat32), testing::Values(false), testing::Values(0, 1)));
+INSTANTIATE_TEST_SUITE_P(RulesOf16Bits, UpdateKernel, testing::Combine(testing::Values(UpdateRule::kSgd, UpdateRule::kLion), testing::Values(Type::kBFloat16), testing::Bool(), testing::Values(0, 2)));
+
+TEST(UpdateKernel, SgdDoesWithoutMomentum) {
+  State s(Type::kFloat32, 100, false, 1);
+  UpdateTensor tensor = s.whole(0);
+  tensor.m = tensor.v = nullptr;
+  step(Type::kFloat32, {tensor}, 0.5, UpdateRule::kSgd);
+  reference::UpdateState before = s.before;
+  before.m.assign(100, 0);
+  EXPECT_TRUE(near(s.read(s.weight), reference::update(UpdateRule::kSgd, kNumbersOfOthers, before, s.grads).weight, 0, kBound));
+  EXPECT_EQ(s.read(s.exp_avg), s.before.m);
+}
+
+TEST(UpdateKernel, LionStandsStillWhereNothingPullsOrPushes) {
+  Tensor weight(Type::kFloat32, Values(5, 2)), grad(Type::kFloat32, {0, 1, -1, 9, NAN}), m(Type::kFloat32, {0, 0, 0, -1, 0});
+  const UpdateTensor tensor{5, weight.data(), nullptr, grad.memory.as<float>(), m.memory.as<float>(), nullptr, {}, 0};
+  emulated_kernels().update({UpdateRule::kLion, Type::kFloat32, &tensor, 1, 0.5, 0, 0.9, 0.5, 0, 1, 1, nullptr, 0, 1}, nullptr);
+  EXPECT_EQ(weight.values()[0], 2);
+  EXPECT_EQ(weight.values()[1], 1.5);
+  EXPECT_EQ(weight.values()[2], 2.5);
+  EXPECT_NEAR(m.values()[3], 4, 1e-6);  // 0.9 * -1 + 0.1 * 9 is nearly nothing
+  EXPECT_TRUE(std::isnan(weight.values()[4]));
+}
 
 // Of the whole tensor in fp32, by the same kernel, and the generator of the CPU code.
 TEST(AdamWKernelWithoutMaster, RoundsByTheBitsOfItsElements) {
@@ -128,7 +177,7 @@ TEST(AdamWKernelWithoutMaster, RoundsASliceOfColumnsAsTheWhole) {
         for (int64_t c = begin; c < begin + width; ++c) {
           const auto i = static_cast<size_t>(r * kWidth + c);
           weight.push_back(whole.before.weight[i]), grad.push_back(whole.grads[i]);
-          m.push_back(whole.before.exp_avg[i]), v.push_back(whole.before.exp_avg_sq[i]);
+          m.push_back(whole.before.m[i]), v.push_back(whole.before.v[i]);
         }
       const auto rest = [&](Values& x) { return Values(x.begin() + first, x.end()); };
       Tensor w(Type::kBFloat16, rest(weight)), g(Type::kFloat32, rest(grad)), mean(Type::kFloat32, rest(m)), square(Type::kFloat32, rest(v));
@@ -159,7 +208,7 @@ TEST(AdamWKernel, TakesMoreTensorsThanOneLaunch) {
   std::vector<UpdateTensor> tensors;
   for (uint64_t i = 0; i < 1000; ++i) tensors.push_back(states.emplace_back(Type::kFloat32, 2, false, i).whole(0));
   step(Type::kFloat32, tensors);
-  for (State& s : states) ASSERT_TRUE(near(s.read(s.weight), reference::adamw(kNumbers, s.before, s.grads).weight, 0, kBound));
+  for (State& s : states) ASSERT_TRUE(near(s.read(s.weight), reference::update(UpdateRule::kAdamW, kNumbers, s.before, s.grads).weight, 0, kBound));
 }
 
 TEST(AdamWKernel, TakesNoStepWhereTheScaleIsNotFinite) {
@@ -167,8 +216,8 @@ TEST(AdamWKernel, TakesNoStepWhereTheScaleIsNotFinite) {
     State s(Type::kBFloat16, 40, true, 1);
     step(Type::kBFloat16, {s.whole(0)}, scale);
     EXPECT_EQ(s.read(s.master), s.before.weight);
-    EXPECT_EQ(s.read(s.exp_avg), s.before.exp_avg);
-    EXPECT_EQ(s.read(s.exp_avg_sq), s.before.exp_avg_sq);
+    EXPECT_EQ(s.read(s.exp_avg), s.before.m);
+    EXPECT_EQ(s.read(s.exp_avg_sq), s.before.v);
     EXPECT_EQ(s.read(s.weight), Values(40, 9));
   }
 }

@@ -78,7 +78,7 @@ TEST(OffloadDevice, ALateDeviceChangesNothing) {
       grads.push_back(at::empty(w.sizes()));
       tensors.push_back({"w", late ? on_device(w) : w, late ? on_device(grads.back()) : grads.back(), 0.1});
     }
-    Optimizer optimizer(tensors, {0.9, 0.99, 1e-8, late});
+    Optimizer optimizer(tensors, {.beta2 = 0.99, .offload = late});
     for (int t = 0; t < 3; ++t) {
       for (at::Tensor& g : grads) g.copy_(at::linspace(-1, 2, g.numel()) + t);
       optimizer.step(1e-2, 0.5);

@@ -27,6 +27,9 @@ at::Tensor random(int64_t size, double scale = 1.0) {
 }
 at::ScalarType wide(at::ScalarType dtype) { return dtype == at::kDouble ? at::kDouble : at::kFloat; }
 
+class EveryRule : public testing::TestWithParam<UpdateRule> {};
+INSTANTIATE_TEST_SUITE_P(Rules, EveryRule, testing::Values(UpdateRule::kAdamW, UpdateRule::kSgd, UpdateRule::kLion));
+
 struct PlainAdamW {
   std::vector<double> w, m, v;
   explicit PlainAdamW(const at::Tensor& weight) {
@@ -52,7 +55,7 @@ TEST(AdamW, EqualsThePlainLoop) {
     for (int64_t size : {1, 37, 20000}) {
       at::Tensor weight = random(size).to(dtype), grad = at::empty({size}, wide(dtype));
       PlainAdamW plain(weight);
-      Optimizer optimizer({{"w", weight, grad, 0.1}}, {0.8, 0.95, 1e-6});
+      Optimizer optimizer({{"w", weight, grad, 0.1}}, {.beta1 = 0.8, .beta2 = 0.95, .epsilon = 1e-6});
       for (int t = 1; t <= 5; ++t) {
         at::Tensor g = random(size, 0.1 * t).to(wide(dtype));
         grad.copy_(g * 4);
@@ -69,6 +72,55 @@ TEST(AdamW, EqualsThePlainLoop) {
       }
       EXPECT_EQ(optimizer.state().size(), wide(dtype) == dtype ? 2u : 3u);
     }
+}
+
+// What torch.optim.SGD computes, and Lion as its paper writes it.
+struct PlainRule {
+  UpdateRule rule;
+  std::vector<double> w, m;
+  void step(const at::Tensor& grad, double lr, double decay, double b1, double b2, bool first) {
+    for (size_t i = 0; i < w.size(); ++i) {
+      const double g = grad.data_ptr<double>()[i];
+      if (rule == UpdateRule::kSgd) {
+        const double with_decay = g + decay * w[i];
+        m[i] = first ? with_decay : b1 * m[i] + with_decay;
+        w[i] -= lr * m[i];
+      } else {
+        const double c = b1 * m[i] + (1 - b1) * g;
+        w[i] -= lr * ((c > 0) - (c < 0) + decay * w[i]);
+        m[i] = b2 * m[i] + (1 - b2) * g;
+      }
+    }
+  }
+};
+
+TEST(SgdAndLion, EqualThePlainLoop) {
+  for (auto rule : {UpdateRule::kSgd, UpdateRule::kLion})
+    for (auto dtype : {at::kDouble, at::kFloat, at::kBFloat16, at::kHalf})
+      for (int64_t size : {1, 37, 20000}) {
+        at::Tensor weight = random(size).to(dtype), grad = at::empty({size}, wide(dtype)), start = weight.to(at::kDouble);
+        PlainRule plain{rule, {start.data_ptr<double>(), start.data_ptr<double>() + size}, std::vector<double>(static_cast<size_t>(size))};
+        Optimizer optimizer({{"w", weight, grad, 0.1}}, {.rule = rule, .beta1 = 0.8, .beta2 = 0.95, .momentum = 0.8});
+        for (int t = 1; t <= 5; ++t) {
+          at::Tensor g = random(size, 0.1 * t).to(wide(dtype));
+          grad.copy_(g * 4);
+          plain.step(g.to(at::kDouble), 0.01 * t, 0.1, 0.8, 0.95, t == 1);
+          optimizer.step(0.01 * t, 0.25);
+        }
+        EXPECT_TRUE(near(weight, at::tensor(plain.w, at::kDouble))) << static_cast<int>(rule) << dtype;
+        const auto state = optimizer.state();
+        ASSERT_EQ(state.size(), wide(dtype) == dtype ? 1u : 2u);
+        EXPECT_EQ(state[0].kind, rule == UpdateRule::kSgd ? "momentum_buffer" : "exp_avg");
+        EXPECT_TRUE(near(state[0].value, at::tensor(plain.m, at::kDouble))) << static_cast<int>(rule) << dtype;
+      }
+}
+
+TEST(SgdAndLion, NoMomentumIsNoState) {
+  at::Tensor weight = at::ones({4}), grad = at::full({4}, 2.0);
+  Optimizer optimizer({{"w", weight, grad, 0.5}}, {.rule = UpdateRule::kSgd, .momentum = 0});
+  for (int t = 0; t < 2; ++t) optimizer.step(0.1);
+  EXPECT_TRUE(near(weight, at::full({4}, (1 - 0.1 * 2.5) - 0.1 * (2 + 0.5 * 0.75))));
+  EXPECT_TRUE(optimizer.state().empty());
 }
 
 TEST(AdamW, MasterKeepsWhatTheWeightCannot) {
@@ -96,12 +148,12 @@ TEST(WithoutMaster, WeightsAreRoundedByTheirPlaces) {
         const UpdateStep step{0.1, 0.5, 0.9, 0.99, 1e-8, 1.0, 1 - 0.9, 1 - 0.99};
         const RandomRounding rounding{11 ^ uint64_t{6} << 56, uint64_t{3} << 32 | 17, place};
         try {
-          update_loops<float>(level).adamw(size, in_fp32.data_ptr<float>(), nullptr, g.data_ptr<float>(), m32.data_ptr<float>(), v32.data_ptr<float>(), step, nullptr);
+          update_loops<float>(level).update[0](size, in_fp32.data_ptr<float>(), nullptr, g.data_ptr<float>(), m32.data_ptr<float>(), v32.data_ptr<float>(), step, nullptr);
         } catch (const InternalError&) {
           std::printf("level %d: not on this processor\n", level);
           continue;
         }
-        update_loops<at::BFloat16>(level).adamw(size, weight.data_ptr<at::BFloat16>(), nullptr, g.data_ptr<float>(), m.data_ptr<float>(), v.data_ptr<float>(), step, &rounding);
+        update_loops<at::BFloat16>(level).update[0](size, weight.data_ptr<at::BFloat16>(), nullptr, g.data_ptr<float>(), m.data_ptr<float>(), v.data_ptr<float>(), step, &rounding);
         for (int64_t i = 0; i < size; ++i) in_fp32[i] = rounded_at_random(in_fp32[i].item<float>(), 11, 3, 17, place + i);
         EXPECT_TRUE(same_bits(weight, in_fp32.to(at::kBFloat16))) << level << " " << size << " " << place;
         EXPECT_TRUE(same_bits(m, m32) && same_bits(v, v32));
@@ -182,7 +234,7 @@ TEST(WithoutMaster, ShardsOfSlicesChangeNothing) {
   EXPECT_TRUE(same_bits(train({{0, kCut + 3}, {kCut + 3, kWidth}}, 777, true, 2), whole));
 }
 
-TEST(AdamW, ShardsAndThreadsChangeNothing) {
+TEST_P(EveryRule, ShardsAndThreadsChangeNothing) {
   at::Tensor start = random(50000).to(at::kFloat), g = random(50000).to(at::kFloat);
   auto train = [&](std::vector<int64_t> bounds, int threads) {
     const int before = at::get_num_threads();
@@ -191,7 +243,7 @@ TEST(AdamW, ShardsAndThreadsChangeNothing) {
     std::vector<OptimTensor> shards;
     for (size_t i = 0; i + 1 < bounds.size(); ++i)
       shards.push_back({"w", weight.slice(0, bounds[i], bounds[i + 1]), g.slice(0, bounds[i], bounds[i + 1]), 0.1});
-    Optimizer optimizer(shards, {});
+    Optimizer optimizer(shards, {.rule = GetParam()});
     for (int t = 0; t < 3; ++t) optimizer.step(1e-2);
     at::set_num_threads(before);
     return weight;
@@ -202,13 +254,13 @@ TEST(AdamW, ShardsAndThreadsChangeNothing) {
   EXPECT_TRUE(same_bits(train({0, 1, 12345, 12345, 50000}, 2), whole));
 }
 
-TEST(AdamW, GoesOnFromItsState) {
+TEST_P(EveryRule, GoesOnFromItsState) {
   for (auto [dtype, masters] : {std::pair{at::kFloat, true}, {at::kBFloat16, true}, {at::kBFloat16, false}}) {
     at::Tensor weight = random(100).to(dtype), grad = random(100).to(at::kFloat);
-    Optimizer first({{"w", weight, grad, 0.1}}, {.masters = masters});
+    Optimizer first({{"w", weight, grad, 0.1}}, {.rule = GetParam(), .masters = masters});
     first.step(1e-2);
     at::Tensor copy = weight.clone();
-    Optimizer second({{"w", copy, grad, 0.1}}, {.masters = masters});
+    Optimizer second({{"w", copy, grad, 0.1}}, {.rule = GetParam(), .masters = masters});
     auto from = first.state(), to = second.state();
     for (size_t i = 0; i < from.size(); ++i) to[i].value.copy_(from[i].value);
     second.set_num_steps(first.num_steps());
@@ -218,18 +270,26 @@ TEST(AdamW, GoesOnFromItsState) {
   }
 }
 
-TEST(AdamW, CountsBytesAndRefusesOtherShapes) {
+TEST_P(EveryRule, CountsBytes) {
   at::Tensor weight = at::ones({10}, at::kBFloat16), grad = at::zeros({10});
-  Optimizer optimizer({{"w", weight, grad, 0.0}}, {});
   auto bytes_of = [](const Optimizer& of) {
     uint64_t bytes = 0;
     for (const auto& state : of.state()) bytes += state.value.nbytes();
     return bytes;
   };
-  EXPECT_EQ(bytes_of(optimizer), 10 * Optimizer::state_bytes_per_element(at::kBFloat16));
-  for (auto dtype : {at::kDouble, at::kFloat, at::kBFloat16})
-    EXPECT_EQ(bytes_of(Optimizer({{"w", weight.to(dtype), grad.to(wide(dtype)), 0.0}}, {.masters = false})), 10 * Optimizer::state_bytes_per_element(dtype, {.masters = false}));
-  EXPECT_EQ(Optimizer::state_bytes_per_element(at::kBFloat16) - Optimizer::state_bytes_per_element(at::kBFloat16, {.masters = false}), 4u);
+  for (auto dtype : {at::kDouble, at::kFloat, at::kBFloat16, at::kHalf})
+    for (const OptimizerOptions& options : {OptimizerOptions{.rule = GetParam()}, {.rule = GetParam(), .momentum = 0}, {.rule = GetParam(), .masters = false}})
+      if (options.masters || dtype != at::kHalf) {
+        const Optimizer optimizer({{"w", weight.to(dtype), grad.to(wide(dtype)), 0.0}}, options);
+        EXPECT_EQ(bytes_of(optimizer), 10 * Optimizer::state_bytes_per_element(dtype, options)) << dtype;
+      }
+}
+
+TEST(AdamW, CountsBytesAndRefusesOtherShapes) {
+  at::Tensor weight = at::ones({10}, at::kBFloat16), grad = at::zeros({10});
+  EXPECT_EQ(Optimizer::state_bytes_per_element(at::kBFloat16), 12u);
+  EXPECT_EQ(Optimizer::state_bytes_per_element(at::kBFloat16, {.masters = false}), 8u);
+  EXPECT_EQ(Optimizer::state_bytes_per_element(at::kFloat, {.rule = UpdateRule::kLion}), 4u);
   EXPECT_THROW(Optimizer({{"w", weight.to(at::kHalf), grad, 0.0}}, {.masters = false}), InternalError);
   EXPECT_THROW(Optimizer({{"w", weight, at::zeros({9}), 0.0}}, {}), InternalError);
   for (const at::Tensor& bad : {grad.to(at::kBFloat16), grad.to(at::kMeta)})
@@ -243,7 +303,7 @@ TEST(AdamW, CountsBytesAndRefusesOtherShapes) {
 }
 
 // Sizes around a piece and two, more tensors than buffers, of unlike dtypes; state passes from one kind to the other.
-TEST(AdamW, OffloadChangesNothing) {
+TEST_P(EveryRule, OffloadChangesNothing) {
   constexpr int64_t kPiece = HostStaging::kPieceElements;
   const std::vector<std::pair<at::ScalarType, int64_t>> shapes = {{at::kBFloat16, 37}, {at::kFloat, 2 * kPiece + 5}, {at::kDouble, kPiece}, {at::kFloat, 0},
                                                                   {at::kBFloat16, kPiece + 1}, {at::kHalf, 1}};
@@ -259,7 +319,7 @@ TEST(AdamW, OffloadChangesNothing) {
     std::vector<at::Tensor> ends;
     std::vector<OptimState> state;
     for (size_t t = 0; t < offload.size(); ++t) {
-      Optimizer optimizer(tensors, {0.9, 0.99, 1e-8, offload[t]});
+      Optimizer optimizer(tensors, {.rule = GetParam(), .beta2 = 0.99, .offload = offload[t]});
       for (size_t i = 0; i < state.size(); ++i) optimizer.state()[i].value.copy_(state[i].value);
       optimizer.set_num_steps(static_cast<int64_t>(t));
       for (at::Tensor& grad : grads) grad.copy_(at::linspace(-1, 2, grad.numel()) + static_cast<double>(t));
@@ -274,7 +334,7 @@ TEST(AdamW, OffloadChangesNothing) {
     return ends;
   };
   const auto plain = train({false, false, false});
-  EXPECT_EQ(plain.size(), 3 * shapes.size() + 3);  // two moments of each, three masters
+  EXPECT_EQ(plain.size(), (GetParam() == UpdateRule::kAdamW ? 3 : 2) * shapes.size() + 3);  // moments of each, three masters
   for (const auto& offload : {std::vector<bool>{true, true, true}, {true, false, true}}) {
     const auto staged = train(offload);
     ASSERT_EQ(staged.size(), plain.size());
@@ -310,7 +370,7 @@ TEST(AdamW, EveryInstructionSetDoesTheSame) {
     plain.v.assign(45, 0.2);
     plain.step(1, g.to(at::kDouble), 0.1, 0.5, 0.9, 0.99, 1e-8);
     try {
-      update_loops<float>(level).adamw(45, w.data_ptr<float>(), nullptr, g.data_ptr<float>(), m.data_ptr<float>(),
+      update_loops<float>(level).update[0](45, w.data_ptr<float>(), nullptr, g.data_ptr<float>(), m.data_ptr<float>(),
                                        v.data_ptr<float>(), {0.1, 0.5, 0.9, 0.99, 1e-8, 1.0, 1 - 0.9, 1 - 0.99}, nullptr);
     } catch (const InternalError&) {
       std::printf("level %d: not on this processor\n", level);

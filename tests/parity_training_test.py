@@ -47,7 +47,7 @@ def train(work, name, *keys, ranks=1, steps=STEPS, data="train.jsonl", base="bas
     run = work / name
     hf_models.succeed("train", f"--run.dir={run}", f"--model.path={work / base}", f"--data.train={work / data}",
                       "--data.shuffle=false", f"--train.steps={steps}", f"--train.gradients={run}.safetensors",
-                      "--optim.weight_decay=0.01", "--schedule.kind=constant", f"--optim.lr={lr}", *keys,
+                      "--optim.weight_decay=0.01", "--schedule.kind=constant", *([f"--optim.lr={lr}"] if lr else []), *keys,
                       cache=work / "cache", ranks=ranks)
     lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
     return [line for line in lines if line["split"] == "train"], load_file(f"{run}.safetensors")
@@ -79,6 +79,28 @@ def in_double(model):
 TERMS = dict(label_smoothing=0.1, z_loss=0.01)
 
 
+class Lion(torch.optim.Optimizer):
+    """Algorithm 2 of Chen et al. 2023."""
+    def __init__(self, params, lr, betas, weight_decay=0.0):
+        super().__init__(params, dict(lr=lr, betas=betas, weight_decay=weight_decay))
+
+    @torch.no_grad()
+    def step(self):
+        for group in self.param_groups:
+            beta1, beta2 = group["betas"]
+            for p in group["params"]:
+                m = self.state[p].setdefault("m", torch.zeros_like(p))
+                p -= group["lr"] * (torch.sign(beta1 * m + (1 - beta1) * p.grad) + group["weight_decay"] * p)
+                m.copy_(beta2 * m + (1 - beta2) * p.grad)
+
+
+# By optim.kind: keys, and the optimizer of the groups of parameters.
+OPTIMIZERS = {
+    "sgd": (["--optim.lr=0.1", "--optim.momentum=0.8"], lambda groups: torch.optim.SGD(groups, lr=0.1, momentum=0.8)),
+    "lion": (["--optim.lr=2e-4", "--optim.beta1=0.9", "--optim.beta2=0.99"], lambda groups: Lion(groups, lr=2e-4, betas=(0.9, 0.99))),
+}
+
+
 def reference_run(work, kind, dtype, steps):
     smoothing, z_loss = TERMS.values() if kind == "terms" else (0, 0)
     model = transformers.LlamaForCausalLM.from_pretrained(work / "base", dtype=dtype)
@@ -90,7 +112,7 @@ def reference_run(work, kind, dtype, steps):
     named = [(n, p) for n, p in model.named_parameters() if p.requires_grad]
     groups = [{"params": [p for _, p in named if p.dim() >= 2], "weight_decay": 0.01},
               {"params": [p for _, p in named if p.dim() < 2], "weight_decay": 0.0}]
-    optimizer = torch.optim.AdamW(groups, lr=LR)
+    optimizer = OPTIMIZERS[kind][1](groups) if kind in OPTIMIZERS else torch.optim.AdamW(groups, lr=LR)
     losses, gradients = [], {}
     for step in range(steps):
         total, count = 0.0, 0
@@ -112,11 +134,14 @@ def reference_run(work, kind, dtype, steps):
     return losses, gradients
 
 
-@pytest.mark.parametrize("kind, dtype", [("full", "float32"), ("lora", "float32"), ("full", "float64"), ("lora", "float64"), ("terms", "float64")])
+@pytest.mark.parametrize("kind, dtype", [("full", "float32"), ("lora", "float32"), ("full", "float64"), ("lora", "float64"), ("terms", "float64"),
+                                         *((kind, "float64") for kind in OPTIMIZERS)])
 def test_gradients_and_loss_curve(work, kind, dtype):
-    keys = {"full": [], "lora": [f"--lora.path={work / 'adapter'}"], "terms": [f"--train.{key}={value}" for key, value in TERMS.items()]}[kind]
-    steps = 10 if kind == "terms" else STEPS
-    lines, gradients = train(work, f"{kind}-{dtype}", f"--train.micro_batch_size={ROWS}", f"--train.dtype={dtype}", *keys, steps=steps)
+    keys = {"full": [], "lora": [f"--lora.path={work / 'adapter'}"], "terms": [f"--train.{key}={value}" for key, value in TERMS.items()],
+            **{rule: [f"--optim.kind={rule}", *of_rule] for rule, (of_rule, _) in OPTIMIZERS.items()}}[kind]
+    steps = STEPS if kind in ("full", "lora") else 10
+    lr = [] if kind in OPTIMIZERS else [f"--optim.lr={LR}"]
+    lines, gradients = train(work, f"{kind}-{dtype}", f"--train.micro_batch_size={ROWS}", f"--train.dtype={dtype}", *keys, *lr, steps=steps, lr=None)
     losses = [line["loss"] for line in lines]
     expected_losses, expected_gradients = reference_run(work, kind, getattr(torch, dtype), steps)
     in_first, in_curve, in_gradient = {"float32": (bounds.LOSS_FP32, bounds.CURVE_FP32, bounds.GRADIENT_FP32),

@@ -49,6 +49,8 @@ TEST(Plan, WeightsGradientsAndOptimizer) {
   EXPECT_EQ(plan.largest().optimizer, 8 * n);
   EXPECT_EQ(plan.checkpoint_bytes, (2 + 8) * n);
   EXPECT_EQ(plan_of(config_with({{"optim.masters", "false"}}), tiny(), at::kFloat, 1).largest().optimizer, 8 * n);
+  EXPECT_EQ(plan_of(config_with({{"optim.kind", "lion"}}), tiny(), at::kFloat, 1).largest().optimizer, 4 * n);
+  EXPECT_EQ(plan_of(config_with({{"optim.kind", "sgd"}, {"optim.momentum", "0"}}), tiny(), at::kBFloat16, 1).largest().optimizer, 4 * n);
   const uint64_t adapters = 2 * 2 * (8 + 8 + 8 + 4 + 8 + 4 + 8 + 8 + 8 + 16 + 8 + 16 + 16 + 8);  // rank 2, two layers
   plan = plan_of(config_with({{"lora.rank", "2"}}), tiny(), at::kBFloat16, 1);
   EXPECT_EQ(plan.trainable, static_cast<int64_t>(adapters));

@@ -73,6 +73,8 @@ KINDS = {
     "bfloat16 activations on the host": (CURVE_BF16, ["--train.dtype=bfloat16", "--train.recompute=full", "--train.offload_activations=true"]),
     "bfloat16 optimizer on the host": (CURVE_BF16, ["--train.dtype=bfloat16", "--optim.offload=true"]),
     "bfloat16 without masters": (CURVE_BF16, ["--train.dtype=bfloat16", "--optim.masters=false"]),
+    "float32 sgd": (CURVE_FP32, ["--optim.kind=sgd", "--optim.lr=0.1"]),
+    "bfloat16 lion": (CURVE_BF16, ["--train.dtype=bfloat16", "--optim.kind=lion", "--optim.lr=2e-4"]),
     "float16": (CURVE_FP16, ["--train.dtype=float16"]),
 }
 

@@ -58,6 +58,20 @@ def test_no_stage_changes_a_bit_of_weights_without_masters(tmp_path, kind, ranks
     assert "cannot go on from " in said and "\n  optim.masters: false then, true now\n" in said
 
 
+@pytest.mark.parametrize("rule, state", [("sgd", "momentum_buffer"), ("lion", "exp_avg")])
+def test_no_stage_changes_a_bit_of_another_rule(tmp_path, rule, state):
+    """Nor does a run that goes on in another stage, with the optimizer in host memory."""
+    keys = (f"--optim.kind={rule}", "--optim.lr=1e-3")
+    train(tmp_path, "plain", "tensor", 0, 4, *keys)
+    for start, zero in enumerate((3, 1, 2)):
+        train(tmp_path, "cut", "tensor", zero, 4, *keys, *(["--optim.offload=true"] if zero == 1 else []), *(["--train.stop_after=1"] if start < 2 else []),
+              status=0 if start == 2 else 75)
+    assert outcome(tmp_path, "cut", "tensor") == outcome(tmp_path, "plain", "tensor")
+    tensors = saved(tmp_path, "plain", 4)
+    assert saved(tmp_path, "cut", 4) == tensors
+    assert {name.split("/")[1] for name in tensors if name.startswith("optimizer/")} == {state}
+
+
 def test_a_run_goes_on_in_another_stage(tmp_path):
     train(tmp_path, "whole", "full", 0, 2)
     for zero in (3, 1, 2, 0):

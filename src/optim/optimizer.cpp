@@ -10,6 +10,19 @@
 namespace trireme {
 namespace {
 
+// Names of a rule's state, in the order m, v: PyTorch's.
+std::vector<const char*> states_of(const OptimizerOptions& options) {
+  switch (options.rule) {
+    case UpdateRule::kAdamW:
+      return {"exp_avg", "exp_avg_sq"};
+    case UpdateRule::kSgd:
+      return options.momentum > 0 ? std::vector<const char*>{"momentum_buffer"} : std::vector<const char*>{};
+    case UpdateRule::kLion:
+      return {"exp_avg"};
+  }
+  TRIREME_CHECK(false);
+}
+
 // By which whole parameters are told apart, the same on every mesh.
 uint32_t id_of(const std::string& name) { return static_cast<uint32_t>(std::stoul(hash_bytes(name).substr(0, 8), nullptr, 16)); }
 
@@ -24,6 +37,13 @@ void for_runs(const Places& places, int64_t begin, int64_t end, const F& f) {
 }
 
 }  // namespace
+
+UpdateRule parse_update_rule(const std::string& kind) {
+  if (kind == "adamw") return UpdateRule::kAdamW;
+  if (kind == "sgd") return UpdateRule::kSgd;
+  if (kind == "lion") return UpdateRule::kLion;
+  throw ConfigError("optim.kind=" + kind + ": allowed are adamw, sgd, lion");
+}
 
 bool has_master(at::ScalarType dtype, bool masters) { return compute_dtype(dtype) != dtype && (masters || dtype != at::kBFloat16); }
 
@@ -57,7 +77,10 @@ Optimizer::Optimizer(std::vector<OptimTensor> tensors, const OptimizerOptions& o
     const at::Device device = options.offload ? at::kCPU : t.weight.device();
     if (!device.is_cpu()) kernels_of(t.weight);  // there are some
     const auto state_options = at::TensorOptions(dtype).device(device);
-    State state{at::zeros(t.weight.sizes(), state_options), at::zeros(t.weight.sizes(), state_options), {}, id_of(t.name)};
+    State state{{}, {}, {}, id_of(t.name)};
+    const size_t num_states = states_of(options).size();
+    if (num_states > 0) state.m = at::zeros(t.weight.sizes(), state_options);
+    if (num_states > 1) state.v = at::zeros(t.weight.sizes(), state_options);
     if (has_master(t.weight.scalar_type(), options.masters)) state.master = t.weight.to(device).to(dtype);  // what travels is the smaller
     states_.push_back(std::move(state));
   }
@@ -69,7 +92,9 @@ void Optimizer::step(double lr, const at::Tensor& grad_scale) { update(lr, 1.0, 
 
 void Optimizer::update(double lr, double grad_scale, const at::Tensor& device_scale) {
   ++num_steps_;
-  const double t = static_cast<double>(num_steps_), correction1 = 1.0 - std::pow(options_.beta1, t), correction2 = 1.0 - std::pow(options_.beta2, t);
+  const bool corrects = options_.rule == UpdateRule::kAdamW;
+  const double beta1 = options_.rule == UpdateRule::kSgd ? options_.momentum : options_.beta1, t = static_cast<double>(num_steps_);
+  const double correction1 = corrects ? 1.0 - std::pow(beta1, t) : 1.0, correction2 = corrects ? 1.0 - std::pow(options_.beta2, t) : 1.0;
   std::vector<size_t> on_host;
   std::map<std::pair<at::ScalarType, double>, std::vector<size_t>> by_kernels;  // of one dtype and weight decay: a call
   for (size_t i = 0; i < tensors_.size(); ++i)
@@ -88,7 +113,7 @@ void Optimizer::update(double lr, double grad_scale, const at::Tensor& device_sc
     at::Tensor scale = device_scale;
     if (!scale.defined() && grad_scale != 1.0) scale = at::full({}, grad_scale, weight.options().dtype(at::kFloat));
     TRIREME_CHECK(!scale.defined() || (scale.device() == weight.device() && scale.scalar_type() == at::kFloat && scale.numel() == 1), scale.toString());
-    kernels_of(weight)->update({UpdateRule::kAdamW, kernel_type(weight), list.data(), static_cast<int64_t>(list.size()), lr, kind.second, options_.beta1, options_.beta2,
+    kernels_of(weight)->update({options_.rule, kernel_type(weight), list.data(), static_cast<int64_t>(list.size()), lr, kind.second, beta1, options_.beta2,
                                 options_.epsilon, correction1, correction2, floats(scale), options_.seed, static_cast<uint64_t>(num_steps_)}, stream_of(weight));
   }
 
@@ -99,7 +124,7 @@ void Optimizer::update(double lr, double grad_scale, const at::Tensor& device_sc
   }
   const auto update = [&](size_t i, int64_t first, const at::Tensor& weight, const at::Tensor& grad) {
     const State& state = states_[i];
-    const UpdateStep step{lr, tensors_[i].weight_decay, options_.beta1, options_.beta2, options_.epsilon, grad_scale, correction1, correction2};
+    const UpdateStep step{lr, tensors_[i].weight_decay, beta1, options_.beta2, options_.epsilon, grad_scale, correction1, correction2};
     dispatch_floating(weight.scalar_type(), [&](auto zero) {
       using T = decltype(zero);
       using A = typename ComputeType<T>::type;
@@ -109,7 +134,7 @@ void Optimizer::update(double lr, double grad_scale, const at::Tensor& device_sc
       A *const m = part(state.m), *const v = part(state.v), *const master = part(state.master);
       const auto at = [](auto* p, int64_t begin) { return p ? p + begin : nullptr; };
       const auto range = [&](int64_t begin, int64_t end, const RandomRounding* rounding) {
-        update_loops<T>().adamw(end - begin, values + begin, at(master, begin), gradients + begin, at(m, begin), at(v, begin), step, rounding);
+        update_loops<T>().update[static_cast<size_t>(options_.rule)](end - begin, values + begin, at(master, begin), gradients + begin, at(m, begin), at(v, begin), step, rounding);
       };
       const bool rounds = weight.scalar_type() == at::kBFloat16 && !master;
       const uint64_t key = options_.seed ^ static_cast<uint64_t>(RandomStream::kRounding) << 56, counter = static_cast<uint64_t>(num_steps_) << 32 | state.id;
@@ -134,8 +159,9 @@ int64_t Optimizer::bytes_fetched() const { return staging_ ? staging_->bytes_fet
 std::vector<OptimState> Optimizer::state() const {
   std::vector<OptimState> all;
   for (size_t i = 0; i < tensors_.size(); ++i) {
-    all.push_back({i, tensors_[i].name, "exp_avg", states_[i].m});
-    all.push_back({i, tensors_[i].name, "exp_avg_sq", states_[i].v});
+    const std::vector<const char*> names = states_of(options_);
+    if (states_[i].m.defined()) all.push_back({i, tensors_[i].name, names[0], states_[i].m});
+    if (states_[i].v.defined()) all.push_back({i, tensors_[i].name, names[1], states_[i].v});
     if (states_[i].master.defined()) all.push_back({i, tensors_[i].name, "master", states_[i].master});
   }
   return all;
@@ -143,7 +169,7 @@ std::vector<OptimState> Optimizer::state() const {
 
 uint64_t Optimizer::state_bytes_per_element(at::ScalarType dtype, const OptimizerOptions& options) {
   const uint64_t size = c10::elementSize(compute_dtype(dtype));
-  return (has_master(dtype, options.masters) ? 3 : 2) * size;
+  return (states_of(options).size() + (has_master(dtype, options.masters) ? 1 : 0)) * size;
 }
 
 }  // namespace trireme

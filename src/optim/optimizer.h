@@ -4,12 +4,19 @@
 //     w -= lr * weight_decay * w
 //     m += (1 - beta1) * (g - m);  v = beta2 * v + (1 - beta2) * g^2
 //     w -= lr / (1 - beta1^t) * m / (sqrt(v) / sqrt(1 - beta2^t) + epsilon)
+//   sgd, the arithmetic of torch.optim.SGD with momentum; weight decay is added to the gradient
+//     m = momentum * m + g + weight_decay * w;  w -= lr * m
+//   lion (Chen et al. 2023, "Symbolic Discovery of Optimization Algorithms"), for learning rates of a third to a tenth of AdamW's
+//     w -= lr * (weight_decay * w + sign(beta1 * m + (1 - beta1) * g));  m = beta2 * m + (1 - beta2) * g
 // bf16 and fp16 weights have an fp32 master, which is updated and then rounded to the weight. Without masters a bf16 weight is rounded
 // to one of its two neighbours at random, the nearer one more often, so that small updates are kept in the mean (kernels/kernels.h
 // has the rule): by bits of the step, the name and the element's place in the whole tensor, so they are the same on every mesh.
 // With `offload` the state is in host memory and the update is computed there, with the bits of weights on the CPU
 // (optim/offload.h). Else state is where the weights are, and a device updates all tensors of one dtype and weight decay at once.
 #pragma once
+
+#include <string>
+#include <vector>
 
 #include "base/parameter.h"
 #include "base/tensor.h"
@@ -18,6 +25,7 @@
 namespace trireme {
 
 using UpdateRule = kernels::UpdateRule;
+UpdateRule parse_update_rule(const std::string& kind);  // of optim.kind
 using Places = kernels::Places;
 
 // Of the elements from `begin` on of a slice with these sizes. One dimension may be cut, or the first and another.
@@ -35,12 +43,14 @@ struct OptimTensor {
 struct OptimState {
   size_t tensor = 0;      // number of the OptimTensor
   std::string parameter;  // its name
-  std::string kind;       // exp_avg | exp_avg_sq | master (low-precision weights only)
+  std::string kind;       // adamw: exp_avg, exp_avg_sq; sgd with momentum: momentum_buffer; lion: exp_avg; and master (low-precision weights only)
   at::Tensor value;       // flat [N], fp32 (fp64 for fp64 weights)
 };
 
 struct OptimizerOptions {
+  UpdateRule rule = UpdateRule::kAdamW;
   double beta1 = 0.9, beta2 = 0.999, epsilon = 1e-8;
+  double momentum = 0.9;
   bool offload = false;
   bool masters = true;  // of bf16; fp16 weights have them
   uint64_t seed = 0;    // of the random rounding
@@ -78,7 +88,7 @@ class Optimizer {
   void update(double lr, double grad_scale, const at::Tensor& device_scale);
 
   struct State {
-    at::Tensor m, v, master;
+    at::Tensor m, v, master;  // undefined where there is none
     uint32_t id = 0;  // of the whole parameter
   };
   std::vector<OptimTensor> tensors_;

@@ -124,7 +124,7 @@ OptimizerOptions optimizer_options(const Config& config, at::ScalarType dtype) {
   if (!c.masters && dtype == at::kHalf)
     throw ConfigError("optim.masters=false is not possible with train.dtype=float16, whose range is too small for weights that are updated in it: set "
                       "train.dtype=bfloat16, or optim.masters=true");
-  return {c.beta1, c.beta2, c.epsilon, c.offload, c.masters, static_cast<uint64_t>(config.run.seed)};
+  return {parse_update_rule(c.kind), c.beta1, c.beta2, c.epsilon, c.momentum, c.offload, c.masters, static_cast<uint64_t>(config.run.seed)};
 }
 
 LoraConfig lora_config(const Config& config) {
