@@ -15,14 +15,14 @@ struct BlockSlice {
   int64_t whole(int64_t block) const { return first + (per_row == 0 ? block : block / per_row * whole_per_row + block % per_row); }
 };
 
-// One scale for each block: plain[b], or with w = slice.whole(b), map[codes[b]] * nested[w / nested_block_size] + offset, product and sum
+// One scale for each block: plain[b], or with w = slice.whole(b), map[codes[b]] * nested[w / nested_block_size] + *offset, product and sum
 // rounded each.
 struct ScalesOfBlocks {
   const float* plain;            // null: nested
   const uint8_t* codes;
   const float *nested, *map;     // map: [256]
   int64_t nested_block_size;     // a power of two
-  float offset;
+  const float* offset;           // [1]
   BlockSlice slice;
 };
 

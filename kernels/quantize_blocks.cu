@@ -178,7 +178,7 @@ struct Dequantized4 {
     } else {
       const uint32_t per_row = static_cast<uint32_t>(s.slice.per_row);
       const int64_t whole = s.slice.first + (per_row == 0 ? block : int64_t{block / per_row} * s.slice.whole_per_row + block % per_row);
-      return arch::product(map[s.codes[block]], s.nested[whole >> params.nested_shift]) + s.offset;
+      return arch::product(map[s.codes[block]], s.nested[whole >> params.nested_shift]) + *s.offset;
     }
   }
 

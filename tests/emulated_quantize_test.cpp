@@ -68,7 +68,7 @@ TEST(QuantizeKernels, FourBits) {
         emulated_kernels().quantize_4({type, kind, count, size, x.data(), codes.as<uint8_t>(), absmax.memory.as<float>()}, nullptr);
         EXPECT_TRUE(same(absmax.values(), expected.absmax, Type::kFloat32));
         EXPECT_EQ(bytes_of(codes), expected.codes);
-        emulated_kernels().dequantize_4({type, kind, count, size, codes.as<uint8_t>(), {absmax.memory.as<float>(), nullptr, nullptr, nullptr, 0, 0, {}}, y.data()}, nullptr);
+        emulated_kernels().dequantize_4({type, kind, count, size, codes.as<uint8_t>(), {absmax.memory.as<float>(), nullptr, nullptr, nullptr, 0, nullptr, {}}, y.data()}, nullptr);
         EXPECT_TRUE(same(y.values(), reference::dequantize_4(kind, expected.codes, expected.absmax, count, size), type));
       }
 }
@@ -113,9 +113,9 @@ TEST(QuantizeKernels, NestedScalesOfTheWholeAndOfSlices) {
       const OnDevice<uint8_t> codes(bytes), scale_codes(scale_bytes);
       const OnDevice<float> nested(nested_values);
       Tensor y(type, c.count);
-      const float offset = 0.7f;
-      emulated_kernels().dequantize_4({type, FourBit::kNf4, c.count, c.size, codes.data(), {nullptr, scale_codes.data(), nested.data(), map.data(), c.nested_size, offset, c.slice}, y.data()}, nullptr);
-      const auto scales = reference::nested_scales(scale_bytes, nested_values, numbers.data(), c.nested_size, offset, c.slice);
+      const OnDevice<float> offset(0.7f);
+      emulated_kernels().dequantize_4({type, FourBit::kNf4, c.count, c.size, codes.data(), {nullptr, scale_codes.data(), nested.data(), map.data(), c.nested_size, offset.data(), c.slice}, y.data()}, nullptr);
+      const auto scales = reference::nested_scales(scale_bytes, nested_values, numbers.data(), c.nested_size, *offset, c.slice);
       EXPECT_TRUE(same(y.values(), reference::dequantize_4(FourBit::kNf4, bytes, scales, c.count, c.size), type));
     }
 }
@@ -198,9 +198,9 @@ TEST(QuantizeKernels, RefuseWhatTheyDoNotKnow) {
   EXPECT_EQ(refusal([&] { k.quantize_4({Type::kFloat32, FourBit::kNf4, 8, 48, codes, codes, scale}, nullptr); }), "quantize_4 of 8 values in blocks of 48: 32, 64, ... 4096");
   EXPECT_EQ(refusal([&] { k.quantize_4({Type::kFloat32, FourBit::kNf4, 8, 8192, codes, codes, scale}, nullptr); }), "quantize_4 of 8 values in blocks of 8192: 32, 64, ... 4096");
   EXPECT_EQ(refusal([&] { k.quantize_4({Type::kFloat32, FourBit::kNf4, 8, 64, codes + 4, codes, scale}, nullptr); }), "quantize_4: a tensor does not begin at a multiple of 16 bytes");
-  EXPECT_EQ(refusal([&] { k.dequantize_4({Type::kFloat32, FourBit::kNf4, 8, 64, codes + 1, {scale, nullptr, nullptr, nullptr, 0, 0, {}}, scale}, nullptr); }),
+  EXPECT_EQ(refusal([&] { k.dequantize_4({Type::kFloat32, FourBit::kNf4, 8, 64, codes + 1, {scale, nullptr, nullptr, nullptr, 0, nullptr, {}}, scale}, nullptr); }),
             "dequantize_4: a tensor does not begin at a multiple of 16 bytes");
-  EXPECT_EQ(refusal([&] { k.dequantize_4({Type::kFloat32, FourBit::kNf4, 8, 64, codes, {nullptr, codes, scale, scale, 100, 0, {}}, scale}, nullptr); }),
+  EXPECT_EQ(refusal([&] { k.dequantize_4({Type::kFloat32, FourBit::kNf4, 8, 64, codes, {nullptr, codes, scale, scale, 100, scale, {}}, scale}, nullptr); }),
             "dequantize_4: nested blocks of 100 scales are no power of two");
   EXPECT_EQ(refusal([&] { k.quantize_blocks({Type::kFloat32, int64_t{1} << 40, 64, codes, 0, scale, codes, scale}, nullptr); }),
             "quantize_blocks of 17179869184 blocks: they are numbered in 31 bits");

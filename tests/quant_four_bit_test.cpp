@@ -123,9 +123,9 @@ TEST(FourBit, EveryInstructionSetHasTheSameBits) {
             EXPECT_TRUE(same_bits(q.codes, expected.codes)) << level;
             EXPECT_TRUE(same_bits(q.scales.absmax, expected.scales.absmax)) << level;
             at::Tensor out = at::empty({count}, x.options());
-            loops.dequantize_4bit(kind, ScaleReader(expected.scales), 0, count, size, q.codes.data_ptr<uint8_t>(), out.data_ptr<T>());
+            loops.dequantize_4bit(kind, scales_of(expected.scales, (count + size - 1) / size, x), 0, count, size, q.codes.data_ptr<uint8_t>(), out.data_ptr<T>());
             EXPECT_TRUE(same_bits(settled(out), settled(plain_values))) << level;
-            loops.dequantize_4bit(kind, ScaleReader(nested), 0, count, size, q.codes.data_ptr<uint8_t>(), out.data_ptr<T>());
+            loops.dequantize_4bit(kind, scales_of(nested, (count + size - 1) / size, x), 0, count, size, q.codes.data_ptr<uint8_t>(), out.data_ptr<T>());
             EXPECT_TRUE(same_bits(settled(out), settled(nested_values))) << level;
           });
       }
@@ -237,7 +237,7 @@ TEST(BlockScales, WrongOnesAreNamed) {
   const BlockScales nested = double_quantized({.absmax = at::rand({600})});
   EXPECT_EQ(check_scales(nested), "");
   BlockScales wrong = nested;
-  wrong.offset = at::full({1}, NAN);
+  wrong.offset = at::full({}, NAN);
   EXPECT_EQ(check_scales(wrong), "its nested offset is nan");
   wrong = nested, wrong.nested_absmax = -nested.nested_absmax;
   EXPECT_EQ(check_scales(wrong).substr(0, 28), "nested scale 0 is negative (");

@@ -5,6 +5,7 @@
 #include <limits>
 
 #include "base/check.h"
+#include "ops/device.h"
 #include "ops/op_support.h"
 #include "quant/quant_loops.h"
 #include "quant/scales.h"
@@ -89,13 +90,16 @@ BlockCodes quantize_blockwise(const at::Tensor& any, const at::Tensor& map_256, 
   TRIREME_CHECK(is_block_size(block_size), block_size);
   check_alike("quantize_blockwise", {"values", any}, {{"map", map_256}}, at::kFloat);
   TRIREME_CHECK(map_256.numel() == 256 && map_256.is_contiguous(), map_256.sizes());
-  const at::Tensor x = any.contiguous();
+  const at::Tensor x = quantizable(any);
   const int64_t count = x.numel(), num_blocks = (count + block_size - 1) / block_size;
   BlockCodes q{at::empty(x.sizes(), x.options().dtype(at::kByte)), at::empty({num_blocks}, x.options().dtype(at::kFloat))};
-  TRIREME_CHECK(x.is_cpu(), x.device().str());
-  const DynamicSearch search(map_256.data_ptr<float>());
   uint8_t* const codes = q.codes.data_ptr<uint8_t>();
   float* const absmax = q.absmax.data_ptr<float>();
+  if (const kernels::Kernels* k = kernels_of(x)) {
+    k->quantize_blocks({kernel_type(x), count, block_size, data_of(x), 0, map_256.data_ptr<float>(), codes, absmax}, stream_of(x));
+    return q;
+  }
+  const DynamicSearch search(map_256.data_ptr<float>());
   with_quant_loops(x.scalar_type(), [&](const auto& loops, auto zero) {
     const auto* values = x.data_ptr<decltype(zero)>();
     for_rows(num_blocks, block_size, [&](int64_t first, int64_t last) {
@@ -113,9 +117,10 @@ void dequantize_blockwise(const BlockCodes& q, const at::Tensor& map_256, int64_
   TRIREME_CHECK(is_block_size(block_size) && q.codes.numel() == count && q.absmax.numel() == num_blocks && map_256.numel() == 256, block_size, " ", q.codes.sizes(),
                 q.absmax.sizes(), out.sizes(), map_256.sizes());
   TRIREME_CHECK(q.codes.is_contiguous() && q.absmax.is_contiguous() && map_256.is_contiguous() && out.is_contiguous());
-  TRIREME_CHECK(out.is_cpu(), out.device().str());
   const uint8_t* const codes = q.codes.data_ptr<uint8_t>();
   const float *const absmax = q.absmax.data_ptr<float>(), *const map = map_256.data_ptr<float>();
+  if (const kernels::Kernels* k = kernels_of(out))
+    return k->dequantize_blocks({kernel_type(out), count, block_size, codes, absmax, map, data_of(out)}, stream_of(out));
   with_quant_loops(out.scalar_type(), [&](const auto& loops, auto zero) {
     auto* values = out.data_ptr<decltype(zero)>();
     for_rows(num_blocks, block_size, [&](int64_t first, int64_t last) {

@@ -1,5 +1,6 @@
 #include "quant/four_bit.h"
 
+#include "ops/device.h"
 #include "ops/op_support.h"
 #include "quant/quant_loops.h"
 
@@ -16,13 +17,16 @@ const std::array<float, 16>& four_bit_numbers(FourBit kind) {
 
 FourBitTensor quantize_4bit(const at::Tensor& w, FourBit kind, int64_t block_size) {
   TRIREME_CHECK(is_block_size(block_size), block_size);
-  const at::Tensor x = w.contiguous();
+  const at::Tensor x = quantizable(w);
   const int64_t count = x.numel(), num_blocks = (count + block_size - 1) / block_size;
   FourBitTensor q{kind, block_size, at::empty({(count + 1) / 2}, x.options().dtype(at::kByte)), {}};
   q.scales.absmax = at::empty({num_blocks}, x.options().dtype(at::kFloat));
-  TRIREME_CHECK(x.is_cpu(), x.device().str());
   uint8_t* const codes = q.codes.data_ptr<uint8_t>();
   float* const absmax = q.scales.absmax.data_ptr<float>();
+  if (const kernels::Kernels* k = kernels_of(x)) {
+    k->quantize_4({kernel_type(x), kind, count, block_size, data_of(x), codes, absmax}, stream_of(x));
+    return q;
+  }
   with_quant_loops(x.scalar_type(), [&](const auto& loops, auto zero) {
     const auto* values = x.data_ptr<decltype(zero)>();
     for_rows(num_blocks, block_size, [&](int64_t first, int64_t last) {
@@ -36,12 +40,12 @@ FourBitTensor quantize_4bit(const at::Tensor& w, FourBit kind, int64_t block_siz
 void dequantize_4bit(const FourBitTensor& q, const at::Tensor& out) {
   const int64_t count = out.numel(), block_size = q.block_size, num_blocks = (count + block_size - 1) / block_size;
   check_alike("dequantize_4bit", {"result", out}, {{"codes", q.codes}}, at::kByte);
-  TRIREME_CHECK(is_block_size(block_size) && q.codes.numel() == (count + 1) / 2 && q.scales.absmax.numel() == num_blocks, block_size, " ", q.codes.sizes(),
-                q.scales.absmax.sizes(), out.sizes());
+  TRIREME_CHECK(is_block_size(block_size) && q.codes.numel() == (count + 1) / 2, block_size, " ", q.codes.sizes(), out.sizes());
   TRIREME_CHECK(q.codes.is_contiguous() && out.is_contiguous(), q.codes.strides(), out.strides());
-  TRIREME_CHECK(out.is_cpu(), out.device().str());
-  const ScaleReader scales(q.scales);
+  const kernels::ScalesOfBlocks scales = scales_of(q.scales, num_blocks, out);
   const uint8_t* const codes = q.codes.data_ptr<uint8_t>();
+  if (const kernels::Kernels* k = kernels_of(out))
+    return k->dequantize_4({kernel_type(out), q.kind, count, block_size, codes, scales, data_of(out)}, stream_of(out));
   with_quant_loops(out.scalar_type(), [&](const auto& loops, auto zero) {
     auto* values = out.data_ptr<decltype(zero)>();
     for_rows(num_blocks, block_size, [&](int64_t first, int64_t last) {

@@ -14,7 +14,7 @@
 
 namespace trireme {
 
-enum class FourBit { kNf4, kFp4 };
+using kernels::FourBit;
 
 // The numbers of the codes; bitsandbytes' files hold them as quant_map.
 const std::array<float, 16>& four_bit_numbers(FourBit kind);

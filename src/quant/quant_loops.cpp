@@ -29,4 +29,10 @@ template const QuantLoops<float>& quant_loops<float>(int);
 template const QuantLoops<c10::BFloat16>& quant_loops<c10::BFloat16>(int);
 template const QuantLoops<c10::Half>& quant_loops<c10::Half>(int);
 
+at::Tensor quantizable(const at::Tensor& x) {
+  with_quant_loops(x.scalar_type(), [](const auto&, auto) {});
+  const at::Tensor dense = x.contiguous();
+  return reinterpret_cast<uintptr_t>(dense.data_ptr()) % 16 == 0 ? dense : dense.clone();  // what kernels ask for
+}
+
 }  // namespace trireme

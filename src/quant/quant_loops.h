@@ -8,29 +8,27 @@
 
 namespace trireme {
 
-// BlockScales as the loops read them.
-struct ScaleReader {
-  explicit ScaleReader(const BlockScales& scales);  // which must outlive this; InternalError: not on the CPU, or sizes that do not fit
-  const float* plain;  // null: nested
-  const uint8_t* codes;
-  const float *nested, *map;
-  int64_t nested_block_size;
-  float offset;
-  BlockSlice slice;
-};
-
 template <typename T>
 struct QuantLoops {
   // `first`: number of the first block here
   void (*quantize_4bit)(FourBit kind, int64_t count, int64_t block_size, const T* x, uint8_t* codes, float* absmax);
-  void (*dequantize_4bit)(FourBit kind, const ScaleReader& scales, int64_t first, int64_t count, int64_t block_size, const uint8_t* codes, T* y);
+  void (*dequantize_4bit)(FourBit kind, const kernels::ScalesOfBlocks& scales, int64_t first, int64_t count, int64_t block_size, const uint8_t* codes, T* y);
   void (*quantize_blockwise)(const DynamicSearch& map, int64_t count, int64_t block_size, const T* x, uint8_t* codes, float* absmax);
   void (*dequantize_blockwise)(const float* map, int64_t count, int64_t block_size, const uint8_t* codes, const float* absmax, T* y);
-  void (*read_scales)(const ScaleReader& scales, int64_t first, int64_t count, float* to);
+  // Of rows of `width`: absmax of what is below the threshold (0: none), and 1 in outlier where a column has what is not; rows may be given
+  // to several threads. Then their codes, 0 in those columns (outlier null: none).
+  void (*largest_of_rows)(int64_t rows, int64_t width, const T* x, float threshold, float* absmax, uint8_t* outlier);
+  void (*quantize_rows)(int64_t rows, int64_t width, const T* x, const float* absmax, const uint8_t* outlier, int8_t* codes);
+  void (*dequantize_rows)(int64_t rows, int64_t width, const int8_t* codes, const float* absmax, T* y);
+  void (*scale_products)(int64_t rows, int64_t width, const int32_t* products, const float* row, const float* column, const T* bias, T* y);  // as kernels/quantize.h
+  void (*read_scales)(const kernels::ScalesOfBlocks& scales, int64_t first, int64_t count, float* to);
 };
 
 template <typename T>
 const QuantLoops<T>& quant_loops(int level = -1);  // as loops() in ops/loops.h
+
+// x as loops and kernels read it. InternalError: another dtype than fp32, bf16 or fp16.
+at::Tensor quantizable(const at::Tensor& x);
 
 // f(loops, T{}) of a dtype that can be quantized.
 template <typename F>

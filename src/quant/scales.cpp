@@ -7,20 +7,21 @@
 
 namespace trireme {
 
-ScaleReader::ScaleReader(const BlockScales& s)
-    : plain(nullptr), codes(nullptr), nested(nullptr), map(nullptr), nested_block_size(s.nested_block_size), offset(0), slice(s.slice) {
-  TRIREME_CHECK(s.absmax.is_cpu() && s.absmax.is_contiguous(), s.absmax.device().str(), s.absmax.strides());
-  if (!s.is_nested()) {
-    plain = s.absmax.data_ptr<float>();
-    return;
-  }
-  TRIREME_CHECK(s.nested_map.numel() == 256 && s.nested_block_size > 0 && s.offset.numel() == 1, s.nested_map.sizes(), " ", s.nested_block_size);
-  offset = s.offset.data_ptr<float>()[0];
-  TRIREME_CHECK(s.nested_map.is_contiguous() && s.nested_absmax.is_contiguous());
-  const int64_t count = s.absmax.numel();
-  TRIREME_CHECK(count == 0 || slice.whole(count - 1) / nested_block_size < s.nested_absmax.numel(), "block ", slice.whole(count - 1), " has no nested scale: there are ",
+kernels::ScalesOfBlocks scales_of(const BlockScales& s, int64_t num_blocks, const at::Tensor& where) {
+  const auto data = [](const at::Tensor& t) {
+    TRIREME_CHECK(t.is_contiguous(), t.strides());
+    return t.data_ptr<float>();
+  };
+  TRIREME_CHECK(s.absmax.numel() == num_blocks && s.absmax.is_contiguous(), s.absmax.sizes(), " for ", num_blocks, " blocks");
+  check_alike("scales", {"values", where}, {{"scales", s.absmax}}, s.is_nested() ? at::kByte : at::kFloat);
+  if (!s.is_nested()) return {data(s.absmax), nullptr, nullptr, nullptr, 0, nullptr, s.slice};
+  check_alike("scales", {"values", where}, {{"nested scales", s.nested_absmax}, {"nested map", s.nested_map}, {"nested offset", s.offset}}, at::kFloat);
+  TRIREME_CHECK(s.nested_map.numel() == 256 && s.offset.numel() == 1, s.nested_map.sizes(), s.offset.sizes());
+  const int64_t size = s.nested_block_size;
+  TRIREME_CHECK(size > 0 && (size & (size - 1)) == 0, size);
+  TRIREME_CHECK(num_blocks == 0 || s.slice.whole(num_blocks - 1) / size < s.nested_absmax.numel(), "block ", s.slice.whole(num_blocks - 1), " has no nested scale: there are ",
                 s.nested_absmax.numel());
-  codes = s.absmax.data_ptr<uint8_t>(), nested = s.nested_absmax.data_ptr<float>(), map = s.nested_map.data_ptr<float>();
+  return {nullptr, s.absmax.data_ptr<uint8_t>(), data(s.nested_absmax), data(s.nested_map), size, data(s.offset), s.slice};
 }
 
 BlockScales double_quantized(const BlockScales& plain) {
@@ -30,9 +31,10 @@ BlockScales double_quantized(const BlockScales& plain) {
   double sum = 0;
   for (int64_t i = 0; i < on_host.numel(); ++i) sum += static_cast<double>(values[i]);
   BlockScales out = plain;
-  out.offset = at::full({1}, static_cast<float>(sum / static_cast<double>(std::max<int64_t>(1, on_host.numel()))), plain.absmax.options());
+  const float offset = static_cast<float>(sum / static_cast<double>(std::max<int64_t>(1, on_host.numel())));
+  out.offset = at::full({1}, offset, plain.absmax.options());
   out.nested_map = dynamic_map(true, plain.absmax.device());
-  const BlockCodes q = quantize_blockwise(plain.absmax - out.offset, out.nested_map, out.nested_block_size);
+  const BlockCodes q = quantize_blockwise(plain.absmax - offset, out.nested_map, out.nested_block_size);
   out.absmax = q.codes, out.nested_absmax = q.absmax;
   return out;
 }
@@ -40,9 +42,10 @@ BlockScales double_quantized(const BlockScales& plain) {
 at::Tensor plain_scales(const BlockScales& scales) {
   if (!scales.is_nested()) return scales.absmax;
   BlockScales on_host = scales;
-  on_host.absmax = scales.absmax.cpu(), on_host.nested_absmax = scales.nested_absmax.cpu(), on_host.nested_map = scales.nested_map.cpu(), on_host.offset = scales.offset.cpu();
+  on_host.absmax = scales.absmax.cpu(), on_host.nested_absmax = scales.nested_absmax.cpu(), on_host.nested_map = scales.nested_map.cpu();
+  on_host.offset = scales.offset.cpu();
   const at::Tensor out = at::empty({scales.absmax.numel()}, at::kFloat);
-  quant_loops<float>().read_scales(ScaleReader(on_host), 0, out.numel(), out.data_ptr<float>());
+  quant_loops<float>().read_scales(scales_of(on_host, out.numel(), out), 0, out.numel(), out.data_ptr<float>());
   return out.to(scales.absmax.device());
 }
 

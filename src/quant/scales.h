@@ -5,29 +5,29 @@
 #pragma once
 
 #include "base/tensor.h"
+#include "kernels/quantize.h"
 
 namespace trireme {
 
 // 32, 64, ... 4096: blocks that share a scale.
 constexpr bool is_block_size(int64_t size) { return size >= 32 && size <= 4096 && (size & (size - 1)) == 0; }
 
-// Which blocks of a whole tensor a slice of it has, whose nested scales are the whole's: its rows have `per_row` blocks of the
-// whole_per_row that a row of the whole has, from block `first` of the whole on. per_row 0: all that follow, in one run.
-struct BlockSlice {
-  int64_t first = 0, per_row = 0, whole_per_row = 0;
-  int64_t whole(int64_t block) const { return first + (per_row == 0 ? block : block / per_row * whole_per_row + block % per_row); }
-};
+using kernels::BlockSlice;
 
 struct BlockScales {
   at::Tensor absmax{};         // fp32 [B], or the codes, uint8 [B]
   at::Tensor nested_absmax{};  // fp32 [ceil(blocks of the whole / nested_block_size)]; undefined: absmax is fp32
   at::Tensor nested_map{};     // fp32 [256], the numbers of the codes
+  at::Tensor offset{};         // fp32 [1]
   int64_t nested_block_size = 256;
-  at::Tensor offset{};           // fp32 [1], where the scales are
   BlockSlice slice{};
 
   bool is_nested() const { return nested_absmax.defined(); }
 };
+
+// The pointers, as the loops and kernels take them; `scales` has to outlive them. InternalError: devices (that of `where`), dtypes or sizes
+// do not fit num_blocks, or a nested block size that is no power of two.
+kernels::ScalesOfBlocks scales_of(const BlockScales& scales, int64_t num_blocks, const at::Tensor& where);
 
 // Double quantization of the plain scales of a whole tensor. The same bits on every device.
 BlockScales double_quantized(const BlockScales& plain);

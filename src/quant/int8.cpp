@@ -1,0 +1,96 @@
+#include "quant/int8.h"
+
+#include "ops/device.h"
+#include "ops/op_support.h"
+#include "ops/product.h"
+#include "quant/quant_loops.h"
+
+namespace trireme {
+namespace {
+
+constexpr int64_t kMostColumns = (int64_t{1} << 31) / (127 * 127);
+
+// int32 [M, N] = a b^T
+at::Tensor product_of_codes(const at::Tensor& a_MK, const at::Tensor& b_NK) {
+  const int64_t m = a_MK.size(0), n = b_NK.size(0), k = a_MK.size(1);
+  if (m == 0 || n == 0 || k == 0) return at::zeros({m, n}, a_MK.options().dtype(at::kInt));
+  if (a_MK.is_cpu()) return at::_int_mm(a_MK, b_NK.t());
+  TRIREME_CHECK(n % 8 == 0 && k % 8 == 0, "products of int8 on a device take multiples of 8, not ", b_NK.sizes());
+  constexpr int64_t kLeastRows = 32;  // ATen's is 17
+  if (m >= kLeastRows) return at::_int_mm(a_MK, b_NK.t());
+  return at::_int_mm(at::cat({a_MK, at::zeros({kLeastRows - m, k}, a_MK.options())}), b_NK.t()).slice(0, 0, m);
+}
+
+}  // namespace
+
+Int8Inputs quantize_int8_inputs(const at::Tensor& any_RC, float threshold) {
+  TRIREME_CHECK(any_RC.dim() == 2 && threshold >= 0, any_RC.sizes(), " ", threshold);
+  const at::Tensor x_RC = quantizable(any_RC);
+  const int64_t rows = x_RC.size(0), width = x_RC.size(1);
+  Int8Inputs q{{at::empty(x_RC.sizes(), x_RC.options().dtype(at::kChar)), at::empty({rows}, x_RC.options().dtype(at::kFloat))}, {}};
+  if (threshold > 0) q.outlier_C = at::zeros({width}, x_RC.options().dtype(at::kByte));
+  int8_t* const codes = q.rows.codes_RC.data_ptr<int8_t>();
+  float* const absmax = q.rows.absmax_R.data_ptr<float>();
+  uint8_t* const outlier = static_cast<uint8_t*>(data_of(q.outlier_C));
+  if (const kernels::Kernels* k = kernels_of(x_RC)) {
+    k->quantize_rows({kernel_type(x_RC), rows, width, data_of(x_RC), threshold, codes, absmax, outlier}, stream_of(x_RC));
+    return q;
+  }
+  with_quant_loops(x_RC.scalar_type(), [&](const auto& loops, auto zero) {
+    const auto* x = x_RC.data_ptr<decltype(zero)>();
+    for_rows(rows, width, [&](int64_t first, int64_t last) { loops.largest_of_rows(last - first, width, x + first * width, threshold, absmax + first, outlier); });
+    for_rows(rows, width, [&](int64_t first, int64_t last) { loops.quantize_rows(last - first, width, x + first * width, absmax + first, outlier, codes + first * width); });
+  });
+  return q;
+}
+
+Int8Rows quantize_int8_rows(const at::Tensor& x_RC) { return quantize_int8_inputs(x_RC, 0).rows; }
+
+void dequantize_int8_rows(const Int8Rows& q, const at::Tensor& out_RC) {
+  check_alike("dequantize_int8_rows", {"result", out_RC}, {{"codes", q.codes_RC}}, at::kChar);
+  check_alike("dequantize_int8_rows", {"result", out_RC}, {{"scales", q.absmax_R}}, at::kFloat);
+  TRIREME_CHECK(out_RC.dim() == 2 && q.codes_RC.sizes() == out_RC.sizes() && q.absmax_R.numel() == out_RC.size(0), q.codes_RC.sizes(), q.absmax_R.sizes(), out_RC.sizes());
+  TRIREME_CHECK(out_RC.is_contiguous() && q.codes_RC.is_contiguous() && q.absmax_R.is_contiguous(), out_RC.strides(), q.codes_RC.strides(), q.absmax_R.strides());
+  const int64_t rows = out_RC.size(0), width = out_RC.size(1);
+  const int8_t* const codes = q.codes_RC.data_ptr<int8_t>();
+  const float* const absmax = q.absmax_R.data_ptr<float>();
+  if (const kernels::Kernels* k = kernels_of(out_RC)) return k->dequantize_rows({kernel_type(out_RC), rows, width, codes, absmax, data_of(out_RC)}, stream_of(out_RC));
+  with_quant_loops(out_RC.scalar_type(), [&](const auto& loops, auto zero) {
+    auto* y = out_RC.data_ptr<decltype(zero)>();
+    for_rows(rows, width, [&](int64_t first, int64_t last) { loops.dequantize_rows(last - first, width, codes + first * width, absmax + first, y + first * width); });
+  });
+}
+
+void int8_linear(const at::Tensor& x_TI, const Int8Rows& w_OI, const at::Tensor& bias_O, at::Tensor& y_TO, float threshold) {
+  check_alike("int8_linear", {"x", x_TI}, {{"weight", w_OI.codes_RC}}, at::kChar);
+  check_alike("int8_linear", {"x", x_TI}, {{"scales", w_OI.absmax_R}}, at::kFloat);
+  check_alike("int8_linear", {"x", x_TI}, {{"bias", bias_O}, {"y", y_TO}});
+  const int64_t rows = x_TI.size(0), width = w_OI.codes_RC.size(0);
+  TRIREME_CHECK(x_TI.dim() == 2 && x_TI.size(1) == w_OI.codes_RC.size(1) && x_TI.size(1) <= kMostColumns && w_OI.absmax_R.numel() == width, x_TI.sizes(), w_OI.codes_RC.sizes(),
+                w_OI.absmax_R.sizes());
+  TRIREME_CHECK(y_TO.dim() == 2 && y_TO.size(0) == rows && y_TO.size(1) == width && y_TO.is_contiguous(), y_TO.sizes(), y_TO.strides());
+  const Int8Inputs q = quantize_int8_inputs(x_TI, threshold);
+  const at::Tensor products_TO = product_of_codes(q.rows.codes_RC, w_OI.codes_RC), bias = bias_O.defined() ? bias_O.contiguous() : at::Tensor();
+  const int32_t* const products = products_TO.data_ptr<int32_t>();
+  const float *const row = q.rows.absmax_R.data_ptr<float>(), *const column = w_OI.absmax_R.data_ptr<float>();
+  if (const kernels::Kernels* k = kernels_of(x_TI)) {
+    k->scale_products({kernel_type(x_TI), rows, width, products, row, column, data_of(bias), data_of(y_TO)}, stream_of(x_TI));
+  } else {
+    with_quant_loops(x_TI.scalar_type(), [&](const auto& loops, auto zero) {
+      using T = decltype(zero);
+      T* const y = y_TO.data_ptr<T>();
+      for_rows(rows, width, [&](int64_t first, int64_t last) {
+        loops.scale_products(last - first, width, products + first * width, row + first, column, static_cast<const T*>(data_of(bias)), y + first * width);
+      });
+    });
+  }
+  if (threshold == 0) return;
+  const at::Tensor columns = q.outlier_C.nonzero().flatten();
+  if (columns.numel() == 0) return;
+  const Int8Rows part{w_OI.codes_RC.index_select(1, columns), w_OI.absmax_R};
+  const at::Tensor values = at::empty(part.codes_RC.sizes(), x_TI.options());
+  dequantize_int8_rows(part, values);
+  product(x_TI.index_select(1, columns), values.t(), y_TO, {.add = true});
+}
+
+}  // namespace trireme
