@@ -61,6 +61,9 @@ struct Config {
   } lora;
   struct {
     std::string base = "none";
+    int64_t block_size = 64;
+    bool double_quant = true;
+    std::string compute_dtype = "auto";
     std::vector<std::string> skip;
   } quant;
   struct {

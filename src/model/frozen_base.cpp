@@ -5,17 +5,23 @@
 #include "base/check.h"
 #include "model/linear_names.h"
 #include "ops/float8.h"
+#include "quant/four_bit_weight.h"
 
 namespace trireme {
 
 void freeze_base(Transformer& model, const FrozenBase& base) {
   if (base.none()) return;
-  TRIREME_CHECK(model.device().is_meta() && base.kind == "fp8", base.kind);
+  TRIREME_CHECK(model.device().is_meta(), base.kind);
+  const auto made = [&](const std::string& path, int64_t out_features, int64_t in_features) -> std::shared_ptr<FrozenWeight> {
+    if (base.kind == "fp8") return float8_weight(path, out_features, in_features);
+    TRIREME_CHECK(base.kind == "nf4" || base.kind == "fp4", base.kind);
+    return four_bit_weight(path, out_features, in_features, {base.kind == "nf4" ? FourBit::kNf4 : FourBit::kFp4, base.block_size, base.is_double, base.compute.value_or(model.dtype())});
+  };
   for (const Parameter& p : model.parameters()) p.value.requires_grad_(false);
   const std::set<Linear*> skipped = linears_named(model, base.skipped, "quant.skip");
   for (Linear* l : model.linears()) {
     if (skipped.count(l)) continue;
-    l->frozen = float8_weight(l->path, l->out_features(), l->in_features());
+    l->frozen = made(l->path, l->out_features(), l->in_features());
     l->weight_OI = at::Tensor();
   }
 }

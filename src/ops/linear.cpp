@@ -13,44 +13,6 @@ using torch::autograd::Function;
 using torch::autograd::Variable;
 using torch::autograd::variable_list;
 
-// Few rows in 16 bits, as when text is generated: oneDNN would arrange the whole weight anew for them, which takes longer
-// than to read it.
-bool has_few_rows(const at::Tensor& x_TI, const at::Tensor& w_OI) {
-  constexpr int64_t kFew = 4;
-  return !kernels_of(x_TI) && c10::isReducedFloatingType(x_TI.scalar_type()) && x_TI.size(0) <= kFew && w_OI.is_contiguous();
-}
-
-// y = scale * x w^T + plus; `plus` [T, O] may be y, undefined is 0. For has_few_rows only.
-void product_of_few_rows(const at::Tensor& x_in, const at::Tensor& w_OI, double scale, const at::Tensor& plus_TO,
-                         at::Tensor& y_TO) {
-  const at::Tensor x_TI = x_in.contiguous();
-  const int64_t rows = x_TI.size(0), size = x_TI.size(1), features = w_OI.size(0);
-  dispatch_floating(y_TO.scalar_type(), [&](auto zero) {
-    using T = decltype(zero);
-    const T* plus = plus_TO.defined() ? plus_TO.data_ptr<T>() : nullptr;
-    for_rows(features, rows * size, [&](int64_t begin, int64_t end) {
-      loops<T>().product(rows, end - begin, size, x_TI.data_ptr<T>(), w_OI.data_ptr<T>() + begin * size, scale,
-                         plus ? plus + begin : nullptr, plus ? plus_TO.stride(0) : 0, y_TO.data_ptr<T>() + begin, features);
-    });
-  });
-}
-
-// y = x w^T (+ bias)
-void forward_product(const at::Tensor& x_TI, const at::Tensor& w_OI, const at::Tensor& bias_O, at::Tensor& y_TO) {
-  if (has_few_rows(x_TI, w_OI))
-    product_of_few_rows(x_TI, w_OI, 1.0, bias_O.defined() ? bias_O.contiguous().expand_as(y_TO) : at::Tensor(), y_TO);
-  else
-    product(x_TI, w_OI.t(), y_TO, {.bias_N = bias_O});
-}
-
-// y += scale * x w^T
-void add_product(const at::Tensor& x_TI, const at::Tensor& w_OI, double scale, at::Tensor& y_TO) {
-  if (has_few_rows(x_TI, w_OI))
-    product_of_few_rows(x_TI, w_OI, scale, y_TO, y_TO);
-  else
-    product(x_TI, w_OI.t(), y_TO, {.scale = scale, .add = true});
-}
-
 // [T, features] whose rows f makes of the rows of x, which it is told the number of the first of. With `sum` [T / n, features]:
 // piece by piece of every rank's rows, each on its way while the next is made.
 at::Tensor over_rows(const ArrivingRows& x_TI, int64_t features, const RowSum* sum,
@@ -104,7 +66,7 @@ ArrivingRows gradient_of_product(AutogradContext* ctx, const at::Tensor& grad) {
 
 FrozenWeight::Product times_transposed(const LinearWeight& w) {
   if (w.frozen) return w.frozen->times_transposed();
-  return [w_OI = w.dense_OI](const at::Tensor& x_TI, const at::Tensor& bias_O, at::Tensor& y_TO) { forward_product(x_TI, w_OI, bias_O, y_TO); };
+  return [w_OI = w.dense_OI](const at::Tensor& x_TI, const at::Tensor& bias_O, at::Tensor& y_TO) { linear_product(x_TI, w_OI, bias_O, y_TO); };
 }
 
 at::Tensor gradient_of_rows(const ArrivingRows& grad_TO, const LinearWeight& w) {
@@ -125,7 +87,7 @@ struct LinearFunction : Function<LinearFunction> {
     keep_sum(ctx, sum);
     ctx->save_for_backward({w_OI});
     return over_rows(rows, w_OI.size(0), sum.get(),
-                     [&](int64_t, const at::Tensor& x, at::Tensor y) { forward_product(x, w_OI, bias_O.value_or(at::Tensor()), y); });
+                     [&](int64_t, const at::Tensor& x, at::Tensor y) { linear_product(x, w_OI, bias_O.value_or(at::Tensor()), y); });
   }
   static variable_list backward(AutogradContext* ctx, const variable_list& grads) {
     at::Tensor grad_x, grad_w, grad_bias;
@@ -164,8 +126,8 @@ struct LoraLinear : Function<LoraLinear> {
     at::Tensor xa_TR;
     auto adapt = [&](int64_t first, at::Tensor y) {
       if (!xa_TR.defined() && mask.active()) xa_TR = mask.down(rows.wait(), a_RI);
-      if (!xa_TR.defined()) forward_product(rows.wait(), a_RI, {}, xa_TR = at::empty({rows.promised().size(0), a_RI.size(0)}, rows.promised().options()));
-      add_product(xa_TR.narrow(0, first, y.size(0)), b_OR, scale, y);
+      if (!xa_TR.defined()) linear_product(rows.wait(), a_RI, {}, xa_TR = at::empty({rows.promised().size(0), a_RI.size(0)}, rows.promised().options()));
+      add_linear_product(xa_TR.narrow(0, first, y.size(0)), b_OR, scale, y);
     };
     const FrozenWeight::Product times = times_transposed(w);
     at::Tensor y_TO = over_rows(rows, w.out_features(), sum.get(), [&](int64_t first, const at::Tensor& x, at::Tensor y) {

@@ -16,6 +16,11 @@ struct ProductTerms {
 void product(const at::Tensor& a_MK, const at::Tensor& b_KN, at::Tensor& y_MN, const ProductTerms& terms = {});
 at::Tensor product(const at::Tensor& a_MK, const at::Tensor& b_KN, double scale = 1);
 
+// y = x w^T (+ bias), as a linear layer has it; on the CPU few rows in 16 bits, as when text is generated, read the weight as it lies.
+void linear_product(const at::Tensor& x_TI, const at::Tensor& w_OI, const at::Tensor& bias_O, at::Tensor& y_TO);
+// y += scale * x w^T
+void add_linear_product(const at::Tensor& x_TI, const at::Tensor& w_OI, double scale, at::Tensor& y_TO);
+
 // What a product of kernels may use while it runs, on x's device.
 struct ProductWorkspace {
   explicit ProductWorkspace(const at::Tensor& x);

@@ -153,6 +153,12 @@ ModelCut forward_cut(const ModelConfig& model, const MeshComms& comms) {
   };
 }
 
+FrozenBase frozen_base(const Config& config) {
+  FrozenBase base{config.quant.base, config.quant.block_size, config.quant.double_quant, {}, config.quant.skip};
+  if (config.quant.compute_dtype != "auto") base.compute = parse_dtype(config.quant.compute_dtype, "quant.compute_dtype");
+  return base;
+}
+
 bool is_adapter(const Parameter& p) { return p.name.find(".lora_") != std::string::npos; }
 
 std::vector<Parameter> parameters_of(const Chunks& chunks) {
@@ -168,7 +174,7 @@ std::unique_ptr<Transformer> model_shapes(const Config& config, const ModelConfi
   const auto seed = static_cast<uint64_t>(config.run.seed);
   at::NoGradGuard no_grad;
   auto model = std::make_unique<Transformer>(shape, dtype, seed, Weights::kUninitialized, at::kMeta);
-  freeze_base(*model, {config.quant.base, config.quant.skip});  // the adapters are not part of it
+  freeze_base(*model, frozen_base(config));  // the adapters are not part of it
   if (!config.lora.path.empty()) {
     LoraConfig lora = lora_config(config);
     std::set<std::string> paths;

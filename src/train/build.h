@@ -5,6 +5,7 @@
 
 #include "comm/mesh.h"
 #include "config/config.h"
+#include "model/frozen_base.h"
 #include "model/lora.h"
 #include "model/transformer.h"
 #include "optim/optimizer.h"
@@ -65,6 +66,7 @@ ModelCut forward_cut(const ModelConfig& model, const MeshComms& comms);
 
 // Of the adapter in lora.path, else of the lora.* keys. DataError: what the adapter's files have wrong.
 LoraConfig lora_config(const Config& config);
+FrozenBase frozen_base(const Config& config);
 
 using Chunks = std::vector<std::unique_ptr<Transformer>>;
 std::vector<Parameter> parameters_of(const Chunks& chunks);  // each name once: a tied embedding may be in two chunks

@@ -10,6 +10,7 @@
 #include "data/chat_template.h"
 #include "data/records.h"
 #include "optim/schedule.h"
+#include "quant/scales.h"
 #include "tasks/task.h"
 #include "train/build.h"
 #include "train/run_folder.h"
@@ -100,7 +101,15 @@ void find_conflicts(const Config& c, const CommandLine& line, int num_ranks, std
   }
   if (const fs::path file = c.eval.logits; line.verb == "eval" && !file.empty() && file.has_parent_path() && !fs::is_directory(file.parent_path()))
     wrong("eval.logits=", c.eval.logits, ": there is no folder ", file.parent_path().string(), "; make it, or name a file in one that is there");
-  if (c.quant.base == "none" && !c.quant.skip.empty()) wrong("quant.skip is set, but quant.base is none: set quant.base, or leave quant.skip out");
+  const Config unset;
+  const bool four_bits = c.quant.base == "nf4" || c.quant.base == "fp4";
+  const std::tuple<const char*, bool, bool> quant_keys[] = {{"quant.skip", c.quant.skip != unset.quant.skip, c.quant.base != "none"},
+                                                            {"quant.block_size", c.quant.block_size != unset.quant.block_size, four_bits},
+                                                            {"quant.double", c.quant.double_quant != unset.quant.double_quant, four_bits},
+                                                            {"quant.compute_dtype", c.quant.compute_dtype != unset.quant.compute_dtype, four_bits}};
+  for (const auto& [key, is_set, is_read] : quant_keys)
+    if (is_set && !is_read) wrong(key, " is set, but quant.base is ", c.quant.base, ": set quant.base", c.quant.base == "none" ? "" : " to nf4 or fp4", ", or leave ", key, " out");
+  if (!is_block_size(c.quant.block_size)) wrong("quant.block_size=", c.quant.block_size, ": allowed are 32, 64, 128, 256, 512, 1024, 2048, 4096");
   if (!c.data.eval.empty() && c.data.eval_fraction > 0) wrong("data.eval and data.eval_fraction are both set; set one");
 }
 

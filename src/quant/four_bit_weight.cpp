@@ -1,0 +1,100 @@
+#include "base/tensor.h"
+
+#include "quant/four_bit_weight.h"
+
+#include "base/check.h"
+#include "quant/dynamic_map.h"
+
+namespace trireme {
+namespace {
+
+constexpr size_t kCodes = 0, kAbsmax = 1, kNestedAbsmax = 2, kNestedMap = 3, kNestedOffset = 4;  // the leaves
+
+class FourBitWeight : public DequantizedWeight {
+ public:
+  FourBitWeight(const std::string& path, int64_t out_features, int64_t in_features, const FourBitOptions& options)
+      : DequantizedWeight(path, out_features, in_features, options.compute), options_(options) {
+    if (in_features % 2 != 0)
+      throw ConfigError(str("quant.base: ", path, " has ", in_features, " inputs, an odd number, whose codes of 4 bits fill no whole bytes: add it to quant.skip"));
+    const int64_t size = options.block_size, count = out_features * in_features, blocks = (count + size - 1) / size;
+    const auto leaf = [](const char* suffix, at::IntArrayRef sizes, at::ScalarType dtype) {
+      const at::Tensor value = at::empty(sizes, at::TensorOptions(dtype).device(at::kMeta));
+      return Leaf{suffix, value, ShardSpec::whole(value)};
+    };
+    leaves_.push_back(leaf(".weight", {out_features, in_features / 2}, at::kByte));
+    const auto scales = has_whole_blocks() ? std::vector<int64_t>{out_features, in_features / size} : std::vector<int64_t>{blocks};
+    leaves_.push_back(leaf(".weight.absmax", scales, options.is_double ? at::kByte : at::kFloat));
+    if (!options.is_double) return;
+    const int64_t nested = BlockScales().nested_block_size;
+    leaves_.push_back(leaf(".weight.nested_absmax", {(blocks + nested - 1) / nested}, at::kFloat));
+    leaves_.push_back(leaf(".weight.nested_quant_map", {256}, at::kFloat));
+    leaves_.push_back(leaf(".weight.nested_offset", {1}, at::kFloat));
+  }
+
+  std::vector<at::Tensor> encode(const at::Tensor& whole_OI) const override {
+    FourBitTensor q = quantize_4bit(whole_OI.scalar_type() == at::kDouble ? whole_OI.to(at::kFloat) : whole_OI, options_.kind, options_.block_size);
+    if (options_.is_double) q.scales = double_quantized(q.scales);
+    const int64_t rows = whole_OI.size(0);
+    std::vector<at::Tensor> values = {q.codes.view({rows, -1}), has_whole_blocks() ? q.scales.absmax.view({rows, -1}) : q.scales.absmax};
+    if (options_.is_double) values.insert(values.end(), {q.scales.nested_absmax, q.scales.nested_map, q.scales.offset});
+    return values;
+  }
+
+  void keep(int64_t dim, int64_t begin, int64_t end) override {
+    const int64_t rows = out_features_, columns = in_features_, size = options_.block_size;
+    TRIREME_CHECK(slice_.first == 0 && slice_.per_row == 0, path_, " is cut twice");
+    if (!four_bit_slice_fits(rows, columns, dim, begin, end, size)) refuse(dim, begin, end);
+    const auto cut = [](Leaf& leaf, int64_t its_dim, int64_t first, int64_t last) {
+      leaf.value = at::empty_like(leaf.value.narrow(its_dim, first, last - first), at::MemoryFormat::Contiguous);
+      leaf.place.offset[static_cast<size_t>(its_dim)] = first;
+    };
+    if (dim == 0) {
+      const bool by_rows = has_whole_blocks();
+      cut(leaves_[kCodes], 0, begin, end);
+      cut(leaves_[kAbsmax], 0, by_rows ? begin : begin * columns / size, by_rows ? end : (end * columns + size - 1) / size);
+      slice_.first = begin * columns / size;
+      out_features_ = end - begin;
+    } else {
+      cut(leaves_[kCodes], 1, begin / 2, end / 2);
+      cut(leaves_[kAbsmax], 1, begin / size, end / size);
+      slice_ = {begin / size, (end - begin) / size, columns / size};
+      in_features_ = end - begin;
+    }
+  }
+
+  void dequantize(const at::Tensor& out_OI) const override {
+    BlockScales scales{.absmax = leaves_[kAbsmax].value.flatten()};
+    if (options_.is_double) {
+      scales.nested_absmax = leaves_[kNestedAbsmax].value, scales.nested_map = leaves_[kNestedMap].value, scales.offset = leaves_[kNestedOffset].value;
+      scales.slice = slice_;
+    }
+    const FourBitTensor q{options_.kind, options_.block_size, leaves_[kCodes].value.flatten(), scales};
+    if (out_OI.scalar_type() != at::kDouble) return dequantize_4bit(q, out_OI.view({-1}));
+    const at::Tensor values = at::empty(out_OI.sizes(), out_OI.options().dtype(at::kFloat));
+    dequantize_4bit(q, values.view({-1}));
+    out_OI.copy_(values);
+  }
+
+ private:
+  bool has_whole_blocks() const { return leaves_.empty() ? in_features_ % options_.block_size == 0 : whole_columns() % options_.block_size == 0; }
+  int64_t whole_columns() const { return 2 * leaves_[kCodes].place.global_shape[1]; }
+
+  [[noreturn]] void refuse(int64_t dim, int64_t begin, int64_t end) const {
+    std::string fitting;
+    for (int64_t size = 32; size <= 4096; size *= 2)
+      if (four_bit_slice_fits(out_features_, in_features_, dim, begin, end, size)) fitting += str(fitting.empty() ? "" : ", ", size);
+    throw ConfigError(str("quant.block_size=", options_.block_size, ": a rank's ", dim == 0 ? "rows " : "columns ", begin, " to ", end - 1, " of ", path_, " (", out_features_, " x ", in_features_,
+                          ") would cut a block of scales: ", fitting.empty() ? "no block size fits; " : str("take ", fitting, "; "), "or set another parallel.tensor, or add the layer to quant.skip"));
+  }
+
+  FourBitOptions options_;
+  BlockSlice slice_;  // of the scales
+};
+
+}  // namespace
+
+std::shared_ptr<FrozenWeight> four_bit_weight(const std::string& path, int64_t out_features, int64_t in_features, const FourBitOptions& options) {
+  return std::make_shared<FourBitWeight>(path, out_features, in_features, options);
+}
+
+}  // namespace trireme
