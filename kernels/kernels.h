@@ -226,14 +226,18 @@ struct CrossEntropyPart {
 //   kAdamW (Loshchilov & Hutter 2019), states m and v:  m += (g - m) (1 - beta1);  v = v beta2 + g^2 (1 - beta2)
 //     w = w (1 - lr weight_decay) - m / (sqrt(v) / sqrt(correction2) + epsilon) * lr / correction1
 //   kSgd (torch.optim.SGD), state m:  m = m beta1 + (g + w weight_decay);  w = w - m lr; without m as if it were 0
+//   kAdamW8Bit: AdamW whose m and v are codes of 8 bits between steps (Dettmers et al. 2022), in blocks of k8BitBlock elements from the
+//     first of the part on: x = number[code] * scale, and back as quantize_blocks() does it, by the signed map for m, by the unsigned for
+//     v; but an m below 0 never becomes 0: it takes the number before (bitsandbytes)
 //   kLion (Chen et al. 2023), state m:  w = w (1 - lr weight_decay) - sign(m beta1 + g (1 - beta1)) lr;  m = m beta2 + g (1 - beta2)
 // w is the master, which the weights are rounded from. Without one, weights are fp32, or bf16 that are rounded
 // to one of their two neighbours at random, so that the mean over many steps is kept: by 16 bits, half `i % 2` of word i % 8 / 2 of
 // the Philox block with stream kRounding (base/random.h), high counter step * 2^32 + id and low counter i / 8, where i is the
 // element's place in the whole tensor: the same on any mesh. Where grad_scale is not finite nothing is written: no step is taken,
 // which the host need not know.
-enum class UpdateRule { kAdamW, kSgd, kLion };
-constexpr int kUpdateRules = 3;
+enum class UpdateRule { kAdamW, kSgd, kLion, kAdamW8Bit };
+constexpr int kUpdateRules = 3;         // element by element
+constexpr int64_t k8BitBlock = 256;
 // Element i of a part stands at offset + j / run * stride + j % run of the whole tensor, row by row, where j = first + i is its
 // place in the slice that the part is of: a slice of columns has a run in each row, any other is one run.
 struct Places {
@@ -246,9 +250,10 @@ struct UpdateTensor {
   void* weight;
   float* master;                  // null: none
   const float* grad;
-  float *m, *v;                   // null where the rule has none
+  void *m, *v;                    // fp32, of kAdamW8Bit uint8; null where the rule has none
   Places places;
   uint32_t id;                    // of the whole tensor
+  float *m_scale = nullptr, *v_scale = nullptr;  // [blocks] of kAdamW8Bit
 };
 struct Update {
   UpdateRule rule;
@@ -259,6 +264,7 @@ struct Update {
   double correction1, correction2;  // 1 - beta^t
   const float* grad_scale;          // on the device; null: 1
   uint64_t seed, step;              // of the random rounding; step < 2^32
+  const float* maps = nullptr;      // of kAdamW8Bit, [512] on the device: the signed map, then the unsigned
 };
 
 // norm = scale * sqrt(squares), factor = scale * min(1, max_norm / (norm + 1e-6)), or scale where max_norm is not positive: of gradients

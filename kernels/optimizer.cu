@@ -4,6 +4,7 @@
 #include "kernels/arch.h"
 #include "kernels/kernels.h"
 #include "kernels/launch.h"
+#include "kernels/map_code.h"
 #include "kernels/random.h"
 #include "kernels/tensor_list.h"
 
@@ -44,6 +45,20 @@ ARCH_FN void apply(const UpdateNumbers& n, float g, float& w, float& m, float& v
   }
 }
 
+// kPer values, which stand together from a multiple of kPer on.
+template <int kPer>
+ARCH_FN void round_at_random(const UpdateNumbers& n, const UpdateTensor& t, int64_t i, float* w) {
+  const int64_t in_slice = t.places.first + i, in_run = in_slice % t.places.run;
+  const auto place = static_cast<uint64_t>(t.places.offset + in_slice / t.places.run * t.places.stride + in_run);
+  const Random4 random = philox(n.key, n.step << 32 | t.id, place / 8);
+  ARCH_UNROLL
+  for (int e = 0; e < kPer; ++e) {
+    const uint32_t at = static_cast<uint32_t>(kPer == 8 ? 0 : place & (kPer == 1 ? 7 : 4)) + static_cast<uint32_t>(e);  // of the 8 halves of words
+    const uint32_t low = at & 2 ? random.word[1] : random.word[0], high = at & 2 ? random.word[3] : random.word[2];
+    w[e] = round_stochastically(w[e], (at & 4 ? high : low) >> (at & 1) * 16 & 0xffff);
+  }
+}
+
 // T: of the weights.
 template <typename T, UpdateRule kRule>
 struct UpdateTensors {
@@ -71,56 +86,139 @@ struct UpdateTensors {
     T* weight = static_cast<T*>(t.weight) + i;
     float g[kPer], m[kPer] = {}, v[kPer] = {}, w[kPer];
     load_values<float, kPer>(t.grad + i, g);
-    if (kRule != UpdateRule::kSgd || t.m) load_values<float, kPer>(t.m + i, m);
-    if constexpr (kRule == UpdateRule::kAdamW) load_values<float, kPer>(t.v + i, v);
+    if (kRule != UpdateRule::kSgd || t.m) load_values<float, kPer>(static_cast<const float*>(t.m) + i, m);
+    if constexpr (kRule == UpdateRule::kAdamW) load_values<float, kPer>(static_cast<const float*>(t.v) + i, v);
     if (t.master) load_values<float, kPer>(t.master + i, w);
     else load_values<T, kPer>(weight, w);
     ARCH_UNROLL
     for (int e = 0; e < kPer; ++e) apply<kRule>(n, g[e] * scale, w[e], m[e], v[e]);
-    if (kRule != UpdateRule::kSgd || t.m) store_values<float, kPer>(t.m + i, m);
-    if constexpr (kRule == UpdateRule::kAdamW) store_values<float, kPer>(t.v + i, v);
+    if (kRule != UpdateRule::kSgd || t.m) store_values<float, kPer>(static_cast<float*>(t.m) + i, m);
+    if constexpr (kRule == UpdateRule::kAdamW) store_values<float, kPer>(static_cast<float*>(t.v) + i, v);
     if (t.master) store_values<float, kPer>(t.master + i, w);
-    if constexpr (std::is_same_v<T, arch::bf16>) {
-      if (!t.master) {
-        const int64_t in_slice = t.places.first + i, in_run = in_slice % t.places.run;
-        const auto place = static_cast<uint64_t>(t.places.offset + in_slice / t.places.run * t.places.stride + in_run);
-        const Random4 random = philox(n.key, n.step << 32 | t.id, place / 8);
-        ARCH_UNROLL
-        for (int e = 0; e < kPer; ++e) {
-          const uint32_t at = static_cast<uint32_t>(place & (kPer == 1 ? 7 : 4)) + static_cast<uint32_t>(e);  // of the 8 halves of words
-          const uint32_t low = at & 2 ? random.word[1] : random.word[0], high = at & 2 ? random.word[3] : random.word[2];
-          w[e] = round_stochastically(w[e], (at & 4 ? high : low) >> (at & 1) * 16 & 0xffff);
-        }
-      }
-    }
+    if constexpr (std::is_same_v<T, arch::bf16>)
+      if (!t.master) round_at_random<kPer>(n, t, i, w);
     store_values<T, kPer>(weight, w);
   }
 };
 
-template <UpdateRule kRule>
-void update(const Update& p, Stream stream) {
-  with_type(p.type, [&]<typename T>(T) {
-    using Kernel = UpdateTensors<T, kRule>;
-    const auto f = [](double x) { return static_cast<float>(x); };
-    typename Kernel::Params params{{f(1 - p.lr * p.weight_decay), f(p.weight_decay), f(p.beta1), f(1 - p.beta1), f(p.beta2), f(1 - p.beta2), f(std::sqrt(p.correction2)),
-                                    f(p.lr / p.correction1), f(p.epsilon), p.grad_scale, random_key(p.seed, kRounding), p.step}, {}};
-    for_lists<kUpdateChunk>("update", p.tensors, p.num_tensors, params.list,
-                            [&](int64_t) { arch::launch<Kernel>({params.list.num_chunks, 1, 1}, 0, stream, params); });
-  });
+// AdamW with m and v in 8 bits. A warp has a block of elements, a lane kPer of them.
+template <typename T>
+struct UpdateIn8Bits {
+  struct Params {
+    UpdateNumbers numbers;
+    const float* maps;
+    TensorList<UpdateTensor, kUpdateChunk> list;
+  };
+  static constexpr int kThreads = 256, kPer = k8BitBlock / arch::kWarp, kMap = 256;
+  static_assert(kUpdateChunk % k8BitBlock == 0);
+  struct alignas(kPer) Codes {
+    uint8_t of[kPer];
+  };
+
+  ARCH_FN static void run(const Params& p) {
+    const float scale = p.numbers.grad_scale ? *p.numbers.grad_scale : 1.0f;
+    if (!(scale - scale == 0)) return;  // not finite: no step
+    const auto maps = arch::shared<float>(0, 2 * kMap);
+    for (int i = arch::thread_index(); i < 2 * kMap; i += kThreads) maps[i] = p.maps[i];
+    arch::sync_threads();
+    p.list.with_chunk(arch::block_index().x, [&](const UpdateTensor& t, int64_t begin, int64_t end) {
+      const uintptr_t addresses = reinterpret_cast<uintptr_t>(t.grad) | reinterpret_cast<uintptr_t>(t.master) | reinterpret_cast<uintptr_t>(t.weight) |
+                                  (reinterpret_cast<uintptr_t>(t.m) | reinterpret_cast<uintptr_t>(t.v)) * (16 / kPer);
+      const bool in_vectors = addresses % 16 == 0 && (t.places.first | t.places.offset | t.places.run | t.places.stride) % kPer == 0;
+      for (int64_t block = begin + arch::warp_index() * k8BitBlock; block < end; block += kThreads / arch::kWarp * k8BitBlock) {
+        const int64_t i = block + arch::lane_index() * kPer, count = end - i < 0 ? 0 : end - i < kPer ? end - i : kPer;
+        update(p.numbers, t, maps, block / k8BitBlock, i, static_cast<int>(count), in_vectors && count == kPer, scale);
+      }
+    });
+  }
+
+  // All lanes of a warp come, those with a count of 0 too.
+  ARCH_FN static void update(const UpdateNumbers& n, const UpdateTensor& t, const arch::Shared<float>& maps, int64_t block, int64_t i, int count, bool in_vectors, float scale) {
+    T* weight = static_cast<T*>(t.weight) + i;
+    uint8_t *m_codes = static_cast<uint8_t*>(t.m) + i, *v_codes = static_cast<uint8_t*>(t.v) + i;
+    float g[kPer] = {}, w[kPer] = {}, m[kPer] = {}, v[kPer] = {};
+    Codes of_m{}, of_v{};
+    if (in_vectors) {
+      load_values<float, kPer>(t.grad + i, g);
+      if (t.master) load_values<float, kPer>(t.master + i, w);
+      else load_values<T, kPer>(weight, w);
+      of_m = arch::load<Codes>(m_codes), of_v = arch::load<Codes>(v_codes);
+    } else {
+      ARCH_UNROLL
+      for (int e = 0; e < kPer; ++e)
+        if (e < count) g[e] = t.grad[i + e], w[e] = t.master ? t.master[i + e] : arch::to_float(weight[e]), of_m.of[e] = m_codes[e], of_v.of[e] = v_codes[e];
+    }
+    const float m_scale = t.m_scale[block], v_scale = t.v_scale[block];
+    float m_most = 0, v_most = 0;
+    ARCH_UNROLL
+    for (int e = 0; e < kPer; ++e) {
+      if (e >= count) continue;
+      m[e] = maps[of_m.of[e]] * m_scale, v[e] = maps[kMap + of_v.of[e]] * v_scale;
+      apply<UpdateRule::kAdamW>(n, g[e] * scale, w[e], m[e], v[e]);
+      m_most = arch::max(m_most, m[e] < 0 ? -m[e] : m[e]), v_most = arch::max(v_most, v[e]);
+    }
+    m_most = arch::warp_max(m_most), v_most = arch::warp_max(v_most);  // and every lane has read the old ones
+    if (arch::lane_index() == 0) t.m_scale[block] = m_most, t.v_scale[block] = v_most;
+    const float m_inverse = 1 / m_most, v_inverse = 1 / v_most;
+    ARCH_UNROLL
+    for (int e = 0; e < kPer; ++e) {
+      if (e >= count) continue;
+      const auto code = static_cast<int>(map_code(maps.part(0, kMap), m[e] * m_inverse));
+      of_m.of[e] = static_cast<uint8_t>(m[e] < 0 && maps[code] == 0 ? code - 1 : code);
+      of_v.of[e] = static_cast<uint8_t>(map_code(maps.part(kMap, kMap), v[e] * v_inverse));
+    }
+    float to[kPer];
+    ARCH_UNROLL
+    for (int e = 0; e < kPer; ++e) to[e] = w[e];
+    if constexpr (std::is_same_v<T, arch::bf16>) {
+      if (!t.master && in_vectors) round_at_random<kPer>(n, t, i, to);
+      if (!t.master && !in_vectors) {
+        ARCH_UNROLL
+        for (int e = 0; e < kPer; ++e)
+          if (e < count) round_at_random<1>(n, t, i + e, to + e);
+      }
+    }
+    if (in_vectors) {
+      if (t.master) store_values<float, kPer>(t.master + i, w);
+      store_values<T, kPer>(weight, to);
+      arch::store(m_codes, of_m), arch::store(v_codes, of_v);
+      return;
+    }
+    ARCH_UNROLL
+    for (int e = 0; e < kPer; ++e) {
+      if (e >= count) continue;
+      if (t.master) t.master[i + e] = w[e];
+      weight[e] = arch::from_float<T>(to[e]), m_codes[e] = of_m.of[e], v_codes[e] = of_v.of[e];
+    }
+  }
+
+};
+
+template <typename Kernel>
+void launch_update(const Update& p, typename Kernel::Params params, int shared_bytes, Stream stream) {
+  for_lists<kUpdateChunk>("update", p.tensors, p.num_tensors, params.list,
+                          [&](int64_t) { arch::launch<Kernel>({params.list.num_chunks, 1, 1}, shared_bytes, stream, params); });
 }
 
 void update(const Update& p, Stream stream) {
   for (int64_t i = 0; i < p.num_tensors; ++i)
     if (p.type == Type::kFloat16 && !p.tensors[i].master)
       throw Refused("update of tensor " + std::to_string(i) + ": weights in float16 need a master in fp32; bfloat16 does without, by stochastic rounding");
-  switch (p.rule) {
-    case UpdateRule::kAdamW:
-      return update<UpdateRule::kAdamW>(p, stream);
-    case UpdateRule::kSgd:
-      return update<UpdateRule::kSgd>(p, stream);
-    case UpdateRule::kLion:
-      return update<UpdateRule::kLion>(p, stream);
-  }
+  const auto f = [](double x) { return static_cast<float>(x); };
+  const UpdateNumbers numbers{f(1 - p.lr * p.weight_decay), f(p.weight_decay), f(p.beta1), f(1 - p.beta1), f(p.beta2), f(1 - p.beta2), f(std::sqrt(p.correction2)),
+                              f(p.lr / p.correction1), f(p.epsilon), p.grad_scale, random_key(p.seed, kRounding), p.step};
+  with_type(p.type, [&]<typename T>(T) {
+    switch (p.rule) {
+      case UpdateRule::kAdamW:
+        return launch_update<UpdateTensors<T, UpdateRule::kAdamW>>(p, {numbers, {}}, 0, stream);
+      case UpdateRule::kSgd:
+        return launch_update<UpdateTensors<T, UpdateRule::kSgd>>(p, {numbers, {}}, 0, stream);
+      case UpdateRule::kLion:
+        return launch_update<UpdateTensors<T, UpdateRule::kLion>>(p, {numbers, {}}, 0, stream);
+      case UpdateRule::kAdamW8Bit:
+        return launch_update<UpdateIn8Bits<T>>(p, {numbers, p.maps, {}}, 2 * UpdateIn8Bits<T>::kMap * int{sizeof(float)}, stream);
+    }
+  });
 }
 
 // The sum of the squares of chunk c in fp64, where no square of an fp32 overflows: each thread its values, then the threads.

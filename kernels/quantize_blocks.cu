@@ -1,6 +1,7 @@
 // Blocks of values that share a scale, in 4 bits and in 8 bits of a map.
 #include "kernels/elements.h"
 #include "kernels/kernels.h"
+#include "kernels/map_code.h"
 
 namespace trireme::kernels::TRIREME_ARCH {
 namespace {
@@ -49,18 +50,6 @@ ARCH_FN uint32_t four_bit_code(float x) {
     for (int t = 0; t < 7; ++t) code += size > kFp4[t];
     return (code ^ (code & 2) << 1) | (x < 0 ? 8 : 0);  // FP4's order of magnitudes: 0 1 6 7 4 5 2 3
   }
-}
-
-// Of a map in shared memory: seven steps of a binary search, which end at an even number, and the midpoint to its neighbour.
-ARCH_FN uint32_t map_code(const arch::Shared<float>& map, float x) {
-  int pivot = 127, upper = 255, lower = 0;
-  ARCH_UNROLL
-  for (int step = 64; step > 0; step /= 2)
-    if (x > map[pivot]) lower = pivot, pivot += step;
-    else upper = pivot, pivot -= step;
-  const float number = map[pivot];
-  if (x > number) return static_cast<uint32_t>(x > (map[upper] + number) * 0.5f ? upper : pivot);
-  return static_cast<uint32_t>(x < (map[lower] + number) * 0.5f ? lower : pivot);
 }
 
 struct EncodeNf4 {

@@ -184,6 +184,7 @@ UpdateState update(UpdateRule rule, const UpdateNumbers& n, UpdateState state, c
     double &w = state.weight[i], &m = state.m[i], &v = state.v[i];
     switch (rule) {
       case UpdateRule::kAdamW:
+      case UpdateRule::kAdamW8Bit:  // between codes
         m += (g - m) * (1 - n.beta1);
         v = v * n.beta2 + g * g * (1 - n.beta2);
         w = w * (1 - n.lr * n.weight_decay) - m / (std::sqrt(v) / std::sqrt(n.correction2) + n.epsilon) * n.lr / n.correction1;

@@ -3,6 +3,7 @@
 #include <list>
 
 #include "emulated.h"
+#include "kernels/reference/quantize.h"
 #include "src/base/random.h"
 
 namespace trireme::kernels {
@@ -133,6 +134,65 @@ TEST(UpdateKernel, LionStandsStillWhereNothingPullsOrPushes) {
   EXPECT_EQ(weight.values()[2], 2.5);
   EXPECT_NEAR(m.values()[3], 4, 1e-6);  // 0.9 * -1 + 0.1 * 9 is nearly nothing
   EXPECT_TRUE(std::isnan(weight.values()[4]));
+}
+
+// Maps that are not those of src/quant: ascending to 1, number 127 of the signed one is 0.
+std::vector<float> some_maps() {
+  std::vector<float> maps;
+  for (int i = 0; i < 256; ++i) maps.push_back(static_cast<float>(std::pow((i - 127) / 128.0, 3)));
+  for (int i = 0; i < 256; ++i) maps.push_back(static_cast<float>(std::pow(i / 255.0, 4)));
+  return maps;
+}
+
+// Of moments in fp32 that the codes stand for, by the kernel without codes: weights, codes and scales, bit for bit.
+TEST(AdamW8BitKernel, IsAdamWBetweenCodes) {
+  const std::vector<float> numbers = some_maps();
+  const OnDevice<float> maps(numbers);
+  const auto &n = kNumbers;
+  int64_t kept_below_zero = 0;
+  for (const auto& [type, with_master] : {std::pair{Type::kFloat32, false}, {Type::kBFloat16, true}, {Type::kBFloat16, false}, {Type::kFloat16, true}})
+    for (const int64_t skip : {0, 1, 8})
+      for (const int64_t size : {1, 255, 256, 257, 8192, 8193, 20000}) {
+        const auto seed = static_cast<uint64_t>(size);
+        State in_codes(type, size, with_master, seed, skip), in_fp32(type, size, with_master, seed, skip);
+        const int64_t blocks = (size + 255) / 256;
+        Guarded m(size + skip), v(size + skip);
+        Tensor m_scale(Type::kFloat32, random_values(Type::kFloat32, blocks, 7)), v_scale(Type::kFloat32, Values(static_cast<size_t>(blocks), 0.25));
+        auto *m_codes = m.as<uint8_t>() + skip, *v_codes = v.as<uint8_t>() + skip;
+        auto *mean = in_fp32.exp_avg.front().memory.as<float>() + skip, *square = in_fp32.exp_avg_sq.front().memory.as<float>() + skip;
+        for (int64_t i = 0; i < size; ++i) {
+          m_codes[i] = static_cast<uint8_t>(i * 37), v_codes[i] = static_cast<uint8_t>(i * 53 + 3);
+          mean[i] = numbers[m_codes[i]] * m_scale.memory.as<float>()[i / 256], square[i] = numbers[size_t{256} + v_codes[i]] * v_scale.memory.as<float>()[i / 256];
+        }
+        for (State* s : {&in_codes, &in_fp32}) s->grad.front().memory.as<float>()[skip] = 1e6f;  // beside which others are nearly nothing
+        UpdateTensor expected = in_fp32.whole(9), tensor = in_codes.whole(9);
+        expected.places.first = tensor.places.first = 512;
+        tensor.m = m_codes, tensor.v = v_codes, tensor.m_scale = m_scale.memory.as<float>(), tensor.v_scale = v_scale.memory.as<float>();
+        const OnDevice<float> scale(0.5f);
+        const auto update = [&](UpdateRule rule, const UpdateTensor& of) {
+          emulated_kernels().update({rule, type, &of, 1, n.lr, n.weight_decay, n.beta1, n.beta2, n.epsilon, n.correction1, n.correction2, scale.data(), 11, 3, maps.data()}, nullptr);
+        };
+        update(UpdateRule::kAdamW, expected);
+        update(UpdateRule::kAdamW8Bit, tensor);
+        EXPECT_EQ(in_codes.read(in_codes.weight), in_fp32.read(in_fp32.weight)) << size << " " << skip;
+        if (with_master) {
+          EXPECT_EQ(in_codes.read(in_codes.master), in_fp32.read(in_fp32.master));
+        }
+        for (int64_t block = 0; block < blocks; ++block) {
+          const int64_t begin = block * 256, end = std::min(size, begin + 256);
+          float m_most = 0, v_most = 0;
+          for (int64_t i = begin; i < end; ++i) m_most = std::max(m_most, std::abs(mean[i])), v_most = std::max(v_most, square[i]);
+          ASSERT_EQ(m_scale.memory.as<float>()[block], m_most);
+          ASSERT_EQ(v_scale.memory.as<float>()[block], v_most);
+          for (int64_t i = begin; i < end; ++i) {
+            const int code = reference::map_code(numbers.data(), mean[i] * (1 / m_most)), below = mean[i] < 0 && code == 127;
+            kept_below_zero += below;
+            ASSERT_EQ(m_codes[i], code - below) << i;
+            ASSERT_EQ(v_codes[i], reference::map_code(numbers.data() + 256, square[i] * (1 / v_most))) << i;
+          }
+        }
+      }
+  EXPECT_GT(kept_below_zero, 100);
 }
 
 // Of the whole tensor in fp32, by the same kernel, and the generator of the CPU code.

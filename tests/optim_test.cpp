@@ -281,15 +281,17 @@ TEST_P(EveryRule, CountsBytes) {
     for (const OptimizerOptions& options : {OptimizerOptions{.rule = GetParam()}, {.rule = GetParam(), .momentum = 0}, {.rule = GetParam(), .masters = false}})
       if (options.masters || dtype != at::kHalf) {
         const Optimizer optimizer({{"w", weight.to(dtype), grad.to(wide(dtype)), 0.0}}, options);
-        EXPECT_EQ(bytes_of(optimizer), 10 * Optimizer::state_bytes_per_element(dtype, options)) << dtype;
+        EXPECT_EQ(bytes_of(optimizer), Optimizer::state_bytes(dtype, options, 10, 10)) << dtype;
       }
 }
 
 TEST(AdamW, CountsBytesAndRefusesOtherShapes) {
   at::Tensor weight = at::ones({10}, at::kBFloat16), grad = at::zeros({10});
-  EXPECT_EQ(Optimizer::state_bytes_per_element(at::kBFloat16), 12u);
-  EXPECT_EQ(Optimizer::state_bytes_per_element(at::kBFloat16, {.masters = false}), 8u);
-  EXPECT_EQ(Optimizer::state_bytes_per_element(at::kFloat, {.rule = UpdateRule::kLion}), 4u);
+  EXPECT_EQ(Optimizer::state_bytes(at::kBFloat16, {}, 10, 10), 120u);
+  EXPECT_EQ(Optimizer::state_bytes(at::kBFloat16, {.masters = false}, 10, 10), 80u);
+  EXPECT_EQ(Optimizer::state_bytes(at::kFloat, {.rule = UpdateRule::kLion}, 10, 10), 40u);
+  EXPECT_EQ(Optimizer::state_bytes(at::kFloat, {.rule = UpdateRule::kAdamW8Bit}, 4096, 4096), 2u * (4096 + 4 * 16));
+  EXPECT_EQ(Optimizer::state_bytes(at::kFloat, {.rule = UpdateRule::kAdamW8Bit}, 1000, 4000), 8000u);
   EXPECT_THROW(Optimizer({{"w", weight.to(at::kHalf), grad, 0.0}}, {.masters = false}), InternalError);
   EXPECT_THROW(Optimizer({{"w", weight, at::zeros({9}), 0.0}}, {}), InternalError);
   for (const at::Tensor& bad : {grad.to(at::kBFloat16), grad.to(at::kMeta)})

@@ -51,6 +51,10 @@ TEST(Plan, WeightsGradientsAndOptimizer) {
   EXPECT_EQ(plan_of(config_with({{"optim.masters", "false"}}), tiny(), at::kFloat, 1).largest().optimizer, 8 * n);
   EXPECT_EQ(plan_of(config_with({{"optim.kind", "lion"}}), tiny(), at::kFloat, 1).largest().optimizer, 4 * n);
   EXPECT_EQ(plan_of(config_with({{"optim.kind", "sgd"}, {"optim.momentum", "0"}}), tiny(), at::kBFloat16, 1).largest().optimizer, 4 * n);
+  // Of two tensors of 4,096 elements and more their moments have 8 bits; a scale of each block.
+  const ModelConfig wide = tiny({{"vocab_size", 1000}});
+  const uint64_t small = static_cast<uint64_t>(wide.num_parameters()) - 2 * 8000;
+  EXPECT_EQ(plan_of(config_with({{"optim.kind", "adamw8bit"}}), wide, at::kFloat, 1).largest().optimizer, 8 * small + 2 * 2 * (8000 + 4 * 32));
   const uint64_t adapters = 2 * 2 * (8 + 8 + 8 + 4 + 8 + 4 + 8 + 8 + 8 + 16 + 8 + 16 + 16 + 8);  // rank 2, two layers
   plan = plan_of(config_with({{"lora.rank", "2"}}), tiny(), at::kBFloat16, 1);
   EXPECT_EQ(plan.trainable, static_cast<int64_t>(adapters));

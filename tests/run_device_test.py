@@ -75,6 +75,7 @@ KINDS = {
     "bfloat16 without masters": (CURVE_BF16, ["--train.dtype=bfloat16", "--optim.masters=false"]),
     "float32 sgd": (CURVE_FP32, ["--optim.kind=sgd", "--optim.lr=0.1"]),
     "bfloat16 lion": (CURVE_BF16, ["--train.dtype=bfloat16", "--optim.kind=lion", "--optim.lr=2e-4"]),
+    "bfloat16 moments in 8 bits": (CURVE_BF16, ["--train.dtype=bfloat16", "--optim.kind=adamw8bit"]),
     "float16": (CURVE_FP16, ["--train.dtype=float16"]),
 }
 

@@ -5,7 +5,7 @@ import json
 import h5py
 import pytest
 
-from program import run, small_run
+from program import SOURCE, run, small_run
 
 LORA = ("--lora.rank=4", "--lora.dropout=0.1")
 KEYS = {"full": ("--train.accumulation=2", "--comm.bucket_mb=0.1"), "lora": (*LORA, "--train.recompute=full", "--checkpoint.async=false")}
@@ -70,6 +70,43 @@ def test_no_stage_changes_a_bit_of_another_rule(tmp_path, rule, state):
     tensors = saved(tmp_path, "plain", 4)
     assert saved(tmp_path, "cut", 4) == tensors
     assert {name.split("/")[1] for name in tensors if name.startswith("optimizer/")} == {state}
+
+
+EIGHT_BIT = ("--optim.kind=adamw8bit", "--train.dtype=bfloat16")
+
+
+@pytest.mark.parametrize("kind, ranks", [("full", 4), ("pipeline", 4)])
+def test_no_stage_changes_a_bit_of_moments_in_8_bits(tmp_path, kind, ranks):
+    train(tmp_path, "plain", kind, 0, ranks, *EIGHT_BIT)
+    train(tmp_path, "zero2", kind, 2, ranks, *EIGHT_BIT)
+    for start, zero in enumerate((3, 1, 0)):
+        train(tmp_path, "cut", kind, zero, ranks, *EIGHT_BIT, *(["--optim.offload=true"] if zero == 1 else []), *(["--train.stop_after=1"] if start < 2 else []),
+              status=0 if start == 2 else 75)
+    state = saved(tmp_path, "plain", 4)
+    assert {(name.split("/")[1], dtype) for name, (_, dtype, _) in state.items() if name.startswith("optimizer/") and "q_proj" in name} == {
+        ("exp_avg", "uint8"), ("exp_avg_sq", "uint8"), ("exp_avg_scale", "float32"), ("exp_avg_sq_scale", "float32"), ("master", "float32")}
+    for name in ("zero2", "cut"):
+        assert outcome(tmp_path, name, kind) == outcome(tmp_path, "plain", kind), name
+        assert saved(tmp_path, name, 4) == state, name
+
+
+def test_moments_in_8_bits_are_cut_where_blocks_end(tmp_path):
+    """Over tensor ranks too, whose slices of columns have whole blocks; what a checkpoint of one layout says, another goes on from."""
+    said = train(tmp_path, "refused", "tensor", 0, 2, *EIGHT_BIT, status=2)
+    assert ("error: optim.kind=adamw8bit keeps 256 elements of a tensor together, but parallel.tensor=2 cuts model.layers.0.self_attn.o_proj.weight [192, 192] "
+            "into slices like [192, 96]: " in said)
+    assert "error: optim.kind=adamw8bit is not possible with train.dtype=float64" in train(tmp_path, "refused", "full", 0, 1, EIGHT_BIT[0], "--train.dtype=float64", status=2)
+    shape = json.loads((SOURCE / "configs/quickstart/model/config.json").read_text())
+    shape |= dict(hidden_size=512, intermediate_size=1024, num_attention_heads=8, num_key_value_heads=2, head_dim=64, num_hidden_layers=1)
+    (tmp_path / "config.json").write_text(json.dumps(shape))
+    wide = ("--optim.kind=adamw8bit", f"--model.config={tmp_path}/config.json", f"--model.tokenizer={SOURCE}/configs/quickstart/model")
+    train(tmp_path, "plain", "full", 0, 1, *wide)
+    train(tmp_path, "cut", "tensor", 0, 2, *wide, "--train.stop_after=2", status=75)
+    train(tmp_path, "cut", "full", 0, 1, *wide)
+    losses = [[line["loss"] for line in outcome(tmp_path, name, "full")[0]] for name in ("plain", "cut")]
+    assert losses[0] == pytest.approx(losses[1], rel=1e-4)  # fp32 sums in another order, whose moments may have a neighbour's code
+    states = [saved(tmp_path, name, 4) for name in ("plain", "cut")]
+    assert {name: value[:2] for name, value in states[0].items()} == {name: value[:2] for name, value in states[1].items()}
 
 
 def test_a_run_goes_on_in_another_stage(tmp_path):

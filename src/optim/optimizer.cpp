@@ -6,6 +6,8 @@
 #include "ops/op_support.h"
 #include "optim/offload.h"
 #include "optim/update_loops.h"
+#include "quant/dynamic_map.h"
+#include "quant/quant_loops.h"
 
 namespace trireme {
 namespace {
@@ -14,6 +16,7 @@ namespace {
 std::vector<const char*> states_of(const OptimizerOptions& options) {
   switch (options.rule) {
     case UpdateRule::kAdamW:
+    case UpdateRule::kAdamW8Bit:
       return {"exp_avg", "exp_avg_sq"};
     case UpdateRule::kSgd:
       return options.momentum > 0 ? std::vector<const char*>{"momentum_buffer"} : std::vector<const char*>{};
@@ -21,6 +24,28 @@ std::vector<const char*> states_of(const OptimizerOptions& options) {
       return {"exp_avg"};
   }
   TRIREME_CHECK(false);
+}
+
+constexpr int64_t kLeast8Bit = 4096;  // elements of a parameter whose state has 8 bits
+
+int64_t num_blocks(int64_t elements) { return (elements + kernels::k8BitBlock - 1) / kernels::k8BitBlock; }
+
+UpdateRule rule_of(UpdateRule rule, int64_t whole_size) { return rule == UpdateRule::kAdamW8Bit && whole_size < kLeast8Bit ? UpdateRule::kAdamW : rule; }
+
+const DynamicSearch& search_of(bool is_signed) {
+  static const auto make = [](bool s) { return DynamicSearch(dynamic_map(s).data_ptr<float>()); };
+  static const DynamicSearch with_sign = make(true), without = make(false);
+  return is_signed ? with_sign : without;
+}
+
+// Values of whole blocks as codes, and back.
+void decode(bool is_signed, int64_t count, const uint8_t* codes, const float* scales, float* values) {
+  quant_loops<float>().dequantize_blockwise(search_of(is_signed).number.data(), count, kernels::k8BitBlock, codes, scales, values);
+}
+void encode(bool is_signed, int64_t count, const float* values, uint8_t* codes, float* scales) {
+  constexpr uint8_t kZero = 127;
+  quant_loops<float>().quantize_blockwise(search_of(is_signed), count, kernels::k8BitBlock, values, codes, scales);
+  for (int64_t i = 0; is_signed && i < count; ++i) codes[i] = static_cast<uint8_t>(codes[i] - (values[i] < 0 && codes[i] == kZero));
 }
 
 // By which whole parameters are told apart, the same on every mesh.
@@ -40,10 +65,13 @@ void for_runs(const Places& places, int64_t begin, int64_t end, const F& f) {
 
 UpdateRule parse_update_rule(const std::string& kind) {
   if (kind == "adamw") return UpdateRule::kAdamW;
+  if (kind == "adamw8bit") return UpdateRule::kAdamW8Bit;
   if (kind == "sgd") return UpdateRule::kSgd;
   if (kind == "lion") return UpdateRule::kLion;
-  throw ConfigError("optim.kind=" + kind + ": allowed are adamw, sgd, lion");
+  throw ConfigError("optim.kind=" + kind + ": allowed are adamw, adamw8bit, sgd, lion");
 }
+
+int64_t state_block(UpdateRule rule) { return rule == UpdateRule::kAdamW8Bit ? kernels::k8BitBlock : 1; }
 
 bool has_master(at::ScalarType dtype, bool masters) { return compute_dtype(dtype) != dtype && (masters || dtype != at::kBFloat16); }
 
@@ -65,6 +93,13 @@ Places places_of(at::IntArrayRef sizes, const ShardSpec& slice, int64_t begin) {
   return places;
 }
 
+bool cuts_blocks(UpdateRule rule, at::IntArrayRef sizes, const ShardSpec& slice) {
+  const int64_t whole = c10::multiply_integers(slice.global_shape), block = state_block(rule_of(rule, whole)), size = c10::multiply_integers(sizes);
+  const Places places = places_of(sizes, slice, 0);
+  const bool ends_whole = size % block == 0 || places.offset + size == whole;
+  return !ends_whole || places.offset % block != 0 || places.run % block != 0 || places.stride % block != 0;
+}
+
 Optimizer::Optimizer(std::vector<OptimTensor> tensors, const OptimizerOptions& options)
     : tensors_(std::move(tensors)), options_(options) {
   for (auto& t : tensors_) {
@@ -77,10 +112,22 @@ Optimizer::Optimizer(std::vector<OptimTensor> tensors, const OptimizerOptions& o
     const at::Device device = options.offload ? at::kCPU : t.weight.device();
     if (!device.is_cpu()) kernels_of(t.weight);  // there are some
     const auto state_options = at::TensorOptions(dtype).device(device);
-    State state{{}, {}, {}, id_of(t.name)};
+    State state;
+    state.id = id_of(t.name);
+    state.rule = rule_of(options.rule, t.whole_size > 0 ? t.whole_size : t.weight.numel());
+    const bool in_codes = state.rule == UpdateRule::kAdamW8Bit;
+    TRIREME_CHECK(!in_codes || dtype == at::kFloat, t.name, " in ", c10::toString(dtype));
+    const auto values = in_codes ? state_options.dtype(at::kByte) : state_options;
     const size_t num_states = states_of(options).size();
-    if (num_states > 0) state.m = at::zeros(t.weight.sizes(), state_options);
-    if (num_states > 1) state.v = at::zeros(t.weight.sizes(), state_options);
+    if (num_states > 0) state.m = at::zeros(t.weight.sizes(), values);
+    if (num_states > 1) state.v = at::zeros(t.weight.sizes(), values);
+    if (in_codes) {
+      const auto& p = t.places;
+      TRIREME_CHECK(p.first % kernels::k8BitBlock == 0 && p.offset % kernels::k8BitBlock == 0 && p.run % kernels::k8BitBlock == 0 && p.stride % kernels::k8BitBlock == 0,
+                    t.name, ": a block is cut at ", p.first, " of runs of ", p.run);
+      state.m_scale = at::zeros({num_blocks(t.weight.numel())}, state_options);
+      state.v_scale = at::zeros_like(state.m_scale);
+    }
     if (has_master(t.weight.scalar_type(), options.masters)) state.master = t.weight.to(device).to(dtype);  // what travels is the smaller
     states_.push_back(std::move(state));
   }
@@ -92,14 +139,14 @@ void Optimizer::step(double lr, const at::Tensor& grad_scale) { update(lr, 1.0, 
 
 void Optimizer::update(double lr, double grad_scale, const at::Tensor& device_scale) {
   ++num_steps_;
-  const bool corrects = options_.rule == UpdateRule::kAdamW;
+  const bool corrects = options_.rule == UpdateRule::kAdamW || options_.rule == UpdateRule::kAdamW8Bit;
   const double beta1 = options_.rule == UpdateRule::kSgd ? options_.momentum : options_.beta1, t = static_cast<double>(num_steps_);
   const double correction1 = corrects ? 1.0 - std::pow(beta1, t) : 1.0, correction2 = corrects ? 1.0 - std::pow(options_.beta2, t) : 1.0;
   std::vector<size_t> on_host;
-  std::map<std::pair<at::ScalarType, double>, std::vector<size_t>> by_kernels;  // of one dtype and weight decay: a call
+  std::map<std::tuple<at::ScalarType, double, UpdateRule>, std::vector<size_t>> by_kernels;  // of one dtype, weight decay and rule: a call
   for (size_t i = 0; i < tensors_.size(); ++i)
     if (staging_ || !kernels_of(tensors_[i].weight)) on_host.push_back(i);
-    else by_kernels[{tensors_[i].weight.scalar_type(), tensors_[i].weight_decay}].push_back(i);
+    else by_kernels[{tensors_[i].weight.scalar_type(), tensors_[i].weight_decay, states_[i].rule}].push_back(i);
 
   for (const auto& [kind, numbers] : by_kernels) {
     const auto floats = [](const at::Tensor& x) { return static_cast<float*>(data_of(x)); };
@@ -107,14 +154,15 @@ void Optimizer::update(double lr, double grad_scale, const at::Tensor& device_sc
     for (size_t i : numbers) {
       const OptimTensor& of = tensors_[i];
       const State& s = states_[i];
-      list.push_back({of.weight.numel(), data_of(of.weight), floats(s.master), floats(of.grad), floats(s.m), floats(s.v), of.places, s.id});
+      list.push_back({of.weight.numel(), data_of(of.weight), floats(s.master), floats(of.grad), data_of(s.m), data_of(s.v), of.places, s.id, floats(s.m_scale), floats(s.v_scale)});
     }
     const at::Tensor& weight = tensors_[numbers[0]].weight;
     at::Tensor scale = device_scale;
     if (!scale.defined() && grad_scale != 1.0) scale = at::full({}, grad_scale, weight.options().dtype(at::kFloat));
     TRIREME_CHECK(!scale.defined() || (scale.device() == weight.device() && scale.scalar_type() == at::kFloat && scale.numel() == 1), scale.toString());
-    kernels_of(weight)->update({options_.rule, kernel_type(weight), list.data(), static_cast<int64_t>(list.size()), lr, kind.second, beta1, options_.beta2,
-                                options_.epsilon, correction1, correction2, floats(scale), options_.seed, static_cast<uint64_t>(num_steps_)}, stream_of(weight));
+    kernels_of(weight)->update({std::get<2>(kind), kernel_type(weight), list.data(), static_cast<int64_t>(list.size()), lr, std::get<1>(kind), beta1, options_.beta2,
+                                options_.epsilon, correction1, correction2, floats(scale), options_.seed, static_cast<uint64_t>(num_steps_),
+                                options_.rule == UpdateRule::kAdamW8Bit ? floats(maps(weight.device())) : nullptr}, stream_of(weight));
   }
 
   if (on_host.empty()) return;
@@ -131,27 +179,54 @@ void Optimizer::update(double lr, double grad_scale, const at::Tensor& device_sc
       T* const values = weight.data_ptr<T>();
       const A* const gradients = grad.data_ptr<A>();
       const auto part = [&](const at::Tensor& x) { return x.defined() ? x.data_ptr<A>() + first : nullptr; };
-      A *const m = part(state.m), *const v = part(state.v), *const master = part(state.master);
       const auto at = [](auto* p, int64_t begin) { return p ? p + begin : nullptr; };
-      const auto range = [&](int64_t begin, int64_t end, const RandomRounding* rounding) {
-        update_loops<T>().update[static_cast<size_t>(options_.rule)](end - begin, values + begin, at(master, begin), gradients + begin, at(m, begin), at(v, begin), step, rounding);
-      };
+      A* const master = part(state.master);
       const bool rounds = weight.scalar_type() == at::kBFloat16 && !master;
       const uint64_t key = options_.seed ^ static_cast<uint64_t>(RandomStream::kRounding) << 56, counter = static_cast<uint64_t>(num_steps_) << 32 | state.id;
       Places places = tensors_[i].places;
       places.first += first;
-      for_rows(weight.numel(), 1, [&](int64_t begin, int64_t end) {
-        if (!rounds) return range(begin, end, nullptr);
+      // m and v: of the elements from begin on.
+      const auto range = [&](int64_t begin, int64_t end, A* m, A* v, UpdateRule rule) {
+        const auto run = [&](int64_t run_begin, int64_t run_end, const RandomRounding* rounding) {
+          update_loops<T>().update[static_cast<size_t>(rule)](run_end - run_begin, values + run_begin, at(master, run_begin), gradients + run_begin,
+                                                              at(m, run_begin - begin), at(v, run_begin - begin), step, rounding);
+        };
+        if (!rounds) return run(begin, end, nullptr);
         for_runs(places, begin, end, [&](int64_t run_begin, int64_t run_end, int64_t place) {
           const RandomRounding rounding{key, counter, place};
-          range(run_begin, run_end, &rounding);
+          run(run_begin, run_end, &rounding);
         });
-      });
+      };
+      if (state.rule != UpdateRule::kAdamW8Bit) {
+        A *const m = part(state.m), *const v = part(state.v);
+        return for_rows(weight.numel(), 1, [&](int64_t begin, int64_t end) { range(begin, end, at(m, begin), at(v, begin), state.rule); });
+      }
+      if constexpr (std::is_same_v<A, float>) {
+        constexpr int64_t kBlock = kernels::k8BitBlock, kAtOnce = 8;  // blocks whose values fit the nearest cache
+        uint8_t *const m = state.m.data_ptr<uint8_t>() + first, *const v = state.v.data_ptr<uint8_t>() + first;
+        float *const m_scale = state.m_scale.data_ptr<float>() + first / kBlock, *const v_scale = state.v_scale.data_ptr<float>() + first / kBlock;
+        for_rows(num_blocks(weight.numel()), kBlock, [&](int64_t first_block, int64_t last_block) {
+          alignas(64) float m_values[kAtOnce * kBlock], v_values[kAtOnce * kBlock];
+          for (int64_t block = first_block; block < last_block; block += kAtOnce) {
+            const int64_t begin = block * kBlock, end = std::min(weight.numel(), std::min(last_block, block + kAtOnce) * kBlock), count = end - begin;
+            decode(true, count, m + begin, m_scale + block, m_values);
+            decode(false, count, v + begin, v_scale + block, v_values);
+            range(begin, end, m_values, v_values, UpdateRule::kAdamW);
+            encode(true, count, m_values, m + begin, m_scale + block);
+            encode(false, count, v_values, v + begin, v_scale + block);
+          }
+        });
+      }
     });
   };
   if (staging_) staging_->for_pieces(update);
   else
     for (size_t i : on_host) update(i, 0, tensors_[i].weight, tensors_[i].grad);
+}
+
+const at::Tensor& Optimizer::maps(at::Device device) {
+  if (!maps_.defined()) maps_ = at::cat({dynamic_map(true), dynamic_map(false)}).to(device);
+  return maps_;
 }
 
 int64_t Optimizer::bytes_fetched() const { return staging_ ? staging_->bytes_fetched() : 0; }
@@ -162,14 +237,20 @@ std::vector<OptimState> Optimizer::state() const {
     const std::vector<const char*> names = states_of(options_);
     if (states_[i].m.defined()) all.push_back({i, tensors_[i].name, names[0], states_[i].m});
     if (states_[i].v.defined()) all.push_back({i, tensors_[i].name, names[1], states_[i].v});
+    if (states_[i].m_scale.defined()) {
+      all.push_back({i, tensors_[i].name, str(names[0], "_scale"), states_[i].m_scale, kernels::k8BitBlock});
+      all.push_back({i, tensors_[i].name, str(names[1], "_scale"), states_[i].v_scale, kernels::k8BitBlock});
+    }
     if (states_[i].master.defined()) all.push_back({i, tensors_[i].name, "master", states_[i].master});
   }
   return all;
 }
 
-uint64_t Optimizer::state_bytes_per_element(at::ScalarType dtype, const OptimizerOptions& options) {
-  const uint64_t size = c10::elementSize(compute_dtype(dtype));
-  return (states_of(options).size() + (has_master(dtype, options.masters) ? 1 : 0)) * size;
+uint64_t Optimizer::state_bytes(at::ScalarType dtype, const OptimizerOptions& options, int64_t elements, int64_t whole_size) {
+  const auto size = static_cast<int64_t>(c10::elementSize(compute_dtype(dtype)));
+  const int64_t master = has_master(dtype, options.masters) ? elements * size : 0;
+  if (rule_of(options.rule, whole_size) == UpdateRule::kAdamW8Bit) return static_cast<uint64_t>(2 * elements + 2 * size * num_blocks(elements) + master);
+  return static_cast<uint64_t>(static_cast<int64_t>(states_of(options).size()) * elements * size + master);
 }
 
 }  // namespace trireme

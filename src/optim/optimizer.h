@@ -4,6 +4,9 @@
 //     w -= lr * weight_decay * w
 //     m += (1 - beta1) * (g - m);  v = beta2 * v + (1 - beta2) * g^2
 //     w -= lr / (1 - beta1^t) * m / (sqrt(v) / sqrt(1 - beta2^t) + epsilon)
+//   adamw8bit (Dettmers et al. 2022, "8-bit Optimizers via Block-wise Quantization"): adamw whose m and v are kept as codes of the dynamic
+//     8-bit map (quant/dynamic_map.h) in blocks of 256 elements of the whole tensor, which no rank's part may cut; of parameters of
+//     fewer than 4,096 elements in fp32, as bitsandbytes has it. An m below 0 is never kept as 0. Not for fp64 weights.
 //   sgd, the arithmetic of torch.optim.SGD with momentum; weight decay is added to the gradient
 //     m = momentum * m + g + weight_decay * w;  w -= lr * m
 //   lion (Chen et al. 2023, "Symbolic Discovery of Optimization Algorithms"), for learning rates of a third to a tenth of AdamW's
@@ -25,7 +28,13 @@
 namespace trireme {
 
 using UpdateRule = kernels::UpdateRule;
-UpdateRule parse_update_rule(const std::string& kind);  // of optim.kind
+UpdateRule parse_update_rule(const std::string& kind);  // of optim.kind; ConfigError
+
+// Elements of a parameter that have to stay together, from its first on: a rank's part begins and ends at a multiple of so many, or
+// where the parameter ends.
+int64_t state_block(UpdateRule rule);
+// Whether a slice with these sizes does not.
+bool cuts_blocks(UpdateRule rule, at::IntArrayRef slice_sizes, const ShardSpec& slice);
 using Places = kernels::Places;
 
 // Of the elements from `begin` on of a slice with these sizes. One dimension may be cut, or the first and another.
@@ -37,14 +46,18 @@ struct OptimTensor {
   at::Tensor grad;            // flat [N], contiguous, fp32 (fp64 for fp64 weights); read at every step
   double weight_decay = 0.0;  // 1/step at learning rate 1
   Places places = {};         // of the elements in the whole parameter; of use without masters alone
+  int64_t whole_size = 0;     // elements of the whole parameter; 0: these
 };
 
 // One tensor of the optimizer's state; shares storage with the optimizer: read it to save, fill it to load.
 struct OptimState {
   size_t tensor = 0;      // number of the OptimTensor
   std::string parameter;  // its name
-  std::string kind;       // adamw: exp_avg, exp_avg_sq; sgd with momentum: momentum_buffer; lion: exp_avg; and master (low-precision weights only)
-  at::Tensor value;       // flat [N], fp32 (fp64 for fp64 weights)
+  // adamw: exp_avg, exp_avg_sq; adamw8bit: these in uint8, exp_avg_scale, exp_avg_sq_scale; sgd with momentum: momentum_buffer;
+  // lion: exp_avg; and master (low-precision weights only)
+  std::string kind;
+  at::Tensor value;       // flat [ceil(N / block)], fp32 (fp64 for fp64 weights), or uint8
+  int64_t block = 1;      // elements that a value is of
 };
 
 struct OptimizerOptions {
@@ -81,20 +94,24 @@ class Optimizer {
 
   int64_t bytes_fetched() const;  // with offload: of gradients and weights that came to the host's buffers, since the start
 
-  // Bytes of state for a parameter element of `dtype`; for plans before anything is allocated.
-  static uint64_t state_bytes_per_element(at::ScalarType dtype, const OptimizerOptions& options = {});
+  // Bytes of state for so many elements of a parameter of `dtype` with whole_size elements; for plans before anything is allocated.
+  static uint64_t state_bytes(at::ScalarType dtype, const OptimizerOptions& options, int64_t elements, int64_t whole_size);
 
  private:
   void update(double lr, double grad_scale, const at::Tensor& device_scale);
 
   struct State {
-    at::Tensor m, v, master;  // undefined where there is none
-    uint32_t id = 0;  // of the whole parameter
+    at::Tensor m, v, master;      // undefined where there is none
+    at::Tensor m_scale, v_scale;  // of codes
+    uint32_t id = 0;              // of the whole parameter
+    UpdateRule rule = UpdateRule::kAdamW;
   };
+  const at::Tensor& maps(at::Device device);
   std::vector<OptimTensor> tensors_;
   std::vector<State> states_;
   OptimizerOptions options_;
   std::shared_ptr<HostStaging> staging_;  // with offload
+  at::Tensor maps_;                       // of codes on a device
   int64_t num_steps_ = 0;
 };
 

@@ -14,14 +14,15 @@ int64_t block_of(const std::string& name) {
 }
 
 std::vector<Bucket> cut_buckets(const std::vector<Parameter>& parameters, const std::vector<size_t>& chosen,
-                                const Holders& holders, int64_t bucket_bytes, bool by_unit) {
+                                const Holders& holders, int64_t bucket_bytes, bool by_unit, int64_t align) {
   std::vector<int> sizes;
   for (const Communicator& group : holders.groups) sizes.push_back(group.size());
-  return cut_buckets(parameters, chosen, holders.group_of, sizes, bucket_bytes, by_unit);
+  return cut_buckets(parameters, chosen, holders.group_of, sizes, bucket_bytes, by_unit, align);
 }
 
 std::vector<Bucket> cut_buckets(const std::vector<Parameter>& parameters, const std::vector<size_t>& chosen,
-                                const std::vector<size_t>& group_of, const std::vector<int>& group_sizes, int64_t bucket_bytes, bool by_unit) {
+                                const std::vector<size_t>& group_of, const std::vector<int>& group_sizes, int64_t bucket_bytes, bool by_unit,
+                                int64_t align) {
   constexpr int64_t kNumBuckets = 8, kSmallest = 64 << 10;
   auto bytes_of = [&](size_t i) {
     const at::Tensor& value = parameters[i].value;
@@ -43,6 +44,7 @@ std::vector<Bucket> cut_buckets(const std::vector<Parameter>& parameters, const 
         used = 0;
       }
       Bucket& bucket = buckets.back();
+      bucket.num_elements = (bucket.num_elements + align - 1) / align * align;
       bucket.parameters.push_back(*i);
       bucket.offsets.push_back(bucket.num_elements);
       bucket.num_elements += value.numel();
@@ -50,7 +52,7 @@ std::vector<Bucket> cut_buckets(const std::vector<Parameter>& parameters, const 
     }
   }
   for (Bucket& bucket : buckets) {
-    const int64_t size = group_sizes[bucket.group];
+    const int64_t size = group_sizes[bucket.group] * align;
     bucket.num_elements = (bucket.num_elements + size - 1) / size * size;
   }
   return buckets;
@@ -68,7 +70,25 @@ std::vector<PartRange> ranges_of_part(const Bucket& bucket, const std::vector<Pa
 }
 
 std::vector<Parameter> rectangles(const std::string& name, const at::Tensor& flat, at::IntArrayRef slice_shape,
-                                  const ShardSpec& slice, int64_t begin, int64_t end) {
+                                  const ShardSpec& slice, int64_t begin, int64_t end, int64_t block) {
+  if (block > 1) {
+    const auto blocks = [&](int64_t elements) { return (elements + block - 1) / block; };
+    std::vector<int64_t> shape = slice_shape.vec();
+    ShardSpec in_blocks = slice;
+    if (slice.global_shape.back() % block == 0) {
+      for (int64_t* size : {&shape.back(), &in_blocks.global_shape.back(), &in_blocks.offset.back()}) {
+        TRIREME_CHECK(*size % block == 0, name, slice_shape, slice.offset);
+        *size /= block;
+      }
+    } else {
+      int64_t place = 0, stride = 1;
+      for (size_t d = shape.size(); d-- > 0; stride *= slice.global_shape[d]) place += slice.offset[d] * stride;
+      TRIREME_CHECK(place % block == 0, name, slice.offset);
+      shape = {blocks(c10::multiply_integers(slice_shape))};
+      in_blocks.global_shape = {blocks(stride)}, in_blocks.offset = {place / block};
+    }
+    return rectangles(name, flat, shape, in_blocks, begin / block, blocks(end));
+  }
   TRIREME_CHECK(flat.dim() == 1 && flat.numel() == end - begin, name, flat.sizes(), begin, end);
   std::vector<Parameter> out;
   int64_t done = 0;  // of flat

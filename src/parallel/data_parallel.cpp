@@ -100,7 +100,7 @@ void GradientReducer::Impl::lay_out() {
     groups.back() = {comm.split(run, comm.rank(), "shards"), comm.split(comm.rank() % length, run, "replicas")};
     comm = groups.back().comm;  // buckets are padded to its size
   }
-  layout = cut_buckets(parameters, all, holders, options.bucket_bytes, options.zero == 3);
+  layout = cut_buckets(parameters, all, holders, options.bucket_bytes, options.zero == 3, options.align);
   for (size_t b = 0; b < layout.size(); ++b) {
     const Bucket& bucket = layout[b];
     Group& group = groups[bucket.group];
@@ -153,6 +153,7 @@ void GradientReducer::Impl::attach(size_t b) {
   int64_t used = 0;
   for (size_t k = 0; k < bucket.parameters.size(); ++k) {
     GradientSlice& s = slices[bucket.parameters[k]];
+    state.whole.narrow(0, used, bucket.offsets[k] - used).zero_();
     s.gradient = state.whole.narrow(0, bucket.offsets[k], s.weight.numel()).view(s.weight.sizes());
     used = bucket.offsets[k] + s.weight.numel();
   }

@@ -76,6 +76,7 @@ struct GradientReducerOptions {
   bool every_backward = false;  // with zero 2 and 3
   // With zero 1 to 3: one of this many equal runs of a group's ranks keeps everything once.
   int num_replicas = 1;
+  int64_t align = 1;  // elements of a parameter that no rank's part cuts
 };
 
 class GradientReducer {

@@ -61,7 +61,10 @@ void ShardedWeights::add(const Bucket& bucket, const std::vector<Parameter>& par
   for (size_t k = 0; k < bucket.parameters.size(); ++k) {
     at::Tensor leaf = parameters[bucket.parameters[k]].value;
     at::Tensor view = flat.whole.narrow(0, bucket.offsets[k], leaf.numel()).view(leaf.sizes());
-    if (!unfilled) view.copy_(leaf.detach());
+    if (!unfilled) {
+      view.copy_(leaf.detach());
+      flat.whole.narrow(0, used, bucket.offsets[k] - used).zero_();
+    }
     leaf.set_data(view);
     used = bucket.offsets[k] + leaf.numel();
   }

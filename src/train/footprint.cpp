@@ -188,6 +188,7 @@ void add_shared_out(Footprint& f, const MeshModel& model, const Config& config, 
   const auto zero = config.parallel.zero;
   const bool pipeline = model.mesh().num_pipeline() > 1;
   int64_t all = 0, parts = 0, largest[2] = {0, 0};
+  const OptimizerOptions options = optimizer_options(config, model.dtype());
   std::map<int64_t, int64_t> of_block;  // gradients of the buckets that hold some of a block
   int64_t weight_parts = 0, longest = 0;  // `longest`: what is updated at once
   for (const bool of_trained : {true, false})
@@ -196,6 +197,15 @@ void add_shared_out(Footprint& f, const MeshModel& model, const Config& config, 
       weight_parts += part * static_cast<int64_t>(bucket.options.dtype().itemsize());
       if (!of_trained) continue;
       all += bucket.num_elements, parts += part;
+      const int num_parts = zero == 0 ? 1 : MeshModel::shared_out(rank.group_sizes[bucket.group], config, model.mesh()).first;
+      uint64_t state = 0;  // of the rank that has most
+      for (int p = 0; p < num_parts; ++p) {
+        uint64_t of_part = 0;
+        for (const PartRange& r : ranges_of_part(bucket, rank.parameters, p, num_parts))
+          of_part += Optimizer::state_bytes(model.dtype(), options, r.end - r.begin, c10::multiply_integers(rank.parameters[r.parameter].shard.global_shape));
+        state = std::max(state, of_part);
+      }
+      f.optimizer += state;
       for (int64_t bytes = bucket.num_elements * wide; int64_t& place : largest)
         if (bytes > place) std::swap(bytes, place);
       for (size_t i : bucket.parameters)
@@ -217,7 +227,6 @@ void add_shared_out(Footprint& f, const MeshModel& model, const Config& config, 
     if (adds_up || !config.comm.overlap) transient = all * wide;
     f.gradients = static_cast<uint64_t>(parts * wide + std::min(all * wide, transient));
   }
-  f.optimizer = static_cast<uint64_t>(zero == 0 ? all : parts) * Optimizer::state_bytes_per_element(model.dtype(), optimizer_options(config, model.dtype()));
   if (config.optim.offload) f.optimizer += HostStaging::bytes(longest, model.dtype());
 }
 

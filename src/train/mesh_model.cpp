@@ -2,6 +2,7 @@
 
 #include <map>
 
+#include "base/check.h"
 #include "parallel/tensor_parallel.h"
 
 namespace trireme {
@@ -10,7 +11,11 @@ MeshModel::MeshModel(const Config& config, const ModelConfig& model, at::ScalarT
     : config_(model), dtype_(dtype), mesh_(mesh) {
   check_tensor_parallel(model, mesh.num_tensor());
   const Stages stages = stages_of(config, model);
-  for (const Parameter& p : model_shapes(config, model, dtype, true)->parameters()) num_trained_ += p.value.requires_grad() ? p.value.numel() : 0;
+  for (const Parameter& p : model_shapes(config, model, dtype, true)->parameters()) {
+    if (!p.value.requires_grad()) continue;
+    num_trained_ += p.value.numel();
+    trained_sizes_.push_back(p.value.numel());
+  }
   using Slice = std::tuple<std::string, std::vector<int64_t>, std::vector<int64_t>>;  // name, offset, shape
   auto slice_of = [](const Parameter& p) { return Slice{p.name, p.shard.offset, p.value.sizes().vec()}; };
   std::map<Slice, std::vector<size_t>> holders;
@@ -23,7 +28,13 @@ MeshModel::MeshModel(const Config& config, const ModelConfig& model, at::ScalarT
         keep_tensor_part(*rank.chunks.back(), tensor, mesh.num_tensor());
       }
       rank.parameters = parameters_of(rank.chunks);
-      for (const Parameter& p : rank.parameters) holders[slice_of(p)].push_back(ranks_.size());
+      for (const Parameter& p : rank.parameters) {
+        holders[slice_of(p)].push_back(ranks_.size());
+        if (p.value.requires_grad() && cuts_blocks(parse_update_rule(config.optim.kind), p.value.sizes(), p.shard))
+          throw ConfigError(trireme::str("optim.kind=", config.optim.kind, " keeps ", state_block(parse_update_rule(config.optim.kind)), " elements of a tensor together, but parallel.tensor=",
+                                mesh.num_tensor(), " cuts ", p.name, " ", at::IntArrayRef(p.shard.global_shape), " into slices like ", p.value.sizes(), ": take a parallel.tensor that leaves whole rows "
+                                "of blocks, or optim.kind=adamw"));
+      }
       ranks_.push_back(std::move(rank));
     }
   for (RankModel& rank : ranks_) {
@@ -35,6 +46,12 @@ MeshModel::MeshModel(const Config& config, const ModelConfig& model, at::ScalarT
       rank.group_of.push_back(found->second);
     }
   }
+}
+
+uint64_t MeshModel::state_bytes(const OptimizerOptions& options) const {
+  uint64_t bytes = 0;
+  for (int64_t size : trained_sizes_) bytes += Optimizer::state_bytes(dtype_, options, size, size);
+  return bytes;
 }
 
 std::pair<int, int> MeshModel::shared_out(int group_size, const Config& config, const Mesh& mesh) {
@@ -50,7 +67,7 @@ std::vector<Bucket> MeshModel::buckets(const RankModel& rank, const Config& conf
   std::vector<int> sizes;
   for (int size : rank.group_sizes) sizes.push_back(shared_out(size, config, mesh_).first);
   return cut_buckets(rank.parameters, chosen, rank.group_of, sizes, static_cast<int64_t>(config.comm.bucket_mb * (1 << 20)),
-                     config.parallel.zero == 3);
+                     config.parallel.zero == 3, trained ? state_block(parse_update_rule(config.optim.kind)) : 1);
 }
 
 }  // namespace trireme

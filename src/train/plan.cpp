@@ -63,7 +63,7 @@ Plan make_plan(const Config& config, const ModelConfig& model, at::ScalarType dt
   }
   if (!plan.of_device()) plan.base_bytes += 3 * plan.largest().block;  // resident memory was up to three blocks above the tensors (tests/run_memory_test.py)
   if (config.checkpoint.async)  // what is saved is shared out evenly among the ranks
-    plan.checkpoint_bytes = static_cast<uint64_t>(plan.trainable) * (c10::elementSize(dtype) + Optimizer::state_bytes_per_element(dtype, optimizer_options(config, dtype))) /
+    plan.checkpoint_bytes = (static_cast<uint64_t>(plan.trainable) * c10::elementSize(dtype) + cut.state_bytes(optimizer_options(config, dtype))) /
                             static_cast<uint64_t>(mesh.num_ranks());
   if (mesh.num_pipeline() > 1) {
     const PipelineSchedule schedule = schedule_of(config, data.accumulation);

@@ -31,6 +31,7 @@ Worker::Worker(const Config& config, Chunks chunks, std::unique_ptr<Task> task, 
   options.bucket_bytes = static_cast<int64_t>(config.comm.bucket_mb * (1 << 20));
   options.overlap = config.comm.overlap;
   options.zero = static_cast<int>(config.parallel.zero);
+  options.align = state_block(parse_update_rule(config.optim.kind));
   options.every_backward = config.parallel.reduce == "micro_batch";
   if (config.parallel.shard_within > 0)
     options.num_replicas = comms_.data.size() / static_cast<int>(config.parallel.shard_within);
@@ -44,7 +45,7 @@ Worker::Worker(const Config& config, Chunks chunks, std::unique_ptr<Task> task, 
   std::vector<OptimTensor> tensors;
   for (const auto& part : reducer_->parts())
     tensors.push_back({part.name, flat_weight(part), part.gradient, part.weight.dim() >= 2 ? config.optim.weight_decay : 0.0,
-                       places_of(part.weight.sizes(), part.shard, part.begin)});
+                       places_of(part.weight.sizes(), part.shard, part.begin), c10::multiply_integers(part.shard.global_shape)});
   optimizer_ = std::make_unique<Optimizer>(std::move(tensors), optimizer_options(config, chunks_[0]->dtype()));
 }
 
@@ -363,7 +364,7 @@ std::vector<NamedTensor> Worker::tensors() const {
   for (const auto& state : optimizer_->state()) {
     const GradientPart& part = reducer_->parts()[state.tensor];
     for (auto& piece : rectangles(str("optimizer/", state.kind, "/", part.name), state.value, part.weight.sizes(), part.shard,
-                                  part.begin, part.end))
+                                  part.begin, part.end, state.block))
       out.push_back(std::move(piece));
   }
   return out;
