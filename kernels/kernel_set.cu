@@ -11,6 +11,7 @@ namespace TRIREME_ARCH {
 
 void add_optimizer(Kernels& kernels);
 void add_casts(Kernels& kernels);
+void add_affine(Kernels& kernels);
 void add_cross_entropy(Kernels& kernels);
 void add_dropout(Kernels& kernels);
 void add_elementwise(Kernels& kernels);
@@ -41,6 +42,7 @@ const Kernels& all() {
     k.attention_forward = attention_forward;
     k.attention_backward = attention_backward;
     k.decode_attention = decode_attention;
+    add_affine(k);
     add_casts(k);
     add_cross_entropy(k);
     add_dropout(k);

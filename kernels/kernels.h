@@ -429,6 +429,8 @@ struct Kernels {
   void (*quantize_rows)(const QuantizeRows&, Stream);
   void (*dequantize_rows)(const DequantizeRows&, Stream);
   void (*scale_products)(const ScaleProducts&, Stream);
+  void (*quantize_groups)(const QuantizeGroups&, Stream);
+  void (*dequantize_groups)(const DequantizeGroups&, Stream);
 };
 const Kernels& cuda_kernels();
 const Kernels& emulated_kernels();  // on the host, for tests: kernels/emu

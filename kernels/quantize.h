@@ -89,4 +89,37 @@ struct ScaleProducts {
   void* y;
 };
 
+// Integers with a scale and maybe a zero point for each group of group_size values (the last maybe shorter): src/quant/affine.h.
+struct AffineFormat {
+  int bits = 8;  // or 4
+  bool zero_point = false;
+};
+constexpr int symmetric_zero(const AffineFormat& format) { return format.bits == 4 ? 8 : 0; }
+constexpr int least_code(const AffineFormat& format) { return format.bits == 4 ? 0 : format.zero_point ? -128 : -127; }
+constexpr int largest_code(const AffineFormat& format) { return format.bits == 4 ? 15 : 127; }
+
+struct QuantizeGroups {
+  Type type;
+  AffineFormat format;
+  int64_t count, group_size;  // of 4 bits: even, where there is more than one group
+  const void* x;
+  uint8_t* codes;    // int8 [count], or [ceil(count / 2)]
+  float* scale;      // [groups]
+  int8_t* zero;      // [groups]; null where symmetric
+  float* workspace;  // quantize_groups_workspace(count, group_size) elements
+};
+constexpr int64_t groups_of(int64_t count, int64_t group_size) { return (count + group_size - 1) / group_size; }
+constexpr int64_t parts_of_group(int64_t group_size) { return group_size < 8192 ? 1 : group_size / 8192 < 512 ? group_size / 8192 : 512; }
+constexpr int64_t quantize_groups_workspace(int64_t count, int64_t group_size) { return 2 * groups_of(count, group_size) * (1 + parts_of_group(group_size)); }
+
+struct DequantizeGroups {
+  Type type;
+  AffineFormat format;
+  int64_t count, group_size;
+  const uint8_t* codes;
+  const float* scale;
+  const int8_t* zero;  // null where symmetric
+  void* y;
+};
+
 }  // namespace trireme::kernels

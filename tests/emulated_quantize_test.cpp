@@ -190,6 +190,27 @@ TEST(QuantizeKernels, ProductsOfCodes) {
       }
 }
 
+TEST(QuantizeKernels, GroupsOfIntegers) {
+  for (const AffineFormat& format : {AffineFormat{8, false}, AffineFormat{8, true}, AffineFormat{4, false}, AffineFormat{4, true}})
+    for (Type type : kTypes)
+      for (const auto& [size, count] : std::vector<std::pair<int64_t, int64_t>>{{32, 1}, {32, 2100}, {64, 65}, {128, 1280}, {10, 2007}, {1003, 1003}, {70000, 70000}, {70000, 70001}, {8192, 16385}}) {
+        SCOPED_TRACE(testing::Message() << name_of(type) << " " << format.bits << " bits, zero point " << format.zero_point << ", " << count << " in groups of " << size);
+        Values in = unusual_values(type, count, size, static_cast<uint64_t>(count));
+        for (double& x : in) x = reference::round_to(type, x + (format.zero_point ? 0.5 : 0));
+        const auto expected = reference::quantize_groups(format, floats(in), size);
+        const int64_t groups = groups_of(count, size);
+        Tensor x(type, in), y(type, count), scale(Type::kFloat32, groups);
+        Guarded codes((count * format.bits + 7) / 8), zero(groups), workspace(quantize_groups_workspace(count, size) * 4);
+        int8_t* const zeros = format.zero_point ? zero.as<int8_t>() : nullptr;
+        emulated_kernels().quantize_groups({type, format, count, size, x.data(), codes.as<uint8_t>(), scale.memory.as<float>(), zeros, workspace.as<float>()}, nullptr);
+        EXPECT_TRUE(same(scale.values(), expected.scale, Type::kFloat32));
+        EXPECT_EQ(bytes_of(codes), reference::packed(format, expected.codes));
+        if (zeros) { EXPECT_EQ(std::vector<int>(zeros, zero.as<int8_t>() + groups), expected.zero); }
+        emulated_kernels().dequantize_groups({type, format, count, size, codes.as<uint8_t>(), scale.memory.as<float>(), zeros, y.data()}, nullptr);
+        EXPECT_TRUE(same(y.values(), reference::dequantize_groups(expected, size), type));
+      }
+}
+
 TEST(QuantizeKernels, RefuseWhatTheyDoNotKnow) {
   const Kernels& k = emulated_kernels();
   Guarded memory(256);
@@ -208,6 +229,10 @@ TEST(QuantizeKernels, RefuseWhatTheyDoNotKnow) {
   EXPECT_EQ(refusal([&] { k.quantize_rows({Type::kFloat32, 1, 8, codes, 6, memory.as<int8_t>(), scale, nullptr}, nullptr); }),
             "quantize_rows: a threshold and where its columns are go together");
   EXPECT_EQ(refusal([&] { k.dequantize_rows({Type::kFloat32, -1, 8, memory.as<int8_t>(), scale, codes}, nullptr); }), "dequantize_rows of -1 x 8 values");
+  EXPECT_EQ(refusal([&] { k.quantize_groups({Type::kFloat32, {4, false}, 8, 3, codes, codes, scale, nullptr, scale}, nullptr); }), "quantize_groups of 8 values in groups of 3 and 4 bits");
+  EXPECT_EQ(refusal([&] { k.quantize_groups({Type::kFloat32, {5, false}, 8, 8, codes, codes, scale, nullptr, scale}, nullptr); }), "quantize_groups of 8 values in groups of 8 and 5 bits");
+  EXPECT_EQ(refusal([&] { k.dequantize_groups({Type::kFloat32, {8, true}, 8, 8, codes, scale, nullptr, scale}, nullptr); }),
+            "dequantize_groups: zero points are of formats that have them");
   k.quantize_4({Type::kFloat32, FourBit::kNf4, 0, 64, nullptr, nullptr, nullptr}, nullptr);
 }
 

@@ -1,5 +1,6 @@
 // The number formats by the emulated kernels: the same bits as by the CPU's loops, and nothing is computed elsewhere.
 #include "emulated_ops.h"
+#include "quant/affine.h"
 #include "quant/dynamic_map.h"
 #include "quant/four_bit.h"
 #include "quant/int8.h"
@@ -93,6 +94,23 @@ TEST(QuantByKernels, Int8) {
     EXPECT_EQ(num_calls_of<&Kernels::scale_products>, 1);
     EXPECT_EQ(num_calls_of<&Kernels::quantize_rows>, 2);
   }
+}
+
+TEST(QuantByKernels, Affine) {
+  for (const AffineFormat& format : {AffineFormat{8, false}, AffineFormat{8, true}, AffineFormat{4, false}, AffineFormat{4, true}})
+    for (int64_t group : {0, 48, 128}) {
+      const at::Tensor x = test::gaussian(20003, 7);
+      const auto both = [&] {
+        const AffineTensor q = quantize_affine(x, format, group);
+        const at::Tensor out = at::empty_like(x);
+        dequantize_affine(q, out);
+        return std::vector<at::Tensor>{q.codes, q.scale, format.zero_point ? q.zero : at::Tensor(), out};
+      };
+      const auto expected = both(), actual = emulated(both);
+      for (size_t i = 0; i < expected.size(); ++i)
+        if (expected[i].defined()) { EXPECT_TRUE(same_bits(actual[i], expected[i])) << format.bits << " " << group << " " << i; }
+      EXPECT_EQ(num_calls_of<&Kernels::quantize_groups> + num_calls_of<&Kernels::dequantize_groups>, 2);
+    }
 }
 
 }  // namespace

@@ -132,6 +132,40 @@ std::vector<float> dequantize_rows(const RowCodes& q, int64_t width) {
   return out;
 }
 
+GroupCodes quantize_groups(const AffineFormat& format, const std::vector<float>& x, int64_t group_size) {
+  GroupCodes out;
+  const auto nearest = [](float value, float inverse) {
+    const float product = value * inverse;
+    return product != product ? 0 : static_cast<int>(std::nearbyint(std::clamp(product, -1000.0f, 1000.0f)));
+  };
+  for_blocks(x.size(), group_size, [&](size_t, size_t begin, size_t end) {
+    float low = 0, high = 0;
+    for (size_t i = begin; i < end; ++i) low = std::fmin(low, x[i]), high = std::fmax(high, x[i]);
+    const float steps = format.bits == 4 ? 15 : format.zero_point ? 255 : 127;
+    const float range = format.zero_point ? high - low : std::max(high, -low) * (format.bits == 4 ? 2 : 1), inverse = steps / range;
+    const int least = format.bits == 4 ? 0 : format.zero_point ? -128 : -127, largest = format.bits == 4 ? 15 : 127;
+    const int zero = !format.zero_point ? format.bits == 4 ? 8 : 0 : least + std::clamp(nearest(-low, inverse), 0, largest - least);
+    out.scale.push_back(range / steps), out.zero.push_back(zero);
+    for (size_t i = begin; i < end; ++i) out.codes.push_back(std::clamp(nearest(x[i], inverse) + zero, least, largest));
+  });
+  return out;
+}
+
+std::vector<float> dequantize_groups(const GroupCodes& q, int64_t group_size) {
+  std::vector<float> out;
+  for_blocks(q.codes.size(), group_size, [&](size_t g, size_t begin, size_t end) {
+    for (size_t i = begin; i < end; ++i) out.push_back(static_cast<float>(q.codes[i] - q.zero[g]) * q.scale[g]);
+  });
+  return out;
+}
+
+std::vector<uint8_t> packed(const AffineFormat& format, const std::vector<int>& codes) {
+  if (format.bits == 8) return {codes.begin(), codes.end()};
+  std::vector<uint8_t> out((codes.size() + 1) / 2);
+  for (size_t i = 0; i < codes.size(); ++i) out[i / 2] = static_cast<uint8_t>(out[i / 2] | codes[i] << (i % 2 * 4));
+  return out;
+}
+
 std::vector<float> scale_products(const std::vector<int32_t>& products, const std::vector<float>& row, const std::vector<float>& column, const std::vector<float>& bias) {
   std::vector<float> out;
   for (size_t i = 0; i < products.size(); ++i) {

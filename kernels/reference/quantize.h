@@ -35,4 +35,13 @@ RowCodes quantize_rows(const std::vector<float>& x, int64_t width, float thresho
 std::vector<float> dequantize_rows(const RowCodes& q, int64_t width);
 std::vector<float> scale_products(const std::vector<int32_t>& products, const std::vector<float>& row, const std::vector<float>& column, const std::vector<float>& bias);
 
+struct GroupCodes {
+  std::vector<int> codes;  // one each
+  std::vector<float> scale;
+  std::vector<int> zero;
+};
+GroupCodes quantize_groups(const AffineFormat& format, const std::vector<float>& x, int64_t group_size);
+std::vector<float> dequantize_groups(const GroupCodes& q, int64_t group_size);
+std::vector<uint8_t> packed(const AffineFormat& format, const std::vector<int>& codes);
+
 }  // namespace trireme::kernels::reference

@@ -1,6 +1,7 @@
 #include "quant/quant_loops.h"
 
 #include <algorithm>
+#include <cmath>
 
 namespace trireme {
 namespace {
@@ -28,6 +29,15 @@ const QuantLoops<T>& quant_loops(int level) {
 template const QuantLoops<float>& quant_loops<float>(int);
 template const QuantLoops<c10::BFloat16>& quant_loops<c10::BFloat16>(int);
 template const QuantLoops<c10::Half>& quant_loops<c10::Half>(int);
+
+AffineGroup affine_group(const kernels::AffineFormat& format, const Extent& extent) {
+  const bool is_byte = format.bits == 8;
+  const float steps = !is_byte ? 15 : format.zero_point ? 255 : 127;
+  const float range = format.zero_point ? extent.high - extent.low : std::max(extent.high, -extent.low) * (is_byte ? 1 : 2), inverse = steps / range;
+  if (!format.zero_point) return {range / steps, inverse, kernels::symmetric_zero(format)};
+  const float zero = std::nearbyint(-extent.low * inverse);  // NaN of a group of zeros
+  return {range / steps, inverse, (zero > 0 ? static_cast<int>(std::min(zero, steps)) : 0) + kernels::least_code(format)};
+}
 
 at::Tensor quantizable(const at::Tensor& x) {
   with_quant_loops(x.scalar_type(), [](const auto&, auto) {});

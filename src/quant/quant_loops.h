@@ -8,6 +8,16 @@
 
 namespace trireme {
 
+// Of a group (quant/affine.h).
+struct Extent {
+  float low = 0, high = 0;
+};
+struct AffineGroup {
+  float scale, inverse;  // inverse: of the scale, as values are multiplied with it
+  int zero;
+};
+AffineGroup affine_group(const kernels::AffineFormat& format, const Extent& extent);
+
 template <typename T>
 struct QuantLoops {
   // `first`: number of the first block here
@@ -21,6 +31,9 @@ struct QuantLoops {
   void (*quantize_rows)(int64_t rows, int64_t width, const T* x, const float* absmax, const uint8_t* outlier, int8_t* codes);
   void (*dequantize_rows)(int64_t rows, int64_t width, const int8_t* codes, const float* absmax, T* y);
   void (*scale_products)(int64_t rows, int64_t width, const int32_t* products, const float* row, const float* column, const T* bias, T* y);  // as kernels/quantize.h
+  Extent (*extent)(int64_t count, const T* x);
+  void (*quantize_affine)(const kernels::AffineFormat& format, const AffineGroup& group, int64_t count, const T* x, uint8_t* codes);
+  void (*dequantize_affine)(const kernels::AffineFormat& format, float scale, int zero, int64_t count, const uint8_t* codes, T* y);
   void (*read_scales)(const kernels::ScalesOfBlocks& scales, int64_t first, int64_t count, float* to);
 };
 
