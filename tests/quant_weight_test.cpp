@@ -4,6 +4,7 @@
 #include "base/check.h"
 #include "ops/ops.h"
 #include "quant/four_bit_weight.h"
+#include "quant/int8_weight.h"
 
 namespace trireme {
 namespace {
@@ -119,6 +120,39 @@ TEST(FourBitWeight, IsBroughtBackOnceWhereItsUsesMeet) {
   a->leaves()[0].value.fill_(0x77);  // other values in the same memory
   EXPECT_EQ(num_dequantized() - before, 0);
   EXPECT_FALSE(same_bits(linear(x.detach(), LinearWeight(a), {}, nullptr), y));
+}
+
+TEST(Int8Weight, MultipliesAsLlmInt8AndGoesBackThroughItsValues) {
+  for (const at::ScalarType dtype : {at::kFloat, at::kBFloat16, at::kHalf}) {
+    const at::Tensor w = weight(48, 128, dtype), bias = at::randn({48}).to(dtype), g = at::randn({5, 48}).to(dtype);
+    at::Tensor x = at::randn({5, 128}).to(dtype);
+    x.select(1, 7).fill_(20);  // outliers
+    x.requires_grad_(true);
+    const auto q = int8_weight("layer", 48, 128, dtype);
+    q->set(w);
+    const at::Tensor y = linear(x, LinearWeight(q), bias, nullptr), stands_for = values(*q, dtype);
+    y.backward(g);
+    at::Tensor expected = at::empty({5, 48}, w.options());
+    int8_linear(x.detach(), quantize_int8_rows(w), bias, expected);
+    EXPECT_TRUE(same_bits(y, expected));
+    EXPECT_TRUE(same_bits(x.grad(), at::matmul(g, stands_for)));
+    const at::Tensor exact = at::matmul(x.detach().to(at::kFloat), w.to(at::kFloat).t()) + bias.to(at::kFloat);
+    EXPECT_LT(((y - exact).norm() / exact.norm()).item<double>(), 0.02);
+  }
+}
+
+TEST(Int8Weight, SlicesHaveTheScalesOfWholeRows) {
+  const at::Tensor w = weight(32, 64);
+  const auto whole = int8_weight("layer", 32, 64, at::kBFloat16);
+  whole->set(w);
+  for (const int64_t dim : {0, 1}) {
+    const auto part = int8_weight("layer", 32, 64, at::kBFloat16);
+    part->keep(dim, 8, 24);
+    fill(*part, *whole);
+    EXPECT_TRUE(same_bits(values(*part), values(*whole).narrow(dim, 8, 16)));
+  }
+  EXPECT_THROW(int8_weight("layer", 32, 64, at::kBFloat16)->keep(1, 0, 12), ConfigError);
+  EXPECT_THROW(int8_weight("layer", 8, 133152, at::kBFloat16), ConfigError);
 }
 
 }  // namespace

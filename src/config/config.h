@@ -64,6 +64,7 @@ struct Config {
     int64_t block_size = 64;
     bool double_quant = true;
     std::string compute_dtype = "auto";
+    double threshold = 6.0;
     std::vector<std::string> skip;
   } quant;
   struct {

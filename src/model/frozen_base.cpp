@@ -6,6 +6,7 @@
 #include "model/linear_names.h"
 #include "ops/float8.h"
 #include "quant/four_bit_weight.h"
+#include "quant/int8_weight.h"
 
 namespace trireme {
 
@@ -14,6 +15,7 @@ void freeze_base(Transformer& model, const FrozenBase& base) {
   TRIREME_CHECK(model.device().is_meta(), base.kind);
   const auto made = [&](const std::string& path, int64_t out_features, int64_t in_features) -> std::shared_ptr<FrozenWeight> {
     if (base.kind == "fp8") return float8_weight(path, out_features, in_features);
+    if (base.kind == "int8") return int8_weight(path, out_features, in_features, model.dtype(), base.threshold);
     TRIREME_CHECK(base.kind == "nf4" || base.kind == "fp4", base.kind);
     return four_bit_weight(path, out_features, in_features, {base.kind == "nf4" ? FourBit::kNf4 : FourBit::kFp4, base.block_size, base.is_double, base.compute.value_or(model.dtype())});
   };

@@ -6,10 +6,12 @@
 namespace trireme {
 
 struct FrozenBase {
-  std::string kind = "none";         // fp8: products of float8 (ops/float8.h); nf4, fp4: codes of 4 bits (quant/four_bit_weight.h)
+  std::string kind = "none";         // fp8: products of float8 (ops/float8.h); nf4, fp4: codes of 4 bits (quant/four_bit_weight.h);
+                                     // int8: LLM.int8() (quant/int8_weight.h)
   int64_t block_size = 64;           // values that share a scale
   bool is_double = true;             // scales in 8 bits
   std::optional<at::ScalarType> compute = {};  // of products with what was in 4 bits; empty: the model's
+  double threshold = 6.0;             // of int8's outliers
   std::vector<std::string> skipped;  // layers that stay as they are, by name (model/linear_names.h)
 
   bool none() const { return kind == "none"; }

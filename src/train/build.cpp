@@ -157,7 +157,7 @@ ModelCut forward_cut(const ModelConfig& model, const MeshComms& comms) {
 }
 
 FrozenBase frozen_base(const Config& config) {
-  FrozenBase base{config.quant.base, config.quant.block_size, config.quant.double_quant, {}, config.quant.skip};
+  FrozenBase base{config.quant.base, config.quant.block_size, config.quant.double_quant, {}, config.quant.threshold, config.quant.skip};
   if (config.quant.compute_dtype != "auto") base.compute = parse_dtype(config.quant.compute_dtype, "quant.compute_dtype");
   return base;
 }

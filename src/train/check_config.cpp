@@ -104,11 +104,12 @@ void find_conflicts(const Config& c, const CommandLine& line, int num_ranks, std
   const Config unset;
   const bool four_bits = c.quant.base == "nf4" || c.quant.base == "fp4";
   const std::tuple<const char*, bool, bool> quant_keys[] = {{"quant.skip", c.quant.skip != unset.quant.skip, c.quant.base != "none"},
+                                                            {"quant.threshold", c.quant.threshold != unset.quant.threshold, c.quant.base == "int8"},
                                                             {"quant.block_size", c.quant.block_size != unset.quant.block_size, four_bits},
                                                             {"quant.double", c.quant.double_quant != unset.quant.double_quant, four_bits},
                                                             {"quant.compute_dtype", c.quant.compute_dtype != unset.quant.compute_dtype, four_bits}};
   for (const auto& [key, is_set, is_read] : quant_keys)
-    if (is_set && !is_read) wrong(key, " is set, but quant.base is ", c.quant.base, ": set quant.base", c.quant.base == "none" ? "" : " to nf4 or fp4", ", or leave ", key, " out");
+    if (is_set && !is_read) wrong(key, " is set, but quant.base is ", c.quant.base, ": set quant.base", c.quant.base == "none" ? "" : std::string_view(key) == "quant.threshold" ? " to int8" : " to nf4 or fp4", ", or leave ", key, " out");
   if (!is_block_size(c.quant.block_size)) wrong("quant.block_size=", c.quant.block_size, ": allowed are 32, 64, 128, 256, 512, 1024, 2048, 4096");
   if (!c.data.eval.empty() && c.data.eval_fraction > 0) wrong("data.eval and data.eval_fraction are both set; set one");
 }

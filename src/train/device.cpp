@@ -102,6 +102,7 @@ void check_dtype(const Config& config, at::ScalarType dtype, at::DeviceType devi
     if (device == at::kCPU) throw ConfigError("quant.base=fp8 needs a device of compute capability 8.9 or newer, and the CPU computes this: leave quant.base out, or run where there is one");
     if (c10::elementSize(dtype) != 2) throw ConfigError(str("quant.base=fp8 goes with 16 bits, but ", key, " is ", dtype_name(dtype), ": set ", key, "=bfloat16"));
   }
+  if (dtype == at::kDouble && config.quant.base == "int8") throw ConfigError(str("quant.base=int8 goes with float32 or 16 bits, but ", key, " is float64: set ", key, "=float32, or leave quant.base out"));
   if (dtype == at::kDouble && device != at::kCPU) throw ConfigError(str(key, "=float64 is computed by the CPU alone: set run.device=cpu, or ", key, "=float32"));
 }
 
