@@ -77,6 +77,9 @@ KINDS = {
     "bfloat16 lion": (CURVE_BF16, ["--train.dtype=bfloat16", "--optim.kind=lion", "--optim.lr=2e-4"]),
     "bfloat16 moments in 8 bits": (CURVE_BF16, ["--train.dtype=bfloat16", "--optim.kind=adamw8bit"]),
     "float16": (CURVE_FP16, ["--train.dtype=float16"]),
+    "bfloat16 nf4": (CURVE_BF16, ["--train.dtype=bfloat16", "--lora.rank=4", "--lora.dropout=0.2", "--quant.base=nf4", "--train.recompute=full"]),
+    "float32 fp4 plain scales": (CURVE_FP32, ["--lora.rank=4", "--quant.base=fp4", "--quant.double=false"]),
+    "bfloat16 int8": (CURVE_BF16, ["--train.dtype=bfloat16", "--lora.rank=4", "--quant.base=int8"]),
 }
 
 
@@ -170,15 +173,16 @@ def test_answers_and_evaluations_are_those_of_the_cpu(work):
     assert re.search(r"is out of memory .*the KV cache of a prompt of \d+ tokens and its answer 0.50 MiB.* Lower generate.max_tokens, shorten the prompt", done.stderr), done.stderr
 
 
-def test_the_plan_holds_what_tensors_take(work):
+@pytest.mark.parametrize("base", ["", "nf4", "int8"])
+def test_the_plan_holds_what_tensors_take(work, base):
     counts = work / "peak.json"
-    keys = ["--train.dtype=bfloat16", "--train.micro_batch_size=8", "--train.steps=1"]
-    done = device(work, "train", *keys_of(work, "planned", *keys), TRIREME_DOUBLE_COUNTS=counts)
+    keys = ["--train.dtype=bfloat16", "--train.micro_batch_size=8", "--train.steps=1", *(["--lora.rank=4", f"--quant.base={base}"] if base else [])]
+    done = device(work, "train", *keys_of(work, f"planned{base}", *keys), TRIREME_DOUBLE_COUNTS=counts)
     number, unit = re.search(r"plan: memory of a rank's device: weights .*, workspace of products 32.00 MiB: ([0-9.]+) ([KMG]iB); in host memory: ", done.stderr).groups()
     planned, peak = float(number) * {"KiB": 2**10, "MiB": 2**20, "GiB": 2**30}[unit], json.loads(counts.read_text())["peak_bytes"]
     assert 0.7 * (planned - WORKSPACE) <= peak - WORKSPACE <= planned - WORKSPACE
-    assert lines(work, "planned")[-1]["memory_bytes"] <= peak
-    device(work, "train", *keys_of(work, "fits", *keys), TRIREME_DOUBLE_BYTES=str(int(planned) + 10000))  # rounded as it is said
+    assert lines(work, f"planned{base}")[-1]["memory_bytes"] <= peak
+    device(work, "train", *keys_of(work, f"fits{base}", *keys), TRIREME_DOUBLE_BYTES=str(int(planned) + 10000))  # rounded as it is said
 
 
 def test_what_leaves_the_device_is_not_on_it(work):

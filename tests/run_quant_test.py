@@ -1,0 +1,109 @@
+"""Runs whose frozen weights are in 4 or 8 bits: resumed, served, refused. Every mesh: run_mesh_test.py; on a device: run_device_test.py."""
+import json
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from bounds import CURVE_BF16
+from mesh_runs import QUICKSTART
+from program import override, run
+
+SHAPE = dict(model_type="qwen3", vocab_size=1152, hidden_size=64, intermediate_size=128, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2, head_dim=32,
+             rms_norm_eps=1e-5, max_position_embeddings=256, initializer_range=0.05, tie_word_embeddings=False)
+
+
+@pytest.fixture(scope="module")
+def work(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("quant")
+    (folder / "model.json").write_text(json.dumps(SHAPE))
+    return folder
+
+
+def train(work, name, *keys, status=0, ranks=1):
+    usual = [f"--run.dir={work / name}", f"--model.config={work}/model.json", f"--model.tokenizer={QUICKSTART}/model", f"--data.train={QUICKSTART}/train.jsonl:40",
+             f"--data.eval={QUICKSTART}/eval.jsonl:4", "--data.max_length=32", "--train.steps=6", "--train.micro_batch_size=2", "--optim.lr=2e-3", "--eval.every=2",
+             "--train.dtype=bfloat16", "--lora.rank=4", "--lora.dropout=0.1", "--train.recompute=full", "--eval.metric=loss", "--quant.base=nf4"]
+    done = run(work, "train", *override(usual, keys), ranks=ranks)
+    assert done.returncode == status, done.stderr
+    return done.stderr
+
+
+def metrics(work, name):
+    found = [json.loads(line) for line in (work / name / "metrics.jsonl").read_text().splitlines()]
+    return [(line["split"], line["step"], line["loss"], line.get("grad_norm")) for line in found]
+
+
+@pytest.mark.parametrize("base", ["nf4", "fp4", "int8"])
+def test_a_resumed_run_has_the_bits_of_one_that_never_stopped(work, base):
+    train(work, f"whole_{base}", f"--quant.base={base}")
+    train(work, f"parts_{base}", f"--quant.base={base}", "--train.stop_after=3", status=75)
+    assert "quant.base" in train(work, f"parts_{base}", "--quant.base=none", status=2)
+    train(work, f"parts_{base}", f"--quant.base={base}")
+    assert metrics(work, f"parts_{base}") == metrics(work, f"whole_{base}")
+    found, expected = (load_file(work / f"{name}_{base}/adapter/adapter_model.safetensors") for name in ("parts", "whole"))
+    assert all(torch.equal(found[key], value) for key, value in expected.items())
+
+
+def test_what_stays_as_it_is(work):
+    """A run whose layers are all skipped is the run without quant.base; other formats, scales and compute dtypes are other runs."""
+    curves = {}
+    for name, keys in {"none": ["--quant.base=none"], "skipped": ["--quant.skip=all-linear"], "nf4": [], "plain": ["--quant.double=false"], "blocks": ["--quant.block_size=128"],
+                       "fp4": ["--quant.base=fp4"], "wide": ["--quant.compute_dtype=float32"], "some": ["--quant.skip=down_proj,q_proj"]}.items():
+        train(work, f"stays_{name}", *keys)
+        curves[name] = [line[2] for line in metrics(work, f"stays_{name}")]
+    assert curves.pop("skipped") == curves["none"]
+    assert len({tuple(curve) for curve in curves.values()}) == len(curves), curves
+    for name, curve in curves.items():
+        assert curve == pytest.approx(curves["none"], rel=0.02), name
+    assert curves["wide"] == pytest.approx(curves["nf4"], rel=CURVE_BF16)
+
+
+def test_evaluation_and_answers_are_of_what_was_trained(work):
+    train(work, "served")
+    keys = [f"--model.config={work}/model.json", "--model.dtype=bfloat16", f"--model.tokenizer={QUICKSTART}/model", f"--lora.path={work}/served/adapter"]
+    data = [f"--data.eval={QUICKSTART}/eval.jsonl:4", "--data.max_length=32"]
+    best = min(loss for split, _, loss, _ in metrics(work, "served") if split == "eval")
+    for ranks, mesh in [(1, []), (2, ["--parallel.tensor=2"]), (2, ["--parallel.pipeline=2"])]:
+        done = run(work, "eval", *keys, *data, "--quant.base=nf4", *mesh, ranks=ranks)
+        assert done.returncode == 0, done.stderr
+        assert json.loads(done.stdout)["loss"] == pytest.approx(best, rel=1e-3 if mesh else 1e-7)
+    plain = json.loads(run(work, "eval", *keys, *data).stdout)["loss"]
+    assert plain != pytest.approx(best, rel=1e-5)
+    answers = [run(work, "generate", *keys, "--quant.base=nf4", "--generate.max_tokens=6", "What is", *mesh, ranks=ranks) for ranks, mesh in [(1, []), (2, ["--parallel.tensor=2"])]]
+    assert answers[0].returncode == 0 and answers[0].stdout == answers[1].stdout and answers[0].stdout, answers[0].stderr
+
+
+@pytest.mark.parametrize("keys, said", [
+    (["--lora.rank=0", "--lora.dropout=0"], "quant.base=nf4 freezes the weights, and nothing would be trained: set lora.rank, or leave quant.base out"),
+    (["--quant.block_size=96"], "quant.block_size=96: allowed are 32, 64, 128, 256, 512, 1024, 2048, 4096"),
+    (["--quant.block_size=16"], "quant.block_size=16: must be from 32 to 4096"),
+    (["--quant.base=nf5"], "quant.base=nf5: allowed are none, nf4, fp4, int8, fp8; did you mean nf4?"),
+    (["--quant.base=int8", "--quant.double=false"], "quant.double is set, but quant.base is int8: set quant.base to nf4 or fp4, or leave quant.double out"),
+    (["--quant.base=none", "--quant.block_size=32"], "quant.block_size is set, but quant.base is none"),
+    (["--quant.threshold=3"], "quant.threshold is set, but quant.base is nf4: set quant.base to int8, or leave quant.threshold out"),
+    (["--quant.skip=dwn_proj"], "quant.skip=dwn_proj: no linear layer has this name; there are down_proj, gate_proj"),
+    (["--quant.base=int8", "--train.dtype=float64"], "quant.base=int8 goes with float32 or 16 bits, but train.dtype is float64"),
+    (["--quant.base=fp8"], "quant.base=fp8 needs a device of compute capability 8.9 or newer")])
+def test_what_cannot_be_is_refused_in_a_sentence(work, keys, said):
+    assert said in train(work, "refused", *keys, status=2)
+    assert not (work / "refused").exists()
+
+
+def test_a_cut_through_a_block_is_refused_before_anything_is_read(work):
+    said = train(work, "refused", "--quant.block_size=64", "--parallel.tensor=4", "--train.accumulation=1", ranks=4, status=2)
+    assert "quant.block_size=64: a rank's columns 0 to 31 of model.layers.0.self_attn.o_proj (64 x 128) would cut a block of scales: take 32; or set another parallel.tensor" in said, said
+    done = run(work, "plan", f"--model.config={work}/model.json", "--lora.rank=4", "--quant.base=nf4", "--parallel.tensor=4", "--plan.ranks=4", "--data.max_length=32")
+    assert done.returncode == 2 and "take 32; or set another parallel.tensor" in done.stderr, done.stderr
+
+
+def test_the_plan_counts_the_bits(work):
+    def weights(base, *keys):
+        done = run(work, "plan", f"--model.config={work}/model.json", "--lora.rank=4", f"--quant.base={base}", "--data.max_length=32", "--train.dtype=bfloat16", *keys)
+        assert done.returncode == 0, done.stderr
+        return float(done.stderr.split("weights ")[1].split(" MiB")[0])
+
+    bits = {base: weights(base) for base in ("none", "nf4", "int8")}
+    linears = 2 * (64 * 128 * 2 + 64 * 64 * 2 + 3 * 64 * 128)
+    assert (bits["none"] - bits["int8"]) * 2**20 == pytest.approx(linears, abs=2 * 0.01 * 2**20)
+    assert (bits["none"] - bits["nf4"]) * 2**20 == pytest.approx(linears * (2 - 4.127 / 8) - 14 * 1024, abs=2 * 0.01 * 2**20)  # each layer's map of scales; as it is said
