@@ -322,6 +322,8 @@ TEST_F(EmulatedAttention, HeadGroups) {
 TEST_F(EmulatedAttention, ManyHeadsOfAKeyHead) {
   expect_right(make_case(Type::kBFloat16, 64, 17, 1, {0, 3, 20}, {0, 3, 20}));
   expect_right(make_case(Type::kFloat16, 256, 18, 2, {0, 12}, {0, 12}));
+  for (Type type : kTypes)
+    for (int head_dim : kDims) expect_right(make_case(type, head_dim, 9, 1, {0, 5}, {0, 5}));
   expect_right(make_case(Type::kBFloat16, 96, 9, 1, {0, 0}, {0, 12}, -1, false));
 }
 
@@ -459,6 +461,7 @@ TEST_F(EmulatedHopperAttention, Packed) {
 TEST_F(EmulatedHopperAttention, ManyHeadsOfAKeyHead) {
   expect_right(make_case(Type::kBFloat16, 64, 17, 1, {0, 3, 20}, {0, 3, 20}));
   expect_right(make_case(Type::kFloat16, 128, 18, 2, {0, 12}, {0, 12}));
+  expect_right(make_case(Type::kBFloat16, 128, 9, 1, {0, 5}, {0, 5}));
 }
 
 TEST_F(EmulatedHopperAttention, Windows) {

@@ -45,17 +45,26 @@ TEST(Float8Kernel, EveryCodeComesBack) {
 
 // The largest is in the last block, which is one of more than there are partial results where values are read one by one.
 TEST(Float8Kernel, TheLargestMayBeAnywhere) {
-  for (const auto& [count, first] : std::vector<std::pair<int64_t, int64_t>>{{5000, 0}, {5000, 1}, {kFloat8Partials * 256 + 300, 3}}) {
-    Values in(static_cast<size_t>(count), 0.5);
-    in.back() = -7;
-    Tensor x(Type::kFloat16, in), scale(Type::kFloat32, 1);
-    Guarded y(count), workspace(kFloat8Partials * 4);
-    emulated_kernels().to_float8({Type::kFloat16, Type::kFloat8E4M3, count - first, x.memory.as<uint16_t>() + first, y.as<char>() + first, scale.memory.as<float>(), workspace.as<float>()}, nullptr);
-    EXPECT_EQ(*scale.memory.as<float>(), 7.0f / 448);
-    int64_t wrong = 0;
-    for (int64_t i = 0; i < count; ++i) wrong += emulated::arch::to_float(y.as<emulated::arch::e4m3>()[i]) != (i == count - 1 ? -448 : 32) && i >= first;
-    EXPECT_EQ(wrong, 0);
-  }
+  for (Type to : kFloat8Types)
+    for (Type from : kTypes)
+      for (const auto& [count, first] : std::vector<std::pair<int64_t, int64_t>>{{5000, 0}, {5000, 1}, {kFloat8Partials * 256 + 300, 3}}) {
+        if (count > 5000 && from != Type::kFloat16) continue;
+        SCOPED_TRACE(testing::Message() << name_of(from) << " " << count << " " << first);
+        Values in(static_cast<size_t>(count), 0.5);
+        in.back() = -7;
+        Tensor x(from, in), scale(Type::kFloat32, 1);
+        Guarded y(count), workspace(kFloat8Partials * 4);
+        emulated_kernels().to_float8({from, to, count - first, x.memory.as<char>() + first * size_of(from), y.as<char>() + first, scale.memory.as<float>(), workspace.as<float>()}, nullptr);
+        const float largest = to == Type::kFloat8E4M3 ? 448 : 57344;
+        EXPECT_EQ(*scale.memory.as<float>(), 7.0f / largest);
+        int64_t wrong = 0;
+        for (int64_t i = first; i < count; ++i) {
+          const uint8_t code = y.as<uint8_t>()[i];
+          const float got = to == Type::kFloat8E4M3 ? emulated::arch::to_float(emulated::arch::e4m3{code}) : emulated::arch::to_float(emulated::arch::e5m2{code});
+          wrong += got != (i == count - 1 ? -largest : largest / 14);
+        }
+        EXPECT_EQ(wrong, 0);
+      }
 }
 
 TEST(Float8Kernel, UnusualNumbers) {

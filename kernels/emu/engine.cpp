@@ -7,10 +7,15 @@
 #include <sanitizer/common_interface_defs.h>
 #endif
 
+#include <cxxabi.h>
+
 #include <algorithm>
+#include <cstdlib>
 #include <deque>
+#include <fstream>
 #include <memory>
 #include <random>
+#include <set>
 #include <string>
 #include <vector>
 
@@ -244,6 +249,17 @@ void run_block(const std::function<void()>& body) {
     }
 }
 
+// Adds lines of its threads, bytes of shared memory and name, once for each such launch, to the file TRIREME_LAUNCHES: what a launch
+// asks of a multiprocessor besides registers (benchmarks/occupancy.py). `body` is a lambda in arch::launch<Kernel>.
+void note_launch(int num_threads, int shared_bytes, const std::function<void()>& body) {
+  static const char* const file = std::getenv("TRIREME_LAUNCHES");
+  static std::set<std::string> noted;
+  if (!file) return;
+  const std::unique_ptr<char, decltype(&std::free)> name(abi::__cxa_demangle(body.target_type().name(), nullptr, nullptr, nullptr), std::free);
+  const std::string line = std::to_string(num_threads) + " " + std::to_string(shared_bytes) + " " + (name ? name.get() : "?") + "\n";
+  if (noted.insert(line).second) std::ofstream(file, std::ios::app) << line;
+}
+
 }  // namespace
 
 void set_seed(uint64_t seed) { next_seed = seed; }
@@ -256,6 +272,7 @@ void run_grid(const Index3& grid, int num_threads, int shared_bytes, const std::
   if (grid.x < 1 || grid.y < 1 || grid.z < 1 || grid.y > 65535 || grid.z > 65535 || num_threads < 32 || num_threads > 1024 || num_threads % 32 != 0)
     throw Fault("a launch of " + std::to_string(grid.x) + " x " + std::to_string(grid.y) + " x " + std::to_string(grid.z) + " blocks of " +
                 std::to_string(num_threads) + " threads");
+  note_launch(num_threads, shared_bytes, body);
   std::vector<Index3> order;
   for (int z = 0; z < grid.z; ++z)
     for (int y = 0; y < grid.y; ++y)
