@@ -361,7 +361,9 @@ def test_a_frozen_base_in_float8_trains_adapters_as_one_in_16_bits(work, float8)
 def test_a_frozen_base_in_float8_is_resumed_to_the_bit(work, float8):
     device(work, "train", *keys_of(work, "float8_parts", *FLOAT8, "--train.stop_after=2", model="float8"), status=75)
     done = device(work, "train", *keys_of(work, "float8_parts", *FLOAT8[:2], model="float8"), status=2)
-    assert "quant.base" in done.stderr, done.stderr
+    assert "\n  quant.base: fp8 then, none now\n" in done.stderr, done.stderr
+    done = device(work, "train", *keys_of(work, "float8_parts", *FLOAT8, "--quant.skip=q_proj", model="float8"), status=2)
+    assert "\n  quant.skip: nothing then, q_proj now\n" in done.stderr, done.stderr
     device(work, "train", *keys_of(work, "float8_parts", *FLOAT8, model="float8"))
     assert curve(work, "float8_parts") == curve(work, float8)
 

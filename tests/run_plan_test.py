@@ -60,6 +60,17 @@ def test_a_device_that_is_not_here(plan):
     assert "GiB and has 74.51 GiB: " in said and "device" not in said
 
 
+def test_products_of_float8_are_planned_where_there_is_no_device(plan):
+    keys = ["--plan.ranks=8", "--parallel.tensor=8", "--lora.rank=16"]
+    assert "and the CPU computes this: leave quant.base out, or run where there is one; plans for one have run.device=cuda or plan.memory_gb set\n" in plan(
+        *keys, "--run.device=cpu", "--quant.base=fp8", status=2)
+    activations = [float(re.search(r"activations at most ([\d.]+) GiB", plan(*keys, "--run.device=cuda", *more)).group(1)) for more in ([], ["--quant.base=fp8"])]
+    assert activations[1] - activations[0] == pytest.approx(8192 * 8192 / 2**30, abs=0.011)  # the codes of the inputs of a layer
+    found = plan(*keys, "--plan.memory_gb=80", "--quant.base=fp8")
+    assert "plan: 70.55 B parameters, " in found and "GiB of its device and has 74.51 GiB: " in found
+    assert "quant.skip=o_prj: no linear layer has this name; there are down_proj, " in plan(*keys, "--plan.memory_gb=80", "--quant.base=fp8", "--quant.skip=o_prj", status=2)
+
+
 def test_what_a_device_does_not_compute_or_a_plan_does_not_know(tmp_path, plan):
     assert "error: optim.masters=false is not possible with train.dtype=float16, " in plan("--plan.ranks=1", "--train.dtype=float16", "--optim.masters=false", status=2)
     assert "train.dtype=float64 is computed by the CPU alone" in plan("--plan.ranks=1", "--run.device=cuda", "--train.dtype=float64", status=2)

@@ -8,7 +8,8 @@
 namespace trireme {
 
 // Leaves .weight and .weight.transposed (the codes as uint8, [O, I] and [I, O]) and .weight.scale (fp32 [1], of the whole weight). Rows and
-// results are bfloat16 or float16. ConfigError: O or I, or what they are cut into, is no multiple of 16; it names the layer.
+// results are bfloat16 or float16; rows that come together
+// share a scale, so that what they are multiplied to depends on them all. ConfigError: O or I, or what they are cut into, is no multiple of 16; it names the layer.
 std::shared_ptr<FrozenWeight> float8_weight(const std::string& path, int64_t out_features, int64_t in_features);
 
 }  // namespace trireme

@@ -75,7 +75,7 @@ at::Device choose_device(const Config& config, const Communicator& ranks) {
   }
   const int index = device_of_ranks(of_host, config.comm.share_device, key)[mine];
   kind()->load(index);
-  if (const int capability = kind()->capability(index); config.quant.base == "fp8" && capability < 89)
+  if (const int capability = config.quant.base == "fp8" ? kind()->capability(index) : 89; capability < 89)
     throw ConfigError(str("quant.base=fp8 needs a device of compute capability 8.9 or newer, but device ", index, " has ", capability / 10, ".", capability % 10, ": leave quant.base out"));
   set_kernels(kind()->type, kind()->kernels);
   set_kernel_settings({.tf32 = config.train.tf32, .deterministic = config.train.deterministic});
@@ -99,7 +99,7 @@ std::optional<uint64_t> planned_room(const Config& config, int num_local_ranks) 
 
 void check_dtype(const Config& config, at::ScalarType dtype, at::DeviceType device, const char* key) {
   if (config.quant.base == "fp8") {
-    if (device == at::kCPU) throw ConfigError("quant.base=fp8 needs a device of compute capability 8.9 or newer, and the CPU computes this: leave quant.base out, or run where there is one");
+    if (device == at::kCPU) throw ConfigError("quant.base=fp8 needs a device of compute capability 8.9 or newer, and the CPU computes this: leave quant.base out, or run where there is one; plans for one have run.device=cuda or plan.memory_gb set");
     if (c10::elementSize(dtype) != 2) throw ConfigError(str("quant.base=fp8 goes with 16 bits, but ", key, " is ", dtype_name(dtype), ": set ", key, "=bfloat16"));
   }
   if (dtype == at::kDouble && config.quant.base == "int8") throw ConfigError(str("quant.base=int8 goes with float32 or 16 bits, but ", key, " is float64: set ", key, "=float32, or leave quant.base out"));

@@ -87,7 +87,8 @@ Json run_identity(Config config, const Json& model, const Json& data) {
 void check_identity(const Json& saved, const Json& now, const std::string& checkpoint) {
   std::string differences;
   auto differs = [&](const std::string& what, const std::string& then, const std::string& here, const char* more = "") {
-    differences += str("\n  ", what, ": ", then, " then, ", here, " now", more);
+    const auto said = [](const std::string& value) { return value.empty() ? "nothing" : value; };
+    differences += str("\n  ", what, ": ", said(then), " then, ", said(here), " now", more);
   };
   Config defaults;
   for (const auto& f : fields(defaults)) {
