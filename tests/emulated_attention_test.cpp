@@ -430,6 +430,31 @@ void expect_neighbours_unseen(int dim, bool causal) {
 
 TEST_F(EmulatedAttention, NeighboursAreNotSeen) { expect_neighbours_unseen(64, false); }
 
+// No work on tiles that are masked: 0 times what is no number would be none. Of 900 tokens a query sees 100 keys, those up to its own.
+void expect_masked_tiles_unseen(int dim) {
+  SCOPED_TRACE(dim);
+  const Case c = make_case(Type::kBFloat16, dim, 1, 1, {0, 900}, {0, 900}, 100);
+  Inputs x = make_inputs(c);
+  for (Doubles* all : {&x.q, &x.k, &x.v, &x.grad_o}) {
+    std::fill(all->begin(), all->begin() + 128 * dim, NAN);
+    std::fill(all->begin() + 768 * dim, all->end(), NAN);
+  }
+  Device d(c, x);
+  d.forward();
+  for (bool deterministic : {true, false}) {
+    d.backward(deterministic);
+    for (const Tensor* all : {&d.o, &d.grad_q, &d.grad_k, &d.grad_v}) {
+      const Doubles values = all->get();
+      EXPECT_TRUE(std::all_of(values.begin() + 384 * dim, values.begin() + 512 * dim, [](double value) { return std::isfinite(value); }));
+      EXPECT_TRUE(std::isnan(values[0]));
+    }
+  }
+}
+
+TEST_F(EmulatedAttention, MaskedTilesAreNotSeen) {
+  for (int dim : {64, 256}) expect_masked_tiles_unseen(dim);
+}
+
 // --- Hopper ------------------------------------------------------------------------------------------------------------
 // Tiles of 192 or 128 queries and 128 keys.
 
@@ -483,6 +508,10 @@ TEST_F(EmulatedHopperAttention, VeryNegativeScoresAndScale) {
 TEST_F(EmulatedHopperAttention, NeighboursAreNotSeen) {
   expect_neighbours_unseen(64, true);
   expect_neighbours_unseen(128, false);
+}
+
+TEST_F(EmulatedHopperAttention, MaskedTilesAreNotSeen) {
+  for (int dim : {64, 128}) expect_masked_tiles_unseen(dim);
 }
 
 // Key heads that are one and the same in memory: no tensor map has them.
