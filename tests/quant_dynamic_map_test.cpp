@@ -1,8 +1,8 @@
 // The dynamic 8-bit map: its numbers by their rule, codes and values by the rules written as plain loops.
 #include <cmath>
-#include <limits>
 
 #include "base/check.h"
+#include "kernels/reference/quantize.h"
 #include "quant/dynamic_map.h"
 #include "quant/quant_loops.h"
 #include "quant_values.h"
@@ -11,6 +11,7 @@
 namespace trireme {
 namespace {
 
+namespace reference = kernels::reference;
 using test::same_bits;
 
 // linspace(0.1, 1, count) in fp32, as torch on processors that multiply and add at once: from the first number in the lower half, from
@@ -44,16 +45,6 @@ TEST(DynamicMap, NumbersOfTheRule) {
   EXPECT_FLOAT_EQ(dynamic_map(false)[1].item<float>(), 3.25e-7f);
 }
 
-// Seven steps of a binary search from the middle, then the midpoint to the neighbour on x's side.
-int code_by_rule(const float* map, float x) {
-  int pivot = 127, upper = 255, lower = 0;
-  for (int step = 64; step > 0; step /= 2)
-    if (x > map[pivot]) lower = pivot, pivot += step;
-    else upper = pivot, pivot -= step;
-  if (x > map[pivot]) return x > (map[upper] + map[pivot]) * 0.5f ? upper : pivot;
-  return x < (map[lower] + map[pivot]) * 0.5f ? lower : pivot;
-}
-
 // Around each number and each midpoint between two, where the codes change.
 TEST(DynamicMap, CodesAtTheirBounds) {
   for (bool is_signed : {true, false}) {
@@ -68,23 +59,15 @@ TEST(DynamicMap, CodesAtTheirBounds) {
       around(numbers[i]);
       if (i < 255) around((numbers[i] + numbers[i + 1]) * 0.5f);
     }
-    for (float x : all) EXPECT_EQ(search.code(x), code_by_rule(numbers, x)) << x;
+    for (float x : all) EXPECT_EQ(search.code(x), reference::map_code(numbers, x)) << x;
     for (int i = 0; i < 256; ++i) EXPECT_EQ(search.code(numbers[i]), i);
   }
 }
 
 BlockCodes by_rule(const at::Tensor& x, const at::Tensor& map, int64_t size) {
   const at::Tensor values = x.to(at::kFloat).flatten();
-  const int64_t count = values.numel(), blocks = (count + size - 1) / size;
-  BlockCodes q{at::zeros(x.sizes(), at::kByte), at::zeros({blocks}, at::kFloat)};
-  for (int64_t b = 0; b < blocks; ++b) {
-    float largest = 0;
-    for (int64_t i = b * size; i < std::min(count, (b + 1) * size); ++i) largest = std::fmax(largest, std::abs(values.data_ptr<float>()[i]));
-    q.absmax.data_ptr<float>()[b] = largest;
-    for (int64_t i = b * size; i < std::min(count, (b + 1) * size); ++i)
-      q.codes.data_ptr<uint8_t>()[i] = static_cast<uint8_t>(code_by_rule(map.data_ptr<float>(), values.data_ptr<float>()[i] * (1.0f / largest)));
-  }
-  return q;
+  const auto q = reference::quantize_blocks(map.data_ptr<float>(), {values.data_ptr<float>(), values.data_ptr<float>() + values.numel()}, 0, size);
+  return {at::tensor(q.codes, at::kByte), at::tensor(q.absmax)};
 }
 
 at::Tensor settled(const at::Tensor& x) { return at::where(x.isnan(), at::full({}, NAN, x.options()), x); }  // which NaN is no rule's

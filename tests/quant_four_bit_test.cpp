@@ -1,8 +1,8 @@
 // NF4, FP4 and their scales in 8 bits: the bits are those of the rules written as plain loops.
 #include <cmath>
-#include <random>
 
 #include "base/check.h"
+#include "kernels/reference/quantize.h"
 #include "quant/dynamic_map.h"
 #include "quant/four_bit.h"
 #include "quant/quant_loops.h"
@@ -14,66 +14,23 @@ namespace {
 
 using test::same_bits;
 
-// --- the rules --------------------------------------------------------------------------------------------------------
+namespace reference = kernels::reference;
 
-int nf4_code(float x) {
-  const float thresholds[] = {-0.8480964004993439f, -0.6106329262256622f, -0.4599952697753906f, -0.33967943489551544f, -0.23460740596055984f,
-                              -0.13791173323988914f, -0.045525018125772476f, 0.03979014977812767f, 0.1202552504837513f, 0.2035212516784668f,
-                              0.2920137718319893f, 0.3893125355243683f, 0.5016634166240692f, 0.6427869200706482f, 0.8614784181118011f};
-  int code = 0;
-  while (code < 15 && x > thresholds[code]) ++code;
-  return code;
+std::vector<float> floats(const at::Tensor& any) {
+  const at::Tensor t = any.to(at::kFloat).flatten().contiguous();
+  return {t.data_ptr<float>(), t.data_ptr<float>() + t.numel()};
 }
-
-int fp4_code(float x) {
-  const int sign = x < 0 ? 8 : 0;
-  x = std::abs(x);
-  if (x > 0.8333333f) return sign + 3;
-  if (x > 0.583333f) return sign + 2;
-  if (x > 0.4166667f) return sign + 5;
-  if (x > 0.29166667f) return sign + 4;
-  if (x > 0.20833333f) return sign + 7;
-  if (x > 0.0859375f) return sign + 6;
-  if (x > 0.00260417f) return sign + 1;
-  return sign;
-}
-
-float fp4_number(int code) {
-  const float numbers[] = {0, 1.0f / 192, 2.0f / 3, 1, 1.0f / 3, 1.0f / 2, 1.0f / 6, 1.0f / 4};
-  return code & 8 ? -numbers[code & 7] : numbers[code & 7];
-}
+at::Tensor bytes(const std::vector<uint8_t>& values) { return at::tensor(values, at::kByte); }
 
 FourBitTensor by_rule(const at::Tensor& x, FourBit kind, int64_t size) {
-  const at::Tensor values = x.to(at::kFloat).flatten();
-  const int64_t count = values.numel(), blocks = (count + size - 1) / size;
-  FourBitTensor q{kind, size, at::zeros({(count + 1) / 2}, at::kByte), {}};
-  q.scales.absmax = at::zeros({blocks}, at::kFloat);
-  const float* v = values.data_ptr<float>();
-  for (int64_t b = 0; b < blocks; ++b) {
-    float largest = 0;
-    for (int64_t i = b * size; i < std::min(count, (b + 1) * size); ++i) largest = std::fmax(largest, std::abs(v[i]));
-    q.scales.absmax.data_ptr<float>()[b] = largest;
-    const float inverse = 1.0f / largest;
-    for (int64_t i = b * size; i < std::min(count + count % 2, (b + 1) * size); ++i) {
-      const float scaled = (i < count ? v[i] : 0.0f) * inverse;
-      const int code = kind == FourBit::kNf4 ? nf4_code(scaled) : fp4_code(scaled);
-      q.codes.data_ptr<uint8_t>()[i / 2] |= static_cast<uint8_t>(i % 2 == 0 ? code << 4 : code);
-    }
-  }
-  return q;
+  const auto q = reference::quantize_4(kind, floats(x), size);
+  return {kind, size, bytes(q.codes), {.absmax = at::tensor(q.absmax)}};
 }
 
 at::Tensor values_by_rule(const FourBitTensor& q, const std::vector<float>& scales, int64_t count, at::ScalarType dtype) {
-  at::Tensor out = at::empty({count}, at::kFloat);
-  for (int64_t i = 0; i < count; ++i) {
-    const int byte = q.codes.data_ptr<uint8_t>()[i / 2], code = i % 2 == 0 ? byte >> 4 : byte & 15;
-    const float number = q.kind == FourBit::kNf4 ? four_bit_numbers(q.kind)[static_cast<size_t>(code)] : fp4_number(code);
-    out.data_ptr<float>()[i] = number * scales[static_cast<size_t>(i / q.block_size)];
-  }
-  return out.to(dtype);
+  const std::vector<uint8_t> codes(q.codes.data_ptr<uint8_t>(), q.codes.data_ptr<uint8_t>() + q.codes.numel());
+  return at::tensor(reference::dequantize_4(q.kind, codes, scales, count, q.block_size)).to(dtype);
 }
-
-std::vector<float> floats(const at::Tensor& t) { return {t.data_ptr<float>(), t.data_ptr<float>() + t.numel()}; }
 
 // Every NaN the same: which of them an instruction gives is not part of any rule.
 at::Tensor settled(const at::Tensor& x) { return at::where(x.isnan(), at::full({}, NAN, x.options()), x); }
@@ -142,16 +99,11 @@ TEST(FourBit, DoubleQuantizationIsTheRule) {
   EXPECT_EQ(q.scales.offset.item<float>(), offset);
   EXPECT_EQ(q.scales.absmax.scalar_type(), at::kByte);
   EXPECT_EQ(q.scales.nested_absmax.numel(), 6);
-  const BlockCodes codes = quantize_blockwise(at::tensor(plain) - offset, dynamic_map(true), 256);
-  EXPECT_TRUE(same_bits(q.scales.absmax, codes.codes));
-  EXPECT_TRUE(same_bits(q.scales.nested_absmax, codes.absmax));
-
   const at::Tensor map = dynamic_map(true);
-  std::vector<float> back;
-  for (size_t b = 0; b < plain.size(); ++b) {
-    volatile float product = map.data_ptr<float>()[codes.codes.data_ptr<uint8_t>()[b]] * codes.absmax.data_ptr<float>()[b / 256];  // rounded by itself
-    back.push_back(product + offset);
-  }
+  const auto codes = reference::quantize_blocks(map.data_ptr<float>(), plain, offset, 256);
+  EXPECT_TRUE(same_bits(q.scales.absmax, bytes(codes.codes)));
+  EXPECT_TRUE(same_bits(q.scales.nested_absmax, at::tensor(codes.absmax)));
+  const auto back = reference::nested_scales(codes.codes, codes.absmax, map.data_ptr<float>(), 256, offset, {});
   EXPECT_TRUE(same_bits(plain_scales(q.scales), at::tensor(back)));
   for (at::ScalarType dtype : kDtypes) {
     const at::Tensor out = at::empty(x.sizes(), at::TensorOptions(dtype));
