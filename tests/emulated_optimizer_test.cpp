@@ -113,6 +113,7 @@ TEST_P(UpdateKernel, IsTheLoop) {
 }
 INSTANTIATE_TEST_SUITE_P(Rules, UpdateKernel, testing::Combine(testing::Values(UpdateRule::kSgd, UpdateRule::kLion), testing::Values(Type::kFloat32), testing::Values(false), testing::Values(0, 1)));
 INSTANTIATE_TEST_SUITE_P(RulesOf16Bits, UpdateKernel, testing::Combine(testing::Values(UpdateRule::kSgd, UpdateRule::kLion), testing::Values(Type::kBFloat16), testing::Bool(), testing::Values(0, 2)));
+INSTANTIATE_TEST_SUITE_P(RulesOfFloat16, UpdateKernel, testing::Combine(testing::Values(UpdateRule::kSgd, UpdateRule::kLion), testing::Values(Type::kFloat16), testing::Values(true), testing::Values(0, 2)));
 
 TEST(UpdateKernel, SgdDoesWithoutMomentum) {
   State s(Type::kFloat32, 100, false, 1);
