@@ -183,6 +183,26 @@ void memory(Bench& b) {
     time("gradient norm, fp32", str(count), n * 4, {}, [&] { b.k.gradient_norm({Type::kFloat32, &tensor, 1, workspace.data_ptr<double>(), squares.data_ptr<double>(), {1, 1, norm.data_ptr<float>(), factor.data_ptr<float>(), false}}, stream); });
   }
   {
+    constexpr int64_t kSize = 64;
+    const int64_t blocks = count / kSize, nested_blocks = (blocks + 255) / 256;
+    const double num_blocks = static_cast<double>(blocks);
+    const at::Tensor x = random(), y = random(), codes = empty(count, b.wide.dtype(at::kByte)), absmax = at::rand({std::max(blocks, rows)}, b.wide), map = at::linspace(-1, 1, 256, b.wide);
+    const at::Tensor scale_codes = at::randint(256, {blocks}, b.wide.dtype(at::kByte)), nested = at::rand({nested_blocks}, b.wide), offset = at::rand({1}, b.wide);
+    uint8_t* const bytes = codes.data_ptr<uint8_t>();
+    float *const scales = absmax.data_ptr<float>(), *const numbers = map.data_ptr<float>();
+    time("NF4, quantize", shape, n * 2.5 + num_blocks * 4, {}, [&] { b.k.quantize_4({Type::kBFloat16, kernels::FourBit::kNf4, count, kSize, x.data_ptr(), bytes, scales}, stream); });
+    time("NF4, dequantize", shape, n * 2.5 + num_blocks * 4, 0.85,
+         [&] { b.k.dequantize_4({Type::kBFloat16, kernels::FourBit::kNf4, count, kSize, bytes, {scales, nullptr, nullptr, nullptr, 0, nullptr, {}}, y.data_ptr()}, stream); });
+    time("NF4 with scales in 8 bits, dequantize", shape, n * 2.5 + num_blocks, 0.85, [&] {
+      b.k.dequantize_4({Type::kBFloat16, kernels::FourBit::kNf4, count, kSize, bytes, {nullptr, scale_codes.data_ptr<uint8_t>(), nested.data_ptr<float>(), numbers, 256, offset.data_ptr<float>(), {}}, y.data_ptr()}, stream);
+    });
+    time("8 bits of a map, quantize", shape, n * 3 + num_blocks, {}, [&] { b.k.quantize_blocks({Type::kBFloat16, count, 256, x.data_ptr(), 0, numbers, bytes, scales}, stream); });
+    time("8 bits of a map, dequantize", shape, n * 3 + num_blocks, {}, [&] { b.k.dequantize_blocks({Type::kBFloat16, count, 256, bytes, scales, numbers, y.data_ptr()}, stream); });
+    int8_t* const integers = static_cast<int8_t*>(codes.data_ptr());
+    time("int8 rows, quantize", shape, n * 3, {}, [&] { b.k.quantize_rows({Type::kBFloat16, rows, width, x.data_ptr(), 0, integers, scales, nullptr}, stream); });
+    time("int8 rows, dequantize", shape, n * 3, {}, [&] { b.k.dequantize_rows({Type::kBFloat16, rows, width, integers, scales, y.data_ptr()}, stream); });
+  }
+  {
     const int64_t tokens = b.dry ? 4 : 2048, vocabulary = b.dry ? 100 : 128256;
     const double logits_bytes = static_cast<double>(tokens * vocabulary) * 2;
     const at::Tensor logits = at::randn({tokens, vocabulary}, b.narrow), targets = at::randint(vocabulary, {tokens}, b.wide.dtype(at::kLong));

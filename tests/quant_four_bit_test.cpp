@@ -56,6 +56,28 @@ TEST(FourBit, BitsOfTheRules) {
         }
 }
 
+// A tie is the code below, in FP4 that of the smaller magnitude; the next number is the one above.
+TEST(FourBit, CodesAtTheThresholds) {
+  const std::vector<float> nf4 = {-0.8480964004993439f, -0.6106329262256622f, -0.4599952697753906f, -0.33967943489551544f, -0.23460740596055984f,
+                                  -0.13791173323988914f, -0.045525018125772476f, 0.03979014977812767f, 0.1202552504837513f, 0.2035212516784668f,
+                                  0.2920137718319893f, 0.3893125355243683f, 0.5016634166240692f, 0.6427869200706482f, 0.8614784181118011f};
+  const std::vector<float> fp4 = {0.00260417f, 0.0859375f, 0.20833333f, 0.29166667f, 0.4166667f, 0.583333f, 0.8333333f};
+  const std::vector<int> order = {0, 1, 6, 7, 4, 5, 2, 3};  // FP4's codes by magnitude
+  const auto code = [](FourBit kind, float x) { return quantize_4bit(at::tensor({x, 1.0f}), kind, 32).codes[0].item<int>() >> 4; };  // in a block of scale 1
+  for (size_t i = 0; i < nf4.size(); ++i) {
+    EXPECT_EQ(code(FourBit::kNf4, nf4[i]), static_cast<int>(i));
+    EXPECT_EQ(code(FourBit::kNf4, std::nextafter(nf4[i], 2.0f)), static_cast<int>(i) + 1);
+  }
+  for (size_t i = 0; i < fp4.size(); ++i)
+    for (int sign : {0, 8}) {
+      const float way = sign == 0 ? 1.0f : -1.0f;
+      EXPECT_EQ(code(FourBit::kFp4, way * fp4[i]), sign + order[i]);
+      EXPECT_EQ(code(FourBit::kFp4, way * std::nextafter(fp4[i], 2.0f)), sign + order[i + 1]);
+    }
+  EXPECT_EQ(code(FourBit::kFp4, -0.0f), 0);
+  EXPECT_EQ(code(FourBit::kFp4, -1e-30f), 8);
+}
+
 TEST(FourBit, EveryInstructionSetHasTheSameBits) {
   const int64_t count = 64 * 9 + 45, size = 64;
   for (const auto& [name, values] : test::unusual_values(count, size))
