@@ -112,6 +112,20 @@ TEST(Device, ServesMoreThanTwoToThe31Elements) {
     k.glu_forward({Type::kBFloat16, Gate::kSilu, kRows, kCount / kRows, kCount / kRows, all_gate.as(), all_up.as(), all_y.as()}, nullptr);
     all_y.expect_end(y, "glu_forward");
   }
+  {
+    constexpr int64_t kMany = (int64_t{1} << 31) + 128, kLast = 128, kSize = 64;  // the last are blocks of their own; zeros are zeros in FP4
+    Tensor x(Type::kBFloat16, random_values(Type::kBFloat16, kLast, 7)), y(Type::kBFloat16, kLast), absmax(Type::kFloat32, kLast / kSize);
+    Tensor codes(Type::kFloat16, kLast / 4);  // four in 16 bits
+    const Many all_x(kMany, x), all_y(kMany, y), all_absmax(kMany / kSize, absmax), all_codes(kMany / 4, codes);
+    const auto scales = [](float* plain) { return ScalesOfBlocks{plain, nullptr, nullptr, nullptr, 0, nullptr, {}}; };
+    k.quantize_4({Type::kBFloat16, FourBit::kFp4, kLast, kSize, x.data(), static_cast<uint8_t*>(codes.data()), static_cast<float*>(absmax.data())}, nullptr);
+    k.quantize_4({Type::kBFloat16, FourBit::kFp4, kMany, kSize, all_x.as(), all_codes.as<uint8_t>(), all_absmax.as<float>()}, nullptr);
+    all_codes.expect_end(codes, "quantize_4's codes");
+    all_absmax.expect_end(absmax, "quantize_4's scales");
+    k.dequantize_4({Type::kBFloat16, FourBit::kFp4, kLast, kSize, static_cast<uint8_t*>(codes.data()), scales(static_cast<float*>(absmax.data())), y.data()}, nullptr);
+    k.dequantize_4({Type::kBFloat16, FourBit::kFp4, kMany, kSize, all_codes.as<uint8_t>(), scales(all_absmax.as<float>()), all_y.as()}, nullptr);
+    all_y.expect_end(y, "dequantize_4");
+  }
   Tensor master = random(Type::kFloat32, 4), weight(Type::kBFloat16, master.values()), grad = random(Type::kFloat32, 5);
   Tensor m = random(Type::kFloat32, 6), v(Type::kFloat32, Values(kEnd, 0.25));
   const Many all_master(kCount, master), all_weight(kCount, weight), all_grad(kCount, grad), all_m(kCount, m), all_v(kCount, v);
