@@ -1,5 +1,6 @@
 // Number formats of 4 and 8 bits, included by kernels.h: contracts of the kernels in quantize_blocks.cu and int8.cu. What a code means is
-// in src/quant/four_bit.h, dynamic_map.h and int8.h; all results have those bits. Tensors begin at multiples of 16 bytes.
+// in src/quant/four_bit.h, dynamic_map.h and int8.h; all results have those bits. Blocks and their codes begin at multiples of 16 bytes, but codes that are
+// read in 4 bits, and rows and groups, anywhere.
 #pragma once
 
 #include "kernels/types.h"

@@ -155,6 +155,7 @@ struct Dequantized4 {
   struct Params {
     Dequantize4 p;
     int block_shift, nested_shift;
+    bool codes_in_words;
   };
   static constexpr int kThreads = trireme::kernels::TRIREME_ARCH::kThreads, kPieces = 4, kChunk = kThreads * kPer * kPieces;
   static constexpr int kSharedBytes = 16 * 4 + (kNested ? 256 * 4 : 0);
@@ -184,9 +185,9 @@ struct Dequantized4 {
     for (int piece = 0; piece < kPieces; ++piece) {  // all that is read, before any of it is needed
       const int64_t i = first + piece * (kThreads * kPer), left = p.count - i;
       code[piece] = 0, scale[piece] = 0;
-      if (left >= kPer) code[piece] = arch::load<uint32_t>(p.codes + i / 2);
+      if (left >= kPer && params.codes_in_words) code[piece] = arch::load<uint32_t>(p.codes + i / 2);
       else
-        for (int b = 0; 2 * b < left; ++b) code[piece] |= uint32_t{p.codes[i / 2 + b]} << (8 * b);
+        for (int b = 0; b < kPer / 2 && 2 * b < left; ++b) code[piece] |= uint32_t{p.codes[i / 2 + b]} << (8 * b);
       if (left > 0) scale[piece] = scale_of(params, map, i);
     }
     ARCH_UNROLL
@@ -201,14 +202,14 @@ struct Dequantized4 {
 };
 
 void dequantize_4(const Dequantize4& p, Stream stream) {
-  if (blocks_of_scales("dequantize_4", p.count, p.block_size, {p.codes, p.y}) == 0) return;
+  if (blocks_of_scales("dequantize_4", p.count, p.block_size, {p.y}) == 0) return;
   const bool nested = !p.scales.plain;
   const int64_t nested_size = p.scales.nested_block_size;
   if (nested && (nested_size <= 0 || (nested_size & (nested_size - 1)) != 0)) throw Refused("dequantize_4: nested blocks of " + std::to_string(nested_size) + " scales are no power of two");
   with_type(p.type, [&]<typename T>(T) {
     const auto run = [&](auto kernel) {
       using Kernel = decltype(kernel);
-      arch::launch<Kernel>(blocks_of(p.count, Kernel::kChunk), Kernel::kSharedBytes, stream, {p, log2_of(p.block_size), nested ? log2_of(nested_size) : 0});
+      arch::launch<Kernel>(blocks_of(p.count, Kernel::kChunk), Kernel::kSharedBytes, stream, {p, log2_of(p.block_size), nested ? log2_of(nested_size) : 0, reinterpret_cast<uintptr_t>(p.codes) % 4 == 0});
     };
     if (nested) run(Dequantized4<T, true>());
     else run(Dequantized4<T, false>());
