@@ -30,4 +30,5 @@ GRADIENT_FP64 = 2.0**-24      # of the parameter's largest gradient: the file ha
 # bf16 has 2^-9 = 2e-3 a rounding, fp16 2^-12 = 2e-4, at every layer's output; masters and sums are fp32.
 CURVE_BF16 = 5e-3             # relative, over 50 steps, against our own fp32
 CURVE_FP16 = 1e-3
+LOGITS_BF16 = 1e-2            # norm of the difference / norm, after two layers
 GRADIENT_FP16 = 1e-2          # norm of the difference / norm, of a parameter

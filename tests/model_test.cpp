@@ -60,8 +60,8 @@ TEST(HfConfig, RefusesWithExactWords) {
       {{{"eos_token_id", "x"}}, "config.json: \"eos_token_id\" must be an id or a list of ids"},
       {{{"attention_dropout", 0.1}}, "config.json: an attention_dropout other than 0 is not supported"},
       {{{"quantization_config", {{"bits", 4}}}},
-       "config.json: has a quantization_config; weights that are stored quantized are not supported: take the model's original "
-       "weights"},
+       "config.json: quantization_config: load_in_4bit=false is not supported; supported is bitsandbytes in 4 bits. Take the model's original weights"},
+      {{{"quantization_config", 4}}, "config.json: quantization_config: an object is expected, found number"},
       {{{"rope_scaling", {{"type", "dynamic"}, {"factor", 2.0}}}},
        "config.json: rope_scaling: rope type \"dynamic\" is not supported; supported are default, linear, llama3, yarn"},
       {{{"rope_parameters", {{"rope_type", "linear"}}}}, "config.json: rope_parameters: the key \"factor\" is missing"},

@@ -181,7 +181,7 @@ std::vector<Field> fields(Config& c) {
       {"lora.rslora", &c.lora.rslora, "", "scale = alpha / sqrt(rank)", {}},
       {"lora.merge", &c.lora.merge, "", "export: add the adapter to the weights", {}},
       {"lora.path", &c.lora.path, "folder", "PEFT adapter to start from", {}},
-      {"quant.base", &c.quant.base, "", "form of the frozen weights of linear layers; nf4, fp4: 4 bits in blocks (QLoRA); int8: rows of 8 bits (LLM.int8()); fp8: products of 8-bit floating point, on a device of compute capability 8.9 or newer", Words{"none", "nf4", "fp4", "int8", "fp8"}},
+      {"quant.base", &c.quant.base, "", "form of the frozen weights of linear layers; none: as model.path has them, which may be nf4 or fp4; dense: the values of such; nf4, fp4: 4 bits in blocks (QLoRA); int8: rows of 8 bits (LLM.int8()); fp8: products of 8-bit floating point, on a device of compute capability 8.9 or newer", Words{"none", "dense", "nf4", "fp4", "int8", "fp8"}},
       {"quant.block_size", &c.quant.block_size, "values", "that share a scale, with nf4 and fp4: a power of two", {}, 32, 4096},
       {"quant.double", &c.quant.double_quant, "", "the scales of nf4 and fp4 in 8 bits too: 4.127 bits a weight, not 4.5", {}},
       {"quant.compute_dtype", &c.quant.compute_dtype, "", "of the products with weights in nf4 and fp4; auto: train.dtype", Words{"auto", "float32", "bfloat16", "float16"}},

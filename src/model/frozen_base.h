@@ -2,6 +2,7 @@
 #pragma once
 
 #include "model/transformer.h"
+#include "quant/stored_format.h"
 
 namespace trireme {
 
@@ -13,13 +14,16 @@ struct FrozenBase {
   std::optional<at::ScalarType> compute = {};  // of products with what was in 4 bits; empty: the model's
   double threshold = 6.0;             // of int8's outliers
   std::vector<std::string> skipped;  // layers that stay as they are, by name (model/linear_names.h)
+  // Layers whose files hold them in such a form, by path: these alone, and each in its form. kind is none, or that of all of them.
+  std::map<std::string, StoredFormat> stored = {};
 
-  bool none() const { return kind == "none"; }
+  bool none() const { return kind == "none" && stored.empty(); }
 };
 
 // Gives every linear layer of the blocks but the skipped ones a weight in that form, and freezes all of the model. The model is on
 // the meta device: reading or initialising its leaves is encoding (FrozenWeight::encode). ConfigError: a layer that cannot be kept so,
-// a name that matches nothing.
+// a name that matches nothing, a
+// stored layer of another form than `base` asks for. DataError: a stored layer of another shape.
 void freeze_base(Transformer& model, const FrozenBase& base);
 
 // Values for the leaves of frozen weights, or for parts of them, from the whole weights: a layer at a time.
@@ -30,8 +34,10 @@ class FrozenLayers {
   bool holds(const std::string& leaf) const { return layers_.count(leaf) != 0; }
   // The weights that these leaves are made of, each once, on the meta device.
   std::vector<Parameter> made_of(const std::vector<Parameter>& leaves) const;
-  // `read` gives a weight in the model's dtype, which is there while its leaves are filled.
-  void fill(const std::vector<Parameter>& leaves, const std::function<void(const Parameter& whole)>& read) const;
+  // `read` gives a weight in the model's dtype, which is there while its leaves are filled. `stored` gives the values of all leaves of the
+  // weight where it is stored so, else nothing.
+  void fill(const std::vector<Parameter>& leaves, const std::function<void(const Parameter& whole)>& read,
+            const std::function<std::vector<at::Tensor>(const std::string& weight)>& stored = {}) const;
 
  private:
   struct Layer {

@@ -139,6 +139,17 @@ void read_windows(const Reader& r, const Json& json, const std::string& source, 
   }
 }
 
+// In which form the weights are stored, as BitsAndBytesConfig of transformers says it; more is in the files (checkpoint/bitsandbytes.h).
+std::string read_quantization(const Json& json, const std::string& source) {
+  const auto refuse = [&](const std::string& what) { return DataError(str(source, ": ", what, " is not supported; supported is bitsandbytes in 4 bits. Take the model's original weights")); };
+  const auto method = json_get_or<std::string>(json, "quant_method", "bitsandbytes", source);  // files of its first year do not say
+  if (method != "bitsandbytes") throw refuse(str("quant_method ", dump_json(method)));
+  if (!json_get_or<bool>(json, "load_in_4bit", false, source)) throw refuse(json_get_or<bool>(json, "load_in_8bit", false, source) ? "load_in_8bit" : "load_in_4bit=false");
+  const auto kind = json_get_or<std::string>(json, "bnb_4bit_quant_type", "fp4", source);
+  if (kind != "nf4" && kind != "fp4") throw refuse(str("bnb_4bit_quant_type ", dump_json(kind)));
+  return kind;
+}
+
 std::vector<int64_t> ids(const Reader& reader, const char* key, const std::string& source) {
   if (!reader.has(key)) return {};
   const Json& v = reader[key];
@@ -182,8 +193,7 @@ ModelConfig model_config_from_json(const Json& json, const std::string& source) 
   if (c.head_dim % 2 != 0) throw DataError(str(source, ": head_dim ", c.head_dim, " is odd; rotary embedding needs an even one"));
   if (r.has("hidden_act") && r.get_or<std::string>("hidden_act", "silu") != "silu")
     throw DataError(str(source, ": hidden_act \"", r.get_or<std::string>("hidden_act", ""), "\" is not supported; supported is silu"));
-  if (r.has("quantization_config"))
-    throw DataError(str(source, ": has a quantization_config; weights that are stored quantized are not supported: take the model's original weights"));
+  if (r.has("quantization_config")) c.quantization = read_quantization(r["quantization_config"], str(source, ": quantization_config"));
   if (r.get_or<double>("attention_dropout", 0.0) != 0.0)
     throw DataError(str(source, ": an attention_dropout other than 0 is not supported"));
   c.max_positions = r.size_or("max_position_embeddings", family->max_positions);
@@ -248,6 +258,7 @@ int64_t ModelConfig::num_parameters() const {
 
 Json model_config_to_json(const ModelConfig& config, const std::string& dtype) {
   Json json = config.raw;
+  json.erase("quantization_config");
   if (json.contains("dtype")) json["dtype"] = dtype;
   if (json.contains("torch_dtype") || !json.contains("dtype")) json["torch_dtype"] = dtype;
   return json;

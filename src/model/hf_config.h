@@ -4,11 +4,13 @@
 #pragma once
 
 #include <cstdint>
+#include <map>
 #include <optional>
 #include <string>
 #include <vector>
 
 #include "base/json.h"
+#include "quant/stored_format.h"
 
 namespace trireme {
 
@@ -41,6 +43,8 @@ struct ModelConfig {
   std::vector<bool> uses_rope;   // [num_layers] false: no position embedding in this layer (SmolLM3)
   RopeConfig rope;
   std::string dtype;             // of the stored weights: float32, bfloat16, float16, float64; "" where the file is silent
+  std::string quantization;      // of the stored weights: nf4, fp4 (bitsandbytes); "" where they are as they are
+  std::map<std::string, StoredFormat> stored;  // then the layers that the files hold so, by path: of whoever has opened them
   std::vector<int64_t> eos_ids;  // may be empty
   std::optional<int64_t> bos_id, pad_id;
   Json raw;            // the file as read
@@ -50,7 +54,7 @@ struct ModelConfig {
 };
 
 // `source` names the file in messages. DataError: unknown model_type (the supported are listed), activation other than
-// silu, unsupported rope type or option, weights stored quantized, sizes that are missing, not positive, absurd or
+// silu, unsupported rope type or option, weights stored quantized otherwise than by bitsandbytes in 4 bits, sizes that are missing, not positive, absurd or
 // contradict each other, two spellings of one thing that differ. Where the file is silent, transformers' defaults of the
 // family hold.
 ModelConfig model_config_from_json(const Json& json, const std::string& source);
@@ -61,7 +65,7 @@ ModelConfig read_model_config(const std::string& path);
 // What ends an answer by a generation_config.json ("eos_token_id": an id, a list of ids, or nothing). DataError.
 std::vector<int64_t> end_ids_from_json(const Json& json, const std::string& source);
 
-// What to write into an exported config.json: the file as read with only the dtype of the saved weights replaced.
+// What to write into an exported config.json: the file as read with only the dtype of the saved weights replaced, which are no longer quantized.
 Json model_config_to_json(const ModelConfig& config, const std::string& dtype);
 
 // A config.json built from the fields alone (raw ignored), in both spellings, which transformers 4 and 5 load.

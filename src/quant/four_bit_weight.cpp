@@ -34,10 +34,7 @@ class FourBitWeight : public DequantizedWeight {
   std::vector<at::Tensor> encode(const at::Tensor& whole_OI) const override {
     FourBitTensor q = quantize_4bit(whole_OI.scalar_type() == at::kDouble ? whole_OI.to(at::kFloat) : whole_OI, options_.kind, options_.block_size);
     if (options_.is_double) q.scales = double_quantized(q.scales);
-    const int64_t rows = whole_OI.size(0);
-    std::vector<at::Tensor> values = {q.codes.view({rows, -1}), has_whole_blocks() ? q.scales.absmax.view({rows, -1}) : q.scales.absmax};
-    if (options_.is_double) values.insert(values.end(), {q.scales.nested_absmax, q.scales.nested_map, q.scales.offset});
-    return values;
+    return four_bit_leaves(q, whole_OI.size(0), whole_OI.size(1));
   }
 
   void keep(int64_t dim, int64_t begin, int64_t end) override {
@@ -92,6 +89,13 @@ class FourBitWeight : public DequantizedWeight {
 };
 
 }  // namespace
+
+std::vector<at::Tensor> four_bit_leaves(const FourBitTensor& q, int64_t rows, int64_t columns) {
+  const bool has_whole_blocks = columns % q.block_size == 0;
+  std::vector<at::Tensor> values = {q.codes.view({rows, -1}), has_whole_blocks ? q.scales.absmax.view({rows, -1}) : q.scales.absmax};
+  if (q.scales.is_nested()) values.insert(values.end(), {q.scales.nested_absmax, q.scales.nested_map, q.scales.offset});
+  return values;
+}
 
 std::shared_ptr<FrozenWeight> four_bit_weight(const std::string& path, int64_t out_features, int64_t in_features, const FourBitOptions& options) {
   return std::make_shared<FourBitWeight>(path, out_features, in_features, options);

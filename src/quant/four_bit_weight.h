@@ -18,4 +18,7 @@ struct FourBitOptions {
 // has whole. ConfigError, which names the layer: an odd I; a slice that would cut a block, with the block sizes that fit.
 std::shared_ptr<FrozenWeight> four_bit_weight(const std::string& path, int64_t out_features, int64_t in_features, const FourBitOptions& options);
 
+// The values of these leaves, of a whole weight [rows, columns].
+std::vector<at::Tensor> four_bit_leaves(const FourBitTensor& whole, int64_t rows, int64_t columns);
+
 }  // namespace trireme

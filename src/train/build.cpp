@@ -6,6 +6,7 @@
 
 #include "base/check.h"
 #include "base/hash.h"
+#include "checkpoint/bitsandbytes.h"
 #include "checkpoint/hf_hub.h"
 #include "checkpoint/load_weights.h"
 #include "checkpoint/peft.h"
@@ -75,12 +76,16 @@ ModelSource find_model(const Config& config) {
     if (!fs::exists(source.folder + "/config.json"))
       throw DataError(str("model folder ", source.folder, instead_of_model(source.folder)));
     source.config = read_model_config(source.folder);
+    if (!source.config.quantization.empty()) source.config.stored = QuantizedFolder(std::make_shared<SafetensorsFolder>(source.folder)).layers();
     source.tokenizer_folder = source.folder;
     const bool is_folder = fs::is_directory(config.model.path);
     source.name = is_folder ? fs::absolute(config.model.path).lexically_normal().string() : config.model.path;
     if (!is_folder && config.model.revision != "main") source.revision = config.model.revision;
   } else {
     source.config = read_model_config(config.model.config);
+    if (!source.config.quantization.empty())
+      throw DataError(str(source.config.source, ": has a quantization_config, but model.config starts from random weights, which are in no file: take it out of the file, and set quant.base=",
+                          source.config.quantization, " where it is meant"));
     fs::path path = config.model.config;
     source.tokenizer_folder = fs::is_directory(path) ? path.string() : path.has_parent_path() ? path.parent_path().string() : ".";
   }
@@ -157,7 +162,7 @@ ModelCut forward_cut(const ModelConfig& model, const MeshComms& comms) {
 }
 
 FrozenBase frozen_base(const Config& config) {
-  FrozenBase base{config.quant.base, config.quant.block_size, config.quant.double_quant, {}, config.quant.threshold, config.quant.skip};
+  FrozenBase base{config.quant.base == "dense" ? "none" : config.quant.base, config.quant.block_size, config.quant.double_quant, {}, config.quant.threshold, config.quant.skip};
   if (config.quant.compute_dtype != "auto") base.compute = parse_dtype(config.quant.compute_dtype, "quant.compute_dtype");
   return base;
 }
@@ -177,7 +182,11 @@ std::unique_ptr<Transformer> model_shapes(const Config& config, const ModelConfi
   const auto seed = static_cast<uint64_t>(config.run.seed);
   at::NoGradGuard no_grad;
   auto model = std::make_unique<Transformer>(shape, dtype, seed, Weights::kUninitialized, at::kMeta);
-  freeze_base(*model, frozen_base(config));  // the adapters are not part of it
+  FrozenBase base = frozen_base(config);
+  if (config.quant.base != "dense") base.stored = shape.stored;
+  if (attach && !base.stored.empty() && config.lora.rank == 0 && config.lora.path.empty())
+    throw ConfigError(str(shape.source, ": the weights are stored in ", shape.quantization, ", which stays as it is, and nothing would be trained: set lora.rank, or quant.base=dense to train the values that they stand for"));
+  freeze_base(*model, base);  // the adapters are not part of it
   if (!config.lora.path.empty()) {
     LoraConfig lora = lora_config(config);
     std::set<std::string> paths;
@@ -198,26 +207,38 @@ std::unique_ptr<Transformer> build_model(const Config& config, const ModelSource
   const auto seed = static_cast<uint64_t>(config.run.seed);
   at::NoGradGuard no_grad;
   auto model = model_shapes(config, source.config, dtype, attach);
-  std::set<std::string> whole;
-  for (const auto& p : model->parameters()) whole.insert(p.name);
   const FrozenLayers frozen(*model);
+  std::set<std::string> whole;  // what files have of the model
+  for (const auto& p : model->parameters())
+    if (!frozen.holds(p.name)) whole.insert(p.name);
+    else for (const Parameter& weight : frozen.made_of({p})) whole.insert(weight.name);
   if (cut) cut(*model);
   using Stored = std::shared_ptr<const SafetensorsFolder>;  // opened once, whoever reads how often; null: random values
   const Stored base = source.folder.empty() ? nullptr : std::make_shared<SafetensorsFolder>(source.folder);
   const Stored adapter = config.lora.path.empty() ? nullptr : std::make_shared<SafetensorsFolder>(config.lora.path, adapter_options().stem);
-  const auto load = [base, adapter, frozen, dtype, seed, range = source.config.initializer_range](const std::vector<Parameter>& parameters, const std::set<std::string>* names_to_check) {
+  const auto quantized = source.config.stored.empty() ? nullptr : std::make_shared<QuantizedFolder>(base);
+  for (const auto& [path, format] : source.config.stored)
+    if (!whole.count(path + ".weight")) throw DataError(str(source.folder, ": ", path, " is stored in ", format.kind, ", but the model that config.json describes has no such layer."));
+  const auto load = [base, quantized, adapter, frozen, dtype, seed, range = source.config.initializer_range](const std::vector<Parameter>& parameters, const std::set<std::string>* names_to_check) {
     at::NoGradGuard no_grad;
     const auto read = [&](const std::vector<Parameter>& targets, bool adapters) {
       LoadOptions options = adapters ? adapter_options() : LoadOptions();
       options.headers_only = names_to_check != nullptr, options.partial = !names_to_check;
-      options.elsewhere = [&](const std::string& name) { return names_to_check->count(name) != 0; };
+      options.elsewhere = [&](const std::string& name) { return names_to_check->count(name) != 0 || (quantized && quantized->owns(name)); };
       if (const Stored& stored = adapters ? adapter : base) load_weights(*stored, targets, options);
       else if (!names_to_check) for (const auto& p : targets) fill_initial(p, seed, range);
     };
-    std::vector<Parameter> dense, adapters, encoded;
-    for (const Parameter& p : parameters) (frozen.holds(p.name) ? encoded : is_adapter(p) ? adapters : dense).push_back(p);
-    if (names_to_check) for (Parameter& whole : frozen.made_of(encoded)) dense.push_back(std::move(whole));
-    else frozen.fill(encoded, [&](const Parameter& whole) { read({whole}, false); });
+    const auto is_quantized = [&](const Parameter& p) { return quantized && quantized->holds(p.name); };
+    const auto leaves_of = [&](const std::string& weight) { return quantized && quantized->holds(weight) ? quantized->leaves(weight) : std::vector<at::Tensor>(); };
+    std::vector<Parameter> dense, dequantized, adapters, encoded;
+    for (const Parameter& p : parameters) (frozen.holds(p.name) ? encoded : is_adapter(p) ? adapters : is_quantized(p) ? dequantized : dense).push_back(p);
+    if (names_to_check) {
+      for (Parameter& whole : frozen.made_of(encoded)) (is_quantized(whole) ? dequantized : dense).push_back(std::move(whole));
+      for (const Parameter& p : dequantized) quantized->check_shape(p);
+    } else {
+      frozen.fill(encoded, [&](const Parameter& whole) { read({whole}, false); }, leaves_of);
+      for (const Parameter& p : dequantized) quantized->load(p);
+    }
     read(dense, false);
     read(adapters, true);
   };

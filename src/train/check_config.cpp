@@ -42,6 +42,7 @@ void find_conflicts(const Config& c, const CommandLine& line, int num_ranks, std
   if (resume != "auto" && resume != "never" && !fs::is_directory(resume) && !fs::path(resume).filename().string().starts_with("step-"))
     wrong("run.resume=", resume, " is ", fs::exists(resume) ? "no folder" : "not there", ": allowed are auto, never, and the folder of a "
           "checkpoint, RUN/checkpoints/step-N");
+  const bool quantizes = c.quant.base != "none" && c.quant.base != "dense";
   bool trains = line.verb == "train" || line.verb == "plan";
   if (trains) {
     check_product(c, c.run.dir.empty() ? default_run_dir(line.config_file) : c.run.dir, problems);
@@ -60,7 +61,7 @@ void find_conflicts(const Config& c, const CommandLine& line, int num_ranks, std
         wrong(key, " and lora.path are both set: the adapter of lora.path brings its own; leave ", key, " out");
       else if (is_set && c.lora.rank == 0)
         wrong(key, " is set, but lora.rank is 0: set lora.rank, or leave ", key, " out");
-    if (c.quant.base != "none" && c.lora.rank == 0 && c.lora.path.empty())
+    if (quantizes && c.lora.rank == 0 && c.lora.path.empty())
       wrong("quant.base=", c.quant.base, " freezes the weights, and nothing would be trained: set lora.rank, or leave quant.base out");
     if (c.lora.rank > 0 && !c.lora.path.empty()) wrong("lora.rank and lora.path are both set: the adapter of lora.path has a rank; set one");
     if (complete && c.eval.patience > 0 && c.eval.every == 0) wrong("eval.patience needs eval.every");
@@ -103,13 +104,13 @@ void find_conflicts(const Config& c, const CommandLine& line, int num_ranks, std
     wrong("eval.logits=", c.eval.logits, ": there is no folder ", file.parent_path().string(), "; make it, or name a file in one that is there");
   const Config unset;
   const bool four_bits = c.quant.base == "nf4" || c.quant.base == "fp4";
-  const std::tuple<const char*, bool, bool> quant_keys[] = {{"quant.skip", c.quant.skip != unset.quant.skip, c.quant.base != "none"},
+  const std::tuple<const char*, bool, bool> quant_keys[] = {{"quant.skip", c.quant.skip != unset.quant.skip, quantizes},
                                                             {"quant.threshold", c.quant.threshold != unset.quant.threshold, c.quant.base == "int8"},
                                                             {"quant.block_size", c.quant.block_size != unset.quant.block_size, four_bits},
                                                             {"quant.double", c.quant.double_quant != unset.quant.double_quant, four_bits},
                                                             {"quant.compute_dtype", c.quant.compute_dtype != unset.quant.compute_dtype, four_bits}};
   for (const auto& [key, is_set, is_read] : quant_keys)
-    if (is_set && !is_read) wrong(key, " is set, but quant.base is ", c.quant.base, ": set quant.base", c.quant.base == "none" ? "" : std::string_view(key) == "quant.threshold" ? " to int8" : " to nf4 or fp4", ", or leave ", key, " out");
+    if (is_set && !is_read) wrong(key, " is set, but quant.base is ", c.quant.base, ": set quant.base", !quantizes ? "" : std::string_view(key) == "quant.threshold" ? " to int8" : " to nf4 or fp4", ", or leave ", key, " out");
   if (!is_block_size(c.quant.block_size)) wrong("quant.block_size=", c.quant.block_size, ": allowed are 32, 64, 128, 256, 512, 1024, 2048, 4096");
   if (!c.data.eval.empty() && c.data.eval_fraction > 0) wrong("data.eval and data.eval_fraction are both set; set one");
 }

@@ -79,7 +79,7 @@ void export_stored(const std::string& folder, const Config& config, const ModelS
   const at::ScalarType dtype = checkpoint ? trained_dtype(*checkpoint) : weight_dtype(config, source);
   WeightFill fill;
   Config stored = config;
-  stored.quant.base = "none";  // float8 is how products are made: what is merged and written are the weights themselves
+  stored.quant.base = "dense";  // float8 is how products are made: what is merged and written are the weights themselves
   const auto shapes = build_model(stored, source, dtype, checkpoint.has_value(), at::kCPU, true, {}, &fill);
   auto of_adapter = [](const auto& tensor) { return is_adapter({tensor.first, {}, {}}); };
   if (checkpoint && !has_lora(*shapes) && std::any_of(checkpoint->tensors().begin(), checkpoint->tensors().end(), of_adapter))
