@@ -61,6 +61,17 @@ TEST(DynamicMap, CodesAtTheirBounds) {
     }
     for (float x : all) EXPECT_EQ(search.code(x), reference::map_code(numbers, x)) << x;
     for (int i = 0; i < 256; ++i) EXPECT_EQ(search.code(numbers[i]), i);
+    EXPECT_EQ(search.most, 1);
+    all.insert(all.begin(), 1.0f);
+    std::erase_if(all, [](float x) { return std::abs(x) > 1; });  // in a block of scale 1
+    const int64_t count = static_cast<int64_t>(all.size());
+    for (int level = 0; level < test::num_vector_levels(); ++level) {
+      std::vector<uint8_t> codes(all.size());
+      float absmax = 0;
+      quant_loops<float>(level).quantize_blockwise(search, count, 4096, all.data(), codes.data(), &absmax);
+      EXPECT_EQ(absmax, 1);
+      for (size_t i = 0; i < all.size(); ++i) EXPECT_EQ(codes[i], reference::map_code(numbers, all[i])) << all[i] << " " << level;
+    }
   }
 }
 
@@ -71,6 +82,16 @@ BlockCodes by_rule(const at::Tensor& x, const at::Tensor& map, int64_t size) {
 }
 
 at::Tensor settled(const at::Tensor& x) { return at::where(x.isnan(), at::full({}, NAN, x.options()), x); }  // which NaN is no rule's
+
+// Not only the dynamic maps: one that has many numbers in a cell.
+TEST(DynamicMap, AnyMapIsSearched) {
+  std::vector<float> numbers;
+  for (int i = 0; i < 256; ++i) numbers.push_back(0.5f + static_cast<float>(i) * 1e-4f);
+  const DynamicSearch search(numbers.data());
+  EXPECT_GT(search.most, 10);
+  for (float x = -0.1f; x < 0.7f; x += 1.7e-5f) EXPECT_EQ(search.code(x), reference::map_code(numbers.data(), x)) << x;
+  for (float x : {INFINITY, -INFINITY, NAN, 0.0f, -0.0f}) EXPECT_EQ(search.code(x), reference::map_code(numbers.data(), x)) << x;
+}
 
 TEST(Blockwise, BitsOfTheRules) {
   for (bool is_signed : {true, false})

@@ -1,5 +1,6 @@
 #include "quant/dynamic_map.h"
 
+#include <algorithm>
 #include <bit>
 #include <cmath>
 #include <limits>
@@ -76,13 +77,32 @@ DynamicSearch::DynamicSearch(const float* numbers) {
     threshold[i] = i % 2 == 0 ? midpoint : std::nextafter(midpoint, -std::numeric_limits<float>::infinity());  // a tie is the even one
   }
   threshold[255] = std::numeric_limits<float>::infinity();
-  for (size_t i = 0; i < 16; ++i) coarse[i] = threshold[16 * i + 15];
+  before.fill(0);
+  // The first and the last number of each cell, from the lowest cell to the highest.
+  const auto number_of = [](int cell, uint32_t low) { return std::bit_cast<float>(static_cast<uint32_t>(cell + kFirstCell) << 16 | low); };
+  int count = 0;
+  const auto below = [&](float x) {
+    while (x > threshold[static_cast<size_t>(count)]) ++count;
+    return count;
+  };
+  const auto fill = [&](size_t at, float first, float last) {
+    const int begin = below(first), end = below(last);
+    before[at] = static_cast<uint8_t>(begin);
+    most = std::max(most, end - begin);
+  };
+  const float infinity = std::numeric_limits<float>::infinity();
+  for (int cell = kCells - 1; cell >= 0; --cell)
+    fill(static_cast<size_t>(kCells + cell), cell == kCells - 1 ? -infinity : -number_of(cell, 0xffff), cell == 0 ? -0.0f : -number_of(cell, 0));
+  for (int cell = 0; cell < kCells; ++cell)
+    fill(static_cast<size_t>(cell), cell == 0 ? 0.0f : number_of(cell, 0), cell == kCells - 1 ? std::numeric_limits<float>::max() : number_of(cell, 0xffff));
 }
 
 uint8_t DynamicSearch::code(float x) const {
-  size_t code = 0;
-  for (size_t step = 128; step > 0; step /= 2)
-    if (x > threshold[code + step - 1]) code += step;
+  if (x != x) return 0;
+  const uint32_t bits = std::bit_cast<uint32_t>(x);
+  const int cell = std::clamp(static_cast<int>((bits & 0x7fffffff) >> 16), kFirstCell, kLastCell) - kFirstCell;
+  size_t code = before[static_cast<size_t>(cell + (bits >> 31 ? kCells : 0))];
+  for (int i = 0; i < most; ++i) code += x > threshold[code];
   return static_cast<uint8_t>(code);
 }
 

@@ -27,13 +27,17 @@ BlockCodes quantize_blockwise(const at::Tensor& x, const at::Tensor& map_256, in
 // Into `out`: fp32, bf16 or fp16, contiguous, of as many elements.
 void dequantize_blockwise(const BlockCodes& q, const at::Tensor& map_256, int64_t block_size, const at::Tensor& out);
 
-// A map as the CPU's loops search it: a code is the number of thresholds below x.
+// A map as the CPU's loops search it: a code is the number of thresholds below x. Those are counted up to the cell that x is in, of the
+// numbers that share sign, exponent and 7 digits; in a cell there are `most` at most (1 of the dynamic maps).
 struct DynamicSearch {
+  static constexpr int kFirstCell = 0x3380, kLastCell = 0x3f80;     // upper 16 bits of |x|: 2^-24 and below, 1 and above
+  static constexpr int kCells = kLastCell - kFirstCell + 1;
   explicit DynamicSearch(const float* numbers);
-  alignas(64) std::array<float, 256> number, threshold;  // the last threshold is infinite
-  alignas(64) std::array<float, 16> coarse;              // every 16th threshold
-
   uint8_t code(float x) const;
+
+  alignas(64) std::array<float, 256> number, threshold;  // the last threshold is infinite
+  std::array<uint8_t, 2 * kCells + 3> before;            // thresholds below all numbers of the cell; cells of negative numbers are behind
+  int most = 0;
 };
 
 }  // namespace trireme
