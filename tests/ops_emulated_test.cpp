@@ -316,7 +316,7 @@ TEST_P(OpsEmulated, AdamW) {
 TEST_P(OpsEmulated, SgdAndLion) {
   at::manual_seed(13);
   const at::Tensor weight = random({9000}), gradients = at::randn({3, 9000});
-  for (const OptimizerOptions& options : {OptimizerOptions{.rule = UpdateRule::kSgd}, {.rule = UpdateRule::kSgd, .momentum = 0}, {.rule = UpdateRule::kLion}}) {
+  for (const OptimizerOptions& options : {OptimizerOptions{.kind = OptimizerKind::kSgd}, {.kind = OptimizerKind::kSgd, .momentum = 0}, {.kind = OptimizerKind::kLion}}) {
     auto train = [&] {
       at::Tensor w = weight.clone(), g = at::empty({9000});
       Optimizer optimizer({{"w", w, g, 0.1}}, options);

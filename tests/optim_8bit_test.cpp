@@ -14,7 +14,7 @@ namespace {
 using test::same_bits;
 
 constexpr int64_t kBlock = kernels::k8BitBlock;
-constexpr OptimizerOptions k8Bit{.rule = UpdateRule::kAdamW8Bit};
+constexpr OptimizerOptions k8Bit{.kind = OptimizerKind::kAdamW8Bit};
 
 at::Tensor random(at::IntArrayRef sizes) {
   static auto generator = at::make_generator<at::CPUGeneratorImpl>(12);
@@ -64,17 +64,17 @@ TEST(AdamW8Bit, IsAdamWBetweenCodes) {
 }
 
 TEST(AdamW8Bit, SmallParametersKeepThirtyTwo) {
-  auto kinds = [](int64_t size, int64_t whole) {
+  auto kinds = [](int64_t size, std::vector<int64_t> whole) {
     const Optimizer optimizer({{"w", at::ones({size}), at::ones({size}), 0.0, {}, whole}}, k8Bit);
     uint64_t bytes = 0;
     for (const OptimState& s : optimizer.state()) bytes += s.value.nbytes();
-    EXPECT_EQ(bytes, Optimizer::state_bytes(at::kFloat, k8Bit, size, whole > 0 ? whole : size)) << size << " " << whole;
+    EXPECT_EQ(bytes, Optimizer::state_bytes(at::kFloat, k8Bit, size, whole.empty() ? at::IntArrayRef(size) : whole)) << size << whole;
     return state_of(optimizer)["exp_avg"].scalar_type();
   };
-  EXPECT_EQ(kinds(4095, 0), at::kFloat);
-  EXPECT_EQ(kinds(4096, 0), at::kByte);
-  EXPECT_EQ(kinds(300, 4096), at::kByte);  // a part of a larger one
-  EXPECT_EQ(kinds(300, 4000), at::kFloat);
+  EXPECT_EQ(kinds(4095, {}), at::kFloat);
+  EXPECT_EQ(kinds(4096, {}), at::kByte);
+  EXPECT_EQ(kinds(300, {4096}), at::kByte);  // a part of a larger one
+  EXPECT_EQ(kinds(300, {4000}), at::kFloat);
 }
 
 // By rows, by columns, by flat parts, by threads, by way of the host's buffers: what the whole tensor gives.
@@ -101,12 +101,12 @@ TEST(AdamW8Bit, ShardsOfWholeBlocksChangeNothing) {
         const at::Tensor weight = slices.back().view({-1}), grad = part(g).view({-1});
         const ShardSpec shard{{kRows, kWidth}, {cut.rows[r], cut.columns[c]}, false};
         for (int64_t i = 0; i < weight.numel(); i += cut.piece) {
-          tensors.push_back({"w", weight.slice(0, i, i + cut.piece), grad.slice(0, i, i + cut.piece), 0.1, places_of(slices.back().sizes(), shard, i), kRows * kWidth});
+          tensors.push_back({"w", weight.slice(0, i, i + cut.piece), grad.slice(0, i, i + cut.piece), 0.1, places_of(slices.back().sizes(), shard, i), {kRows, kWidth}});
           saved.push_back({"w", slices.back(), shard});
           ranges.emplace_back(i, std::min(i + cut.piece, weight.numel()));
         }
       }
-    Optimizer optimizer(tensors, {.rule = UpdateRule::kAdamW8Bit, .offload = cut.offload, .masters = false, .seed = 3});
+    Optimizer optimizer(tensors, {.kind = OptimizerKind::kAdamW8Bit, .offload = cut.offload, .masters = false, .seed = 3});
     for (int t = 0; t < 3; ++t) optimizer.step(1e-2);
     at::set_num_threads(before);
     // As a checkpoint has it: each piece where it stands in the whole.
@@ -149,7 +149,7 @@ TEST(AdamW8Bit, ScalesOfOtherRowsAreFlat) {
 }
 
 TEST(AdamW8Bit, WhatCutsABlockIsKnown) {
-  const auto cuts = [](std::vector<int64_t> whole, std::vector<int64_t> offset, std::vector<int64_t> sizes, UpdateRule rule = UpdateRule::kAdamW8Bit) {
+  const auto cuts = [](std::vector<int64_t> whole, std::vector<int64_t> offset, std::vector<int64_t> sizes, OptimizerKind rule = OptimizerKind::kAdamW8Bit) {
     return cuts_blocks(rule, sizes, {whole, offset, false});
   };
   EXPECT_FALSE(cuts({100, 512}, {0, 256}, {100, 256}));
@@ -161,8 +161,8 @@ TEST(AdamW8Bit, WhatCutsABlockIsKnown) {
   EXPECT_TRUE(cuts({100, 500}, {0, 0}, {100, 256}));
   EXPECT_TRUE(cuts({100, 64}, {0, 0}, {100, 32}));
   EXPECT_FALSE(cuts({60, 64}, {0, 0}, {60, 32}));  // 3,840 elements stay in fp32
-  EXPECT_FALSE(cuts({100, 64}, {0, 0}, {100, 32}, UpdateRule::kAdamW));
-  EXPECT_THROW(Optimizer({{"w", at::ones({512}), at::ones({512}), 0.0, {.first = 100}, 5000}}, k8Bit), InternalError);
+  EXPECT_FALSE(cuts({100, 64}, {0, 0}, {100, 32}, OptimizerKind::kAdamW));
+  EXPECT_THROW(Optimizer({{"w", at::ones({512}), at::ones({512}), 0.0, {.first = 100}, {5000}}}, k8Bit), InternalError);
   EXPECT_THROW(Optimizer({{"w", at::ones({5000}, at::kDouble), at::ones({5000}, at::kDouble), 0.0}}, k8Bit), InternalError);
 }
 

@@ -27,8 +27,8 @@ at::Tensor random(int64_t size, double scale = 1.0) {
 }
 at::ScalarType wide(at::ScalarType dtype) { return dtype == at::kDouble ? at::kDouble : at::kFloat; }
 
-class EveryRule : public testing::TestWithParam<UpdateRule> {};
-INSTANTIATE_TEST_SUITE_P(Rules, EveryRule, testing::Values(UpdateRule::kAdamW, UpdateRule::kSgd, UpdateRule::kLion));
+class EveryRule : public testing::TestWithParam<OptimizerKind> {};
+INSTANTIATE_TEST_SUITE_P(Rules, EveryRule, testing::Values(OptimizerKind::kAdamW, OptimizerKind::kSgd, OptimizerKind::kLion));
 
 struct PlainAdamW {
   std::vector<double> w, m, v;
@@ -76,12 +76,12 @@ TEST(AdamW, EqualsThePlainLoop) {
 
 // What torch.optim.SGD computes, and Lion as its paper writes it.
 struct PlainRule {
-  UpdateRule rule;
+  OptimizerKind rule;
   std::vector<double> w, m;
   void step(const at::Tensor& grad, double lr, double decay, double b1, double b2, bool first) {
     for (size_t i = 0; i < w.size(); ++i) {
       const double g = grad.data_ptr<double>()[i];
-      if (rule == UpdateRule::kSgd) {
+      if (rule == OptimizerKind::kSgd) {
         const double with_decay = g + decay * w[i];
         m[i] = first ? with_decay : b1 * m[i] + with_decay;
         w[i] -= lr * m[i];
@@ -95,12 +95,12 @@ struct PlainRule {
 };
 
 TEST(SgdAndLion, EqualThePlainLoop) {
-  for (auto rule : {UpdateRule::kSgd, UpdateRule::kLion})
+  for (auto rule : {OptimizerKind::kSgd, OptimizerKind::kLion})
     for (auto dtype : {at::kDouble, at::kFloat, at::kBFloat16, at::kHalf})
       for (int64_t size : {1, 37, 20000}) {
         at::Tensor weight = random(size).to(dtype), grad = at::empty({size}, wide(dtype)), start = weight.to(at::kDouble);
         PlainRule plain{rule, {start.data_ptr<double>(), start.data_ptr<double>() + size}, std::vector<double>(static_cast<size_t>(size))};
-        Optimizer optimizer({{"w", weight, grad, 0.1}}, {.rule = rule, .beta1 = 0.8, .beta2 = 0.95, .momentum = 0.8});
+        Optimizer optimizer({{"w", weight, grad, 0.1}}, {.kind = rule, .beta1 = 0.8, .beta2 = 0.95, .momentum = 0.8});
         for (int t = 1; t <= 5; ++t) {
           at::Tensor g = random(size, 0.1 * t).to(wide(dtype));
           grad.copy_(g * 4);
@@ -110,14 +110,14 @@ TEST(SgdAndLion, EqualThePlainLoop) {
         EXPECT_TRUE(near(weight, at::tensor(plain.w, at::kDouble))) << static_cast<int>(rule) << dtype;
         const auto state = optimizer.state();
         ASSERT_EQ(state.size(), wide(dtype) == dtype ? 1u : 2u);
-        EXPECT_EQ(state[0].kind, rule == UpdateRule::kSgd ? "momentum_buffer" : "exp_avg");
+        EXPECT_EQ(state[0].kind, rule == OptimizerKind::kSgd ? "momentum_buffer" : "exp_avg");
         EXPECT_TRUE(near(state[0].value, at::tensor(plain.m, at::kDouble))) << static_cast<int>(rule) << dtype;
       }
 }
 
 TEST(SgdAndLion, NoMomentumIsNoState) {
   at::Tensor weight = at::ones({4}), grad = at::full({4}, 2.0);
-  Optimizer optimizer({{"w", weight, grad, 0.5}}, {.rule = UpdateRule::kSgd, .momentum = 0});
+  Optimizer optimizer({{"w", weight, grad, 0.5}}, {.kind = OptimizerKind::kSgd, .momentum = 0});
   for (int t = 0; t < 2; ++t) optimizer.step(0.1);
   EXPECT_TRUE(near(weight, at::full({4}, (1 - 0.1 * 2.5) - 0.1 * (2 + 0.5 * 0.75))));
   EXPECT_TRUE(optimizer.state().empty());
@@ -243,7 +243,7 @@ TEST_P(EveryRule, ShardsAndThreadsChangeNothing) {
     std::vector<OptimTensor> shards;
     for (size_t i = 0; i + 1 < bounds.size(); ++i)
       shards.push_back({"w", weight.slice(0, bounds[i], bounds[i + 1]), g.slice(0, bounds[i], bounds[i + 1]), 0.1});
-    Optimizer optimizer(shards, {.rule = GetParam()});
+    Optimizer optimizer(shards, {.kind = GetParam()});
     for (int t = 0; t < 3; ++t) optimizer.step(1e-2);
     at::set_num_threads(before);
     return weight;
@@ -257,10 +257,10 @@ TEST_P(EveryRule, ShardsAndThreadsChangeNothing) {
 TEST_P(EveryRule, GoesOnFromItsState) {
   for (auto [dtype, masters] : {std::pair{at::kFloat, true}, {at::kBFloat16, true}, {at::kBFloat16, false}}) {
     at::Tensor weight = random(100).to(dtype), grad = random(100).to(at::kFloat);
-    Optimizer first({{"w", weight, grad, 0.1}}, {.rule = GetParam(), .masters = masters});
+    Optimizer first({{"w", weight, grad, 0.1}}, {.kind = GetParam(), .masters = masters});
     first.step(1e-2);
     at::Tensor copy = weight.clone();
-    Optimizer second({{"w", copy, grad, 0.1}}, {.rule = GetParam(), .masters = masters});
+    Optimizer second({{"w", copy, grad, 0.1}}, {.kind = GetParam(), .masters = masters});
     auto from = first.state(), to = second.state();
     for (size_t i = 0; i < from.size(); ++i) to[i].value.copy_(from[i].value);
     second.set_num_steps(first.num_steps());
@@ -278,20 +278,20 @@ TEST_P(EveryRule, CountsBytes) {
     return bytes;
   };
   for (auto dtype : {at::kDouble, at::kFloat, at::kBFloat16, at::kHalf})
-    for (const OptimizerOptions& options : {OptimizerOptions{.rule = GetParam()}, {.rule = GetParam(), .momentum = 0}, {.rule = GetParam(), .masters = false}})
+    for (const OptimizerOptions& options : {OptimizerOptions{.kind = GetParam()}, {.kind = GetParam(), .momentum = 0}, {.kind = GetParam(), .masters = false}})
       if (options.masters || dtype != at::kHalf) {
         const Optimizer optimizer({{"w", weight.to(dtype), grad.to(wide(dtype)), 0.0}}, options);
-        EXPECT_EQ(bytes_of(optimizer), Optimizer::state_bytes(dtype, options, 10, 10)) << dtype;
+        EXPECT_EQ(bytes_of(optimizer), Optimizer::state_bytes(dtype, options, 10, {10})) << dtype;
       }
 }
 
 TEST(AdamW, CountsBytesAndRefusesOtherShapes) {
   at::Tensor weight = at::ones({10}, at::kBFloat16), grad = at::zeros({10});
-  EXPECT_EQ(Optimizer::state_bytes(at::kBFloat16, {}, 10, 10), 120u);
-  EXPECT_EQ(Optimizer::state_bytes(at::kBFloat16, {.masters = false}, 10, 10), 80u);
-  EXPECT_EQ(Optimizer::state_bytes(at::kFloat, {.rule = UpdateRule::kLion}, 10, 10), 40u);
-  EXPECT_EQ(Optimizer::state_bytes(at::kFloat, {.rule = UpdateRule::kAdamW8Bit}, 4096, 4096), 2u * (4096 + 4 * 16));
-  EXPECT_EQ(Optimizer::state_bytes(at::kFloat, {.rule = UpdateRule::kAdamW8Bit}, 1000, 4000), 8000u);
+  EXPECT_EQ(Optimizer::state_bytes(at::kBFloat16, {}, 10, {10}), 120u);
+  EXPECT_EQ(Optimizer::state_bytes(at::kBFloat16, {.masters = false}, 10, {10}), 80u);
+  EXPECT_EQ(Optimizer::state_bytes(at::kFloat, {.kind = OptimizerKind::kLion}, 10, {10}), 40u);
+  EXPECT_EQ(Optimizer::state_bytes(at::kFloat, {.kind = OptimizerKind::kAdamW8Bit}, 4096, {4096}), 2u * (4096 + 4 * 16));
+  EXPECT_EQ(Optimizer::state_bytes(at::kFloat, {.kind = OptimizerKind::kAdamW8Bit}, 1000, {4000}), 8000u);
   EXPECT_THROW(Optimizer({{"w", weight.to(at::kHalf), grad, 0.0}}, {.masters = false}), InternalError);
   EXPECT_THROW(Optimizer({{"w", weight, at::zeros({9}), 0.0}}, {}), InternalError);
   for (const at::Tensor& bad : {grad.to(at::kBFloat16), grad.to(at::kMeta)})
@@ -321,7 +321,7 @@ TEST_P(EveryRule, OffloadChangesNothing) {
     std::vector<at::Tensor> ends;
     std::vector<OptimState> state;
     for (size_t t = 0; t < offload.size(); ++t) {
-      Optimizer optimizer(tensors, {.rule = GetParam(), .beta2 = 0.99, .offload = offload[t]});
+      Optimizer optimizer(tensors, {.kind = GetParam(), .beta2 = 0.99, .offload = offload[t]});
       for (size_t i = 0; i < state.size(); ++i) optimizer.state()[i].value.copy_(state[i].value);
       optimizer.set_num_steps(static_cast<int64_t>(t));
       for (at::Tensor& grad : grads) grad.copy_(at::linspace(-1, 2, grad.numel()) + static_cast<double>(t));
@@ -336,7 +336,7 @@ TEST_P(EveryRule, OffloadChangesNothing) {
     return ends;
   };
   const auto plain = train({false, false, false});
-  EXPECT_EQ(plain.size(), (GetParam() == UpdateRule::kAdamW ? 3 : 2) * shapes.size() + 3);  // moments of each, three masters
+  EXPECT_EQ(plain.size(), (GetParam() == OptimizerKind::kAdamW ? 3 : 2) * shapes.size() + 3);  // moments of each, three masters
   for (const auto& offload : {std::vector<bool>{true, true, true}, {true, false, true}}) {
     const auto staged = train(offload);
     ASSERT_EQ(staged.size(), plain.size());

@@ -15,11 +15,12 @@ UNITS = {"KiB": 2**10, "MiB": 2**20, "GiB": 2**30}
      {"vocab_size": 50000, "hidden_size": 512, "tie_word_embeddings": True}),
     (["--train.dtype=bfloat16", "--optim.masters=false", "--checkpoint.async=false", "--train.micro_batch_size=8"],
      {"vocab_size": 50000, "hidden_size": 512, "tie_word_embeddings": True}),
+    (["--optim.kind=adafactor", "--checkpoint.async=false", "--train.micro_batch_size=8"], {"vocab_size": 50000, "hidden_size": 512, "tie_word_embeddings": True}),
     # Activations.
     (["--train.recompute=selective", "--train.micro_batch_size=24"], {"hidden_size": 256, "num_hidden_layers": 6}),
     (["--lora.rank=4", "--train.micro_batch_size=24"], {"hidden_size": 256, "num_hidden_layers": 6}),
     (["--train.recompute=full", "--train.micro_batch_size=2", "--data.eval_fraction=0.9", "--eval.every=1", "--eval.micro_batch_size=96"], {"hidden_size": 256, "num_hidden_layers": 2}),
-], ids=["wide vocabulary", "without masters", "selective", "lora", "evaluation"])
+], ids=["wide vocabulary", "without masters", "adafactor", "selective", "lora", "evaluation"])
 def test_memory_is_at_most_what_the_plan_says_and_at_least_half(tmp_path, keys, shape):
     config = json.loads((SOURCE / "configs/quickstart/model/config.json").read_text())
     heads = shape["hidden_size"] // 64

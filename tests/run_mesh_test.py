@@ -68,6 +68,17 @@ def test_every_way_of_cutting_learns_the_same_in_dtypes_that_round(work, dtype, 
     assert max(farthest.values()) < bound, farthest
 
 
+def test_adafactor_learns_the_same_on_every_mesh_and_goes_on_on_another(work):
+    keys = ["--optim.kind=adafactor", "--optim.lr=0.02"]
+    for name, (mesh, kind) in {"zero": ("dp4_zero3", FULL), "columns": ("dp2_tp2_zero2", FULL), "stages": ("dp2_tp2_pp2", TIED), "tensor": ("tp2", LORA)}.items():
+        ranks, of_mesh = MESHES[mesh]
+        train(work, kind, f"factored_{kind}", *keys)
+        train(work, kind, f"factored_{name}", *of_mesh, *keys, "--train.stop_after=8", ranks=ranks, status=75)
+        train(work, kind, f"factored_{name}", *of_mesh, *keys, "--train.stop_after=8", ranks=ranks, status=75)
+        train(work, kind, f"factored_{name}", *keys)
+        assert_same_run(work, kind, f"factored_{name}", f"factored_{kind}")
+
+
 def test_weights_without_masters_are_rounded_by_the_same_bits_on_every_mesh(work):
     """After one step of AdamW, whose size does not depend on the gradient's: what differs is where a gradient changed its sign."""
     def step(mesh, masters="false"):

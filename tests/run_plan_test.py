@@ -72,6 +72,8 @@ def test_products_of_float8_are_planned_where_there_is_no_device(plan):
 
 
 def test_what_a_device_does_not_compute_or_a_plan_does_not_know(tmp_path, plan):
+    assert "error: optim.kind=adafactor is computed for weights on the CPU alone: " in plan("--plan.ranks=1", "--run.device=cuda", "--optim.kind=adafactor", status=2)
+    assert "error: optim.offload=true is not possible with optim.kind=adafactor, " in plan("--plan.ranks=1", "--optim.offload=true", "--optim.kind=adafactor", status=2)
     assert "error: optim.masters=false is not possible with train.dtype=float16, " in plan("--plan.ranks=1", "--train.dtype=float16", "--optim.masters=false", status=2)
     assert "train.dtype=float64 is computed by the CPU alone" in plan("--plan.ranks=1", "--run.device=cuda", "--train.dtype=float64", status=2)
     (tmp_path / "config.json").write_text(json.dumps(LLAMA_70B | dict(head_dim=80, max_position_embeddings=4096)))

@@ -162,7 +162,7 @@ std::vector<Field> fields(Config& c) {
       {"train.z_loss", &c.train.z_loss, "", "times the square of the logits' log-sum-exp is added to a token's training loss, which keeps logits small; evaluation reports the plain loss", {}, 0, 1e6},
       {"train.gradients", &c.train.gradients, "file", "safetensors file for the first step's gradients, in float32", {}},
       {"train.threads", &c.train.threads, "threads", "a rank; 0: cores / ranks on the host", {}, 0, 4096},
-      {"optim.kind", &c.optim.kind, "", "rule of the update: AdamW; AdamW with moments of 8 bits; SGD with momentum; Lion, for learning rates of a third to a tenth of AdamW's", Words{"adamw", "adamw8bit", "sgd", "lion"}},
+      {"optim.kind", &c.optim.kind, "", "rule of the update: AdamW; AdamW with moments of 8 bits; Adafactor, whose learning rate is relative to the size of the weights; SGD with momentum; Lion, for learning rates of a third to a tenth of AdamW's", Words{"adamw", "adamw8bit", "adafactor", "sgd", "lion"}},
       {"optim.lr", &c.optim.lr, "", "highest learning rate", {}, 0, 1e6},
       {"optim.weight_decay", &c.optim.weight_decay, "", "decoupled, with optim.kind=sgd a part of the gradient; matrices only", {}, 0, 1e6},
       {"optim.beta1", &c.optim.beta1, "", "decay of the mean gradient", {}, 0, 0.9999999},

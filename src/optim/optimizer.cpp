@@ -4,24 +4,30 @@
 #include "base/random.h"
 #include "ops/device.h"
 #include "ops/op_support.h"
+#include "optim/adafactor.h"
 #include "optim/offload.h"
 #include "optim/update_loops.h"
 #include "quant/dynamic_map.h"
 #include "quant/quant_loops.h"
 
 namespace trireme {
+
+using kernels::UpdateRule;
+
 namespace {
 
 // Names of a rule's state, in the order m, v: PyTorch's.
 std::vector<const char*> states_of(const OptimizerOptions& options) {
-  switch (options.rule) {
-    case UpdateRule::kAdamW:
-    case UpdateRule::kAdamW8Bit:
+  switch (options.kind) {
+    case OptimizerKind::kAdamW:
+    case OptimizerKind::kAdamW8Bit:
       return {"exp_avg", "exp_avg_sq"};
-    case UpdateRule::kSgd:
+    case OptimizerKind::kSgd:
       return options.momentum > 0 ? std::vector<const char*>{"momentum_buffer"} : std::vector<const char*>{};
-    case UpdateRule::kLion:
+    case OptimizerKind::kLion:
       return {"exp_avg"};
+    case OptimizerKind::kAdafactor:
+      return {};  // of its own
   }
   TRIREME_CHECK(false);
 }
@@ -30,7 +36,12 @@ constexpr int64_t kLeast8Bit = 4096;  // elements of a parameter whose state has
 
 int64_t num_blocks(int64_t elements) { return (elements + kernels::k8BitBlock - 1) / kernels::k8BitBlock; }
 
-UpdateRule rule_of(UpdateRule rule, int64_t whole_size) { return rule == UpdateRule::kAdamW8Bit && whole_size < kLeast8Bit ? UpdateRule::kAdamW : rule; }
+// By which an element is updated; adafactor's by their direction.
+UpdateRule rule_of(OptimizerKind kind, int64_t whole_size) {
+  if (kind == OptimizerKind::kAdamW8Bit) return whole_size < kLeast8Bit ? UpdateRule::kAdamW : UpdateRule::kAdamW8Bit;
+  if (kind == OptimizerKind::kLion) return UpdateRule::kLion;
+  return kind == OptimizerKind::kAdamW ? UpdateRule::kAdamW : UpdateRule::kSgd;
+}
 
 const DynamicSearch& search_of(bool is_signed) {
   static const auto make = [](bool s) { return DynamicSearch(dynamic_map(s).data_ptr<float>()); };
@@ -63,15 +74,16 @@ void for_runs(const Places& places, int64_t begin, int64_t end, const F& f) {
 
 }  // namespace
 
-UpdateRule parse_update_rule(const std::string& kind) {
-  if (kind == "adamw") return UpdateRule::kAdamW;
-  if (kind == "adamw8bit") return UpdateRule::kAdamW8Bit;
-  if (kind == "sgd") return UpdateRule::kSgd;
-  if (kind == "lion") return UpdateRule::kLion;
-  throw ConfigError("optim.kind=" + kind + ": allowed are adamw, adamw8bit, sgd, lion");
+OptimizerKind parse_optimizer_kind(const std::string& name) {
+  if (name == "adamw") return OptimizerKind::kAdamW;
+  if (name == "adamw8bit") return OptimizerKind::kAdamW8Bit;
+  if (name == "adafactor") return OptimizerKind::kAdafactor;
+  if (name == "sgd") return OptimizerKind::kSgd;
+  if (name == "lion") return OptimizerKind::kLion;
+  throw ConfigError("optim.kind=" + name + ": allowed are adamw, adamw8bit, adafactor, sgd, lion");
 }
 
-int64_t state_block(UpdateRule rule) { return rule == UpdateRule::kAdamW8Bit ? kernels::k8BitBlock : 1; }
+int64_t state_block(OptimizerKind kind) { return kind == OptimizerKind::kAdamW8Bit ? kernels::k8BitBlock : 1; }
 
 bool has_master(at::ScalarType dtype, bool masters) { return compute_dtype(dtype) != dtype && (masters || dtype != at::kBFloat16); }
 
@@ -93,14 +105,14 @@ Places places_of(at::IntArrayRef sizes, const ShardSpec& slice, int64_t begin) {
   return places;
 }
 
-bool cuts_blocks(UpdateRule rule, at::IntArrayRef sizes, const ShardSpec& slice) {
-  const int64_t whole = c10::multiply_integers(slice.global_shape), block = state_block(rule_of(rule, whole)), size = c10::multiply_integers(sizes);
+bool cuts_blocks(OptimizerKind kind, at::IntArrayRef sizes, const ShardSpec& slice) {
+  const int64_t whole = c10::multiply_integers(slice.global_shape), block = rule_of(kind, whole) == UpdateRule::kAdamW8Bit ? kernels::k8BitBlock : 1, size = c10::multiply_integers(sizes);
   const Places places = places_of(sizes, slice, 0);
   const bool ends_whole = size % block == 0 || places.offset + size == whole;
   return !ends_whole || places.offset % block != 0 || places.run % block != 0 || places.stride % block != 0;
 }
 
-Optimizer::Optimizer(std::vector<OptimTensor> tensors, const OptimizerOptions& options)
+Optimizer::Optimizer(std::vector<OptimTensor> tensors, const OptimizerOptions& options, const AcrossRanks& ranks)
     : tensors_(std::move(tensors)), options_(options) {
   for (auto& t : tensors_) {
     const auto dtype = compute_dtype(t.weight.scalar_type());
@@ -114,7 +126,7 @@ Optimizer::Optimizer(std::vector<OptimTensor> tensors, const OptimizerOptions& o
     const auto state_options = at::TensorOptions(dtype).device(device);
     State state;
     state.id = id_of(t.name);
-    state.rule = rule_of(options.rule, t.whole_size > 0 ? t.whole_size : t.weight.numel());
+    state.rule = rule_of(options.kind, t.whole_shape.empty() ? t.weight.numel() : c10::multiply_integers(t.whole_shape));
     const bool in_codes = state.rule == UpdateRule::kAdamW8Bit;
     TRIREME_CHECK(!in_codes || dtype == at::kFloat, t.name, " in ", c10::toString(dtype));
     const auto values = in_codes ? state_options.dtype(at::kByte) : state_options;
@@ -131,6 +143,10 @@ Optimizer::Optimizer(std::vector<OptimTensor> tensors, const OptimizerOptions& o
     if (has_master(t.weight.scalar_type(), options.masters)) state.master = t.weight.to(device).to(dtype);  // what travels is the smaller
     states_.push_back(std::move(state));
   }
+  if (options.kind == OptimizerKind::kAdafactor) {
+    TRIREME_CHECK(!options.offload);
+    adafactor_ = std::make_shared<Adafactor>(tensors_, ranks);
+  }
   if (options.offload) staging_ = std::make_shared<HostStaging>(tensors_, options.masters);
 }
 
@@ -139,13 +155,13 @@ void Optimizer::step(double lr, const at::Tensor& grad_scale) { update(lr, 1.0, 
 
 void Optimizer::update(double lr, double grad_scale, const at::Tensor& device_scale) {
   ++num_steps_;
-  const bool corrects = options_.rule == UpdateRule::kAdamW || options_.rule == UpdateRule::kAdamW8Bit;
-  const double beta1 = options_.rule == UpdateRule::kSgd ? options_.momentum : options_.beta1, t = static_cast<double>(num_steps_);
+  const bool corrects = options_.kind == OptimizerKind::kAdamW || options_.kind == OptimizerKind::kAdamW8Bit;
+  const double beta1 = options_.kind == OptimizerKind::kSgd ? options_.momentum : options_.beta1, t = static_cast<double>(num_steps_);
   const double correction1 = corrects ? 1.0 - std::pow(beta1, t) : 1.0, correction2 = corrects ? 1.0 - std::pow(options_.beta2, t) : 1.0;
   std::vector<size_t> on_host;
   std::map<std::tuple<at::ScalarType, double, UpdateRule>, std::vector<size_t>> by_kernels;  // of one dtype, weight decay and rule: a call
   for (size_t i = 0; i < tensors_.size(); ++i)
-    if (staging_ || !kernels_of(tensors_[i].weight)) on_host.push_back(i);
+    if (staging_ || adafactor_ || !kernels_of(tensors_[i].weight)) on_host.push_back(i);
     else by_kernels[{tensors_[i].weight.scalar_type(), tensors_[i].weight_decay, states_[i].rule}].push_back(i);
 
   for (const auto& [kind, numbers] : by_kernels) {
@@ -162,17 +178,16 @@ void Optimizer::update(double lr, double grad_scale, const at::Tensor& device_sc
     TRIREME_CHECK(!scale.defined() || (scale.device() == weight.device() && scale.scalar_type() == at::kFloat && scale.numel() == 1), scale.toString());
     kernels_of(weight)->update({std::get<2>(kind), kernel_type(weight), list.data(), static_cast<int64_t>(list.size()), lr, std::get<1>(kind), beta1, options_.beta2,
                                 options_.epsilon, correction1, correction2, floats(scale), options_.seed, static_cast<uint64_t>(num_steps_),
-                                options_.rule == UpdateRule::kAdamW8Bit ? floats(maps(weight.device())) : nullptr}, stream_of(weight));
+                                options_.kind == OptimizerKind::kAdamW8Bit ? floats(maps(weight.device())) : nullptr}, stream_of(weight));
   }
 
-  if (on_host.empty()) return;
+  if (on_host.empty() && !adafactor_) return;
   if (device_scale.defined()) {
     grad_scale = device_scale.item<double>();
     if (!std::isfinite(grad_scale)) return;
   }
-  const auto update = [&](size_t i, int64_t first, const at::Tensor& weight, const at::Tensor& grad) {
+  const auto update_by = [&](size_t i, int64_t first, const at::Tensor& weight, const at::Tensor& grad, const UpdateStep& step) {
     const State& state = states_[i];
-    const UpdateStep step{lr, tensors_[i].weight_decay, beta1, options_.beta2, options_.epsilon, grad_scale, correction1, correction2};
     dispatch_floating(weight.scalar_type(), [&](auto zero) {
       using T = decltype(zero);
       using A = typename ComputeType<T>::type;
@@ -219,7 +234,18 @@ void Optimizer::update(double lr, double grad_scale, const at::Tensor& device_sc
       }
     });
   };
-  if (staging_) staging_->for_pieces(update);
+  const auto update = [&](size_t i, int64_t first, const at::Tensor& weight, const at::Tensor& grad) {
+    update_by(i, first, weight, grad, {lr, tensors_[i].weight_decay, beta1, options_.beta2, options_.epsilon, grad_scale, correction1, correction2});
+  };
+  if (adafactor_) {
+    std::vector<at::Tensor> weights;
+    for (size_t i = 0; i < tensors_.size(); ++i) weights.push_back(states_[i].master.defined() ? states_[i].master : tensors_[i].weight);
+    adafactor_->measure(weights, lr, grad_scale, num_steps_);
+    for (size_t i = 0; i < tensors_.size(); ++i) {
+      const double rate = adafactor_->rate(i);
+      update_by(i, 0, tensors_[i].weight, adafactor_->direction(i), {rate, rate > 0 ? lr * tensors_[i].weight_decay / rate : 0, 0, 0, 0, 1, 1, 1});
+    }
+  } else if (staging_) staging_->for_pieces(update);
   else
     for (size_t i : on_host) update(i, 0, tensors_[i].weight, tensors_[i].grad);
 }
@@ -232,7 +258,7 @@ const at::Tensor& Optimizer::maps(at::Device device) {
 int64_t Optimizer::bytes_fetched() const { return staging_ ? staging_->bytes_fetched() : 0; }
 
 std::vector<OptimState> Optimizer::state() const {
-  std::vector<OptimState> all;
+  std::vector<OptimState> all = adafactor_ ? adafactor_->state() : std::vector<OptimState>();
   for (size_t i = 0; i < tensors_.size(); ++i) {
     const std::vector<const char*> names = states_of(options_);
     if (states_[i].m.defined()) all.push_back({i, tensors_[i].name, names[0], states_[i].m});
@@ -246,10 +272,11 @@ std::vector<OptimState> Optimizer::state() const {
   return all;
 }
 
-uint64_t Optimizer::state_bytes(at::ScalarType dtype, const OptimizerOptions& options, int64_t elements, int64_t whole_size) {
+uint64_t Optimizer::state_bytes(at::ScalarType dtype, const OptimizerOptions& options, int64_t elements, at::IntArrayRef whole) {
   const auto size = static_cast<int64_t>(c10::elementSize(compute_dtype(dtype)));
   const int64_t master = has_master(dtype, options.masters) ? elements * size : 0;
-  if (rule_of(options.rule, whole_size) == UpdateRule::kAdamW8Bit) return static_cast<uint64_t>(2 * elements + 2 * size * num_blocks(elements) + master);
+  if (options.kind == OptimizerKind::kAdafactor) return Adafactor::state_bytes(dtype, elements, whole) + static_cast<uint64_t>(master);
+  if (rule_of(options.kind, c10::multiply_integers(whole)) == UpdateRule::kAdamW8Bit) return static_cast<uint64_t>(2 * elements + 2 * size * num_blocks(elements) + master);
   return static_cast<uint64_t>(static_cast<int64_t>(states_of(options).size()) * elements * size + master);
 }
 

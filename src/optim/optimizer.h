@@ -11,6 +11,7 @@
 //     m = momentum * m + g + weight_decay * w;  w -= lr * m
 //   lion (Chen et al. 2023, "Symbolic Discovery of Optimization Algorithms"), for learning rates of a third to a tenth of AdamW's
 //     w -= lr * (weight_decay * w + sign(beta1 * m + (1 - beta1) * g));  m = beta2 * m + (1 - beta2) * g
+//   adafactor: optim/adafactor.h
 // bf16 and fp16 weights have an fp32 master, which is updated and then rounded to the weight. Without masters a bf16 weight is rounded
 // to one of its two neighbours at random, the nearer one more often, so that small updates are kept in the mean (kernels/kernels.h
 // has the rule): by bits of the step, the name and the element's place in the whole tensor, so they are the same on every mesh.
@@ -27,14 +28,14 @@
 
 namespace trireme {
 
-using UpdateRule = kernels::UpdateRule;
-UpdateRule parse_update_rule(const std::string& kind);  // of optim.kind; ConfigError
+enum class OptimizerKind { kAdamW, kAdamW8Bit, kSgd, kLion, kAdafactor };
+OptimizerKind parse_optimizer_kind(const std::string& name);  // of optim.kind; ConfigError
 
 // Elements of a parameter that have to stay together, from its first on: a rank's part begins and ends at a multiple of so many, or
 // where the parameter ends.
-int64_t state_block(UpdateRule rule);
+int64_t state_block(OptimizerKind kind);
 // Whether a slice with these sizes does not.
-bool cuts_blocks(UpdateRule rule, at::IntArrayRef slice_sizes, const ShardSpec& slice);
+bool cuts_blocks(OptimizerKind kind, at::IntArrayRef slice_sizes, const ShardSpec& slice);
 using Places = kernels::Places;
 
 // Of the elements from `begin` on of a slice with these sizes. One dimension may be cut, or the first and another.
@@ -46,7 +47,8 @@ struct OptimTensor {
   at::Tensor grad;            // flat [N], contiguous, fp32 (fp64 for fp64 weights); read at every step
   double weight_decay = 0.0;  // 1/step at learning rate 1
   Places places = {};         // of the elements in the whole parameter; of use without masters alone
-  int64_t whole_size = 0;     // elements of the whole parameter; 0: these
+  std::vector<int64_t> whole_shape = {};  // of the whole parameter; empty: these elements alone
+  bool counts = true;         // in sums over all ranks: one of those that have the same elements does
 };
 
 // One tensor of the optimizer's state; shares storage with the optimizer: read it to save, fill it to load.
@@ -54,14 +56,15 @@ struct OptimState {
   size_t tensor = 0;      // number of the OptimTensor
   std::string parameter;  // its name
   // adamw: exp_avg, exp_avg_sq; adamw8bit: these in uint8, exp_avg_scale, exp_avg_sq_scale; sgd with momentum: momentum_buffer;
-  // lion: exp_avg; and master (low-precision weights only)
+  // lion: exp_avg; adafactor: row_var and col_var of a matrix, variance of a vector; and master (low-precision weights only)
   std::string kind;
   at::Tensor value;       // flat [ceil(N / block)], fp32 (fp64 for fp64 weights), or uint8
   int64_t block = 1;      // elements that a value is of
+  bool is_whole = false;  // every rank with some of the parameter has all of this
 };
 
 struct OptimizerOptions {
-  UpdateRule rule = UpdateRule::kAdamW;
+  OptimizerKind kind = OptimizerKind::kAdamW;
   double beta1 = 0.9, beta2 = 0.999, epsilon = 1e-8;
   double momentum = 0.9;
   bool offload = false;
@@ -72,13 +75,21 @@ struct OptimizerOptions {
 // Whether weights of `dtype` have a master beside them; else they are their own.
 bool has_master(at::ScalarType dtype, bool masters);
 
+// Of parameters that several ranks have parts of, for what is measured over all of them.
+struct AcrossRanks {
+  std::map<std::string, std::vector<int64_t>> tensors;  // the whole shapes of all ranks' parameters; empty: this rank's are all
+  std::function<void(const at::Tensor&)> sum;           // of fp64 on the host, in place, over all ranks; empty: there are no others
+};
+
+class Adafactor;
 class HostStaging;
 
 class Optimizer {
  public:
   // The masters start as the weights are now. InternalError: a tensor is not flat and contiguous, or grad's dtype or
   // length is another, or weights are fp16 without masters, or, without offload, a device has no kernels (ops/device.h).
-  Optimizer(std::vector<OptimTensor> tensors, const OptimizerOptions& options);
+  // `ranks`: of use to adafactor, whose steps are collective then; it is for weights on the CPU, without offload.
+  Optimizer(std::vector<OptimTensor> tensors, const OptimizerOptions& options, const AcrossRanks& ranks = {});
 
   // One update with gradients grad * grad_scale (clipping and averaging). Elements do not depend on threads or on how
   // parameters are cut into shards.
@@ -94,8 +105,8 @@ class Optimizer {
 
   int64_t bytes_fetched() const;  // with offload: of gradients and weights that came to the host's buffers, since the start
 
-  // Bytes of state for so many elements of a parameter of `dtype` with whole_size elements; for plans before anything is allocated.
-  static uint64_t state_bytes(at::ScalarType dtype, const OptimizerOptions& options, int64_t elements, int64_t whole_size);
+  // Bytes of state for so many elements of a parameter of `dtype`; for plans before anything is allocated.
+  static uint64_t state_bytes(at::ScalarType dtype, const OptimizerOptions& options, int64_t elements, at::IntArrayRef whole_shape);
 
  private:
   void update(double lr, double grad_scale, const at::Tensor& device_scale);
@@ -104,13 +115,14 @@ class Optimizer {
     at::Tensor m, v, master;      // undefined where there is none
     at::Tensor m_scale, v_scale;  // of codes
     uint32_t id = 0;              // of the whole parameter
-    UpdateRule rule = UpdateRule::kAdamW;
+    kernels::UpdateRule rule = kernels::UpdateRule::kAdamW;
   };
   const at::Tensor& maps(at::Device device);
   std::vector<OptimTensor> tensors_;
   std::vector<State> states_;
   OptimizerOptions options_;
   std::shared_ptr<HostStaging> staging_;  // with offload
+  std::shared_ptr<Adafactor> adafactor_;
   at::Tensor maps_;                       // of codes on a device
   int64_t num_steps_ = 0;
 };

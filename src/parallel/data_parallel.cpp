@@ -129,7 +129,8 @@ void GradientReducer::Impl::list_parts() {
     const bool whole = options.zero == 0;
     for (const PartRange& r : ranges_of_part(layout[b], parameters, whole ? 0 : comm.rank(), whole ? 1 : comm.size())) {
       const GradientSlice& s = slices[r.parameter];
-      parts.push_back({s.name, s.weight, s.shard, r.begin, r.end, states[b].part.narrow(0, r.offset, r.end - r.begin), b, r.offset});
+      parts.push_back({s.name, s.weight, s.shard, r.begin, r.end, states[b].part.narrow(0, r.offset, r.end - r.begin), b, r.offset,
+                       (whole ? comm : groups[layout[b].group].replicas).rank() == 0});
     }
   }
   std::stable_sort(parts.begin(), parts.end(), [this](const GradientPart& a, const GradientPart& b) {

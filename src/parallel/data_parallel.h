@@ -64,6 +64,7 @@ struct GradientPart {
   at::Tensor gradient;              // flat [end - begin], fp32 or fp64
   size_t bucket = 0;                // of layout()
   int64_t offset = 0;               // of `begin`: in this rank's part of the bucket, without ZeRO in the bucket
+  bool is_first = true;             // of the ranks that keep the same elements
 };
 
 struct DeviceNorm;

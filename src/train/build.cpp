@@ -129,10 +129,12 @@ OptimizerOptions optimizer_options(const Config& config, at::ScalarType dtype) {
   if (!c.masters && dtype == at::kHalf)
     throw ConfigError("optim.masters=false is not possible with train.dtype=float16, whose range is too small for weights that are updated in it: set "
                       "train.dtype=bfloat16, or optim.masters=true");
-  const UpdateRule rule = parse_update_rule(c.kind);
-  if (rule == UpdateRule::kAdamW8Bit && dtype == at::kDouble)
+  const OptimizerKind kind = parse_optimizer_kind(c.kind);
+  if (kind == OptimizerKind::kAdafactor && c.offload)
+    throw ConfigError("optim.offload=true is not possible with optim.kind=adafactor, which has next to no state: leave it out");
+  if (kind == OptimizerKind::kAdamW8Bit && dtype == at::kDouble)
     throw ConfigError("optim.kind=adamw8bit is not possible with train.dtype=float64: set train.dtype=float32, or optim.kind=adamw");
-  return {rule, c.beta1, c.beta2, c.epsilon, c.momentum, c.offload, c.masters, static_cast<uint64_t>(config.run.seed)};
+  return {kind, c.beta1, c.beta2, c.epsilon, c.momentum, c.offload, c.masters, static_cast<uint64_t>(config.run.seed)};
 }
 
 LoraConfig lora_config(const Config& config) {

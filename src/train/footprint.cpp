@@ -202,7 +202,7 @@ void add_shared_out(Footprint& f, const MeshModel& model, const Config& config, 
       for (int p = 0; p < num_parts; ++p) {
         uint64_t of_part = 0;
         for (const PartRange& r : ranges_of_part(bucket, rank.parameters, p, num_parts))
-          of_part += Optimizer::state_bytes(model.dtype(), options, r.end - r.begin, c10::multiply_integers(rank.parameters[r.parameter].shard.global_shape));
+          of_part += Optimizer::state_bytes(model.dtype(), options, r.end - r.begin, rank.parameters[r.parameter].shard.global_shape);
         state = std::max(state, of_part);
       }
       f.optimizer += state;
@@ -227,6 +227,7 @@ void add_shared_out(Footprint& f, const MeshModel& model, const Config& config, 
     if (adds_up || !config.comm.overlap) transient = all * wide;
     f.gradients = static_cast<uint64_t>(parts * wide + std::min(all * wide, transient));
   }
+  if (options.kind == OptimizerKind::kAdafactor) f.optimizer += model.sums_bytes() + static_cast<uint64_t>(longest * wide);  // and a direction
   if (config.optim.offload) f.optimizer += HostStaging::bytes(longest, model.dtype());
 }
 

@@ -3,6 +3,7 @@
 #include <map>
 
 #include "base/check.h"
+#include "optim/adafactor.h"
 #include "parallel/tensor_parallel.h"
 
 namespace trireme {
@@ -14,7 +15,7 @@ MeshModel::MeshModel(const Config& config, const ModelConfig& model, at::ScalarT
   for (const Parameter& p : model_shapes(config, model, dtype, true)->parameters()) {
     if (!p.value.requires_grad()) continue;
     num_trained_ += p.value.numel();
-    trained_sizes_.push_back(p.value.numel());
+    trained_shapes_.push_back(p.value.sizes().vec());
   }
   using Slice = std::tuple<std::string, std::vector<int64_t>, std::vector<int64_t>>;  // name, offset, shape
   auto slice_of = [](const Parameter& p) { return Slice{p.name, p.shard.offset, p.value.sizes().vec()}; };
@@ -30,8 +31,8 @@ MeshModel::MeshModel(const Config& config, const ModelConfig& model, at::ScalarT
       rank.parameters = parameters_of(rank.chunks);
       for (const Parameter& p : rank.parameters) {
         holders[slice_of(p)].push_back(ranks_.size());
-        if (p.value.requires_grad() && cuts_blocks(parse_update_rule(config.optim.kind), p.value.sizes(), p.shard))
-          throw ConfigError(trireme::str("optim.kind=", config.optim.kind, " keeps ", state_block(parse_update_rule(config.optim.kind)), " elements of a tensor together, but parallel.tensor=",
+        if (p.value.requires_grad() && cuts_blocks(parse_optimizer_kind(config.optim.kind), p.value.sizes(), p.shard))
+          throw ConfigError(trireme::str("optim.kind=", config.optim.kind, " keeps ", state_block(parse_optimizer_kind(config.optim.kind)), " elements of a tensor together, but parallel.tensor=",
                                 mesh.num_tensor(), " cuts ", p.name, " ", at::IntArrayRef(p.shard.global_shape), " into slices like ", p.value.sizes(), ": take a parallel.tensor that leaves whole rows "
                                 "of blocks, or optim.kind=adamw"));
       }
@@ -50,7 +51,13 @@ MeshModel::MeshModel(const Config& config, const ModelConfig& model, at::ScalarT
 
 uint64_t MeshModel::state_bytes(const OptimizerOptions& options) const {
   uint64_t bytes = 0;
-  for (int64_t size : trained_sizes_) bytes += Optimizer::state_bytes(dtype_, options, size, size);
+  for (const auto& shape : trained_shapes_) bytes += Optimizer::state_bytes(dtype_, options, c10::multiply_integers(shape), shape);
+  return bytes;
+}
+
+uint64_t MeshModel::sums_bytes() const {
+  uint64_t bytes = 0;
+  for (const auto& shape : trained_shapes_) bytes += Adafactor::sums_bytes(shape);
   return bytes;
 }
 
@@ -67,7 +74,7 @@ std::vector<Bucket> MeshModel::buckets(const RankModel& rank, const Config& conf
   std::vector<int> sizes;
   for (int size : rank.group_sizes) sizes.push_back(shared_out(size, config, mesh_).first);
   return cut_buckets(rank.parameters, chosen, rank.group_of, sizes, static_cast<int64_t>(config.comm.bucket_mb * (1 << 20)),
-                     config.parallel.zero == 3, trained ? state_block(parse_update_rule(config.optim.kind)) : 1);
+                     config.parallel.zero == 3, trained ? state_block(parse_optimizer_kind(config.optim.kind)) : 1);
 }
 
 }  // namespace trireme

@@ -37,6 +37,7 @@ class MeshModel {
   at::ScalarType dtype() const { return dtype_; }
   int64_t num_trained() const { return num_trained_; }  // of the whole model
   uint64_t state_bytes(const OptimizerOptions& options) const;  // of the optimizer, of the whole model
+  uint64_t sums_bytes() const;                                  // of adafactor's over the whole model
   // Ranks of one of a RankModel's groups among which ZeRO shares out, and how many such sets have the same again.
   static std::pair<int, int> shared_out(int group_size, const Config& config, const Mesh& mesh);
   // Buckets of a rank's trained or frozen parameters as a run cuts them; `parameters` are numbers of RankModel::parameters.
@@ -47,7 +48,7 @@ class MeshModel {
   at::ScalarType dtype_;
   Mesh mesh_;
   int64_t num_trained_ = 0;
-  std::vector<int64_t> trained_sizes_;  // of the parameters of the whole model
+  std::vector<std::vector<int64_t>> trained_shapes_;  // of the parameters of the whole model
   std::vector<RankModel> ranks_;  // by pipeline, then tensor coordinate
 };
 

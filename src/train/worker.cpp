@@ -31,7 +31,7 @@ Worker::Worker(const Config& config, Chunks chunks, std::unique_ptr<Task> task, 
   options.bucket_bytes = static_cast<int64_t>(config.comm.bucket_mb * (1 << 20));
   options.overlap = config.comm.overlap;
   options.zero = static_cast<int>(config.parallel.zero);
-  options.align = state_block(parse_update_rule(config.optim.kind));
+  options.align = state_block(parse_optimizer_kind(config.optim.kind));
   options.every_backward = config.parallel.reduce == "micro_batch";
   if (config.parallel.shard_within > 0)
     options.num_replicas = comms_.data.size() / static_cast<int>(config.parallel.shard_within);
@@ -45,8 +45,20 @@ Worker::Worker(const Config& config, Chunks chunks, std::unique_ptr<Task> task, 
   std::vector<OptimTensor> tensors;
   for (const auto& part : reducer_->parts())
     tensors.push_back({part.name, flat_weight(part), part.gradient, part.weight.dim() >= 2 ? config.optim.weight_decay : 0.0,
-                       places_of(part.weight.sizes(), part.shard, part.begin), c10::multiply_integers(part.shard.global_shape)});
-  optimizer_ = std::make_unique<Optimizer>(std::move(tensors), optimizer_options(config, chunks_[0]->dtype()));
+                       places_of(part.weight.sizes(), part.shard, part.begin), part.shard.global_shape, part.is_first});
+  const OptimizerOptions optimizer = optimizer_options(config, chunks_[0]->dtype());
+  optimizer_ = std::make_unique<Optimizer>(std::move(tensors), optimizer, optimizer.kind == OptimizerKind::kAdafactor ? across_ranks() : AcrossRanks{});
+}
+
+AcrossRanks Worker::across_ranks() const {
+  Json mine = Json::object();
+  for (const auto& slice : reducer_->slices()) mine[slice.name] = slice.shard.global_shape;
+  Json all = Json::object();
+  for (const std::string& text : comms_.world.gather_bytes(mine.dump())) all.update(Json::parse(text));
+  AcrossRanks ranks;
+  ranks.tensors = Json::parse(comms_.world.broadcast_bytes(all.dump())).get<std::map<std::string, std::vector<int64_t>>>();
+  ranks.sum = [world = comms_.world](const at::Tensor& x) { world.all_reduce(x); };
+  return ranks;
 }
 
 at::Tensor Worker::flat_weight(const GradientPart& part) const {
@@ -363,6 +375,10 @@ std::vector<NamedTensor> Worker::tensors() const {
   std::vector<NamedTensor> out = weights();
   for (const auto& state : optimizer_->state()) {
     const GradientPart& part = reducer_->parts()[state.tensor];
+    if (state.is_whole) {
+      out.push_back({str("optimizer/", state.kind, "/", part.name), state.value, ShardSpec::whole(state.value)});
+      continue;
+    }
     for (auto& piece : rectangles(str("optimizer/", state.kind, "/", part.name), state.value, part.weight.sizes(), part.shard,
                                   part.begin, part.end, state.block))
       out.push_back(std::move(piece));

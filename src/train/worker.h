@@ -89,6 +89,7 @@ class Worker {
   void update(StepResult& out, int64_t step);
   void update_late(StepResult& out, const Sums& mine, int64_t step);
   at::Device device() const { return chunks_[0]->device(); }
+  AcrossRanks across_ranks() const;  // collective
   [[noreturn]] void report_nonfinite(int64_t step, const std::vector<ModelInput>& inputs);
   void write_gradients(const std::string& path) const;
   at::Tensor flat_weight(const GradientPart& part) const;  // [end - begin], a view of where the optimizer works
