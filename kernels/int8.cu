@@ -25,7 +25,7 @@ struct LargestOfRows {
       load_part<T, kPer>(static_cast<const T*>(p.x) + row * p.width + c, p.width - c, x);
       ARCH_UNROLL
       for (int e = 0; e < kPer; ++e) {
-        const bool outlier = p.threshold > 0 && magnitude(x[e]) >= p.threshold;
+        const bool outlier = p.threshold > 0 && !(magnitude(x[e]) < p.threshold);  // NaNs, too
         if (outlier) p.outlier[c + e] = 1;  // by whoever sees one
         else largest = arch::max(largest, magnitude(x[e]));
       }

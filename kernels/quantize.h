@@ -61,8 +61,8 @@ struct DequantizeBlocks {
   void* y;
 };
 
-// code = x * (127 / absmax) to the nearest even, absmax of each row, NaNs left out, whose code is 0 as in rows of zeros. With a threshold, values from it on count for
-// nothing, and columns that have one get codes 0 and outlier 1.
+// code = x * (127 / absmax) to the nearest even, absmax of each row, NaNs left out, whose code is 0 as in rows of zeros. With a threshold, values from it on and NaNs count
+// for nothing, and columns that have one get codes 0 and outlier 1.
 struct QuantizeRows {
   Type type;
   int64_t num_rows, width;

@@ -111,6 +111,18 @@ TEST(Int8Linear, OutliersAreMultipliedInTheirOwnDtype) {
   EXPECT_TRUE(near(y, others + at::mm(x.index_select(1, columns), values.index_select(1, columns).t())));
 }
 
+// What is no number stays none, in its row alone.
+TEST(Int8Linear, NaNsAndInfinitiesStay) {
+  const Int8Rows q = quantize_int8_rows(test::gaussian(8 * 16, 1).view({8, 16}));
+  for (float wrong : {NAN, INFINITY}) {
+    at::Tensor x = test::gaussian(3 * 16, 2).view({3, 16}), y = at::empty({3, 8});
+    x[1][5] = wrong;
+    int8_linear(x, q, {}, y);
+    EXPECT_FALSE(y[1].isfinite().any().item<bool>());
+    EXPECT_TRUE(y[0].isfinite().all().item<bool>() && y[2].isfinite().all().item<bool>());
+  }
+}
+
 TEST(Int8Linear, NothingIsNothing) {
   const Int8Rows q = quantize_int8_rows(at::ones({8, 16}));
   at::Tensor none = at::empty({0, 8}), y = at::ones({2, 8});

@@ -111,11 +111,11 @@ RowCodes quantize_rows(const std::vector<float>& x, int64_t row_width, float thr
   const size_t width = static_cast<size_t>(row_width);
   RowCodes out{{}, {}, std::vector<uint8_t>(width)};
   for (size_t i = 0; i < x.size(); ++i)
-    if (threshold > 0 && std::abs(x[i]) >= threshold) out.outlier[i % width] = 1;
+    if (threshold > 0 && !(std::abs(x[i]) < threshold)) out.outlier[i % width] = 1;
   for (size_t begin = 0; begin < x.size(); begin += width) {
     float largest = 0;
     for (size_t c = 0; c < width; ++c)
-      if (!(threshold > 0 && std::abs(x[begin + c]) >= threshold)) largest = std::fmax(largest, std::abs(x[begin + c]));
+      if (threshold <= 0 || std::abs(x[begin + c]) < threshold) largest = std::fmax(largest, std::abs(x[begin + c]));
     out.absmax.push_back(largest);
     const float scale = 127 / largest;
     for (size_t c = 0; c < width; ++c) {

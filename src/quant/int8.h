@@ -17,7 +17,7 @@ struct Int8Rows {
 Int8Rows quantize_int8_rows(const at::Tensor& x_RC);
 void dequantize_int8_rows(const Int8Rows& q, const at::Tensor& out_RC);  // fp32, bf16 or fp16, contiguous
 
-// Inputs: columns that have a value of `threshold` or more in magnitude have codes 0, and such values no part in absmax.
+// Inputs: columns that have a value of `threshold` or more in magnitude, or a NaN, have codes 0, and such values no part in absmax.
 struct Int8Inputs {
   Int8Rows rows;
   at::Tensor outlier_C;  // uint8: 1 where the column has one; undefined with a threshold of 0, which is none
