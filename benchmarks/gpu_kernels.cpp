@@ -214,7 +214,18 @@ void memory(Bench& b) {
   }
   const at::Tensor weight = random(), master = at::randn({count}, b.wide), grad = at::randn({count}, b.wide), m = at::randn({count}, b.wide), v = at::rand({count}, b.wide);
   const kernels::UpdateTensor tensor{count, weight.data_ptr(), master.data_ptr<float>(), grad.data_ptr<float>(), m.data_ptr<float>(), v.data_ptr<float>(), {}, 0};
-  time("AdamW, bf16 with master", str(count), n * 30, 0.85, [&] { b.k.update({kernels::UpdateRule::kAdamW, Type::kBFloat16, &tensor, 1, 1e-4, 0.01, 0.9, 0.95, 1e-8, 0.1, 0.05, nullptr, 1, 1}, stream); });
+  const int64_t blocks = (count + kernels::k8BitBlock - 1) / kernels::k8BitBlock;
+  const at::Tensor codes = at::randint(256, {2, count}, b.wide.dtype(at::kByte)), scales = at::rand({2, blocks}, b.wide), maps = at::linspace(-1, 1, 512, b.wide);
+  kernels::UpdateTensor without = tensor, in_8_bits = tensor;
+  without.master = in_8_bits.master = nullptr;
+  in_8_bits.m = codes.data_ptr(), in_8_bits.v = codes[1].data_ptr(), in_8_bits.m_scale = scales.data_ptr<float>(), in_8_bits.v_scale = scales[1].data_ptr<float>();
+  const auto update = [&](kernels::UpdateRule rule, const kernels::UpdateTensor& of) {
+    b.k.update({rule, Type::kBFloat16, &of, 1, 1e-4, 0.01, 0.9, 0.95, 1e-8, 0.1, 0.05, nullptr, 1, 1, maps.data_ptr<float>()}, stream);
+  };
+  time("AdamW, bf16 with master", str(count), n * 30, 0.85, [&] { update(kernels::UpdateRule::kAdamW, tensor); });
+  time("AdamW, bf16 without master", str(count), n * 24, 0.85, [&] { update(kernels::UpdateRule::kAdamW, without); });
+  time("AdamW in 8 bits, bf16 without master", str(count), n * 12 + static_cast<double>(blocks) * 16, 0.85, [&] { update(kernels::UpdateRule::kAdamW8Bit, in_8_bits); });
+  time("Lion, bf16 with master", str(count), n * 22, {}, [&] { update(kernels::UpdateRule::kLion, tensor); });
 }
 
 // Attention of the newest token of each sequence, beside torch's and beside a copy on the same card: a step reads all keys and values. Heads

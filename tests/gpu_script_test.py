@@ -48,6 +48,7 @@ def test_every_benchmark_of_kernels_runs(tmp_path):
     for what in ("RMSNorm", "SwiGLU", "rotary"):
         assert (judged[f"{what}, forward"], judged[f"{what}, backward"]) == (0.85, 0.8)
     assert judged["NF4, dequantize"] == judged["NF4 with scales in 8 bits, dequantize"] == 0.85
+    assert judged["AdamW, bf16 without master"] == judged["AdamW in 8 bits, bf16 without master"] == 0.85
     assert judged["AdamW, bf16 with master"] == judged["cast, fp32 to bf16"] == judged["cross-entropy, loss alone"] == 0.85
     decoding = rows_of(tmp_path, "decode_attention")
     assert [row["baseline_name"] for row in decoding] == ["copy of the card", "torch's attention"] * 3 and all(row["ratio"] > 0 for row in decoding)

@@ -64,6 +64,8 @@ void find_conflicts(const Config& c, const CommandLine& line, int num_ranks, std
     if (quantizes && c.lora.rank == 0 && c.lora.path.empty())
       wrong("quant.base=", c.quant.base, " freezes the weights, and nothing would be trained: set lora.rank, or leave quant.base out");
     if (c.lora.rank > 0 && !c.lora.path.empty()) wrong("lora.rank and lora.path are both set: the adapter of lora.path has a rank; set one");
+    if (c.optim.momentum != d.optim.momentum && c.optim.kind != "sgd")
+      wrong("optim.momentum is set, but optim.kind is ", c.optim.kind, ": set optim.kind=sgd, or leave optim.momentum out");
     if (complete && c.eval.patience > 0 && c.eval.every == 0) wrong("eval.patience needs eval.every");
     if (complete && c.eval.every > 0 && c.data.eval.empty() && c.data.eval_fraction == 0)
       wrong("eval.every is set, but there is nothing to evaluate: set data.eval or data.eval_fraction");
