@@ -31,6 +31,7 @@ ExitStatus run_verb(const Config& config, const CommandLine& line, const Process
   if (line.verb == "eval") return verb_eval(config, line, process);
   if (line.verb == "prepare") return verb_prepare(config, line, process);
   if (line.verb == "tokenize") return verb_tokenize(config, line, process);
+  if (line.verb == "quantize") return verb_quantize(config, line, process);
   if (line.verb == "export") return verb_export(config, line, process);
   if (line.verb == "generate") return verb_generate(config, line, process);
   return verb_doctor(config, line, process);

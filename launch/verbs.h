@@ -11,6 +11,7 @@ ExitStatus verb_eval(const Config& config, const CommandLine& line, const Proces
 ExitStatus verb_prepare(const Config& config, const CommandLine& line, const Process& process);
 ExitStatus verb_tokenize(const Config& config, const CommandLine& line, const Process& process);
 ExitStatus verb_export(const Config& config, const CommandLine& line, const Process& process);
+ExitStatus verb_quantize(const Config& config, const CommandLine& line, const Process& process);
 ExitStatus verb_generate(const Config& config, const CommandLine& line, const Process& process);
 ExitStatus verb_plan(const Config& config, const CommandLine& line, const Process& process);
 ExitStatus verb_doctor(const Config& config, const CommandLine& line, const Process& process);

@@ -138,6 +138,12 @@ def test_training_on_it_is_training_on_what_quant_base_makes(work, name, ranks, 
     assert evaluated(work, "merged") == pytest.approx(evaluated(work, "plain", f"--lora.path={work / 'one-stored/adapter'}"), rel=bounds.CURVE_BF16)
 
 
+def test_every_mesh_computes_with_its_values(work):
+    alone = evaluated(work, "nf4", "--model.dtype=float32")
+    for keys in (["--parallel.tensor=2"], ["--parallel.pipeline=2"]):
+        assert evaluated(work, "nf4", "--model.dtype=float32", *keys, ranks=2) == pytest.approx(alone, rel=bounds.LAYOUT_FP32)
+
+
 def test_all_weights_train_from_the_values(work):
     found = losses(work, "dense", "nf4", "--lora.rank=0", "--quant.base=dense")
     exported(work, "nf4")

@@ -237,6 +237,7 @@ TEST(Config, HelpOfAVerbNamesWhatItReads) {
                     "quant", "train.tf32", "generate", "log"}},
       {"prepare", {"run.seed", "model", "data", "task", "log"}},
       {"tokenize", {"model", "data", "task", "tokenize", "log"}},
+      {"quantize", {"run.dir", "model", "quant", "train.threads", "log"}},
       {"export", {"run", "model", "data.chat_template", "data.template_args", "train.dtype", "train.threads", "lora", "log"}},
       {"doctor", {"run.dir", "data.cache", "log"}}};
   for (const auto& [verb, list] : reads) {

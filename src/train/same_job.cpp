@@ -78,7 +78,7 @@ Facts facts_of(const Config& config, const CommandLine& line) {
     if (text.starts_with("[")) section = text.substr(1, text.size() - 2);
     else if (equals != std::string::npos) facts[section + "." + text.substr(0, equals)] = text.substr(equals + 3);
   }
-  if (line.verb == "train" || line.verb == "export")  // others write nothing there
+  if (line.verb == "train" || line.verb == "export" || line.verb == "quantize")  // others write nothing there
     facts["run.dir"] = fs::absolute(config.run.dir.empty() ? default_run_dir(line.config_file) : config.run.dir).lexically_normal().string();
   add_files(facts, "model.path", folder_of(config.model.path, config.model.revision));
   add_files(facts, "model.config", config.model.config);

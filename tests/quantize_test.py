@@ -1,0 +1,171 @@
+"""trireme quantize writes what transformers and bitsandbytes write: the same tensors and keys, which they load with the logits of this
+program, and which trains with the numbers of quant.base at load. It leaves nothing half-written."""
+import json
+import os
+import signal
+import time
+
+os.environ["TORCHDYNAMO_DISABLE"] = "1"  # bitsandbytes would compile what it runs once
+import pytest
+import torch
+import transformers
+from safetensors.torch import load_file, save_file
+
+import bounds
+import hf_models
+from program import SOURCE, command, end_of, run, start
+
+IDS = [[5, 17, 300, 1100, 42, 9, 9, 250, 31, 77, 640, 3] * 4]
+
+
+@pytest.fixture(scope="module")
+def work(tmp_path_factory):
+    torch.set_num_threads(1)
+    folder = tmp_path_factory.mktemp("quantize")
+    hf_models.CASES["base"] = ("qwen2", {**hf_models.heads(4, 2, 32), "intermediate_size": 256, "tie_word_embeddings": True})
+    hf_models.make("base", folder / "fp32").to(torch.bfloat16).save_pretrained(folder / "base")
+    hf_models.add_tokenizer(folder / "base")
+    (folder / "ids.json").write_text(json.dumps(IDS))
+    return folder
+
+
+def quantize(work, name, *keys, base="base", kind="nf4"):
+    done = run(work, "quantize", f"--model.path={work / base}", f"--quant.base={kind}", f"--run.dir={work / name}", *keys)
+    assert done.returncode == 0 and f"wrote {work / name}" in done.stderr, done.stderr
+    assert not (work / f"{name}.tmp").exists()
+    return work / name
+
+
+def state(tensors, name):
+    return json.loads(bytes(tensors[name].tolist()))
+
+
+@pytest.mark.parametrize("kind, double, skip", [("nf4", True, None), ("nf4", False, "down_proj"), ("fp4", True, "q_proj")])
+def test_the_folder_is_that_of_transformers(work, kind, double, skip):
+    name = f"{kind}-{double}"
+    out = quantize(work, name, *([] if skip is None else [f"--quant.skip={skip}"]), f"--quant.double={str(double).lower()}", kind=kind)
+    options = transformers.BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type=kind, bnb_4bit_use_double_quant=double, bnb_4bit_compute_dtype=torch.bfloat16,
+                                              llm_int8_skip_modules=None if skip is None else ["lm_head", skip])
+    transformers.AutoModelForCausalLM.from_pretrained(work / "base", quantization_config=options, dtype=torch.bfloat16).save_pretrained(work / f"{name}-theirs")
+    mine, theirs = (load_file(folder / "model.safetensors") for folder in (out, work / f"{name}-theirs"))
+    assert mine.keys() == theirs.keys()
+    for tensor, value in theirs.items():
+        assert mine[tensor].dtype == value.dtype, tensor
+        if ".quant_state." in tensor:
+            ours, expected = state(mine, tensor), state(theirs, tensor)
+            # The mean of the scales is summed in another order, which is why nested codes are not compared to the bit.
+            assert ours.pop("nested_offset", 0) == pytest.approx(expected.pop("nested_offset", 0), rel=1e-6) and ours == expected, tensor
+            assert list(state(mine, tensor)) == list(state(theirs, tensor))
+        elif tensor.endswith("nested_absmax"):
+            torch.testing.assert_close(mine[tensor], value, rtol=1e-5, atol=0)
+        elif double and tensor.endswith(".absmax"):
+            assert (mine[tensor].int() - value.int()).abs().max() <= 1, tensor
+        elif kind == "nf4" or value.dtype != torch.uint8:
+            assert torch.equal(mine[tensor], value), tensor
+        else:  # tiny negatives of FP4 have another code on its CPU
+            assert mine[tensor].shape == value.shape and (mine[tensor] != value).float().mean() < 0.02, tensor
+    configs = [json.loads((folder / "config.json").read_text()) for folder in (out, work / f"{name}-theirs")]
+    if skip:
+        assert configs[0]["quantization_config"]["llm_int8_skip_modules"] == ["lm_head"] + [f"model.layers.{i}.{part}.{skip}" for i in range(2) for part in ("self_attn", "mlp")
+                                                                                        if (part == "mlp") == (skip == "down_proj")]
+        configs[0]["quantization_config"]["llm_int8_skip_modules"] = ["lm_head", skip]
+    assert configs[0]["quantization_config"] == configs[1]["quantization_config"]
+    for file in ("tokenizer.json", "tokenizer_config.json", "generation_config.json"):
+        assert (out / file).read_bytes() == (work / "base" / file).read_bytes()
+    # And they load it.
+    model = transformers.AutoModelForCausalLM.from_pretrained(out, dtype=torch.bfloat16).train()  # else its CPU code repacks the weights of other models
+    assert model.is_loaded_in_4bit and not any(l.startswith("model.layers.") for l, m in model.named_modules() if type(m) is torch.nn.Linear and skip not in (None, l.split(".")[-1]))
+    with torch.no_grad():
+        expected = model(torch.tensor(IDS)).logits[0].float()
+    done = run(work, "eval", f"--model.path={out}", f"--eval.token_ids={work / 'ids.json'}", f"--eval.logits={work / 'logits.safetensors'}")
+    assert done.returncode == 0, done.stderr
+    logits = load_file(work / "logits.safetensors")["logits.0"]
+    assert ((logits - expected).norm() / expected.norm()).item() <= bounds.LOGITS_BF16
+
+
+def outcome(work, name, folder, *keys):
+    train = run(work, "train", f"--run.dir={work / name}", f"--model.path={work / folder}", f"--data.train={SOURCE}/configs/quickstart/train.jsonl:16", "--train.steps=3",
+                "--train.micro_batch_size=4", "--optim.lr=1e-2", "--lora.rank=4", "--data.max_length=64", *keys)
+    assert train.returncode == 0, train.stderr
+    lines = [json.loads(line) for line in (work / name / "metrics.jsonl").read_text().splitlines()]
+    adapter = f"--lora.path={work / name}/adapter"
+    loss = run(work, "eval", f"--model.path={work / folder}", f"--eval.token_ids={work / 'ids.json'}", adapter, *keys).stdout
+    said = run(work, "generate", f"--model.path={work / folder}", "--generate.max_tokens=8", "What is Trireme?", adapter, *keys)
+    assert said.returncode == 0, said.stderr
+    return [(line["loss"], line["grad_norm"]) for line in lines], loss, said.stdout
+
+
+@pytest.mark.parametrize("keys", [[], ["--quant.block_size=32", "--quant.double=false", "--quant.skip=o_proj,gate_proj"]], ids=["default", "other"])
+def test_its_numbers_are_those_of_quantizing_at_load(work, keys):
+    name = f"round-{len(keys)}"
+    quantize(work, name, *keys)
+    assert outcome(work, f"{name}-stored", name) == outcome(work, f"{name}-made", "base", "--quant.base=nf4", *keys)
+
+
+def test_weights_in_other_dtypes_and_shards(work):
+    """Codes are of what the weights are in the dtype of the product."""
+    as_bf16, of_bf16 = (load_file(quantize(work, name, *keys, base=base) / "model.safetensors")
+                        for name, base, keys in (("converted", "fp32", ["--model.dtype=bfloat16"]), ("plainly", "base", [])))
+    assert as_bf16.keys() == of_bf16.keys() and all(torch.equal(as_bf16[name], of_bf16[name]) for name in as_bf16)
+    fp32 = load_file(quantize(work, "float", base="fp32") / "model.safetensors")
+    assert state(fp32, next(name for name in fp32 if ".quant_state." in name))["dtype"] == "float32" and fp32["model.norm.weight"].dtype == torch.float32
+    assert json.loads((work / "float/config.json").read_text())["quantization_config"]["bnb_4bit_compute_dtype"] == "float32"
+
+
+def wide(folder, layers):
+    """A model that takes a while to write."""
+    config = json.loads((SOURCE / "configs/quickstart/model/config.json").read_text())
+    config |= dict(model_type="llama", hidden_size=1024, intermediate_size=4096, num_hidden_layers=layers, num_attention_heads=8, num_key_value_heads=8, head_dim=128,
+                   vocab_size=1152, tie_word_embeddings=True, torch_dtype="bfloat16")
+    config.pop("layer_types", None)
+    folder.mkdir()
+    (folder / "config.json").write_text(json.dumps(config))
+    sizes = {"input_layernorm": (1024,), "post_attention_layernorm": (1024,), **{f"self_attn.{x}_proj": (1024, 1024) for x in "qkvo"},
+             "mlp.gate_proj": (4096, 1024), "mlp.up_proj": (4096, 1024), "mlp.down_proj": (1024, 4096)}
+    tensors = {f"model.layers.{i}.{name}.weight": torch.ones(size, dtype=torch.bfloat16) for i in range(layers) for name, size in sizes.items()}
+    save_file(tensors | {"model.norm.weight": torch.ones(1024, dtype=torch.bfloat16), "model.embed_tokens.weight": torch.ones((1152, 1024), dtype=torch.bfloat16)},
+              folder / "model.safetensors", {"format": "pt"})
+    hf_models.add_tokenizer(folder)
+    return folder
+
+
+def test_a_killed_writer_leaves_nothing_that_looks_whole_and_runs_again(tmp_path):
+    model = wide(tmp_path / "model", 4)
+    keys = command("quantize", f"--model.path={model}", "--quant.base=nf4", f"--run.dir={tmp_path / 'out'}/")
+    job = start(tmp_path, keys)
+    while not list(tmp_path.glob("out.tmp/*.tmp")) and job.poll() is None:
+        time.sleep(0.001)
+    job.send_signal(signal.SIGKILL)
+    end_of(job)
+    assert not (tmp_path / "out").exists() and (tmp_path / "out.tmp").is_dir()
+    (tmp_path / "out.tmp/model-00001-of-00002.safetensors.tmp").write_text("of another writer")
+    assert run(tmp_path, *keys[1:]).returncode == 0
+    assert run(tmp_path, "quantize", f"--model.path={model}", "--quant.base=nf4", f"--run.dir={tmp_path / 'never-killed'}").returncode == 0
+    assert sorted(path.name for path in (tmp_path / "out").iterdir()) == sorted(path.name for path in (tmp_path / "never-killed").iterdir())
+    assert (tmp_path / "out/model.safetensors").read_bytes() == (tmp_path / "never-killed/model.safetensors").read_bytes()
+
+
+@pytest.mark.parametrize("keys, status, sentence", [
+    ([], 2, "quant.base=none is no form that is written: set it to nf4 or fp4"),
+    (["--quant.base=fp8"], 2, "quant.base=fp8 is no form that is written: set it to nf4 or fp4"),
+    (["--quant.base=nf4", "--run.dir=WORK/base"], 2, "run.dir=WORK/base is the folder of the model itself; name a new folder"),
+    (["--quant.base=nf4", "--run.dir=WORK/fp32"], 2, "run.dir=WORK/fp32 is not empty; name a new folder"),
+    (["--quant.base=nf4", "--run.dir=WORK/ids.json"], 2, "run.dir=WORK/ids.json is a file; name a new folder"),
+    (["--quant.base=nf4", "--run.dir="], 2, "run.dir is not set: the folder to write"),
+    (["--quant.base=nf4", "--quant.block_size=48"], 2, "quant.block_size=48: allowed are 32, 64, 128, 256, 512, 1024, 2048, 4096"),
+    (["--quant.base=nf4", "--quant.skip=nose_proj"], 2, "quant.skip=nose_proj: no linear layer has this name; there are down_proj, gate_proj, k_proj, o_proj, q_proj, up_proj, v_proj, or all-linear"),
+    (["--quant.base=nf4", "--quant.skip=all-linear"], 2, "quant.skip leaves no layer to quantize"),
+    (["--quant.base=nf4", "--model.dtype=float64"], 2, "bitsandbytes quantizes float32, bfloat16 and float16, but the weights are float64: set model.dtype=float32"),
+    (["--quant.base=nf4", "--lora.rank=2"], 2, "lora.rank is read by train, export, plan, not by quantize: leave it out (a configuration file may hold it)"),
+    (["--quant.base=nf4", "--model.path=WORK/none"], 3, "model folder WORK/none does not exist"),
+    (["--quant.base=nf4", "--model.path=WORK/done"], 2, "the weights of WORK/done are in nf4 already: quantize the model's original weights, or what trireme export makes of these"),
+    (["--quant.base=nf4", "--model.path=", f"--model.config={SOURCE}/configs/quickstart/model/config.json"], 2, "model.path is not set: the folder with the weights to quantize"),
+])
+def test_what_is_refused(work, keys, status, sentence):
+    if not (work / "done").exists():
+        quantize(work, "done")
+    keys = [key.replace("WORK", str(work)) for key in keys]
+    usual = [f"--model.path={work / 'base'}", f"--run.dir={work / 'never'}"]
+    done = run(work, "quantize", *(key for key in usual if key.split("=")[0] not in {k.split("=")[0] for k in keys}), *keys)
+    assert done.returncode == status and f"error: {sentence.replace('WORK', str(work))}" in done.stderr and done.stderr.count("error: ") == 1, done.stderr
+    assert not (work / "never").exists() and not (work / "never.tmp").exists()
