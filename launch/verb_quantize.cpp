@@ -1,4 +1,4 @@
-// trireme quantize: a model with its linear layers in 4 bits, as a folder that transformers and bitsandbytes load.
+// trireme quantize: a model with its linear layers in 4 or 8 bits, as a folder that transformers and bitsandbytes load.
 #include "base/tensor.h"
 
 #include "base/log.h"

@@ -209,9 +209,9 @@ DAMAGES = [
     (gone(f"{Q}.nested_absmax"), "FOLDER: 'Q.nested_absmax' is missing: the weight beside it is quantized by bitsandbytes."),
     (gone(f"{Q}.nested_quant_map"), "FOLDER: 'Q.nested_quant_map' is missing: the weight beside it is quantized by bitsandbytes."),
     (cut(Q), "FILE: tensor 'Q' is U8 [8191, 1]; its quant_state says [128, 128] in 4 bits, 8192 bytes."),
-    (cut(f"{Q}.absmax"), "FILE: tensor 'Q.absmax' is U8 [255]; U8 of 256 values is what its quant_state wants."),
-    (value_of(f"{Q}.absmax", None, torch.float32), "FILE: tensor 'Q.absmax' is F32 [256]; U8 of 256 values is what its quant_state wants."),
-    (cut(f"{Q}.quant_map"), "FILE: tensor 'Q.quant_map' is F32 [15]; F32 of 16 values is what its quant_state wants."),
+    (cut(f"{Q}.absmax"), "FILE: tensor 'Q.absmax' is U8 [255]; U8 of 256 values is what goes with its weight."),
+    (value_of(f"{Q}.absmax", None, torch.float32), "FILE: tensor 'Q.absmax' is F32 [256]; U8 of 256 values is what goes with its weight."),
+    (cut(f"{Q}.quant_map"), "FILE: tensor 'Q.quant_map' is F32 [15]; F32 of 16 values is what goes with its weight."),
     (value_of(f"{Q}.quant_map", 0.5), "FILE: tensor 'Q.quant_map' does not hold the 16 numbers of nf4."),
     (value_of(f"{Q}.nested_quant_map", float("nan")), "FILE: tensor 'Q': number of the nested map 3 is NaN."),
     (lambda tensors: tensors[f"{Q}.nested_absmax"].fill_(-0.5), "FILE: tensor 'Q': nested scale 0 is negative (-0.5)."),
@@ -221,7 +221,7 @@ DAMAGES = [
     (state(quant_type=4), "FILE: tensor 'STATE': \"quant_type\" must be a string, found 4"),
     (state(blocksize=48), "FILE: tensor 'STATE': blocksize 48 does not exist; there are 32, 64, 128, 256, 512, 1024, 2048, 4096."),
     (state(blocksize=...), "FILE: tensor 'STATE': the key \"blocksize\" is missing"),
-    (state(blocksize=128), "FILE: tensor 'Q.absmax' is U8 [256]; U8 of 128 values is what its quant_state wants."),
+    (state(blocksize=128), "FILE: tensor 'Q.absmax' is U8 [256]; U8 of 128 values is what goes with its weight."),
     (state(shape=[64, 256]), "model.layers.1.self_attn.q_proj is stored in nf4 as 64 x 256, but the model's is 128 x 128."),
     (state(shape=[128]), "FILE: tensor 'STATE': shape [128] is not that of a matrix."),
     (state(shape=[-128, -128]), "FILE: tensor 'STATE': shape [-128,-128] is not that of a matrix."),
@@ -241,13 +241,13 @@ DAMAGES = [
      "FOLDER: model.layers.7.self_attn.q_proj is stored in nf4, but the model that config.json describes has no such layer."),
     (lambda tensors: tensors.update({f"{Q}.nested_offset": torch.zeros(1)}), "FOLDER: the tensors are not those of the model that config.json describes. Not part of the model (1): Q.nested_offset."),
     (lambda tensors: [tensors.pop(name) for name in list(tensors) if ".weight." in name],
-     "FOLDER: config.json has a quantization_config, but no tensor of the files is quantized by bitsandbytes in 4 bits."),
-    (lambda tensors: [tensors.pop(name) for name in list(tensors) if name.startswith(f"{Q}.")], "FOLDER: the tensors are not those of the model that config.json describes. Of another shape (1): Q "),
+     "FOLDER: config.json has a quantization_config, but no tensor of the files is quantized by bitsandbytes."),
+    (lambda tensors: [tensors.pop(name) for name in list(tensors) if name.startswith(f"{Q}.")], "FILE: tensor 'Q' is U8 [8192, 1], but no quant_state and no SCB goes with it."),
 ]
 
 
 @pytest.mark.parametrize("edit, sentence, base", [(*damage, "none") for damage in DAMAGES] +
-                         [(state(shape=[64, 256]), "FOLDER: Q is [64, 256] in 4 bits, but the model's is [128, 128].", "dense")], ids=range(len(DAMAGES) + 1))
+                         [(state(shape=[64, 256]), "FOLDER: Q is [64, 256] in nf4, but the model's is [128, 128].", "dense")], ids=range(len(DAMAGES) + 1))
 def test_damaged_folders(work, tmp_path, edit, sentence, base):
     folder = tmp_path / "model"
     shutil.copytree(work / "nf4", folder)
@@ -258,6 +258,68 @@ def test_damaged_folders(work, tmp_path, edit, sentence, base):
     sentence = sentence.replace("FOLDER", str(folder)).replace("FILE", f"{folder}/model.safetensors").replace("STATE", STATE).replace("Q", Q)
     assert done.returncode == 3 and done.stderr.count("error: ") == 1, done.stderr
     assert f"error: {sentence}" in done.stderr and not any(trace in done.stderr for trace in TRACES), done.stderr
+
+
+@pytest.fixture(scope="module")
+def int8(work):
+    options = transformers.BitsAndBytesConfig(load_in_8bit=True)
+    model = transformers.AutoModelForCausalLM.from_pretrained(work / "base", quantization_config=options, dtype=torch.bfloat16)
+    model.save_pretrained(work / "int8")
+    hf_models.add_tokenizer(work / "int8")
+    return model
+
+
+def test_a_folder_in_8_bits(work, int8):
+    stored, found = load_file(work / "int8/model.safetensors"), exported(work, "int8")
+    for name, value in found.items():
+        if is_layer(name):
+            expected = stored[name].float() * stored[name.replace(".weight", ".SCB")][:, None] * torch.tensor(1 / 127)
+            assert torch.equal(value, expected.bfloat16()), name
+    with torch.no_grad():
+        expected = int8(torch.tensor(IDS)).logits[0].float()
+    loss = evaluated(work, "int8", f"--eval.logits={work / 'logits.safetensors'}")
+    logits = load_file(work / "logits.safetensors")["logits.0"]
+    assert ((logits - expected).norm() / expected.norm()).item() <= bounds.LOGITS_INT8
+    assert loss != evaluated(work, "int8", "--quant.base=dense") == evaluated(work, "int8-dense")
+    assert loss != evaluated(work, "int8", "--quant.base=int8", "--quant.threshold=0.5")
+    assert evaluated(work, "int8", "--parallel.pipeline=2", ranks=2) == loss
+    assert evaluated(work, "int8", "--parallel.tensor=2", ranks=2) == pytest.approx(loss, rel=bounds.CURVE_BF16)
+    assert losses(work, "on-int8", "int8") != losses(work, "on-base", "base")
+    config = json.loads((work / "int8/config.json").read_text())
+    config["quantization_config"]["llm_int8_threshold"] = 0.5
+    shutil.copytree(work / "int8", work / "int8-lower")
+    (work / "int8-lower/config.json").write_text(json.dumps(config))
+    assert evaluated(work, "int8-lower") == evaluated(work, "int8", "--quant.base=int8", "--quant.threshold=0.5")
+    config["quantization_config"]["llm_int8_threshold"] = -1
+    (work / "int8-lower/config.json").write_text(json.dumps(config))
+    for folder, keys, status, sentence in (("int8-lower", [], 3, f"{work}/int8-lower/config.json: quantization_config: llm_int8_threshold -1 is negative"),
+                                           ("int8", ["--model.dtype=float64"], 2, f"{work}/int8/config.json: the weights are stored in int8, which goes with float32 or 16 bits"),
+                                           ("int8", ["--quant.base=nf4"], 2, "quant.base=nf4, but the model's files hold model.layers.0.self_attn.q_proj in int8: leave it out")):
+        done = run(work, "eval", f"--model.path={work / folder}", f"--eval.token_ids={work / 'ids.json'}", *keys)
+        assert done.returncode == status and f"error: {sentence}" in done.stderr, done.stderr
+
+
+SCB, FORMAT = Q.replace(".weight", ".SCB"), f"{Q}_format"
+
+
+@pytest.mark.parametrize("edit, sentence", [
+    (value_of(SCB, float("nan")), "FILE: tensor 'WEIGHT': scale 3 is NaN."), (value_of(SCB, -2.0), "FILE: tensor 'WEIGHT': scale 3 is negative (-2)."),
+    (cut(SCB), "FILE: tensor 'SCB' is F32 [127]; F32 of 128 values is what goes with its weight."),
+    (gone(Q), "FOLDER: 'WEIGHT' is missing, but its SCB is there."),
+    (value_of(Q, None, torch.float32), "FILE: tensor 'WEIGHT' is F32 [128, 128]; I8 of a matrix goes with its SCB."),
+    (lambda tensors: tensors.update({FORMAT: torch.tensor(2, dtype=torch.uint8)}), "FILE: tensor 'FORMAT' is 2, a layout of old GPUs that is not supported; supported is 0, rows."),
+    (lambda tensors: tensors.update({Q: tensors[Q][:, :64].clone()}), "model.layers.1.self_attn.q_proj is stored in int8 as 128 x 64, but the model's is 128 x 128."),
+    (lambda tensors: [tensors.pop(name) for name in (SCB, FORMAT)], "FILE: tensor 'WEIGHT' is I8 [128, 128], but no quant_state and no SCB goes with it."),
+], ids=range(8))
+def test_damaged_folders_in_8_bits(work, int8, tmp_path, edit, sentence):
+    folder = tmp_path / "model"
+    shutil.copytree(work / "int8", folder)
+    tensors = load_file(folder / "model.safetensors")
+    edit(tensors)
+    save_file(tensors, folder / "model.safetensors", {"format": "pt"})
+    done = run(tmp_path, "eval", f"--model.path={folder}", f"--eval.token_ids={work / 'ids.json'}")
+    sentence = sentence.replace("FOLDER", str(folder)).replace("FILE", f"{folder}/model.safetensors").replace("SCB'", f"{SCB}'").replace("FORMAT", FORMAT).replace("WEIGHT", Q)
+    assert done.returncode == 3 and f"error: {sentence}" in done.stderr and done.stderr.count("error: ") == 1, done.stderr
 
 
 @pytest.mark.parametrize("value", [float("nan"), float("-inf"), -1.0])
@@ -273,13 +335,13 @@ def test_a_scale_that_is_none_is_named_before_a_step_on_every_rank(work, tmp_pat
 
 
 @pytest.mark.parametrize("config, sentence", [
-    ({"quant_method": "gptq", "bits": 4}, "quant_method \"gptq\""), ({"load_in_8bit": True}, "load_in_8bit"), ({"load_in_4bit": False}, "load_in_4bit=false"),
+    ({"quant_method": "gptq", "bits": 4}, "quant_method \"gptq\""), ({"load_in_4bit": False}, "load_in_4bit=false"),
     ({"load_in_4bit": True, "bnb_4bit_quant_type": "af4"}, "bnb_4bit_quant_type \"af4\"")])
 def test_other_quantizations(work, tmp_path, config, sentence):
     path = tmp_path / "config.json"
     path.write_text(json.dumps(json.loads((work / "base/config.json").read_text()) | {"quantization_config": config}))
     done = run(tmp_path, "plan", f"--model.config={path}", "--train.steps=1")
-    assert done.returncode == 3 and f"error: {path}: quantization_config: {sentence} is not supported; supported is bitsandbytes in 4 bits. Take the model's original weights" in done.stderr, done.stderr
+    assert done.returncode == 3 and f"error: {path}: quantization_config: {sentence} is not supported; supported is bitsandbytes in 4 or 8 bits. Take the model's original weights" in done.stderr, done.stderr
 
 
 def test_random_weights_are_in_no_file(work, tmp_path):

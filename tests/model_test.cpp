@@ -60,7 +60,7 @@ TEST(HfConfig, RefusesWithExactWords) {
       {{{"eos_token_id", "x"}}, "config.json: \"eos_token_id\" must be an id or a list of ids"},
       {{{"attention_dropout", 0.1}}, "config.json: an attention_dropout other than 0 is not supported"},
       {{{"quantization_config", {{"bits", 4}}}},
-       "config.json: quantization_config: load_in_4bit=false is not supported; supported is bitsandbytes in 4 bits. Take the model's original weights"},
+       "config.json: quantization_config: load_in_4bit=false is not supported; supported is bitsandbytes in 4 or 8 bits. Take the model's original weights"},
       {{{"quantization_config", 4}}, "config.json: quantization_config: an object is expected, found number"},
       {{{"rope_scaling", {{"type", "dynamic"}, {"factor", 2.0}}}},
        "config.json: rope_scaling: rope type \"dynamic\" is not supported; supported are default, linear, llama3, yarn"},

@@ -95,11 +95,32 @@ def outcome(work, name, folder, *keys):
     return [(line["loss"], line["grad_norm"]) for line in lines], loss, said.stdout
 
 
-@pytest.mark.parametrize("keys", [[], ["--quant.block_size=32", "--quant.double=false", "--quant.skip=o_proj,gate_proj"]], ids=["default", "other"])
-def test_its_numbers_are_those_of_quantizing_at_load(work, keys):
-    name = f"round-{len(keys)}"
-    quantize(work, name, *keys)
-    assert outcome(work, f"{name}-stored", name) == outcome(work, f"{name}-made", "base", "--quant.base=nf4", *keys)
+@pytest.mark.parametrize("kind, keys", [("nf4", []), ("fp4", ["--quant.block_size=32", "--quant.double=false", "--quant.skip=o_proj,gate_proj"]), ("int8", ["--quant.skip=k_proj"])],
+                         ids=["nf4", "fp4", "int8"])
+def test_its_numbers_are_those_of_quantizing_at_load(work, kind, keys):
+    name = f"round-{kind}"
+    quantize(work, name, *keys, kind=kind)
+    assert outcome(work, f"{name}-stored", name) == outcome(work, f"{name}-made", "base", f"--quant.base={kind}", *keys)
+
+
+def test_8_bits_are_those_of_transformers(work):
+    out = quantize(work, "int8", kind="int8")
+    model = transformers.AutoModelForCausalLM.from_pretrained(work / "base", quantization_config=transformers.BitsAndBytesConfig(load_in_8bit=True), dtype=torch.bfloat16)
+    model.save_pretrained(work / "int8-theirs")
+    mine, theirs = (load_file(folder / "model.safetensors") for folder in (out, work / "int8-theirs"))
+    assert mine.keys() == theirs.keys()
+    for name, value in theirs.items():
+        assert mine[name].dtype == value.dtype and mine[name].shape == value.shape, name
+        if value.dtype == torch.int8:  # its are of fp16, in which the smallest weights are rounded
+            assert (mine[name].int() - value.int()).abs().max() <= 1 and (mine[name] != value).float().mean() < 1e-3, name
+        else:
+            assert torch.equal(mine[name], value), name
+    configs = [json.loads((folder / "config.json").read_text())["quantization_config"] for folder in (out, work / "int8-theirs")]
+    assert configs[0] == configs[1]
+    loaded = transformers.AutoModelForCausalLM.from_pretrained(out, dtype=torch.bfloat16)
+    with torch.no_grad():
+        found, expected = (m(torch.tensor(IDS)).logits[0].float() for m in (loaded, model))
+    assert ((found - expected).norm() / expected.norm()).item() <= bounds.LOGITS_INT8
 
 
 def test_weights_in_other_dtypes_and_shards(work):
@@ -146,8 +167,8 @@ def test_a_killed_writer_leaves_nothing_that_looks_whole_and_runs_again(tmp_path
 
 
 @pytest.mark.parametrize("keys, status, sentence", [
-    ([], 2, "quant.base=none is no form that is written: set it to nf4 or fp4"),
-    (["--quant.base=fp8"], 2, "quant.base=fp8 is no form that is written: set it to nf4 or fp4"),
+    ([], 2, "quant.base=none is no form that is written: set it to nf4, fp4 or int8"),
+    (["--quant.base=fp8"], 2, "quant.base=fp8 is no form that is written: set it to nf4, fp4 or int8"),
     (["--quant.base=nf4", "--run.dir=WORK/base"], 2, "run.dir=WORK/base is the folder of the model itself; name a new folder"),
     (["--quant.base=nf4", "--run.dir=WORK/fp32"], 2, "run.dir=WORK/fp32 is not empty; name a new folder"),
     (["--quant.base=nf4", "--run.dir=WORK/ids.json"], 2, "run.dir=WORK/ids.json is a file; name a new folder"),

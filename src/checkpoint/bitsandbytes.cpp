@@ -6,11 +6,13 @@
 #include "base/check.h"
 #include "checkpoint/manifest.h"
 #include "quant/four_bit_weight.h"
+#include "quant/int8.h"
 
 namespace trireme {
 namespace {
 
 constexpr char kState[] = ".quant_state.bitsandbytes__";
+constexpr char kRowScales[] = ".SCB";
 constexpr uint64_t kMaxStateBytes = 1 << 16;
 constexpr int64_t kNestedBlockSize = 256;
 constexpr size_t kMaxOffsetChars = 24;  // of a double, written so that it is read back as the same
@@ -39,11 +41,41 @@ QuantizedFolder::QuantizedFolder(std::shared_ptr<const SafetensorsFolder> files)
     if (name.starts_with(weight + kState)) states.push_back(name);
   }
   for (const auto& [weight, states] : states_of) {
-    auto [format, layer] = check(weight, states);
-    const std::string name = layer_of(weight), path = name.starts_with("layers.") ? "model." + name : name;
-    formats_.emplace(path, format), layers_.emplace(path, layer);
+    const auto [format, layer] = check(weight, states);
+    insert(layer_of(weight), format, layer);
   }
-  if (formats_.empty()) throw DataError(str(files_->folder(), ": config.json has a quantization_config, but no tensor of the files is quantized by bitsandbytes in 4 bits."));
+  for (const std::string& name : files_->names())
+    if (name.ends_with(kRowScales)) {
+      const std::string layer = name.substr(0, name.size() - std::string_view(kRowScales).size());
+      insert(layer, check_rows(layer), {layer + ".weight"});
+    }
+  if (formats_.empty()) throw DataError(str(files_->folder(), ": config.json has a quantization_config, but no tensor of the files is quantized by bitsandbytes."));
+  for (const std::string& name : files_->names())  // codes would be taken for values
+    if (const SafetensorsInfo& info = files_->info(name); name.ends_with(".weight") && !owns(name) && c10::isIntegralType(info.dtype, true))
+      throw DataError(str(files_->file_of(name).path(), ": tensor '", name, "' is ", safetensors_dtype_name(info.dtype), " ", shape_text(info.shape), ", but no quant_state and no SCB goes with it."));
+}
+
+void QuantizedFolder::insert(const std::string& name, const StoredFormat& format, const Layer& layer) {
+  const std::string path = name.starts_with("layers.") ? "model." + name : name;
+  if (!formats_.emplace(path, format).second) throw DataError(str(files_->folder(), ": ", name, " is quantized in two forms."));
+  layers_.emplace(path, layer);
+}
+
+StoredFormat QuantizedFolder::check_rows(const std::string& layer) {
+  const std::string weight = layer + ".weight", format = layer + ".weight_format";
+  if (!files_->contains(weight)) throw DataError(str(files_->folder(), ": '", weight, "' is missing, but its ", kRowScales + 1, " is there."));
+  const SafetensorsInfo& codes = files_->info(weight);
+  if (codes.dtype != at::kChar || codes.shape.size() != 2)
+    throw DataError(str(files_->file_of(weight).path(), ": tensor '", weight, "' is ", safetensors_dtype_name(codes.dtype), " ", shape_text(codes.shape), "; I8 of a matrix goes with its ", kRowScales + 1, "."));
+  part(layer + kRowScales, at::kFloat, codes.shape[0]);
+  owned_.insert({weight, layer + kRowScales});
+  if (files_->contains(format)) {  // bitsandbytes wrote none at first
+    part(format, at::kByte, 1);
+    if (const auto layout = static_cast<int>(*static_cast<const uint8_t*>(files_->view(format).data_ptr())); layout != 0)
+      throw DataError(str(files_->file_of(format).path(), ": tensor '", format, "' is ", layout, ", a layout of old GPUs that is not supported; supported is 0, rows."));
+    owned_.insert(format);
+  }
+  return {.kind = "int8", .rows = codes.shape[0], .columns = codes.shape[1]};
 }
 
 bool QuantizedFolder::holds(const std::string& parameter) const { return formats_.count(layer_of(parameter)) != 0; }
@@ -53,7 +85,7 @@ const SafetensorsInfo& QuantizedFolder::part(const std::string& name, at::Scalar
   const SafetensorsInfo& info = files_->info(name);
   if (info.dtype != dtype || info.bytes != static_cast<uint64_t>(count) * c10::elementSize(dtype))
     throw DataError(str(files_->file_of(name).path(), ": tensor '", name, "' is ", safetensors_dtype_name(info.dtype), " ", shape_text(info.shape), "; ",
-                        safetensors_dtype_name(dtype), " of ", count, " values is what its quant_state wants."));
+                        safetensors_dtype_name(dtype), " of ", count, " values is what goes with its weight."));
   return info;
 }
 
@@ -126,12 +158,22 @@ FourBitTensor QuantizedFolder::read(const std::string& parameter) const {
     q.scales.nested_block_size = kNestedBlockSize;
     q.scales.offset = at::full({1}, layer.offset, at::kFloat);
   }
-  if (const std::string wrong = check_scales(q.scales); !wrong.empty()) throw DataError(str(files_->file_of(layer.weight).path(), ": tensor '", layer.weight, "': ", wrong, "."));
+  check(layer.weight, q.scales);
   return q;
+}
+
+void QuantizedFolder::check(const std::string& weight, const BlockScales& scales) const {
+  if (const std::string wrong = check_scales(scales); !wrong.empty()) throw DataError(str(files_->file_of(weight).path(), ": tensor '", weight, "': ", wrong, "."));
 }
 
 std::vector<at::Tensor> QuantizedFolder::leaves(const std::string& parameter) const {
   const StoredFormat& format = formats_.at(layer_of(parameter));
+  if (format.kind == "int8") {
+    const std::string& weight = layers_.at(layer_of(parameter)).weight;
+    const at::Tensor absmax_R = view_until_gone(layer_of(weight) + kRowScales);
+    check(weight, {.absmax = absmax_R});
+    return {view_until_gone(weight).view({format.rows, format.columns}), absmax_R};
+  }
   return four_bit_leaves(read(parameter), format.rows, format.columns);
 }
 
@@ -140,7 +182,7 @@ void QuantizedFolder::check_shape(const Parameter& target) const {
   const StoredFormat& format = formats_.at(path);
   const std::vector<int64_t> stored = {format.rows, format.columns};
   if (target.shard.global_shape != stored)
-    throw DataError(str(files_->folder(), ": ", layers_.at(path).weight, " is ", shape_text(stored), " in 4 bits, but the model's is ", shape_text(target.shard.global_shape), "."));
+    throw DataError(str(files_->folder(), ": ", layers_.at(path).weight, " is ", shape_text(stored), " in ", format.kind, ", but the model's is ", shape_text(target.shard.global_shape), "."));
 }
 
 void QuantizedFolder::load(const Parameter& target) const {
@@ -148,12 +190,21 @@ void QuantizedFolder::load(const Parameter& target) const {
   const auto& shape = target.shard.global_shape;
   const at::ScalarType dtype = target.value.scalar_type() == at::kDouble ? at::kFloat : target.value.scalar_type();
   at::Tensor values = at::empty(shape, dtype);
-  dequantize_4bit(read(target.name), values.view({-1}));
+  if (formats_.at(layer_of(target.name)).kind == "int8") {
+    const std::vector<at::Tensor> rows = leaves(target.name);
+    dequantize_int8_rows({rows[0], rows[1]}, values);
+  } else {
+    dequantize_4bit(read(target.name), values.view({-1}));
+  }
   for (int64_t d = 0; d < 2; ++d) values = values.narrow(d, target.shard.offset[static_cast<size_t>(d)], target.value.size(d));
   target.value.detach().copy_(values);
 }
 
 std::vector<TensorSource> quantized_tensors(const std::string& weight, const StoredFormat& f, at::ScalarType dtype, const std::function<std::vector<at::Tensor>()>& leaves) {
+  if (f.kind == "int8")
+    return {{weight, at::kChar, {f.rows, f.columns}, [leaves] { return leaves().at(0); }},
+            {layer_of(weight) + kRowScales, at::kFloat, {f.rows}, [leaves] { return leaves().at(1); }},
+            {weight + "_format", at::kByte, {}, [] { return at::zeros({}, at::kByte); }}};
   const int64_t count = f.rows * f.columns, blocks = (count + f.block_size - 1) / f.block_size;
   const auto leaf = [leaves](size_t i) { return [leaves, i] { return leaves().at(i); }; };
   const auto flat = [leaves](size_t i) { return [leaves, i] { return leaves().at(i).flatten(); }; };
@@ -179,12 +230,16 @@ std::vector<TensorSource> quantized_tensors(const std::string& weight, const Sto
   return tensors;
 }
 
-Json quantization_config(const std::string& kind, bool is_double, const std::string& compute_dtype, std::vector<std::string> skipped) {
+Json quantization_config(const std::string& kind, bool is_double, const std::string& compute_dtype, double threshold, std::vector<std::string> skipped) {
   Json names;  // null: all but the output layer
   if (!skipped.empty()) {
     names = Json(std::move(skipped));
     names.insert(names.begin(), "lm_head");
   }
+  if (kind == "int8")  // the keys of 4 bits as they are where nobody sets them
+    return {{"_load_in_4bit", false}, {"_load_in_8bit", true}, {"bnb_4bit_compute_dtype", "float32"}, {"bnb_4bit_quant_storage", "uint8"}, {"bnb_4bit_quant_type", "fp4"},
+            {"bnb_4bit_use_double_quant", false}, {"llm_int8_enable_fp32_cpu_offload", false}, {"llm_int8_has_fp16_weight", false}, {"llm_int8_skip_modules", names},
+            {"llm_int8_threshold", threshold}, {"load_in_4bit", false}, {"load_in_8bit", true}, {"quant_method", "bitsandbytes"}};
   return {{"_load_in_4bit", true}, {"_load_in_8bit", false}, {"bnb_4bit_compute_dtype", compute_dtype}, {"bnb_4bit_quant_storage", "uint8"}, {"bnb_4bit_quant_type", kind},
           {"bnb_4bit_use_double_quant", is_double}, {"llm_int8_enable_fp32_cpu_offload", false}, {"llm_int8_has_fp16_weight", false}, {"llm_int8_skip_modules", names},
           {"llm_int8_threshold", 6.0}, {"load_in_4bit", true}, {"load_in_8bit", false}, {"quant_method", "bitsandbytes"}};

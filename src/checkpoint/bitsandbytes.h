@@ -8,6 +8,10 @@
 //   X.weight.nested_quant_map               fp32 [256], the numbers of these; it is the file's that counts
 //   X.weight.quant_state.bitsandbytes__nf4  (or __fp4) uint8, text: JSON {quant_type, blocksize, dtype, shape: [R, C], and where scales are
 //                                           codes nested_blocksize: 256, nested_dtype: "float32", nested_offset}
+// And in 8 bits (LLM.int8(), quant/int8.h):
+//   X.weight                                int8 [R, C]
+//   X.SCB                                   fp32 [R], the largest magnitude of each row
+//   X.weight_format                         uint8 []: 0, rows as they are (others are layouts of old GPUs)
 // All of it is foreign: what is missing, of another size or dtype, or contradicts itself is a DataError that names file and tensor.
 #pragma once
 
@@ -31,12 +35,11 @@ class QuantizedFolder {
   bool holds(const std::string& parameter) const;  // whether this is X.weight of one of them
   bool owns(const std::string& name) const { return owned_.count(name) != 0; }  // whether this tensor of the files is part of one
 
-  // Codes and scales of a whole X.weight as views of the mapped files, whose pages count as memory until the tensors are gone.
-  // DataError: a scale that is no number, infinite or negative.
-  FourBitTensor read(const std::string& parameter) const;
-  std::vector<at::Tensor> leaves(const std::string& parameter) const;  // the same as four_bit_weight() has them
+  // Codes and scales of a whole X.weight, as four_bit_weight() or int8_weight() has them, as views of the mapped files, whose pages count
+  // as memory until the tensors are gone. DataError: a scale that is no number, infinite or negative.
+  std::vector<at::Tensor> leaves(const std::string& parameter) const;
   // The values of X.weight, or of the slice of it that `target` is, rounded once to the target's dtype. The whole weight is in memory
-  // meanwhile. DataError: as read(), or the model's weight has another shape.
+  // meanwhile. DataError: as leaves(), or the model's weight has another shape.
   void load(const Parameter& target) const;
   void check_shape(const Parameter& target) const;
 
@@ -47,6 +50,10 @@ class QuantizedFolder {
   };
 
   std::pair<StoredFormat, Layer> check(const std::string& weight, const std::vector<std::string>& states);
+  StoredFormat check_rows(const std::string& path);
+  FourBitTensor read(const std::string& parameter) const;
+  void check(const std::string& weight, const BlockScales& scales) const;
+  void insert(const std::string& name, const StoredFormat& format, const Layer& layer);
   const SafetensorsInfo& part(const std::string& name, at::ScalarType dtype, int64_t count) const;
   at::Tensor view_until_gone(const std::string& name) const;
 
@@ -56,12 +63,12 @@ class QuantizedFolder {
   std::set<std::string> owned_;
 };
 
-// The tensors of X.weight in a file that is written. `leaves` gives the values that four_bit_weight() has of it, and is called for each;
+// The tensors of X.weight in a file that is written. `leaves` gives the values that four_bit_weight() or int8_weight() has of it, and is called for each;
 // `dtype`: of the weight before. The state ends in spaces: it is as long as one with any offset.
 std::vector<TensorSource> quantized_tensors(const std::string& weight, const StoredFormat& format, at::ScalarType dtype, const std::function<std::vector<at::Tensor>()>& leaves);
 
 // quantization_config of config.json, as transformers' BitsAndBytesConfig.to_dict has it; `skipped`: linear layers that stay as they are,
 // beside the output layer.
-Json quantization_config(const std::string& kind, bool is_double, const std::string& compute_dtype, std::vector<std::string> skipped);
+Json quantization_config(const std::string& kind, bool is_double, const std::string& compute_dtype, double threshold, std::vector<std::string> skipped);
 
 }  // namespace trireme

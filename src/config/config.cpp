@@ -65,7 +65,7 @@ const std::vector<Verb> kVerbs = {
     {"tokenize", "text or records to ids, and back", {"model", "data", "task", "tokenize", "log"}, {"log.trace"}},
     {"export", "write a checkpoint or adapter as a Hugging Face folder",
      {"run", "model", "data.chat_template", "data.template_args", "train.dtype", "train.threads", "lora", "log"}, {"log.trace"}},
-    {"quantize", "write a model with its linear layers in 4 bits, as bitsandbytes does", {"run.dir", "model", "quant", "train.threads", "log"}, {"log.trace"}},
+    {"quantize", "write a model with its linear layers in 4 or 8 bits, as bitsandbytes does", {"run.dir", "model", "quant", "train.threads", "log"}, {"log.trace"}},
     {"plan", "parameters, memory and steps of a run, without running it",
      {"run", "model", "data", "task", "train", "optim", "schedule", "lora", "quant", "parallel", "comm", "checkpoint", "eval", "log", "plan"}, kNotInRuns},
     {"doctor", "check this machine", {"run.dir", "data.cache", "log"}, {"log.trace"}},

@@ -15,7 +15,7 @@ namespace {
 // What is stored cannot be brought into another form: its values are rounded already.
 void check_stored(const FrozenBase& base, const std::string& path, const StoredFormat& f) {
   const FrozenBase usual;
-  const auto differs = [&](const auto&... key) { return ConfigError(str(key..., ", but the model's files hold ", path, " in ", f.kind, ", in blocks of ", f.block_size, " with scales in ", f.is_double ? "8 bits" : "32 bits",
+  const auto differs = [&](const auto&... key) { return ConfigError(str(key..., ", but the model's files hold ", path, " in ", f.kind, f.kind == "int8" ? std::string() : str(", in blocks of ", f.block_size, " with scales in ", f.is_double ? "8 bits" : "32 bits"),
                                                                         ": leave it out, or set quant.base=dense and quantize what that exports")); };
   if (base.kind != "none" && base.kind != f.kind) throw differs("quant.base=", base.kind);
   if (base.block_size != usual.block_size && base.block_size != f.block_size) throw differs("quant.block_size=", base.block_size);
@@ -41,6 +41,7 @@ void freeze_base(Transformer& model, const FrozenBase& base) {
     check_stored(base, l.path, f);
     if (f.rows != l.out_features() || f.columns != l.in_features())
       throw DataError(str(l.path, " is stored in ", f.kind, " as ", f.rows, " x ", f.columns, ", but the model's is ", l.out_features(), " x ", l.in_features(), "."));
+    if (f.kind == "int8") return int8_weight(l.path, l.out_features(), l.in_features(), model.dtype(), base.threshold);
     return four_bits(l, f.kind, f.block_size, f.is_double);
   };
   for (const Parameter& p : model.parameters()) p.value.requires_grad_(false);

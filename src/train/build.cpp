@@ -186,6 +186,13 @@ std::unique_ptr<Transformer> model_shapes(const Config& config, const ModelConfi
   auto model = std::make_unique<Transformer>(shape, dtype, seed, Weights::kUninitialized, at::kMeta);
   FrozenBase base = frozen_base(config);
   if (config.quant.base != "dense") base.stored = shape.stored;
+  if (!base.stored.empty() && shape.quantization == "int8") {
+    if (dtype == at::kDouble) throw ConfigError(str(shape.source, ": the weights are stored in int8, which goes with float32 or 16 bits, but the dtype is float64: set another, or quant.base=dense"));
+    const std::string where = shape.source + ": quantization_config";
+    const auto threshold = json_get_or<double>(shape.raw["quantization_config"], "llm_int8_threshold", base.threshold, where);
+    if (!(threshold >= 0)) throw DataError(str(where, ": llm_int8_threshold ", threshold, " is negative"));
+    if (config.quant.threshold == Config().quant.threshold) base.threshold = threshold;
+  }
   if (attach && !base.stored.empty() && config.lora.rank == 0 && config.lora.path.empty())
     throw ConfigError(str(shape.source, ": the weights are stored in ", shape.quantization, ", which stays as it is, and nothing would be trained: set lora.rank, or quant.base=dense to train the values that they stand for"));
   freeze_base(*model, base);  // the adapters are not part of it

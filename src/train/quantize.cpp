@@ -52,7 +52,7 @@ class LayerCount {
 void quantize_stored(const std::string& folder, const Config& config, const ModelSource& source, uint64_t max_shard_bytes) {
   at::NoGradGuard no_grad;
   const FrozenBase base = frozen_base(config);
-  if (base.kind != "nf4" && base.kind != "fp4") throw ConfigError(str("quant.base=", config.quant.base, " is no form that is written: set it to nf4 or fp4"));
+  if (base.kind != "nf4" && base.kind != "fp4" && base.kind != "int8") throw ConfigError(str("quant.base=", config.quant.base, " is no form that is written: set it to nf4, fp4 or int8"));
   if (!source.config.quantization.empty())
     throw ConfigError(str("the weights of ", source.folder, " are in ", source.config.quantization, " already: quantize the model's original weights, or what trireme export makes of these"));
   const at::ScalarType dtype = weight_dtype(config, source);
@@ -95,7 +95,7 @@ void quantize_stored(const std::string& folder, const Config& config, const Mode
     }
 
   Json json = model_config_to_json(source.config, dtype_name(dtype));
-  json["quantization_config"] = quantization_config(base.kind, base.is_double, dtype_name(base.compute.value_or(dtype)), skipped);
+  json["quantization_config"] = quantization_config(base.kind, base.is_double, dtype_name(base.compute.value_or(dtype)), base.threshold, skipped);
   const std::string whole = fs::absolute(folder + "/").lexically_normal().parent_path().string(), made = whole + ".tmp";
   clear_temporaries(made);
   export_model_folder(made, source.folder, source.tokenizer_folder, json, tensors, {}, true, max_shard_bytes);
