@@ -1,0 +1,32 @@
+"""QLoRA steps with transformers + PEFT + bitsandbytes in a plain loop: qlora_baseline.py MODEL_FOLDER IDS.json STEPS ROWS RANK PROGRESS
+NF4 with double quantization, products in bfloat16. IDS.json is an array of arrays of ids, one a row. Writes a line to PROGRESS after
+every step; prints its losses as JSON."""
+import json
+import sys
+
+import peft
+import torch
+import transformers
+
+folder, ids_file, steps, rows, rank, progress = sys.argv[1:]
+steps, rows, rank = int(steps), int(rows), int(rank)
+transformers.logging.set_verbosity_error()
+quantized = transformers.BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant=True, bnb_4bit_compute_dtype=torch.bfloat16)
+model = transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=torch.bfloat16, quantization_config=quantized, device_map="cpu")
+model = peft.get_peft_model(model, peft.LoraConfig(r=rank, lora_alpha=rank, target_modules="all-linear", task_type="CAUSAL_LM"))
+model.train()
+trained = [p for p in model.parameters() if p.requires_grad]
+optimizer = torch.optim.AdamW(trained, lr=1e-4)
+ids = json.load(open(ids_file))
+losses = []
+for step in range(steps):
+    batch = torch.tensor([ids[(step * rows + i) % len(ids)] for i in range(rows)])
+    loss = model(input_ids=batch, labels=batch).loss
+    loss.backward()
+    torch.nn.utils.clip_grad_norm_(trained, 1.0)
+    optimizer.step()
+    optimizer.zero_grad()
+    losses.append(loss.item())
+    with open(progress, "a") as file:
+        file.write(f"{step}\n")
+print(json.dumps(losses))
