@@ -9,6 +9,7 @@
 #include "launch/verbs.h"
 #include "train/check_config.h"
 #include "train/export.h"
+#include "train/merge_check.h"
 
 namespace trireme {
 
@@ -30,6 +31,16 @@ ExitStatus verb_export(const Config& config, const CommandLine& line, const Proc
   std::optional<Checkpoint> checkpoint;
   if (from_checkpoint) checkpoint = open_checkpoint(config.run.resume);
   export_stored(folder, config, source, checkpoint);
+  const bool quantized = !source.config.stored.empty() || config.quant.base == "nf4" || config.quant.base == "fp4" || config.quant.base == "int8";
+  if (config.lora.merge && quantized) try {
+    const at::ScalarType dtype = exported_dtype(config, source, checkpoint);
+    const double difference = check_merged(folder, config, source, dtype, checkpoint);
+    log_info(str("merged with what the quantized base stands for: logits differ from those of base and adapter by ", difference, " of their norm (rounding explains ",
+                 merge_bound(config.quant.base, dtype), ")"));
+  } catch (const Error&) {
+    std::filesystem::remove_all(folder);
+    throw;
+  }
   log_info(str("wrote ", folder));
   return kExitDone;
 }

@@ -238,7 +238,7 @@ TEST(Config, HelpOfAVerbNamesWhatItReads) {
       {"prepare", {"run.seed", "model", "data", "task", "log"}},
       {"tokenize", {"model", "data", "task", "tokenize", "log"}},
       {"quantize", {"run.dir", "model", "quant", "train.threads", "log"}},
-      {"export", {"run", "model", "data.chat_template", "data.template_args", "train.dtype", "train.threads", "lora", "log"}},
+      {"export", {"run", "model", "data.chat_template", "data.template_args", "train.dtype", "train.threads", "lora", "quant", "log"}},
       {"doctor", {"run.dir", "data.cache", "log"}}};
   for (const auto& [verb, list] : reads) {
     std::string text = help_text(verb);

@@ -3,7 +3,7 @@ import json
 
 import pytest
 import torch
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 
 from bounds import CURVE_BF16
 from mesh_runs import QUICKSTART
@@ -78,7 +78,7 @@ def test_evaluation_and_answers_are_of_what_was_trained(work):
     (["--lora.rank=0", "--lora.dropout=0"], "quant.base=nf4 freezes the weights, and nothing would be trained: set lora.rank, or leave quant.base out"),
     (["--quant.block_size=96"], "quant.block_size=96: allowed are 32, 64, 128, 256, 512, 1024, 2048, 4096"),
     (["--quant.block_size=16"], "quant.block_size=16: must be from 32 to 4096"),
-    (["--quant.base=nf5"], "quant.base=nf5: allowed are none, nf4, fp4, int8, fp8; did you mean nf4?"),
+    (["--quant.base=nf5"], "quant.base=nf5: allowed are none, dense, nf4, fp4, int8, fp8; did you mean nf4?"),
     (["--quant.base=int8", "--quant.double=false"], "quant.double is set, but quant.base is int8: set quant.base to nf4 or fp4, or leave quant.double out"),
     (["--quant.base=none", "--quant.block_size=32"], "quant.block_size is set, but quant.base is none"),
     (["--quant.threshold=3"], "quant.threshold is set, but quant.base is nf4: set quant.base to int8, or leave quant.threshold out"),
@@ -107,3 +107,48 @@ def test_the_plan_counts_the_bits(work):
     linears = 2 * (64 * 128 * 2 + 64 * 64 * 2 + 3 * 64 * 128)
     assert (bits["none"] - bits["int8"]) * 2**20 == pytest.approx(linears, abs=2 * 0.01 * 2**20)
     assert (bits["none"] - bits["nf4"]) * 2**20 == pytest.approx(linears * (2 - 4.127 / 8) - 14 * 1024, abs=2 * 0.01 * 2**20)  # each layer's map of scales; as it is said
+
+
+def test_an_adapter_is_merged_into_what_the_codes_stand_for(work):
+    """Against the sum by hand, of the values that evaluation computes with: those of a run that exports the base alone."""
+    done = run(work, "train", f"--run.dir={work}/pretrained", f"--model.config={work}/model.json", f"--model.tokenizer={QUICKSTART}/model", f"--data.train={QUICKSTART}/train.jsonl:8",
+               "--data.max_length=32", "--train.steps=1", "--train.dtype=float32")
+    assert done.returncode == 0, done.stderr
+    model = f"--model.path={work}/pretrained/model"
+    for dtype, bound in (("float32", 0), ("bfloat16", 2**-8)):
+        name = f"merge_{dtype}"
+        train(work, name, model, "--model.config=", "--model.tokenizer=", f"--train.dtype={dtype}", f"--model.dtype={dtype}", "--optim.lr=2e-2")
+        merged, alone, kept = (work / f"{name}_{what}" for what in ("merged", "alone", "kept"))
+        keys = [f"--model.dtype={dtype}", "--quant.base=nf4"]
+        done = run(work, "export", model, f"--lora.path={work}/{name}/adapter", "--lora.merge=true", *keys, f"--run.dir={merged}")
+        assert done.returncode == 0 and "merged with what the quantized base stands for: logits differ" in done.stderr, done.stderr
+        assert run(work, "export", model, *keys, f"--run.dir={alone}").returncode == 0
+        assert run(work, "export", f"{work}/{name}/config.ini", f"--run.resume={work}/{name}/checkpoints/step-6", "--lora.merge=true", f"--run.dir={kept}").returncode == 0
+        found, values, adapter, again = (load_file(path) for path in (merged / "model.safetensors", alone / "model.safetensors", work / name / "adapter/adapter_model.safetensors",
+                                                                      kept / "model.safetensors"))
+        original = load_file(work / "pretrained/model/model.safetensors")
+        assert all(torch.equal(again[key], value) for key, value in found.items())
+        for key, value in found.items():
+            path = f"base_model.model.{key.removesuffix('.weight')}"
+            if f"{path}.lora_A.weight" not in adapter:
+                assert torch.equal(value.float(), original[key].to(value.dtype).float()), key
+                continue
+            update = adapter[f"{path}.lora_B.weight"].float() @ adapter[f"{path}.lora_A.weight"].float()
+            room = (2 * bound + 1e-6) * (values[key].float().abs() + update.abs())
+            assert ((value.float() - values[key].float() - update).abs() <= room).all(), key
+            assert ((value.float() - original[key] - update).abs() > room).float().mean() > 0.5, key  # nothing was added to the weights as they are stored
+
+
+def test_merging_that_loses_the_model_is_refused(work):
+    """In float16 a weight of 1e5 is infinite."""
+    train(work, "lost", "--train.dtype=float16", "--model.dtype=float16", "--train.steps=1", "--data.eval=", "--eval.every=0")
+    path = work / "lost/adapter/adapter_model.safetensors"
+    tensors = load_file(path)
+    a = next(key for key in tensors if key.endswith("down_proj.lora_A.weight"))
+    tensors[a][:] = 300
+    tensors[a.replace("lora_A", "lora_B")][:] = 300  # their product is not in float16, though what goes through them may be
+    save_file(tensors, path, metadata={"format": "pt"})
+    done = run(work, "export", f"--model.config={work}/model.json", "--model.dtype=float16", f"--model.tokenizer={QUICKSTART}/model", f"--lora.path={work}/lost/adapter", "--lora.merge=true",
+               "--quant.base=nf4", f"--run.dir={work}/lost_merged")
+    assert done.returncode == 3 and "the merged weights are not the model that was trained" in done.stderr, done.stderr
+    assert not (work / "lost_merged").exists()

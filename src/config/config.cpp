@@ -64,7 +64,7 @@ const std::vector<Verb> kVerbs = {
     {"prepare", "tokenise data and report its lengths and masks", {"run.seed", "model", "data", "task", "log"}, {"log.trace"}},
     {"tokenize", "text or records to ids, and back", {"model", "data", "task", "tokenize", "log"}, {"log.trace"}},
     {"export", "write a checkpoint or adapter as a Hugging Face folder",
-     {"run", "model", "data.chat_template", "data.template_args", "train.dtype", "train.threads", "lora", "log"}, {"log.trace"}},
+     {"run", "model", "data.chat_template", "data.template_args", "train.dtype", "train.threads", "lora", "quant", "log"}, {"log.trace"}},
     {"quantize", "write a model with its linear layers in 4 or 8 bits, as bitsandbytes does", {"run.dir", "model", "quant", "train.threads", "log"}, {"log.trace"}},
     {"plan", "parameters, memory and steps of a run, without running it",
      {"run", "model", "data", "task", "train", "optim", "schedule", "lora", "quant", "parallel", "comm", "checkpoint", "eval", "log", "plan"}, kNotInRuns},

@@ -6,6 +6,7 @@
 #include "base/check.h"
 #include "checkpoint/export_folder.h"
 #include "checkpoint/peft.h"
+#include "ops/dequantized_weight.h"
 #include "parallel/gather.h"
 #include "train/text_tools.h"
 
@@ -52,6 +53,16 @@ void write_peft(const std::string& folder, const std::vector<TensorSource>& tens
   if (writes && !source.tokenizer_folder.empty()) copy_tokenizer_files(source.tokenizer_folder, folder, exported_chat(config, source));
 }
 
+// In fp32: what a merged weight is rounded from, once.
+at::Tensor value_of(FrozenWeight& frozen, const at::Tensor& whole_OI) {
+  const std::vector<FrozenWeight::Leaf> without_memory = frozen.leaves();
+  frozen.set(whole_OI);
+  const at::Tensor value = at::empty(whole_OI.sizes(), whole_OI.scalar_type() == at::kDouble ? at::kDouble : at::kFloat);
+  dynamic_cast<const DequantizedWeight&>(frozen).dequantize(value);
+  frozen.leaves() = without_memory;
+  return value;
+}
+
 at::ScalarType trained_dtype(const Checkpoint& checkpoint) {
   for (const auto& [name, tensor] : checkpoint.tensors())
     if (name.starts_with("model/")) return tensor.dtype;
@@ -74,12 +85,16 @@ void export_adapter(const std::string& folder, const Chunks& model, const Config
   write_peft(folder, tensors, model[0]->dtype(), config, source, world.rank() == 0);
 }
 
+at::ScalarType exported_dtype(const Config& config, const ModelSource& source, const std::optional<Checkpoint>& checkpoint) {
+  return checkpoint ? trained_dtype(*checkpoint) : weight_dtype(config, source);
+}
+
 void export_stored(const std::string& folder, const Config& config, const ModelSource& source,
                    const std::optional<Checkpoint>& checkpoint, uint64_t max_shard_bytes) {
-  const at::ScalarType dtype = checkpoint ? trained_dtype(*checkpoint) : weight_dtype(config, source);
+  const at::ScalarType dtype = exported_dtype(config, source, checkpoint);
   WeightFill fill;
   Config stored = config;
-  stored.quant.base = "dense";  // float8 is how products are made: what is merged and written are the weights themselves
+  stored.quant.base = "dense";
   const auto shapes = build_model(stored, source, dtype, checkpoint.has_value(), at::kCPU, true, {}, &fill);
   auto of_adapter = [](const auto& tensor) { return is_adapter({tensor.first, {}, {}}); };
   if (checkpoint && !has_lora(*shapes) && std::any_of(checkpoint->tensors().begin(), checkpoint->tensors().end(), of_adapter))
@@ -95,11 +110,17 @@ void export_stored(const std::string& folder, const Config& config, const ModelS
   }
   if (checkpoint) checkpoint->check(trained, true);
   auto read = [&](const Parameter& p) {
-    const at::Tensor value = at::empty(p.value.sizes(), p.value.scalar_type());
+    const bool wide = source.config.stored.count(p.name.substr(0, p.name.rfind(".weight"))) != 0 && p.value.scalar_type() != at::kDouble;
+    const at::Tensor value = at::empty(p.value.sizes(), wide ? at::kFloat : p.value.scalar_type());
     if (checkpoint && p.value.requires_grad()) checkpoint->load({stored_as(p, value)}, true);
     else fill({{p.name, value, p.shard}});
     return value;
   };
+  // What a base in 4 or 8 bits stands for is what was trained beside; float8 is how products are made, of the weights as they are stored.
+  std::map<std::string, std::shared_ptr<FrozenWeight>> quantized;
+  const auto frozen = config.quant.base == "none" ? nullptr : model_shapes(config, source.config, dtype, false);
+  for (const Linear* l : frozen ? frozen->linears() : std::vector<Linear*>())
+    if (dynamic_cast<const DequantizedWeight*>(l->frozen.get()) && !source.config.stored.count(l->path)) quantized[l->path + ".weight"] = l->frozen;
   std::map<std::string, const Linear*> adapted;
   for (const Linear* l : shapes->linears())
     if (l->lora) adapted[l->path + ".weight"] = l;
@@ -108,7 +129,8 @@ void export_stored(const std::string& folder, const Config& config, const ModelS
   std::vector<TensorSource> tensors;
   for (const Parameter& p : only(shapes->parameters(), adapters))
     tensors.push_back({p.name, dtype, p.value.sizes().vec(), [&, p] {
-                         const at::Tensor value = read(p);
+                         at::Tensor value = read(p);
+                         if (auto q = quantized.find(p.name); q != quantized.end()) value = value_of(*q->second, value);
                          if (auto l = adapted.find(p.name); l != adapted.end()) {
                            const std::string name = "base_model.model." + l->second->path;
                            merge_lora(value, {read(by_name.at(name + ".lora_A.weight")), read(by_name.at(name + ".lora_B.weight")),

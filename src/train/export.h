@@ -16,9 +16,12 @@ void export_model(const std::string& folder, const Chunks& model, const Config& 
 void export_adapter(const std::string& folder, const Chunks& model, const Config& config, const ModelSource& source,
                     const Communicator& world = Communicator::self(), const HoldWeight& hold = {});
 
+// Of the weights that export_stored() writes.
+at::ScalarType exported_dtype(const Config& config, const ModelSource& source, const std::optional<Checkpoint>& checkpoint);
+
 // Writes what files hold: the model's weights, those that `checkpoint` has from there, with adapters merged (lora.merge), or the
 // adapters alone. This process alone reads and writes, and has one weight in memory at a time (with its update, where an adapter is
-// merged). ConfigError where the checkpoint holds adapters and the configuration none; DataError where it is of another model.
+// merged). With quant.base=nf4, fp4 or int8 the weights are what those codes stand for, in fp32 until they are rounded once. ConfigError where the checkpoint holds adapters and the configuration none; DataError where it is of another model.
 void export_stored(const std::string& folder, const Config& config, const ModelSource& source,
                    const std::optional<Checkpoint>& checkpoint, uint64_t max_shard_bytes = kMaxShardBytes);
 

@@ -1,0 +1,54 @@
+#include "base/tensor.h"
+
+#include "train/merge_check.h"
+
+#include "base/check.h"
+#include "base/random.h"
+
+namespace trireme {
+namespace {
+
+at::Tensor probe_logits(Transformer& model) {
+  constexpr int64_t kTokens = 64;
+  const int64_t tokens = std::min(kTokens, model.config().max_positions);
+  ModelInput input;
+  std::vector<int64_t> ids, positions;
+  for (int64_t t = 0; t < tokens; ++t) {
+    ids.push_back(static_cast<int64_t>(random_bits(0, RandomStream::kDropout, 0, static_cast<uint64_t>(t)) % static_cast<uint64_t>(model.config().vocab_size)));
+    positions.push_back(t);
+  }
+  input.tokens_T = at::tensor(ids), input.positions_T = at::tensor(positions), input.cu_seqlens = {0, tokens};
+  return model.logits(model.forward(input));
+}
+
+}  // namespace
+
+double merge_bound(const std::string& quant_base, at::ScalarType dtype) {
+  const double rounding = dtype == at::kFloat ? 1e-4 : dtype == at::kDouble ? 1e-6 : dtype == at::kHalf ? 0.02 : 0.05;
+  return quant_base == "int8" ? rounding + 0.05 : rounding;
+}
+
+double check_merged(const std::string& folder, const Config& config, const ModelSource& source, at::ScalarType dtype, const std::optional<Checkpoint>& checkpoint) {
+  at::NoGradGuard no_grad;
+  at::Tensor trained, written;
+  {
+    const auto model = build_model(config, source, dtype, checkpoint.has_value(), at::kCPU);
+    std::vector<NamedTensor> adapters;
+    for (const Parameter& p : model->parameters())
+      if (checkpoint && p.value.requires_grad()) adapters.push_back({"model/" + p.name, p.value.detach(), p.shard});
+    if (checkpoint) checkpoint->load(adapters, true);
+    trained = probe_logits(*model);
+  }
+  {
+    Config merged;
+    merged.model.path = folder;
+    written = probe_logits(*build_model(merged, find_model(merged), dtype, false, at::kCPU));
+  }
+  const double difference = ((written - trained).norm() / trained.norm()).item<double>(), bound = merge_bound(config.quant.base, dtype);
+  if (!(difference <= bound))
+    throw DataError(str(folder, ": the merged weights are not the model that was trained: its logits differ by ", difference, " of their norm, and at most ", bound,
+                        " is what rounding explains. Export the adapter alone (lora.merge=false), or merge in a wider dtype"));
+  return difference;
+}
+
+}  // namespace trireme

@@ -1,0 +1,19 @@
+// Whether merged weights are the model that was trained: a quantized base with adapters beside it, and the weights that became of both.
+#pragma once
+
+#include <optional>
+
+#include "checkpoint/checkpoint.h"
+#include "train/build.h"
+
+namespace trireme {
+
+// DataError where the logits of the merged model in `folder` are farther from those of the model of `config` with its adapters (those of
+// `checkpoint`, if there is one), for fixed tokens, than merge_bound() of their norm. Both are in memory, one after the other. Returns how far.
+double check_merged(const std::string& folder, const Config& config, const ModelSource& source, at::ScalarType dtype, const std::optional<Checkpoint>& checkpoint);
+
+// What rounding makes of logits: of the merged weights once and of every activation on both sides; with int8 also that inputs are
+// quantized on one side alone.
+double merge_bound(const std::string& quant_base, at::ScalarType dtype);
+
+}  // namespace trireme
