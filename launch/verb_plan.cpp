@@ -4,6 +4,7 @@
 #include "base/log.h"
 #include "comm/communicator.h"
 #include "launch/verbs.h"
+#include "ops/attention_device.h"
 #include "train/agreement.h"
 #include "train/check_config.h"
 #include "train/device.h"
@@ -25,7 +26,9 @@ ExitStatus verb_plan(const Config& config, const CommandLine& line, const Proces
     check_dtype(config, dtype, planned.device);
     if (config.data.max_length > row) log_info(str("plan: rows of ", row, " tokens, the model's max_position_embeddings; data.max_length=", config.data.max_length, " is more"));
     const Plan plan = make_plan(config, source.config, dtype, mesh, planned);
-    log_info(str(plan.text(), "\n", fit_text(plan, config, source.config, dtype, planned_room(config, config.plan.ranks > 0 ? 1 : process.local_size()))));
+    const auto room = planned_room(config, config.plan.ranks > 0 ? 1 : process.local_size());
+    log_info(str(plan.text(), "\n", fit_text(plan, config, source.config, dtype, room)));
+    if (room && (!plan.of_device() || has_attention_kernels(dtype, source.config.head_dim))) log_info(longest_row_text(plan, config, source.config, dtype, *room));
     if (planned.device != at::kCPU) say_kernel_gaps(kernel_gaps(config, source.config, dtype, mesh));
   });
   return kExitDone;

@@ -281,5 +281,21 @@ TEST(Plan, WhatWouldFitIsSaid) {
   EXPECT_NE(fit_text(plan, config, c, at::kBFloat16, 1 << 20).find("more ranks along parallel.tensor or parallel.pipeline"), std::string::npos);
 }
 
+TEST(Plan, TheLongestRowIsTheLastThatFits) {
+  ModelConfig c = gpt(4, 256, 4);
+  c.max_positions = 4096;
+  const Config config = config_with({{"lora.rank", "4"}, {"checkpoint.async", "false"}});
+  const auto needed = [&](int64_t row) { return plan_of(config, c, at::kBFloat16, 1, row).needed_bytes(); };
+  const Plan plan = plan_of(config, c, at::kBFloat16, 1, 512);
+  const auto text = [&](uint64_t room) { return longest_row_text(plan, config, c, at::kBFloat16, room); };
+  EXPECT_TRUE(text(needed(1024)).starts_with("plan: rows of up to 1024 tokens fit into ")) << text(needed(1024));
+  EXPECT_TRUE(text(needed(1024) - 1).starts_with("plan: rows of up to 960 tokens fit into ")) << text(needed(1024) - 1);
+  EXPECT_NE(text(needed(8192)).find("rows of up to 4096 tokens fit into "), std::string::npos);
+  EXPECT_NE(text(needed(8192)).find("the model's max_position_embeddings"), std::string::npos);
+  EXPECT_TRUE(text(1 << 20).starts_with("plan: not even rows of 64 tokens fit into 1.00 MiB"));
+  const std::string advice = fit_text(plan, config, c, at::kBFloat16, plan.needed_bytes() - 2000000);
+  EXPECT_NE(advice.find("quant.base=nf4 ("), std::string::npos) << advice;
+}
+
 }  // namespace
 }  // namespace trireme

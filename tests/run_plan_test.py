@@ -35,7 +35,11 @@ def test_a_large_model_on_many_ranks(plan):
     fitting = dict(re.findall(r"(\S+) \(([\d.]+) GiB\)", words))
     assert float(needed) > 74.51 > max(map(float, fitting.values())) and set(fitting) == {"train.recompute=selective", "train.recompute=full"}
     for change, gib in fitting.items():  # what is promised holds
-        assert plan(*keys, "--plan.memory_gb=80", f"--{change}").endswith(f"needs {gib} GiB of its device and has 74.51 GiB: it fits\n")
+        said = plan(*keys, "--plan.memory_gb=80", f"--{change}")
+        assert f"needs {gib} GiB of its device and has 74.51 GiB: it fits\n" in said
+        longest = int(re.search(r"plan: rows of up to (\d+) tokens fit into 74.51 GiB", said)[1])
+        assert 8192 == longest and "the model's max_position_embeddings" in said
+    assert 64 < int(re.search(r"plan: rows of up to (\d+) tokens fit into 74.51 GiB", plan(*keys, "--plan.memory_gb=80"))[1]) < 8192
 
 
 def test_a_mesh_that_does_not_fit_is_refused_with_those_that_do(plan):

@@ -140,7 +140,9 @@ std::string fit_text(const Plan& plan, const Config& config, const ModelConfig& 
   };
   auto set = [](auto& value, auto wanted) { return std::exchange(value, wanted) != wanted; };
   const bool copies = plan.mesh.num_data() > 1;
+  const bool adapts = config.lora.rank > 0 || !config.lora.path.empty();
   const std::vector<Change> changes = {
+      {"quant.base=nf4", [&](Config& c) { return adapts && model.stored.empty() && c.quant.base == "none" && dtype != at::kDouble && set(c.quant.base, "nf4"); }},
       {"train.recompute=selective", [&](Config& c) { return c.train.recompute == "none" && set(c.train.recompute, "selective"); }},
       {"parallel.zero=1", [&](Config& c) { return copies && c.parallel.zero < 1 && set(c.parallel.zero, 1); }},
       {"parallel.zero=2", [&](Config& c) { return copies && c.parallel.zero < 2 && set(c.parallel.zero, 2); }},
@@ -171,6 +173,21 @@ std::string fit_text(const Plan& plan, const Config& config, const ModelConfig& 
   return room + "it does not fit; " + (fitting.empty() ? "no recomputation, ZeRO stage or smaller micro-batch is enough: use more ranks along "
                                                          "parallel.tensor or parallel.pipeline, a shorter data.max_length, or lora.rank"
                                                        : "it would with " + joined(fitting, ", or with "));
+}
+
+std::string longest_row_text(const Plan& plan, const Config& config, const ModelConfig& model, at::ScalarType dtype, uint64_t room_bytes) {
+  constexpr int64_t kStep = 64;
+  const auto fits = [&](int64_t row) {
+    PlannedData data = plan.data;
+    data.longest_row = row, data.mean_row = static_cast<double>(row);
+    if (data.longest_eval_row > 0) data.longest_eval_row = row;
+    return make_plan(config, model, dtype, plan.mesh, data).needed_bytes() <= room_bytes;
+  };
+  int64_t below = 0, above = model.max_positions / kStep + 1;  // rows of `below` steps fit, of `above` do not or are too long
+  while (above - below > 1) (fits((below + above) / 2 * kStep) ? below : above) = (below + above) / 2;
+  if (below == 0) return str("plan: not even rows of ", kStep, " tokens fit into ", b(room_bytes));
+  return str("plan: rows of up to ", below * kStep, " tokens fit into ", b(room_bytes), (below + 1) * kStep > model.max_positions ? ", the model's max_position_embeddings" : "", " (data.max_length, with train.micro_batch_size=",
+             config.train.micro_batch_size, ")");
 }
 
 }  // namespace trireme

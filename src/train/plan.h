@@ -59,4 +59,8 @@ void check_device_memory(const Plan& plan, uint64_t free_bytes);
 // Whether a rank fits what it may use where it computes, and else by which changes of the configuration it would. One line.
 std::string fit_text(const Plan& plan, const Config& config, const ModelConfig& model, at::ScalarType dtype, std::optional<uint64_t> room_bytes);
 
+// The longest rows, in 64s up to the model's max_position_embeddings, of which a micro-batch fits into so many bytes: "plan: rows of up to
+// 4096 tokens fit ...".
+std::string longest_row_text(const Plan& plan, const Config& config, const ModelConfig& model, at::ScalarType dtype, uint64_t room_bytes);
+
 }  // namespace trireme
