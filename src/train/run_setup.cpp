@@ -51,8 +51,7 @@ void TrainingRun::read_files() {
   larger_is_better_ = task_->larger_is_better(config_.eval.metric);
   dtype_ = train_dtype(config_, source_);
   check_dtype(config_, dtype_, only_asks_ ? planned_device(config_) : device_.type());
-  if (optimizer_options(config_, dtype_).kind == OptimizerKind::kAdafactor && (only_asks_ ? planned_device(config_) : device_.type()) != at::kCPU)
-    throw ConfigError("optim.kind=adafactor is computed for weights on the CPU alone: set run.device=cpu, or take optim.kind=adamw8bit or lion, which need little memory too");
+  optimizer_options(config_, dtype_);  // refuses what cannot be
   options_ = data_options(config_, *tools_, source_.config.vocab_size);
   options_.check();
   build_model(config_, source_, dtype_, true, device_, true);
