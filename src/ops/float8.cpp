@@ -6,6 +6,7 @@
 #include "ops/device.h"
 #include "ops/op_support.h"
 #include "ops/product.h"
+#include "ops/weight_leaf.h"
 
 namespace trireme {
 namespace {
@@ -44,11 +45,7 @@ void product_of_codes(const Codes& a_MK, const Codes& b_NK, const at::Tensor& bi
 class Float8Weight : public FrozenWeight {
  public:
   Float8Weight(const std::string& path, int64_t out_features, int64_t in_features) : FrozenWeight(path, out_features, in_features) {
-    const auto leaf = [](const char* suffix, at::IntArrayRef sizes, at::ScalarType dtype) {
-      const at::Tensor value = at::empty(sizes, at::TensorOptions(dtype).device(at::kMeta));
-      return Leaf{suffix, value, ShardSpec::whole(value)};
-    };
-    leaves_ = {leaf(".weight", {out_features, in_features}, at::kByte), leaf(".weight.transposed", {in_features, out_features}, at::kByte), leaf(".weight.scale", {1}, at::kFloat)};
+    leaves_ = {whole_leaf(".weight", {out_features, in_features}, at::kByte), whole_leaf(".weight.transposed", {in_features, out_features}, at::kByte), whole_leaf(".weight.scale", {1}, at::kFloat)};
     check_sizes();
   }
 
@@ -60,12 +57,8 @@ class Float8Weight : public FrozenWeight {
   void keep(int64_t dim, int64_t begin, int64_t end) override {
     (dim == 0 ? out_features_ : in_features_) = end - begin;
     check_sizes();
-    for (int64_t i : {0, 1}) {  // the second is transposed
-      Leaf& leaf = leaves_[static_cast<size_t>(i)];
-      const int64_t its_dim = i == 0 ? dim : 1 - dim;
-      leaf.value = at::empty_like(leaf.value.narrow(its_dim, begin, end - begin), at::MemoryFormat::Contiguous);
-      leaf.place.offset[static_cast<size_t>(its_dim)] = begin;
-    }
+    cut_leaf(leaves_[0], dim, begin, end);
+    cut_leaf(leaves_[1], 1 - dim, begin, end);  // is transposed
   }
 
   Product times_transposed() const override { return product_with(leaves_[0].value, Type::kFloat8E4M3); }

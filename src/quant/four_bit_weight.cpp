@@ -3,6 +3,7 @@
 #include "quant/four_bit_weight.h"
 
 #include "base/check.h"
+#include "ops/weight_leaf.h"
 #include "quant/dynamic_map.h"
 
 namespace trireme {
@@ -17,18 +18,14 @@ class FourBitWeight : public DequantizedWeight {
     if (in_features % 2 != 0)
       throw ConfigError(str("quant.base: ", path, " has ", in_features, " inputs, an odd number, whose codes of 4 bits fill no whole bytes: add it to quant.skip"));
     const int64_t size = options.block_size, count = out_features * in_features, blocks = (count + size - 1) / size;
-    const auto leaf = [](const char* suffix, at::IntArrayRef sizes, at::ScalarType dtype) {
-      const at::Tensor value = at::empty(sizes, at::TensorOptions(dtype).device(at::kMeta));
-      return Leaf{suffix, value, ShardSpec::whole(value)};
-    };
-    leaves_.push_back(leaf(".weight", {out_features, in_features / 2}, at::kByte));
+    leaves_.push_back(whole_leaf(".weight", {out_features, in_features / 2}, at::kByte));
     const auto scales = has_whole_blocks() ? std::vector<int64_t>{out_features, in_features / size} : std::vector<int64_t>{blocks};
-    leaves_.push_back(leaf(".weight.absmax", scales, options.is_double ? at::kByte : at::kFloat));
+    leaves_.push_back(whole_leaf(".weight.absmax", scales, options.is_double ? at::kByte : at::kFloat));
     if (!options.is_double) return;
     const int64_t nested = BlockScales().nested_block_size;
-    leaves_.push_back(leaf(".weight.nested_absmax", {(blocks + nested - 1) / nested}, at::kFloat));
-    leaves_.push_back(leaf(".weight.nested_quant_map", {256}, at::kFloat));
-    leaves_.push_back(leaf(".weight.nested_offset", {1}, at::kFloat));
+    leaves_.push_back(whole_leaf(".weight.nested_absmax", {(blocks + nested - 1) / nested}, at::kFloat));
+    leaves_.push_back(whole_leaf(".weight.nested_quant_map", {256}, at::kFloat));
+    leaves_.push_back(whole_leaf(".weight.nested_offset", {1}, at::kFloat));
   }
 
   std::vector<at::Tensor> encode(const at::Tensor& whole_OI) const override {
@@ -41,19 +38,15 @@ class FourBitWeight : public DequantizedWeight {
     const int64_t rows = out_features_, columns = in_features_, size = options_.block_size;
     TRIREME_CHECK(slice_.first == 0 && slice_.per_row == 0, path_, " is cut twice");
     if (!four_bit_slice_fits(rows, columns, dim, begin, end, size)) refuse(dim, begin, end);
-    const auto cut = [](Leaf& leaf, int64_t its_dim, int64_t first, int64_t last) {
-      leaf.value = at::empty_like(leaf.value.narrow(its_dim, first, last - first), at::MemoryFormat::Contiguous);
-      leaf.place.offset[static_cast<size_t>(its_dim)] = first;
-    };
     if (dim == 0) {
       const bool by_rows = has_whole_blocks();
-      cut(leaves_[kCodes], 0, begin, end);
-      cut(leaves_[kAbsmax], 0, by_rows ? begin : begin * columns / size, by_rows ? end : (end * columns + size - 1) / size);
+      cut_leaf(leaves_[kCodes], 0, begin, end);
+      cut_leaf(leaves_[kAbsmax], 0, by_rows ? begin : begin * columns / size, by_rows ? end : (end * columns + size - 1) / size);
       slice_.first = begin * columns / size;
       out_features_ = end - begin;
     } else {
-      cut(leaves_[kCodes], 1, begin / 2, end / 2);
-      cut(leaves_[kAbsmax], 1, begin / size, end / size);
+      cut_leaf(leaves_[kCodes], 1, begin / 2, end / 2);
+      cut_leaf(leaves_[kAbsmax], 1, begin / size, end / size);
       slice_ = {begin / size, (end - begin) / size, columns / size};
       in_features_ = end - begin;
     }

@@ -3,6 +3,7 @@
 #include "quant/int8_weight.h"
 
 #include "base/check.h"
+#include "ops/weight_leaf.h"
 
 namespace trireme {
 namespace {
@@ -11,11 +12,7 @@ class Int8Weight : public DequantizedWeight {
  public:
   Int8Weight(const std::string& path, int64_t out_features, int64_t in_features, at::ScalarType dtype, double threshold)
       : DequantizedWeight(path, out_features, in_features, dtype), threshold_(static_cast<float>(threshold)), dtype_size_(static_cast<int64_t>(c10::elementSize(dtype))) {
-    const auto leaf = [](const char* suffix, at::IntArrayRef sizes, at::ScalarType type) {
-      const at::Tensor value = at::empty(sizes, at::TensorOptions(type).device(at::kMeta));
-      return Leaf{suffix, value, ShardSpec::whole(value)};
-    };
-    leaves_ = {leaf(".weight", {out_features, in_features}, at::kChar), leaf(".SCB", {out_features}, at::kFloat)};
+    leaves_ = {whole_leaf(".weight", {out_features, in_features}, at::kChar), whole_leaf(".SCB", {out_features}, at::kFloat)};
     check_sizes();
   }
 
@@ -27,11 +24,8 @@ class Int8Weight : public DequantizedWeight {
   void keep(int64_t dim, int64_t begin, int64_t end) override {
     (dim == 0 ? out_features_ : in_features_) = end - begin;
     check_sizes();
-    for (Leaf& leaf : leaves_) {
-      if (dim >= leaf.value.dim()) continue;
-      leaf.value = at::empty_like(leaf.value.narrow(dim, begin, end - begin), at::MemoryFormat::Contiguous);
-      leaf.place.offset[static_cast<size_t>(dim)] = begin;
-    }
+    for (Leaf& leaf : leaves_)
+      if (dim < leaf.value.dim()) cut_leaf(leaf, dim, begin, end);
   }
 
   Product times_transposed() const override {
