@@ -98,7 +98,7 @@ TEST_F(CheckpointFiles, PeftConfigRoundTripAndRefusals) {
       ", which is not supported. Retrain the adapter without it, or merge it into its base model with PEFT "
       "(merge_and_unload).";
   EXPECT_EQ(refusal("peft_type", "IA3"), "f.json: 'peft_type' is \"IA3\"; only \"LORA\" is supported.");
-  EXPECT_EQ(refusal("use_dora", true), "f.json: 'use_dora' is true" + advice);
+  EXPECT_EQ(refusal("use_qalora", true), "f.json: 'use_qalora' is true" + advice);
   EXPECT_EQ(refusal("rank_pattern", {{"q_proj", 4}}), "f.json: 'rank_pattern' is {\"q_proj\":4}" + advice);
   EXPECT_EQ(refusal("bias", "all"), "f.json: 'bias' is \"all\"" + advice);
   EXPECT_EQ(refusal("modules_to_save", {"lm_head"}), "f.json: 'modules_to_save' is [\"lm_head\"]" + advice);

@@ -97,6 +97,32 @@ def test_a_checkpoint_with_adapters_is_exported_as_adapter_or_merged(work, adapt
     close(ours(work, f"--model.path={work / 'lora-merged'}"), logits)
 
 
+@pytest.mark.parametrize("name, options", [("pissa", ["--lora.init=pissa"]), ("dora", ["--lora.dora=true"]), ("pissa-dora", ["--lora.init=pissa", "--lora.dora=true", "--lora.rslora=true"]),
+                                           ("loftq", ["--lora.init=loftq", "--quant.base=nf4"])])
+def test_adapters_that_begin_with_the_weights_or_have_magnitudes_go_out_for_the_weights(work, name, options):
+    """Whole runs and checkpoints, as adapters and merged, are one model; PEFT reads it, and has the logits."""
+    keys = (f"--model.path={work / 'base'}", "--lora.rank=4", *options)
+    run = train(work, name, *keys)
+    stored = (run / "config.ini", f"--run.resume={run}/checkpoints/step-4")
+    hf_models.succeed("export", *stored, f"--run.dir={work / name}-out")
+    for file in ("adapter_model.safetensors", "adapter_config.json"):
+        assert (work / f"{name}-out" / file).read_bytes() == (run / "adapter" / file).read_bytes()
+    hf_models.succeed("export", *stored, "--lora.merge=true", f"--run.dir={work / name}-merged")
+    logits = ours(work, f"--model.path={work / name}-merged")
+    if "quant" in options[-1]:  # merged into what the 4 bits stand for; the adapter is for the weights without their loss
+        logits = ours(work, f"--model.path={work / 'base'}", f"--lora.path={run / 'adapter'}")
+    close(ours(work, f"--model.path={work / 'base'}", f"--lora.path={run / 'adapter'}"), logits)
+    if "quant" in options[-1]:
+        done = hf_models.run("export", keys[0], *options[:1], "--lora.rank=4", stored[1], f"--run.dir={work / name}-none")
+        assert done.returncode == 2 and "quant.base is none: name the run's config.ini" in done.stderr
+    model = peft.PeftModel.from_pretrained(base(work), run / "adapter")
+    assert model.peft_config["default"].r == (8 if "init" in options[0] else 4) and model.peft_config["default"].use_dora == ("dora" in name)
+    close(theirs(model), logits)
+    assert (logits - theirs(base(work))).abs().max().item() > 0.01
+    hf_models.succeed("export", f"--model.path={work / 'base'}", f"--lora.path={run / 'adapter'}", "--lora.merge=true", f"--run.dir={work / name}-again")
+    close(ours(work, f"--model.path={work / name}-again"), logits)
+
+
 def test_a_checkpoint_of_a_run_that_began_with_an_adapter_is_exported(work, adapter):
     run = train(work, "lora_again", f"--model.path={work / 'base'}", f"--lora.path={adapter}")
     out = work / "of_checkpoint"
@@ -112,7 +138,7 @@ def peft_adapter(work, name, **options):
     return model
 
 
-@pytest.mark.parametrize("name, options", [("plain", {}), ("rslora", {"use_rslora": True}),
+@pytest.mark.parametrize("name, options", [("plain", {}), ("rslora", {"use_rslora": True}), ("dora", {"use_dora": True}),
                                            ("all-linear", {"target_modules": "all-linear", "lora_dropout": 0.3}),
                                            ("pattern", {"target_modules": r".*layers\.1\.self_attn\.(q|k)_proj"})])
 def test_an_adapter_of_peft_comes_in(work, name, options):
@@ -126,7 +152,7 @@ def test_an_adapter_of_peft_comes_in(work, name, options):
     assert peft.PeftConfig.from_pretrained(again).use_rslora == bool(options.get("use_rslora"))
 
 
-@pytest.mark.parametrize("key, value", [("rank_pattern", {"q_proj": 8}), ("alpha_pattern", {"q_proj": 12}), ("use_dora", True),
+@pytest.mark.parametrize("key, value", [("rank_pattern", {"q_proj": 8}), ("alpha_pattern", {"q_proj": 12}), ("use_qalora", True),
                                         ("bias", "lora_only"), ("modules_to_save", ["lm_head"])])
 def test_what_an_adapter_cannot_have_is_refused_by_name(work, key, value):
     peft_adapter(work, f"peft-{key}", **{key: value})

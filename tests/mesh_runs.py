@@ -20,6 +20,7 @@ KINDS = {
     # Goes on from an adapter that has learnt: of a new one B is zero, and so is the first gradient of every A.
     "lora_tied_packed": (dict(tie_word_embeddings=True), ["--lora.path={work}/learnt/adapter", "--data.packing=true", "--data.max_length=96"],
                          "adapter/adapter_model.safetensors"),
+    "dora_pissa": (dict(tie_word_embeddings=False), ["--lora.rank=4", "--lora.dora=true", "--lora.init=pissa", "--lora.dropout=0.2"], "adapter/adapter_model.safetensors"),
     # Blocks of 32 are the largest that four ranks do not cut.
     "qlora_packed": (dict(hidden_size=64, head_dim=32, intermediate_size=128, tie_word_embeddings=False),
                      ["--quant.base=nf4", "--quant.block_size=32", "--lora.rank=4", "--lora.dropout=0.2", "--data.packing=true", "--data.max_length=96"],

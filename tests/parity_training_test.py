@@ -1,6 +1,7 @@
 """50 steps of training against transformers and PEFT, and the same steps cut up otherwise. The bounds are in bounds.py."""
 import copy
 import json
+import os
 import shutil
 import types
 
@@ -30,12 +31,14 @@ def work(tmp_path_factory):
     model = transformers.LlamaForCausalLM(config)
     model.save_pretrained(folder / "base")
     hf_models.add_tokenizer(folder / "base")
-    lora = peft.get_peft_model(copy.deepcopy(model), peft.LoraConfig(r=4, lora_alpha=8, target_modules="all-linear",
-                                                                   task_type="CAUSAL_LM"))
-    for name, value in lora.named_parameters():  # B of zeros would hide A's gradient
-        if "lora_B" in name:
-            torch.nn.init.normal_(value, std=0.02)
-    lora.save_pretrained(folder / "adapter")
+    for name, options in {"adapter": {}, "dora": {"use_dora": True}}.items():
+        lora = peft.get_peft_model(copy.deepcopy(model), peft.LoraConfig(r=4, lora_alpha=8, target_modules="all-linear", task_type="CAUSAL_LM", **options))
+        for key, value in lora.named_parameters():  # B of zeros would hide A's gradient
+            if "lora_B" in key:
+                torch.nn.init.normal_(value, std=0.02)
+            elif "magnitude" in key:  # no norm any more
+                value.data *= 1 + 0.1 * torch.randn(value.shape)
+        lora.save_pretrained(folder / name)
     # bitsandbytes takes rows of whole blocks back right on a CPU.
     wide = transformers.LlamaForCausalLM(transformers.LlamaConfig(**config.to_dict() | dict(hidden_size=64, intermediate_size=128, num_attention_heads=4)))
     wide.save_pretrained(folder / "wide")
@@ -145,13 +148,45 @@ def quantized_model(work, kind):
     return model.train()
 
 
+ADAPTERS = {"lora": "adapter", "dora": "dora"}
+# By lora.init: keys, and with the weights of 4 bits how often they are made.
+STARTS = {"pissa": (["--lora.init=pissa"], 0), "pissa_rslora_dora": (["--lora.init=pissa", "--lora.rslora=true", "--lora.dora=true"], 0),
+          "loftq": (["--lora.init=loftq", "--quant.base=nf4", "--quant.double=false"], 1),
+          "loftq_fp4": (["--lora.init=loftq", "--quant.base=fp4", "--quant.double=false", "--lora.loftq_iterations=3"], 3)}
+STARTED = dict(r=4, lora_alpha=4, target_modules="all-linear", task_type="CAUSAL_LM")
+
+
+def started(model, kind):
+    keys, iterations = STARTS[kind]
+    if not iterations:
+        return peft.get_peft_model(model, peft.LoraConfig(init_lora_weights="pissa", use_rslora="rslora" in kind, use_dora="dora" in kind, **STARTED))
+    # Li et al. 2023, algorithm 1, as PEFT, whose code asks for CUDA and for nf4.
+    model = peft.get_peft_model(model, peft.LoraConfig(**STARTED))
+    form = "fp4" if "fp4" in kind else "nf4"
+    for module in model.modules():
+        if not hasattr(module, "lora_A"):
+            continue
+        weight = rest = module.base_layer.weight.data
+        for _ in range(iterations):
+            codes, state = bitsandbytes.functional.quantize_4bit(rest.contiguous().view(1, -1), blocksize=64, quant_type=form)
+            base = bitsandbytes.functional.dequantize_4bit(codes, state).view(weight.shape)
+            u, s, v = torch.linalg.svd(weight - base, full_matrices=False)
+            b, a = u[:, :4] * s[:4].sqrt(), s[:4].sqrt()[:, None] * v[:4]
+            rest = weight - b @ a
+        module.unquantized = weight - b @ a
+        module.base_layer.weight.data, module.lora_A.default.weight.data, module.lora_B.default.weight.data = base, a.contiguous(), b.contiguous()
+    return model
+
+
 def reference_run(work, kind, dtype, steps, model=None):
     smoothing, z_loss = TERMS.values() if kind == "terms" else (0, 0)
     model = model or transformers.LlamaForCausalLM.from_pretrained(work / "base", dtype=dtype)
     if dtype == torch.float64:
         in_double(model)
-    if kind == "lora":
-        model = peft.PeftModel.from_pretrained(model, work / "adapter", is_trainable=True).to(dtype)
+    if kind in ("lora", "dora"):
+        model = peft.PeftModel.from_pretrained(model, work / ADAPTERS[kind], is_trainable=True).to(dtype)
+    elif kind in STARTS:
+        model = started(model, kind)
     records = [json.loads(line) for line in (work / "tokens.jsonl").read_text().splitlines()]
     named = [(n, p) for n, p in model.named_parameters() if p.requires_grad]
     groups = [{"params": [p for _, p in named if p.dim() >= 2], "weight_decay": 0.01},
@@ -171,19 +206,25 @@ def reference_run(work, kind, dtype, steps, model=None):
         optimizer.zero_grad()
         loss.backward()
         if step == 0:
-            gradients = {n.replace(".default.", "."): p.grad.clone() for n, p in named}
+            gradients = {n.replace(".default.", ".").replace("vector.weight", "vector"): p.grad.clone() for n, p in named}
         torch.nn.utils.clip_grad_norm_([p for _, p in named], 1.0)
         optimizer.step()
         losses.append(loss.item())
+    if kind in STARTS:
+        for module in model.modules():  # an adapter is for weights that are in no 4 bits
+            if hasattr(module, "unquantized"):
+                module.base_layer.weight.data = module.unquantized
+        with torch.no_grad():
+            gradients = model.eval()(torch.tensor([records[0]["ids"]])).logits[0]
     return losses, gradients
 
 
-@pytest.mark.parametrize("kind, dtype", [("full", "float32"), ("lora", "float32"), ("full", "float64"), ("lora", "float64"), ("terms", "float64"),
-                                         *((kind, "float32" if kind == "adamw8bit" else "float64") for kind in OPTIMIZERS)])
+@pytest.mark.parametrize("kind, dtype", [("full", "float32"), ("lora", "float32"), ("full", "float64"), ("lora", "float64"), ("dora", "float32"), ("dora", "float64"),
+                                         ("terms", "float64"), *((kind, "float32" if kind == "adamw8bit" else "float64") for kind in OPTIMIZERS)])
 def test_gradients_and_loss_curve(work, kind, dtype):
-    keys = {"full": [], "lora": [f"--lora.path={work / 'adapter'}"], "terms": [f"--train.{key}={value}" for key, value in TERMS.items()],
+    keys = {"full": [], **{adapter: [f"--lora.path={work / folder}"] for adapter, folder in ADAPTERS.items()}, "terms": [f"--train.{key}={value}" for key, value in TERMS.items()],
             **{rule: [f"--optim.kind={rule}", *of_rule] for rule, (of_rule, _) in OPTIMIZERS.items()}}[kind]
-    steps = STEPS if kind in ("full", "lora") else 10
+    steps = STEPS if kind in ("full", "lora", "dora") else 10
     lr = [] if kind in OPTIMIZERS else [f"--optim.lr={LR}"]
     lines, gradients = train(work, f"{kind}-{dtype}", f"--train.micro_batch_size={ROWS}", f"--train.dtype={dtype}", *keys, *lr, steps=steps, lr=None)
     losses = [line["loss"] for line in lines]
@@ -217,6 +258,22 @@ def test_loss_curve_and_gradients_over_a_quantized_base(work, kind):
     if not stored:
         _, plain = train(work, f"plain-{kind}", f"--train.micro_batch_size={ROWS}", "--train.dtype=float32", f"--lora.path={work}/{kind}_adapter", steps=1, base="wide")
         assert all((plain[name] - expected).abs().max().item() > 100 * bounds.GRADIENT_FP32 * expected.abs().max().item() for name, expected in expected_gradients.items())
+
+
+@pytest.mark.parametrize("kind", STARTS)
+def test_adapters_that_begin_with_the_weights(work, kind):
+    """The loss curve of PEFT's PiSSA and of LoftQ; and the adapter is one for the folder's weights, where PEFT's needs its own base."""
+    keys, _ = STARTS[kind]
+    found = curve(work, kind, "--lora.rank=4", *keys, steps=10)
+    expected, logits = reference_run(work, kind, torch.float32, 10)
+    assert found == pytest.approx(expected, rel=bounds.CURVE_FP32)
+    plain = curve(work, f"{kind}-plain", "--lora.rank=4", *[key for key in keys if "init" not in key and "iterations" not in key], steps=10)
+    assert plain != pytest.approx(expected, rel=10 * bounds.CURVE_FP32)
+    model = transformers.LlamaForCausalLM.from_pretrained(work / "base", dtype=torch.float32)
+    adapted = peft.PeftModel.from_pretrained(model, work / kind / "adapter")
+    assert adapted.peft_config["default"].r == 8 and adapted.peft_config["default"].init_lora_weights is True
+    ours = adapted.eval()(torch.tensor([json.loads((work / "tokens.jsonl").open().readline())["ids"]])).logits[0]
+    assert (ours - logits).abs().max().item() < bounds.LOGITS_FP32
 
 
 @pytest.fixture(scope="module")

@@ -83,9 +83,9 @@ def test_the_folder_is_that_of_transformers(work, kind, double, skip):
     assert ((logits - expected).norm() / expected.norm()).item() <= bounds.LOGITS_BF16
 
 
-def outcome(work, name, folder, *keys):
+def outcome(work, name, folder, *keys, trained=()):
     train = run(work, "train", f"--run.dir={work / name}", f"--model.path={work / folder}", f"--data.train={SOURCE}/configs/quickstart/train.jsonl:16", "--train.steps=3",
-                "--train.micro_batch_size=4", "--optim.lr=1e-2", "--lora.rank=4", "--data.max_length=64", *keys)
+                "--train.micro_batch_size=4", "--optim.lr=1e-2", "--lora.rank=4", "--data.max_length=64", *keys, *trained)
     assert train.returncode == 0, train.stderr
     lines = [json.loads(line) for line in (work / name / "metrics.jsonl").read_text().splitlines()]
     adapter = f"--lora.path={work / name}/adapter"
@@ -101,6 +101,16 @@ def test_its_numbers_are_those_of_quantizing_at_load(work, kind, keys):
     name = f"round-{kind}"
     quantize(work, name, *keys, kind=kind)
     assert outcome(work, f"{name}-stored", name) == outcome(work, f"{name}-made", "base", f"--quant.base={kind}", *keys)
+
+
+@pytest.mark.parametrize("kind", ["nf4", "int8"])
+def test_magnitudes_are_of_the_stored_values(work, kind):
+    quantize(work, f"dora-{kind}", kind=kind)
+    dora = {"trained": ["--lora.dora=true"]}
+    assert outcome(work, f"dora-{kind}-stored", f"dora-{kind}", **dora) == outcome(work, f"dora-{kind}-made", "base", f"--quant.base={kind}", **dora)
+    done = run(work, "train", f"--run.dir={work / 'refused'}", f"--model.path={work}/dora-{kind}", f"--data.train={SOURCE}/configs/quickstart/train.jsonl:16", "--train.steps=1", "--lora.rank=4",
+               "--lora.init=pissa")
+    assert done.returncode == 2 and f"are stored in {kind}, which stays as it is: set lora.init=random, or quant.base=dense with lora.init=pissa" in done.stderr, done.stderr
 
 
 def test_8_bits_are_those_of_transformers(work):

@@ -121,9 +121,9 @@ def test_the_dry_run_refuses_what_the_run_refuses(tmp_path, small_model, verb, m
     tensors = load_file(tmp_path / "cut/adapter_model.safetensors")
     name = sorted(tensors)[0]
     save_file(tensors | {name: torch.ones(1, 2)}, tmp_path / "cut/adapter_model.safetensors")
-    shutil.copytree(adapter, tmp_path / "dora")
+    shutil.copytree(adapter, tmp_path / "qalora")
     config = json.loads((adapter / "adapter_config.json").read_text())
-    (tmp_path / "dora/adapter_config.json").write_text(json.dumps(config | {"use_dora": True}))
+    (tmp_path / "qalora/adapter_config.json").write_text(json.dumps(config | {"use_qalora": True}))
     describes = "the tensors are not those of the model that config.json describes."
     for model, keys, status, sentence in [
         ("missing", [], 3, f"{tmp_path}/missing: {describes} Missing (1): model.norm.weight."),
@@ -133,7 +133,7 @@ def test_the_dry_run_refuses_what_the_run_refuses(tmp_path, small_model, verb, m
         (None, ["--lora.path=/nowhere"], 3, "lora.path=/nowhere is no PEFT adapter: there is no adapter_config.json in it"),
         (None, [f"--lora.path={tmp_path / 'cut'}"], 3, f"{tmp_path}/cut: {describes} Of another shape (1): {name} is [1, 2] in the file, but the "
                                                   "model's is [4, 192]."),
-        (None, [f"--lora.path={tmp_path / 'dora'}"], 3, f"{tmp_path}/dora/adapter_config.json: 'use_dora' is true, which is not supported. Retrain the "
+        (None, [f"--lora.path={tmp_path / 'qalora'}"], 3, f"{tmp_path}/qalora/adapter_config.json: 'use_qalora' is true, which is not supported. Retrain the "
                                                    "adapter without it, or merge it into its base model with PEFT (merge_and_unload)."),
         (None, [f"--lora.path={adapter}", "--lora.rank=4"], 2, "lora.rank and lora.path are both set: the adapter of lora.path has a rank; set one"),
     ]:

@@ -76,6 +76,8 @@ KINDS = {
     "float32 sgd": (CURVE_FP32, ["--optim.kind=sgd", "--optim.lr=0.1"]),
     "bfloat16 lion": (CURVE_BF16, ["--train.dtype=bfloat16", "--optim.kind=lion", "--optim.lr=2e-4"]),
     "bfloat16 moments in 8 bits": (CURVE_BF16, ["--train.dtype=bfloat16", "--optim.kind=adamw8bit"]),
+    "float32 dora pissa dropout": (CURVE_FP32, ["--lora.rank=4", "--lora.dora=true", "--lora.init=pissa", "--lora.dropout=0.2"]),
+    "bfloat16 dora nf4 loftq": (CURVE_BF16, ["--train.dtype=bfloat16", "--lora.rank=4", "--lora.dora=true", "--lora.init=loftq", "--quant.base=nf4", "--train.recompute=full"]),
     "float16": (CURVE_FP16, ["--train.dtype=float16"]),
     "bfloat16 nf4": (CURVE_BF16, ["--train.dtype=bfloat16", "--lora.rank=4", "--lora.dropout=0.2", "--quant.base=nf4", "--train.recompute=full"]),
     "float32 fp4 plain scales": (CURVE_FP32, ["--lora.rank=4", "--quant.base=fp4", "--quant.double=false"]),

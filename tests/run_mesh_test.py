@@ -11,15 +11,15 @@ from bounds import LAYOUT_BF16, LAYOUT_FP32
 from mesh_runs import KINDS, MESHES, QUICKSTART, assert_same_run, losses, train, whole, work  # noqa: F401 (fixtures)
 from program import run
 
-FULL, TIED, LORA, LORA_TIED, QLORA = KINDS
+FULL, TIED, LORA, LORA_TIED, DORA, QLORA = KINDS
 DENSE = [FULL, TIED, LORA, LORA_TIED]
-OF_KIND = {FULL: {"packed"}, TIED: {"tied"}, LORA: {"lora"}, LORA_TIED: {"lora", "packed", "tied"}, QLORA: {"lora", "packed"}}
+OF_KIND = {FULL: {"packed"}, TIED: {"tied"}, LORA: {"lora"}, LORA_TIED: {"lora", "packed", "tied"}, DORA: {"lora"}, QLORA: {"lora", "packed"}}
 PAIRS = [(mesh, kind) for mesh, kinds in {
-    "dp2": [FULL, TIED, LORA_TIED], "dp4": [FULL, TIED, LORA], "tp2": DENSE, "tp4": [FULL, TIED, LORA, QLORA], "dp2_tp2": [FULL],
-    "dp2_tp2_zero1": [TIED, LORA], "dp2_tp2_zero2": [FULL, LORA], "dp2_tp2_zero3": [TIED, LORA, QLORA], "pp2": DENSE, "pp2_one": [FULL, TIED, LORA_TIED],
+    "dp2": [FULL, TIED, LORA_TIED], "dp4": [FULL, TIED, LORA], "tp2": DENSE, "tp4": [FULL, TIED, LORA, DORA, QLORA], "dp2_tp2": [FULL],
+    "dp2_tp2_zero1": [TIED, LORA], "dp2_tp2_zero2": [FULL, LORA], "dp2_tp2_zero3": [TIED, LORA, DORA, QLORA], "pp2": DENSE, "pp2_one": [FULL, TIED, LORA_TIED],
     "pp4": [FULL, TIED, LORA], "pp2_gpipe": [FULL, TIED, LORA], "pp2_zb_h1": DENSE, "pp2_zb_v": [*DENSE, QLORA], "pp2_interleaved": KINDS, "pp2_tp2": [FULL],
     "pp2_tp2_zb_h1": [LORA], "dp2_pp2_zero1": [FULL], "dp2_pp2_zero2": [TIED], "dp2_pp2_zero3": [LORA_TIED, QLORA], "dp2_pp2_zb_v_zero3": [TIED, LORA],
-    "dp2_tp2_pp2": [TIED, LORA_TIED, QLORA], "dp2_tp2_pp2_zero3": [FULL]}.items() for kind in kinds]
+    "dp2_tp2_pp2": [TIED, LORA_TIED, DORA, QLORA], "dp2_tp2_pp2_zero3": [FULL]}.items() for kind in kinds]
 
 
 def test_every_way_of_cutting_meets_full_and_lora_packed_and_padded_tied_and_untied():

@@ -34,12 +34,14 @@ def metrics(work, name):
     return [(line["split"], line["step"], line["loss"], line.get("grad_norm")) for line in found]
 
 
-@pytest.mark.parametrize("base", ["nf4", "fp4", "int8"])
-def test_a_resumed_run_has_the_bits_of_one_that_never_stopped(work, base):
-    train(work, f"whole_{base}", f"--quant.base={base}")
-    train(work, f"parts_{base}", f"--quant.base={base}", "--train.stop_after=3", status=75)
-    assert "quant.base" in train(work, f"parts_{base}", "--quant.base=none", status=2)
-    train(work, f"parts_{base}", f"--quant.base={base}")
+@pytest.mark.parametrize("base, keys", [("nf4", []), ("fp4", []), ("int8", []), ("nf4", ["--lora.init=loftq", "--lora.loftq_iterations=2", "--lora.dora=true"]),
+                                        ("int8", ["--lora.init=pissa", "--lora.dora=true"])])
+def test_a_resumed_run_has_the_bits_of_one_that_never_stopped(work, base, keys):
+    of, base = [f"--quant.base={base}", *keys], f"{base}{len(keys)}"
+    train(work, f"whole_{base}", *of)
+    train(work, f"parts_{base}", *of, "--train.stop_after=3", status=75)
+    assert "quant.base" in train(work, f"parts_{base}", *keys, "--quant.base=fp4" if "fp4" not in base else "--quant.base=nf4", status=2)
+    train(work, f"parts_{base}", *of)
     assert metrics(work, f"parts_{base}") == metrics(work, f"whole_{base}")
     found, expected = (load_file(work / f"{name}_{base}/adapter/adapter_model.safetensors") for name in ("parts", "whole"))
     assert all(torch.equal(found[key], value) for key, value in expected.items())
@@ -84,6 +86,12 @@ def test_evaluation_and_answers_are_of_what_was_trained(work):
     (["--quant.threshold=3"], "quant.threshold is set, but quant.base is nf4: set quant.base to int8, or leave quant.threshold out"),
     (["--quant.skip=dwn_proj"], "quant.skip=dwn_proj: no linear layer has this name; there are down_proj, gate_proj"),
     (["--quant.base=int8", "--train.dtype=float64"], "quant.base=int8 goes with float32 or 16 bits, but train.dtype is float64"),
+    (["--lora.init=pisa"], "lora.init=pisa: allowed are random, pissa, loftq; did you mean pissa?"),
+    (["--lora.init=pissa", "--lora.rank=65"], "lora.rank=65: model.layers.0.self_attn.q_proj has 64 singular values, and lora.init=pissa takes as many as the rank: lower lora.rank, or set lora.init=random"),
+    (["--lora.init=loftq", "--quant.base=none"], "lora.init=loftq makes up for what 4 bits lose, but quant.base is none: set quant.base=nf4 or fp4, or lora.init=pissa"),
+    (["--lora.init=loftq", "--quant.base=int8"], "lora.init=loftq makes up for what 4 bits lose, but quant.base is int8"),
+    (["--lora.loftq_iterations=2"], "lora.loftq_iterations is set, but lora.init is random: set lora.init=loftq, or leave lora.loftq_iterations out"),
+    (["--lora.dora=true", "--quant.base=fp8"], "lora.dora=true is not possible with quant.base=fp8"),
     (["--quant.base=fp8"], "quant.base=fp8 needs a device of compute capability 8.9 or newer")])
 def test_what_cannot_be_is_refused_in_a_sentence(work, keys, said):
     assert said in train(work, "refused", *keys, status=2)

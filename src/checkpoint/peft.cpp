@@ -31,6 +31,7 @@ constexpr const char* kHarmless[] = {
     "runtime_config",
     "target_modules",
     "task_type",
+    "use_dora",
     "use_rslora",
 };
 
@@ -72,7 +73,7 @@ Json peft_config_to_json(const PeftConfig& config) {
           {"peft_type", "LORA"},             {"r", config.rank},
           {"rank_pattern", Json::object()},  {"revision", or_null(config.revision)},
           {"target_modules", targets},       {"task_type", "CAUSAL_LM"},
-          {"use_dora", false},               {"use_rslora", config.use_rslora}};
+          {"use_dora", config.use_dora},               {"use_rslora", config.use_rslora}};
 }
 
 PeftConfig peft_config_from_json(const Json& json, const std::string& source) {
@@ -102,6 +103,7 @@ PeftConfig peft_config_from_json(const Json& json, const std::string& source) {
   if (!(config.dropout >= 0 && config.dropout < 1))
     throw DataError(str(source, ": 'lora_dropout' is ", config.dropout, "; from 0 to below 1 is allowed."));
   config.use_rslora = get("use_rslora") == true;
+  config.use_dora = get("use_dora") == true;
   Json targets = get("target_modules"), base = get("base_model_name_or_path");
   if (targets.is_string()) {
     config.target_modules = {targets.get<std::string>()};

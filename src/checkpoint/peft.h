@@ -17,12 +17,13 @@ struct PeftConfig {
   bool targets_are_text = false;            // target_modules holds that one text
   std::string base_model;                   // name or folder; "" where the file has null
   std::string revision;                     // of a name; "" where the file has null
+  bool use_dora = false;
 };
 
 Json peft_config_to_json(const PeftConfig& config);
 
 // `source` begins messages. DataError: another PEFT method, a wrong type or range, or an option that Trireme does not
-// compute, by name: DoRA, patterns of rank or alpha, biases, modules_to_save, a base model changed by initialisation
+// compute, by name: patterns of rank or alpha, biases, modules_to_save, a base model changed by initialisation
 // (PiSSA, OLoRA, LoftQ, CorDA), and any unknown key that is set.
 PeftConfig peft_config_from_json(const Json& json, const std::string& source);
 PeftConfig read_peft_config(const std::string& folder);

@@ -56,7 +56,9 @@ struct Config {
     int64_t rank = 0;
     double alpha = 0, dropout = 0;
     std::vector<std::string> targets = {"all-linear"};
-    bool rslora = false, merge = false;
+    bool rslora = false, dora = false, merge = false;
+    std::string init = "random";
+    int64_t loftq_iterations = 1;
     std::string path;
   } lora;
   struct {

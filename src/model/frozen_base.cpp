@@ -4,6 +4,8 @@
 
 #include "base/check.h"
 #include "model/linear_names.h"
+#include "model/lora_init.h"
+#include "ops/dequantized_weight.h"
 #include "ops/float8.h"
 #include "quant/four_bit_weight.h"
 #include "quant/int8_weight.h"
@@ -55,13 +57,48 @@ void freeze_base(Transformer& model, const FrozenBase& base) {
   }
 }
 
-FrozenLayers::FrozenLayers(Transformer& model) {
+FrozenLayers::FrozenLayers(Transformer& model, const LoraConfig& lora) : lora_(lora) {
   for (const Linear* l : model.linears()) {
-    if (!l->frozen) continue;
+    // What is in no fewer bits loses nothing that LoftQ would make up for.
+    const bool starts = l->lora && (lora.init == LoraInit::kPissa || (lora.init == LoraInit::kLoftq && l->frozen)), dora = l->lora && lora.dora;
+    if (!l->frozen && !starts && !dora) continue;
     const at::Tensor whole = at::empty({l->out_features(), l->in_features()}, at::TensorOptions(model.dtype()).device(at::kMeta));
-    const auto layer = std::make_shared<Layer>(Layer{{l->path + ".weight", whole, ShardSpec::whole(whole)}, l->frozen});
-    for (size_t i = 0; i < l->frozen->leaves().size(); ++i) layers_[l->path + l->frozen->leaves()[i].suffix] = {layer, i};
+    Layer layer{{l->path + ".weight", whole, ShardSpec::whole(whole)}, l->frozen, {}};
+    if (l->frozen) for (const FrozenWeight::Leaf& leaf : l->frozen->leaves()) layer.leaves.push_back(l->path + leaf.suffix);
+    else layer.leaves.push_back(l->path + ".weight");
+    const auto add = [&](const char* name) { layer.leaves.push_back("base_model.model." + l->path + name); };
+    if (starts) add(".lora_A.weight"), add(".lora_B.weight");
+    if (dora) add(".lora_magnitude_vector");
+    if (l->lora) layer.rank = l->lora->a_RI.size(0), layer.scale = l->lora->scale;
+    layer.starts = starts, layer.dora = dora;
+    const auto shared = std::make_shared<const Layer>(std::move(layer));
+    for (size_t i = 0; i < shared->leaves.size(); ++i) layers_[shared->leaves[i]] = {shared, i};
   }
+}
+
+// `codes`: of the weight where it is stored in its form; else they are made of the whole.
+std::vector<at::Tensor> FrozenLayers::values(const Layer& layer, const at::Tensor& whole_OI, std::vector<at::Tensor> codes) const {
+  const auto* weight = dynamic_cast<const DequantizedWeight*>(layer.weight.get());
+  TRIREME_CHECK(weight || !layer.weight || (lora_.init != LoraInit::kLoftq && !layer.dora), layer.whole.name, ": its form has no values");
+  TRIREME_CHECK(codes.empty() || !layer.starts, layer.whole.name, " is stored in its form");
+  const at::ScalarType dtype = layer.whole.value.scalar_type();
+  const at::Device device = codes.empty() ? whole_OI.device() : codes[0].device();
+  const auto decoded = [&](const std::vector<at::Tensor>& of, at::ScalarType type) {
+    const at::Tensor again_OI = at::empty(layer.whole.value.sizes(), at::TensorOptions(type).device(device));
+    weight->decode(of, again_OI);
+    return again_OI;
+  };
+  LoraStart start{whole_OI, {}, {}};
+  if (layer.starts && lora_.init == LoraInit::kPissa) start = pissa_start(whole_OI, layer.rank, layer.scale);
+  else if (layer.starts) start = loftq_start(whole_OI, layer.rank, layer.scale, lora_.loftq_iterations, [&](const at::Tensor& base_OI) { return decoded(weight->encode(base_OI), at::kFloat); });
+  std::vector<at::Tensor> values = !codes.empty() ? std::move(codes) : layer.weight ? layer.weight->encode(start.base_OI) : std::vector<at::Tensor>{start.base_OI};
+  const at::Tensor base_OI = !layer.dora ? at::Tensor() : layer.weight ? decoded(values, dtype == at::kDouble ? at::kFloat : dtype) : start.base_OI;
+  if (layer.starts) values.insert(values.end(), {start.a_RI, start.b_OR});
+  if (!layer.dora) return values;
+  const auto none = [&](int64_t rows, int64_t columns) { return at::zeros({rows, columns}, at::TensorOptions(dtype).device(device)); };
+  if (!layer.starts) start.a_RI = none(1, base_OI.size(1)), start.b_OR = none(base_OI.size(0), 1);
+  values.push_back(adapted_row_norms(base_OI, {start.a_RI, start.b_OR, {}, layer.scale}));
+  return values;
 }
 
 std::vector<Parameter> FrozenLayers::made_of(const std::vector<Parameter>& leaves) const {
@@ -78,12 +115,12 @@ void FrozenLayers::fill(const std::vector<Parameter>& leaves, const std::functio
   for (const Parameter& leaf : leaves) of_layer[layers_.at(leaf.name).first.get()].push_back(&leaf);
   for (const auto& [layer, parts] : of_layer) {
     Parameter whole = layer->whole;
-    std::vector<at::Tensor> values = stored ? stored(whole.name) : std::vector<at::Tensor>();
-    if (values.empty()) {
+    std::vector<at::Tensor> codes = layer->weight && stored ? stored(whole.name) : std::vector<at::Tensor>();
+    if (codes.empty()) {
       whole.value = at::empty(whole.value.sizes(), whole.value.options().device(parts[0]->value.device()));
       read(whole);
-      values = layer->weight->encode(whole.value);
     }
+    const std::vector<at::Tensor> values = this->values(*layer, whole.value, std::move(codes));
     for (const Parameter* part : parts) {
       at::Tensor value = values.at(layers_.at(part->name).second);
       for (int64_t d = 0; d < value.dim(); ++d) value = value.narrow(d, part->shard.offset[static_cast<size_t>(d)], part->value.size(d));

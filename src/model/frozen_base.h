@@ -1,7 +1,7 @@
 // The weights of a model's linear layers in fewer bits, frozen: what quant.base chooses.
 #pragma once
 
-#include "model/transformer.h"
+#include "model/lora.h"
 #include "quant/stored_format.h"
 
 namespace trireme {
@@ -26,10 +26,11 @@ struct FrozenBase {
 // stored layer of another form than `base` asks for. DataError: a stored layer of another shape.
 void freeze_base(Transformer& model, const FrozenBase& base);
 
-// Values for the leaves of frozen weights, or for parts of them, from the whole weights: a layer at a time.
+// Values for the leaves that are made of a layer's whole weight, or for parts of them, a layer at a time: weights in another form, and of
+// adapters what does not begin at random (lora.init, lora.dora), with the base that lacks it.
 class FrozenLayers {
  public:
-  explicit FrozenLayers(Transformer& model);  // before it is cut
+  explicit FrozenLayers(Transformer& model, const LoraConfig& lora = {});  // before it is cut
 
   bool holds(const std::string& leaf) const { return layers_.count(leaf) != 0; }
   // The weights that these leaves are made of, each once, on the meta device.
@@ -42,10 +43,17 @@ class FrozenLayers {
  private:
   struct Layer {
     Parameter whole;  // on the meta device
-    std::shared_ptr<const FrozenWeight> weight;
+    std::shared_ptr<const FrozenWeight> weight;  // or null
+    std::vector<std::string> leaves;             // the names: of the weight; where the adapter `starts` so A and B; with `dora` the magnitude
+    bool starts = false, dora = false;
+    int64_t rank = 0;  // of the adapter
+    double scale = 0;
   };
   using Place = std::pair<std::shared_ptr<const Layer>, size_t>;  // and the number of its leaf
 
+  std::vector<at::Tensor> values(const Layer& layer, const at::Tensor& whole_OI, std::vector<at::Tensor> codes) const;
+
+  LoraConfig lora_;
   std::map<std::string, Place> layers_;
 };
 

@@ -7,6 +7,8 @@
 
 namespace trireme {
 
+struct DropoutKey;
+
 // What keys the dropout masks of one forward: a mask depends on (seed, layer, sample, position, feature), never on how
 // samples are packed or spread over ranks.
 struct DropoutContext {
@@ -15,9 +17,11 @@ struct DropoutContext {
   bool active = false;      // false: evaluation, no dropout
 };
 
-// y = x W^T + scale * dropout(x) A^T B^T; A [R, I], B [O, R].
+// y = x W^T + scale * dropout(x) A^T B^T; A [R, I], B [O, R]. With a magnitude (DoRA, Liu et al. 2024) d = dropout(x) and
+// y = (x - d) W^T + m / |W + scale B A| * (d W^T + scale * d A^T B^T), the norm of each row taken as a constant, as PEFT does.
 struct LoraAdapter {
   at::Tensor a_RI, b_OR;
+  at::Tensor magnitude_O;  // m, or undefined
   double scale = 1.0;
   double dropout = 0.0;
 };
@@ -33,12 +37,16 @@ class Linear {
   at::Tensor bias_O;     // leaf, or undefined
   std::unique_ptr<LoraAdapter> lora;
   std::shared_ptr<const RowSum> after;
+  std::function<void(at::Tensor)> sum_over_inputs;  // over the ranks that hold this layer's other inputs; null: there are none
   int64_t first_feature = 0;  // of x in the whole layer's inputs, where they are sliced; keys the dropout masks
 
   at::Tensor forward(const ArrivingRows& x_TI, const DropoutContext& dropout) const;
   LinearWeight weight() const { return frozen ? LinearWeight(frozen) : LinearWeight(weight_OI); }
   int64_t out_features() const { return weight().out_features(); }
   int64_t in_features() const { return weight().in_features(); }
+
+ private:
+  at::Tensor with_magnitude(const ArrivingRows& x_TI, const DropoutKey& key) const;
 };
 
 }  // namespace trireme

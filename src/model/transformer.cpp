@@ -115,6 +115,7 @@ void Transformer::for_each_leaf(const std::function<void(const std::string& name
     if (!l->lora) continue;
     visit("base_model.model." + l->path + ".lora_A.weight", l->lora->a_RI);
     visit("base_model.model." + l->path + ".lora_B.weight", l->lora->b_OR);
+    visit("base_model.model." + l->path + ".lora_magnitude_vector", l->lora->magnitude_O);
   }
   if (tied) head_weight_VC_ = embedding_VC_;
 }

@@ -12,16 +12,18 @@ class DequantizedWeight : public FrozenWeight {
   Product times() const override;
   int64_t product_bytes(int64_t rows) const override;  // the scratch
 
+  // In the dtype of products, until the next product of another weight.
+  at::Tensor in_scratch() const;
   // The values, in any dtype that there is code for; [O, I], contiguous.
   virtual void dequantize(const at::Tensor& out_OI) const = 0;
+  // The same of the values that encode() gave of a whole weight.
+  virtual void decode(const std::vector<at::Tensor>& values, const at::Tensor& out_OI) const = 0;
 
  protected:
   // `compute`: dtype that products are made in; rows are converted to it.
   DequantizedWeight(std::string path, int64_t out_features, int64_t in_features, at::ScalarType compute);
 
  private:
-  at::Tensor in_scratch() const;
-
   at::ScalarType compute_;
   uint64_t id_;  // of no other weight
 };

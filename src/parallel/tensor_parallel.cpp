@@ -25,9 +25,9 @@ class Cutter {
   Cut cut_of(const std::string& name) const {
     auto in = [&](const char* module) { return name.find(std::string(".") + module + ".") != std::string::npos; };
     if (in("embed_tokens") || name.starts_with("lm_head.")) return {0, vocabulary()};
-    const bool bias = name.ends_with(".bias"), a = name.ends_with(".lora_A.weight"), b = name.ends_with(".lora_B.weight");
+    const bool bias = name.ends_with(".bias"), a = name.ends_with(".lora_A.weight"), b = name.ends_with(".lora_B.weight"), m = name.ends_with(".lora_magnitude_vector");
     auto column = [&](Range range) { return a ? Cut{} : Cut{0, range}; };
-    auto row = [&](Range range) { return bias || b ? Cut{} : Cut{1, range}; };
+    auto row = [&](Range range) { return bias || b || m ? Cut{} : Cut{1, range}; };
     const int64_t d = config_.head_dim;
     if (in("q_proj")) return column(scaled(share(config_.num_heads), d));
     if (in("k_proj") || in("v_proj")) return column(scaled(key_heads(), d));
@@ -126,6 +126,7 @@ void apply_tensor_parallel(Transformer& model, const Communicator& tensor, RowOv
     const Cut cut = cutter.cut_of(l->path + ".weight");
     if (cut.dim != 1) continue;  // column-parallel: reads all rows, which the block has gathered
     l->after = sum_of_products(tensor, overlap);
+    l->sum_over_inputs = [tensor](at::Tensor x) { tensor.all_reduce(x, ReduceOp::kSum); };
     l->first_feature = cut.range.begin;
   }
   ModelSeams seams;

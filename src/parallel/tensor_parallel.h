@@ -1,8 +1,8 @@
 // Tensor parallelism with sequence parallelism (Shoeybi et al. 2019; Korthikanti et al. 2022): every rank of the tensor
 // axis has a part of each matrix, and between the matrices a part of the rows.
 //
-//   q, k, v, gate, up  column-parallel: weight Shard<0> (whole heads), bias Shard<0>, lora A Replicate, lora B Shard<0>
-//   o, down            row-parallel:    weight Shard<1>, bias Replicate, lora A Shard<1>, lora B Replicate
+//   q, k, v, gate, up  column-parallel: weight Shard<0> (whole heads), bias Shard<0>, lora A Replicate, lora B and magnitude Shard<0>
+//   o, down            row-parallel:    weight Shard<1>, bias Replicate, lora A Shard<1>, lora B and magnitude Replicate
 //   embedding, head    Shard<0>: ids [V r / n, V (r + 1) / n) on rank r of n; V need not be divisible
 //   norms              Replicate
 //   hidden states      Shard<0>: rows [T r / n, T (r + 1) / n); gathered before column-parallel layers, summed and

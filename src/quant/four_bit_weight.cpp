@@ -53,19 +53,26 @@ class FourBitWeight : public DequantizedWeight {
   }
 
   void dequantize(const at::Tensor& out_OI) const override {
-    BlockScales scales{.absmax = leaves_[kAbsmax].value.flatten()};
-    if (options_.is_double) {
-      scales.nested_absmax = leaves_[kNestedAbsmax].value, scales.nested_map = leaves_[kNestedMap].value, scales.offset = leaves_[kNestedOffset].value;
-      scales.slice = slice_;
-    }
-    const FourBitTensor q{options_.kind, options_.block_size, leaves_[kCodes].value.flatten(), scales};
-    if (out_OI.scalar_type() != at::kDouble) return dequantize_4bit(q, out_OI.view({-1}));
-    const at::Tensor values = at::empty(out_OI.sizes(), out_OI.options().dtype(at::kFloat));
-    dequantize_4bit(q, values.view({-1}));
-    out_OI.copy_(values);
+    std::vector<at::Tensor> values;
+    for (const Leaf& leaf : leaves_) values.push_back(leaf.value);
+    dequantize(values, slice_, out_OI);
   }
+  void decode(const std::vector<at::Tensor>& values, const at::Tensor& out_OI) const override { dequantize(values, {}, out_OI); }
 
  private:
+  void dequantize(const std::vector<at::Tensor>& values, const BlockSlice& slice, const at::Tensor& out_OI) const {
+    BlockScales scales{.absmax = values[kAbsmax].flatten()};
+    if (options_.is_double) {
+      scales.nested_absmax = values[kNestedAbsmax], scales.nested_map = values[kNestedMap], scales.offset = values[kNestedOffset];
+      scales.slice = slice;
+    }
+    const FourBitTensor q{options_.kind, options_.block_size, values[kCodes].flatten(), scales};
+    if (out_OI.scalar_type() != at::kDouble) return dequantize_4bit(q, out_OI.view({-1}));
+    const at::Tensor narrow = at::empty(out_OI.sizes(), out_OI.options().dtype(at::kFloat));
+    dequantize_4bit(q, narrow.view({-1}));
+    out_OI.copy_(narrow);
+  }
+
   bool has_whole_blocks() const { return leaves_.empty() ? in_features_ % options_.block_size == 0 : whole_columns() % options_.block_size == 0; }
   int64_t whole_columns() const { return 2 * leaves_[kCodes].place.global_shape[1]; }
 

@@ -32,6 +32,7 @@ class Int8Weight : public DequantizedWeight {
     return [q = rows(), threshold = threshold_](const at::Tensor& x_TI, const at::Tensor& bias_O, at::Tensor& y_TO) { int8_linear(x_TI, q, bias_O, y_TO, threshold); };
   }
   void dequantize(const at::Tensor& out_OI) const override { dequantize_int8_rows(rows(), out_OI); }
+  void decode(const std::vector<at::Tensor>& values, const at::Tensor& out_OI) const override { dequantize_int8_rows({values.at(0), values.at(1)}, out_OI); }
 
   // Codes of the inputs and the product in int32; outliers and what they meet, at most all of both.
   int64_t product_bytes(int64_t num_rows) const override {

@@ -143,6 +143,7 @@ LoraConfig lora_config(const Config& config) {
     PeftConfig peft = read_peft_config(config.lora.path);
     lora = {peft.rank, peft.alpha, peft.dropout, peft.use_rslora,
             adapter_modules(SafetensorsFolder(config.lora.path, "adapter_model").names())};
+    lora.dora = peft.use_dora;
     if (lora.targets.empty()) throw DataError(str(config.lora.path, ": the adapter has no lora_A tensors"));
     return lora;
   }
@@ -151,6 +152,9 @@ LoraConfig lora_config(const Config& config) {
   lora.dropout = config.lora.dropout;
   lora.rank_stabilized = config.lora.rslora;
   lora.targets = config.lora.targets;
+  lora.dora = config.lora.dora;
+  lora.init = parse_lora_init(config.lora.init);
+  lora.loftq_iterations = config.lora.loftq_iterations;
   return lora;
 }
 
@@ -195,6 +199,9 @@ std::unique_ptr<Transformer> model_shapes(const Config& config, const ModelConfi
   }
   if (attach && !base.stored.empty() && config.lora.rank == 0 && config.lora.path.empty())
     throw ConfigError(str(shape.source, ": the weights are stored in ", shape.quantization, ", which stays as it is, and nothing would be trained: set lora.rank, or quant.base=dense to train the values that they stand for"));
+  if (attach && !base.stored.empty() && config.lora.init != "random")
+    throw ConfigError(str("lora.init=", config.lora.init, " begins with the weights, but those of ", shape.source, " are stored in ", shape.quantization,
+                          ", which stays as it is: set lora.init=random, or quant.base=dense with lora.init=pissa"));
   freeze_base(*model, base);  // the adapters are not part of it
   if (!config.lora.path.empty()) {
     LoraConfig lora = lora_config(config);
@@ -204,6 +211,7 @@ std::unique_ptr<Transformer> model_shapes(const Config& config, const ModelConfi
       if (!paths.count(target))
         throw DataError(str(config.lora.path, ": the adapter changes ", target, ", which is no linear layer of a block of ",
                             shape.source, "; Trireme has adapters on those only"));
+    if (lora.dora && config.quant.base == "fp8") throw ConfigError(str("lora.path=", config.lora.path, ": its magnitudes (use_dora) are not possible with quant.base=fp8: set another quant.base"));
     attach_lora(*model, lora, seed);
   } else if (attach && config.lora.rank > 0) {
     attach_lora(*model, lora_config(config), seed);
@@ -216,7 +224,7 @@ std::unique_ptr<Transformer> build_model(const Config& config, const ModelSource
   const auto seed = static_cast<uint64_t>(config.run.seed);
   at::NoGradGuard no_grad;
   auto model = model_shapes(config, source.config, dtype, attach);
-  const FrozenLayers frozen(*model);
+  const FrozenLayers frozen(*model, config.lora.path.empty() && has_lora(*model) ? lora_config(config) : LoraConfig());
   std::set<std::string> whole;  // what files have of the model
   for (const auto& p : model->parameters())
     if (!frozen.holds(p.name)) whole.insert(p.name);
@@ -245,7 +253,7 @@ std::unique_ptr<Transformer> build_model(const Config& config, const ModelSource
       for (Parameter& whole : frozen.made_of(encoded)) (is_quantized(whole) ? dequantized : dense).push_back(std::move(whole));
       for (const Parameter& p : dequantized) quantized->check_shape(p);
     } else {
-      frozen.fill(encoded, [&](const Parameter& whole) { read({whole}, false); }, leaves_of);
+      frozen.fill(encoded, [&](const Parameter& whole) { is_quantized(whole) ? quantized->load(whole) : read({whole}, false); }, leaves_of);
       for (const Parameter& p : dequantized) quantized->load(p);
     }
     read(dense, false);

@@ -55,12 +55,19 @@ void find_conflicts(const Config& c, const CommandLine& line, int num_ranks, std
     const std::pair<const char*, bool> lora_keys[] = {{"lora.alpha", c.lora.alpha != d.lora.alpha},
                                                       {"lora.dropout", c.lora.dropout != d.lora.dropout},
                                                       {"lora.targets", c.lora.targets != d.lora.targets},
-                                                      {"lora.rslora", c.lora.rslora != d.lora.rslora}};
+                                                      {"lora.rslora", c.lora.rslora != d.lora.rslora},
+                                                      {"lora.dora", c.lora.dora},
+                                                      {"lora.init", c.lora.init != d.lora.init},
+                                                      {"lora.loftq_iterations", c.lora.loftq_iterations != d.lora.loftq_iterations}};
     for (const auto& [key, is_set] : lora_keys)
       if (is_set && !c.lora.path.empty())
         wrong(key, " and lora.path are both set: the adapter of lora.path brings its own; leave ", key, " out");
       else if (is_set && c.lora.rank == 0)
         wrong(key, " is set, but lora.rank is 0: set lora.rank, or leave ", key, " out");
+    if (c.quant.base == "fp8" && (c.lora.init != "random" || c.lora.dora))
+      wrong(c.lora.dora ? "lora.dora=true" : str("lora.init=", c.lora.init), " is not possible with quant.base=fp8, whose weights are products' only: set another quant.base, or leave it out");
+    if (c.lora.loftq_iterations != d.lora.loftq_iterations && c.lora.init != "loftq")
+      wrong("lora.loftq_iterations is set, but lora.init is ", c.lora.init, ": set lora.init=loftq, or leave lora.loftq_iterations out");
     if (quantizes && c.lora.rank == 0 && c.lora.path.empty())
       wrong("quant.base=", c.quant.base, " freezes the weights, and nothing would be trained: set lora.rank, or leave quant.base out");
     if (c.lora.rank > 0 && !c.lora.path.empty()) wrong("lora.rank and lora.path are both set: the adapter of lora.path has a rank; set one");
@@ -113,6 +120,9 @@ void find_conflicts(const Config& c, const CommandLine& line, int num_ranks, std
                                                             {"quant.compute_dtype", c.quant.compute_dtype != unset.quant.compute_dtype, four_bits}};
   for (const auto& [key, is_set, is_read] : quant_keys)
     if (is_set && !is_read) wrong(key, " is set, but quant.base is ", c.quant.base, ": set quant.base", !quantizes ? "" : std::string_view(key) == "quant.threshold" ? " to int8" : " to nf4 or fp4", ", or leave ", key, " out");
+  if (c.lora.init == "loftq" && !four_bits)
+    wrong("lora.init=loftq makes up for what 4 bits lose, but quant.base is ", c.quant.base, ": ",
+          line.verb == "export" ? "name the run's config.ini, as in trireme export RUN/config.ini" : "set quant.base=nf4 or fp4, or lora.init=pissa");
   if (!is_block_size(c.quant.block_size)) wrong("quant.block_size=", c.quant.block_size, ": allowed are 32, 64, 128, 256, 512, 1024, 2048, 4096");
   if (!c.data.eval.empty() && c.data.eval_fraction > 0) wrong("data.eval and data.eval_fraction are both set; set one");
 }

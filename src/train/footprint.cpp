@@ -56,7 +56,15 @@ BlockBytes bytes_of(const Block& b, const ModelConfig& c, const Sizes& s, Recomp
   const int64_t small = (2 * s.rows + (attended ? all * heads : 0) + (b.q_norm.weight_C.defined() ? all * (q + k) / c.head_dim : 0)) * s.wide;
   const int64_t streams = (in ? 1 : 0) + 1;  // the block's input, and its sum with what attention adds
   auto in_rows = [&](int64_t per_token) { return (s.shared() ? all : s.rows) * per_token * s.element; };
-  const int64_t least = (all * (attention + twice + middle + adapters) + s.rows * streams * width) * s.element + small;
+  // DoRA: the product that the norms scale, and what dropout leaves of the input; backward has two more of the product.
+  int64_t scaled = 0, scaling = 0;
+  for (const Linear* l : {&b.q, &b.k, &b.v, &b.o, &b.gate, &b.up, &b.down}) {
+    if (!l->lora || !l->lora->magnitude_O.defined()) continue;
+    const int64_t product = (l->after || l == &b.o || l == &b.down ? s.rows : all) * l->out_features();
+    scaled += product + (l->lora->dropout > 0 ? all * l->in_features() : 0);
+    scaling = std::max(scaling, 2 * product + (l->lora->dropout > 0 ? 2 * all * l->in_features() : 0));
+  }
+  const int64_t least = (all * (attention + twice + middle + adapters) + s.rows * streams * width + scaled) * s.element + small;
 
   BlockBytes bytes;
   bytes.whole = least + in_rows(normed) + all * product * s.element;
@@ -69,7 +77,7 @@ BlockBytes bytes_of(const Block& b, const ModelConfig& c, const Sizes& s, Recomp
   const int64_t swiglu = s.rows * width + 3 * all * f - (selective ? 0 : all * product);
   const int64_t scores = s.rows * width + all * (5 * q + 2 * k) - all * (2 * f + product) - (selective ? 0 : (s.shared() ? all : s.rows) * (mlp ? width : 0));
   const int64_t gates = s.rows * width + 2 * all * width + gradient_of(b.gate) + (selective ? all * width : -all * product);
-  bytes.backward = std::max({down, swiglu, scores, gates}) * s.element;
+  bytes.backward = (std::max({down, swiglu, scores, gates}) + scaling) * s.element;
   if (mode == Recompute::kFull) bytes.backward += bytes.whole + 2 * s.rows * width * s.element;  // it all, its output and gradient
   return bytes;
 }
