@@ -116,7 +116,7 @@ void answer_prompts(const Config& config, const CommandLine& line, const MeshCom
   options.max_tokens = g.max_tokens;
   options.end_ids = end_ids(config, source, *tools);
   options.stop = g.stop;
-  options.graphs = g.graphs;
+  options.graphs = g.graphs && config.quant.base != "int8" && source.config.quantization != "int8";  // whose outliers the host looks for
   SharedPrompts shared(copy);
   uint64_t index = 0;
   Generator generator(*model, tools->tokenizer, options);

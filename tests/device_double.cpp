@@ -536,7 +536,7 @@ void offer_cuda() {
   install_nccl_of_double();
   const kernels::Kernels& k = kernels::emulated_kernels();
   set_call_bytes(k.decode_attention), set_call_bytes(k.rms_norm_forward), set_call_bytes(k.rope), set_call_bytes(k.glu_forward), set_call_bytes(k.embedding);
-  set_call_bytes(k.matmul), set_call_bytes(k.convert), set_call_bytes(k.to_float8), set_call_bytes(k.lora_up), set_call_bytes(k.lora_down);
+  set_call_bytes(k.matmul), set_call_bytes(k.convert), set_call_bytes(k.to_float8), set_call_bytes(k.dequantize_4), set_call_bytes(k.lora_up), set_call_bytes(k.lora_down);
   set_step_graphs(kType, [](at::Device) -> std::unique_ptr<StepGraph> { return std::make_unique<RecordedStep>(); });
   set_device_kind({.type = kType, .name = "cuda", .find = [] { return DeviceKind::Found{uuids_of_double(), ""}; }, .load = [](int index) { here = c10::Device(kType, static_cast<c10::DeviceIndex>(index)); },
                    .capability = [](int) { const char* given = std::getenv("TRIREME_DOUBLE_CAPABILITY"); return given ? std::atoi(given) : 90; }, .kernels = &table});

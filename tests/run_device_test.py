@@ -327,6 +327,16 @@ def test_a_device_that_is_asked_for_and_not_there(work):
     assert done.returncode == 2 and "run.device=cuda" in done.stderr and "set run.device=cpu" in done.stderr, done.stderr
 
 
+
+@pytest.mark.parametrize("base, graphs", [("nf4", 1), ("int8", 0)])
+def test_answers_of_a_quantized_base_are_recorded_where_the_host_need_not_look(work, base, graphs):
+    (work / "quads.json").write_text(json.dumps(SHAPE | dict(num_attention_heads=4, num_key_value_heads=2, initializer_range=0.3)))
+    counts = work / "quantized.counts"
+    keys = [f"--model.config={work}/quads.json", "--model.dtype=bfloat16", f"--model.tokenizer={QUICKSTART}/model", f"--quant.base={base}", "--generate.max_tokens=8", "What is", "Why"]
+    answers = [device(work, "generate", *keys, *more, TRIREME_DOUBLE_COUNTS=counts).stdout for more in (["--generate.graphs=false"], [])]
+    assert json.loads(counts.read_text())["graphs"] == graphs
+    assert answers[0] == answers[1] and answers[0].strip()
+
 FLOAT8 = ["--train.dtype=bfloat16", "--lora.rank=4", "--quant.base=fp8"]
 CURVE_FLOAT8 = 0.02  # factors of products have three digits behind the point, gradients two: 6 and 12 % of each, of which a sum keeps little
 

@@ -227,7 +227,7 @@ std::vector<Field> fields(Config& c) {
       {"generate.stop", &c.generate.stop, "list", "strings that end an answer", {}},
       {"generate.format", &c.generate.format, "", "text: the answers alone; json: one object a prompt", Words{"text", "json"}},
       {"generate.stream", &c.generate.stream, "", "print text as it comes", {}},
-      {"generate.graphs", &c.generate.graphs, "", "on a device: record what it does for a token once (a CUDA graph) and launch that for the next ones", {}},
+      {"generate.graphs", &c.generate.graphs, "", "on a device: record what it does for a token once (a CUDA graph) and launch that for the next ones; not with int8, whose outliers the host looks for", {}},
       {"tokenize.offsets", &c.tokenize.offsets, "", "print offsets", {}},
       {"tokenize.special", &c.tokenize.special, "", "add special tokens to plain text", {}},
       {"tokenize.generation_prompt", &c.tokenize.generation_prompt, "", "end a chat with the assistant's header", {}},
