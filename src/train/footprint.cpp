@@ -56,12 +56,13 @@ BlockBytes bytes_of(const Block& b, const ModelConfig& c, const Sizes& s, Recomp
   const int64_t small = (2 * s.rows + (attended ? all * heads : 0) + (b.q_norm.weight_C.defined() ? all * (q + k) / c.head_dim : 0)) * s.wide;
   const int64_t streams = (in ? 1 : 0) + 1;  // the block's input, and its sum with what attention adds
   auto in_rows = [&](int64_t per_token) { return (s.shared() ? all : s.rows) * per_token * s.element; };
-  // DoRA: the product that the norms scale, and what dropout leaves of the input; backward has two more of the product.
+  // DoRA: the product that the norms scale; backward has two more of it. With dropout the two halves of the input and both products
+  // are counted, as measured (run_memory_test.py).
   int64_t scaled = 0, scaling = 0;
   for (const Linear* l : {&b.q, &b.k, &b.v, &b.o, &b.gate, &b.up, &b.down}) {
     if (!l->lora || !l->lora->magnitude_O.defined()) continue;
     const int64_t product = (l->after || l == &b.o || l == &b.down ? s.rows : all) * l->out_features();
-    scaled += product + (l->lora->dropout > 0 ? all * l->in_features() : 0);
+    scaled += product + (l->lora->dropout > 0 ? product + 2 * all * l->in_features() : 0);
     scaling = std::max(scaling, 2 * product + (l->lora->dropout > 0 ? 2 * all * l->in_features() : 0));
   }
   const int64_t least = (all * (attention + twice + middle + adapters) + s.rows * streams * width + scaled) * s.element + small;
