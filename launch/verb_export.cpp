@@ -36,11 +36,13 @@ ExitStatus verb_export(const Config& config, const CommandLine& line, const Proc
     const at::ScalarType dtype = exported_dtype(config, source, checkpoint);
     const double difference = check_merged(folder, config, source, dtype, checkpoint);
     log_info(str("merged with what the quantized base stands for: logits differ from those of base and adapter by ", difference, " of their norm (rounding explains ",
-                 merge_bound(config.quant.base, dtype), ")"));
+                 merge_bound(config, dtype), ")"));
   } catch (const Error&) {
     std::filesystem::remove_all(folder);
     throw;
   }
+  if (quantized && !config.lora.merge && config.lora.rank == 0 && config.quant.base != "none" && config.quant.base != "dense")
+    log_info(str("these are the values that ", config.quant.base, " stands for, in ", dtype_name(exported_dtype(config, source, checkpoint)), "; trireme quantize writes the codes themselves"));
   log_info(str("wrote ", folder));
   return kExitDone;
 }

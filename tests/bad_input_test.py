@@ -213,10 +213,10 @@ def test_a_message_without_text_that_the_template_does_not_take(tmp_path):
 @pytest.mark.parametrize("keys, sentence", [
     (["--optim.lrr=1"], "unknown key optim.lrr; did you mean optim.lr?; trireme VERB --help lists all keys"),
     (["--train.epochs=3", "--lora.alpha=3", "--data.eval_fraction=0.5", f"--model.path={QUICKSTART}"], "model.path and model.config are both set: set model.path to a Hugging Face folder, or model.config to a config.json for random "
-     "weights\ntrain.steps and train.epochs are both set; set one\nlora.alpha is set, but lora.rank is 0: set lora.rank, or leave lora.alpha "
+     "weights\ntrain.steps and train.epochs are both set; set one, and the other to 0 where a file sets it\nlora.alpha is set, but lora.rank is 0: set lora.rank, or leave lora.alpha "
      "out\ndata.eval and data.eval_fraction are both set; set one"),
     (["--train.epochs=3", "--optim.lrr=1", "--task.kind=sfd"], "unknown key optim.lrr; did you mean optim.lr?; trireme VERB --help lists all keys\ntask.kind=sfd: allowed are sft, pretrain; did "
-     "you mean sft?\ntrain.steps and train.epochs are both set; set one"),
+     "you mean sft?\ntrain.steps and train.epochs are both set; set one, and the other to 0 where a file sets it"),
     (["--lora.path=x", "--lora.rank=3", "--lora.dropout=0.5"], "lora.dropout and lora.path are both set: the adapter of lora.path brings its own; leave lora.dropout out\nlora.rank and lora.path "
      "are both set: the adapter of lora.path has a rank; set one\nlora.path=x is no PEFT adapter: there is no adapter_config.json in it"),
     (["--eval.metric=foo", "--parallel.data=3", "--data.train=no.jsonl:5"], "eval.metric=foo: this task has loss, perplexity, token_accuracy\n"

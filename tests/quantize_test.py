@@ -200,3 +200,29 @@ def test_what_is_refused(work, keys, status, sentence):
     done = run(work, "quantize", *(key for key in usual if key.split("=")[0] not in {k.split("=")[0] for k in keys}), *keys)
     assert done.returncode == status and f"error: {sentence.replace('WORK', str(work))}" in done.stderr and done.stderr.count("error: ") == 1, done.stderr
     assert not (work / "never").exists() and not (work / "never.tmp").exists()
+
+
+def test_two_writers_of_one_folder_do_not_mix(work):
+    """One writes it, the other is refused: before it has begun, or when it sees what the first has written."""
+    jobs = [start(work, command("quantize", f"--model.path={work / 'base'}", f"--quant.base={kind}", f"--run.dir={work / 'both'}")) for kind in ("nf4", "int8")]
+    done = [end_of(job) for job in jobs]
+    assert sorted(job.returncode for job in done) == [0, 2], [job.stderr for job in done]
+    refused, kind = next((job.stderr, kind) for job, kind in zip(done, ("int8", "nf4")) if job.returncode == 2)
+    assert "is in use by" in refused or "is not empty; name a new folder" in refused, refused
+    config = json.loads((work / "both/config.json").read_text())["quantization_config"]
+    stored = {str(value.dtype) for name, value in load_file(work / "both/model.safetensors").items() if name.endswith("up_proj.weight")}
+    assert (config["load_in_4bit"], stored) == ((True, {"torch.uint8"}) if kind == "nf4" else (False, {"torch.int8"}))
+    assert not (work / "both.tmp").exists() and not (work / "both/run.lock").exists()
+
+
+def test_what_is_in_the_way_stays(work):
+    (work / "mine.tmp").mkdir()
+    (work / "mine.tmp/kept").write_text("mine")
+    (work / "nowhere").symlink_to(work / "gone")
+    (work / "file").write_text("")
+    for name, said, status in (("mine", "mine.tmp is in the way, and no unfinished trireme quantize: move it, or name another run.dir", 2),
+                               ("nowhere", "nowhere is a link to nothing; name a new folder", 2), ("file/x", "cannot be written (", 1)):
+        done = run(work, "quantize", f"--model.path={work / 'base'}", "--quant.base=nf4", f"--run.dir={work / name}")
+        assert done.returncode == status and said in done.stderr, done.stderr
+        assert not (work / f"{name}.tmp/model.safetensors").exists()
+    assert (work / "mine.tmp/kept").read_text() == "mine" and not (work / "mine").exists()

@@ -1,5 +1,6 @@
 """Runs whose frozen weights are in 4 or 8 bits: resumed, served, refused. Every mesh: run_mesh_test.py; on a device: run_device_test.py."""
 import json
+import shutil
 
 import pytest
 import torch
@@ -160,3 +161,29 @@ def test_merging_that_loses_the_model_is_refused(work):
                "--quant.base=nf4", f"--run.dir={work}/lost_merged")
     assert done.returncode == 3 and "the merged weights are not the model that was trained" in done.stderr, done.stderr
     assert not (work / "lost_merged").exists()
+
+
+def test_what_fewer_bits_would_hide_is_found(work):
+    done = run(work, "train", f"--run.dir={work}/sound", f"--model.config={work}/model.json", f"--model.tokenizer={QUICKSTART}/model", f"--data.train={QUICKSTART}/train.jsonl:8",
+               "--data.max_length=32", "--train.steps=1")
+    assert done.returncode == 0, done.stderr
+    path = work / "sound/model/model.safetensors"
+    tensors = load_file(path)
+    for bad in (float("nan"), float("inf")):
+        tensors["model.layers.1.mlp.up_proj.weight"][3, 5] = bad
+        save_file(tensors, path, metadata={"format": "pt"})
+        for base in ("nf4", "int8"):
+            keys = [f"--model.path={work}/sound/model", f"--quant.base={base}"]
+            for verb, more in (("quantize", [f"--run.dir={work}/damaged"]), ("export", [f"--run.dir={work}/damaged"]), ("eval", [f"--data.eval={QUICKSTART}/eval.jsonl:2"])):
+                done = run(work, verb, *keys, *more)
+                assert done.returncode == 3 and "model.layers.1.mlp.up_proj.weight: 1 of 8192 values are not finite" in done.stderr, done.stderr
+                assert not (work / "damaged/config.json").exists()
+                if (work / "damaged").exists():
+                    assert verb == "export"
+                    shutil.rmtree(work / "damaged")
+
+
+def test_a_run_that_computed_in_another_dtype_is_merged(work):
+    train(work, "wider", "--train.dtype=float32", "--quant.compute_dtype=bfloat16", "--train.steps=2")
+    done = run(work, "export", f"{work}/wider/config.ini", f"--run.resume={work}/wider/checkpoints/step-2", "--lora.merge=true", f"--run.dir={work}/wider_merged")
+    assert done.returncode == 0 and "(rounding explains 0.05)" in done.stderr, done.stderr

@@ -50,6 +50,7 @@ class Float8Weight : public FrozenWeight {
   }
 
   std::vector<at::Tensor> encode(const at::Tensor& whole_OI) const override {
+    check_finite(path_, whole_OI);
     const Codes w = to_codes(whole_OI, Type::kFloat8E4M3);
     return {w.codes, w.codes.t().contiguous(), w.scale};
   }

@@ -1,6 +1,9 @@
 // What the kinds of frozen weights make their leaves with.
 #pragma once
 
+#include <cmath>
+
+#include "base/check.h"
 #include "ops/frozen_weight.h"
 
 namespace trireme {
@@ -15,6 +18,13 @@ inline FrozenWeight::Leaf whole_leaf(const char* suffix, at::IntArrayRef sizes, 
 inline void cut_leaf(FrozenWeight::Leaf& leaf, int64_t dim, int64_t begin, int64_t end) {
   leaf.value = at::empty_like(leaf.value.narrow(dim, begin, end - begin), at::MemoryFormat::Contiguous);
   leaf.place.offset[static_cast<size_t>(dim)] = begin;
+}
+
+// DataError where a weight is not finite: its codes would hide it.
+inline void check_finite(const std::string& path, const at::Tensor& whole_OI) {
+  const auto [lowest, highest] = at::aminmax(whole_OI.detach());
+  if (std::isfinite(lowest.item<double>()) && std::isfinite(highest.item<double>())) return;
+  throw DataError(str(path, ".weight: ", whole_OI.numel() - at::isfinite(whole_OI).sum().item<int64_t>(), " of ", whole_OI.numel(), " values are not finite, which fewer bits would hide: the model's weights are damaged; copy its folder again"));
 }
 
 }  // namespace trireme

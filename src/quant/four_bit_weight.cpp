@@ -29,6 +29,7 @@ class FourBitWeight : public DequantizedWeight {
   }
 
   std::vector<at::Tensor> encode(const at::Tensor& whole_OI) const override {
+    check_finite(path_, whole_OI);
     FourBitTensor q = quantize_4bit(whole_OI.scalar_type() == at::kDouble ? whole_OI.to(at::kFloat) : whole_OI, options_.kind, options_.block_size);
     if (options_.is_double) q.scales = double_quantized(q.scales);
     return four_bit_leaves(q, whole_OI.size(0), whole_OI.size(1));
@@ -81,7 +82,7 @@ class FourBitWeight : public DequantizedWeight {
     for (int64_t size = 32; size <= 4096; size *= 2)
       if (four_bit_slice_fits(out_features_, in_features_, dim, begin, end, size)) fitting += str(fitting.empty() ? "" : ", ", size);
     throw ConfigError(str("quant.block_size=", options_.block_size, ": a rank's ", dim == 0 ? "rows " : "columns ", begin, " to ", end - 1, " of ", path_, " (", out_features_, " x ", in_features_,
-                          ") would cut a block of scales: ", fitting.empty() ? "no block size fits; " : str("take ", fitting, "; "), "or set another parallel.tensor, or add the layer to quant.skip"));
+                          ") would cut a block of scales: ", fitting.empty() ? "no block size fits; " : str("take ", fitting, "; "), "or set another parallel.tensor, or add the layer to quant.skip; weights that are stored so can be had by quant.base=dense"));
   }
 
   FourBitOptions options_;

@@ -17,6 +17,7 @@ class Int8Weight : public DequantizedWeight {
   }
 
   std::vector<at::Tensor> encode(const at::Tensor& whole_OI) const override {
+    check_finite(path_, whole_OI);
     const Int8Rows q = quantize_int8_rows(whole_OI);
     return {q.codes_RC, q.absmax_R};
   }
@@ -46,7 +47,7 @@ class Int8Weight : public DequantizedWeight {
     constexpr int64_t kMostColumns = 133144;  // of products of 127 in int32
     if (out_features_ % 8 != 0 || in_features_ % 8 != 0 || in_features_ > kMostColumns)
       throw ConfigError(str("quant.base=int8: ", path_, " has ", out_features_, " outputs and ", in_features_, " inputs", in_features_ != leaves_[0].place.global_shape[1] || out_features_ != leaves_[0].place.global_shape[0] ? " on a rank" : "",
-                            "; multiples of 8 are allowed, and at most ", kMostColumns, " inputs: add it to quant.skip"));
+                            "; multiples of 8 are allowed, and at most ", kMostColumns, " inputs: add it to quant.skip; weights that are stored so can be had by quant.base=dense"));
   }
 
   float threshold_;

@@ -49,7 +49,7 @@ void find_conflicts(const Config& c, const CommandLine& line, int num_ranks, std
     const bool has_data = line.verb != "plan" || !c.data.train.empty();  // a plan does without
     if (complete && c.data.train.empty() && has_data) wrong("data.train is not set: name one or more .jsonl, .json or .txt files");
     if ((c.train.steps > 0) == (c.train.epochs > 0) && ((complete && has_data) || c.train.steps > 0))
-      wrong(c.train.steps > 0 ? "train.steps and train.epochs are both set; set one"
+      wrong(c.train.steps > 0 ? "train.steps and train.epochs are both set; set one, and the other to 0 where a file sets it"
                               : "the length of the run is not set: set train.steps or train.epochs");
     const Config d;  // values count, not what was written: the resolved configuration of a run names every key
     const std::pair<const char*, bool> lora_keys[] = {{"lora.alpha", c.lora.alpha != d.lora.alpha},

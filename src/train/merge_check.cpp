@@ -23,9 +23,10 @@ at::Tensor probe_logits(Transformer& model) {
 
 }  // namespace
 
-double merge_bound(const std::string& quant_base, at::ScalarType dtype) {
-  const double rounding = dtype == at::kFloat ? 1e-4 : dtype == at::kDouble ? 1e-6 : dtype == at::kHalf ? 0.02 : 0.05;
-  return quant_base == "int8" ? rounding + 0.05 : rounding;
+double merge_bound(const Config& config, at::ScalarType dtype) {
+  const auto of = [](at::ScalarType rounded) { return rounded == at::kFloat ? 1e-4 : rounded == at::kDouble ? 1e-6 : rounded == at::kHalf ? 0.02 : 0.05; };
+  const double rounding = std::max(of(dtype), of(frozen_base(config).compute.value_or(dtype)));
+  return config.quant.base == "int8" ? rounding + 0.05 : rounding;
 }
 
 double check_merged(const std::string& folder, const Config& config, const ModelSource& source, at::ScalarType dtype, const std::optional<Checkpoint>& checkpoint) {
@@ -44,7 +45,7 @@ double check_merged(const std::string& folder, const Config& config, const Model
     merged.model.path = folder;
     written = probe_logits(*build_model(merged, find_model(merged), dtype, false, at::kCPU));
   }
-  const double difference = ((written - trained).norm() / trained.norm()).item<double>(), bound = merge_bound(config.quant.base, dtype);
+  const double difference = ((written - trained).norm() / trained.norm()).item<double>(), bound = merge_bound(config, dtype);
   if (!(difference <= bound))
     throw DataError(str(folder, ": the merged weights are not the model that was trained: its logits differ by ", difference, " of their norm, and at most ", bound,
                         " is what rounding explains. Export the adapter alone (lora.merge=false), or merge in a wider dtype"));

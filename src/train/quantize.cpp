@@ -9,23 +9,33 @@
 #include "base/log.h"
 #include "checkpoint/bitsandbytes.h"
 #include "checkpoint/export_folder.h"
+#include "checkpoint/run_lock.h"
 
 namespace trireme {
 namespace {
 
 namespace fs = std::filesystem;
 
+constexpr const char* kLock = "run.lock";
+
 void check_target(const std::string& folder, const ModelSource& source) {
   std::error_code none;
+  if (fs::is_symlink(folder) && !fs::exists(folder)) throw ConfigError(str("run.dir=", folder, " is a link to nothing; name a new folder"));
   if (!fs::exists(folder)) return;
   if (fs::equivalent(folder, source.folder, none)) throw ConfigError(str("run.dir=", folder, " is the folder of the model itself; name a new folder"));
   if (!fs::is_directory(folder)) throw ConfigError(str("run.dir=", folder, " is a file; name a new folder"));
   if (!fs::is_empty(folder)) throw ConfigError(str("run.dir=", folder, " is not empty; name a new folder"));
 }
 
-// What a killed writer leaves behind is written over; of its files under temporary names others may be left.
+// What a killed writer leaves behind is written over; of its files under temporary names others may be left. Its lock tells it from
+// what is somebody else's.
 void clear_temporaries(const std::string& folder) {
+  if (fs::exists(folder) && !fs::is_empty(folder) && !fs::exists(folder + "/" + kLock))
+    throw ConfigError(str(folder, " is in the way, and no unfinished trireme quantize: move it, or name another run.dir"));
   fs::create_directories(folder);
+}
+
+void clear_files(const std::string& folder) {
   for (const auto& entry : fs::directory_iterator(folder))
     if (entry.path().extension() == ".tmp") fs::remove(entry.path());
 }
@@ -97,11 +107,19 @@ void quantize_stored(const std::string& folder, const Config& config, const Mode
   Json json = model_config_to_json(source.config, dtype_name(dtype));
   json["quantization_config"] = quantization_config(base.kind, base.is_double, dtype_name(base.compute.value_or(dtype)), base.threshold, skipped);
   const std::string whole = fs::absolute(folder + "/").lexically_normal().parent_path().string(), made = whole + ".tmp";
-  clear_temporaries(made);
-  export_model_folder(made, source.folder, source.tokenizer_folder, json, tensors, {}, true, max_shard_bytes);
-  fsync_path(made);
-  fs::rename(made, whole);
-  fsync_path(fs::path(whole).parent_path().string());
+  try {
+    clear_temporaries(made);
+    const RunLock lock(made);
+    check_target(folder, source);  // another writer may have been faster
+    clear_files(made);
+    export_model_folder(made, source.folder, source.tokenizer_folder, json, tensors, {}, true, max_shard_bytes);
+    fs::remove(made + "/" + kLock);
+    fsync_path(made);
+    fs::rename(made, whole);
+    fsync_path(fs::path(whole).parent_path().string());
+  } catch (const fs::filesystem_error& error) {
+    throw SystemError(str("run.dir=", folder, " cannot be written (", error.code().message(), ": ", error.path1().string(), "); name a folder where there is room and leave to write"));
+  }
 }
 
 }  // namespace trireme
