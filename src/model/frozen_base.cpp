@@ -11,7 +11,6 @@
 #include "quant/int8_weight.h"
 
 namespace trireme {
-
 namespace {
 
 // What is stored cannot be brought into another form: its values are rounded already.

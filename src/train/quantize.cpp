@@ -73,30 +73,30 @@ void quantize_stored(const std::string& folder, const Config& config, const Mode
   Config stored = config;
   stored.quant.base = "dense";
   const auto dense = build_model(stored, source, dtype, false, at::kCPU, true, {}, &fill), quantized = model_shapes(config, source.config, dtype, false);
-  std::map<std::string, std::shared_ptr<const FrozenWeight>> in_4_bits;
+  std::map<std::string, std::shared_ptr<const FrozenWeight>> in_fewer_bits;
   std::vector<std::string> skipped;
   for (const Linear* l : quantized->linears())
-    if (l->frozen) in_4_bits[l->path + ".weight"] = l->frozen;
+    if (l->frozen) in_fewer_bits[l->path + ".weight"] = l->frozen;
     else skipped.push_back(l->path);
-  if (in_4_bits.empty()) throw ConfigError("quant.skip leaves no layer to quantize");
+  if (in_fewer_bits.empty()) throw ConfigError("quant.skip leaves no layer to quantize");
   const auto read = [&](const Parameter& p) {
     const at::Tensor value = at::empty(p.value.sizes(), dtype);
     fill({{p.name, value, p.shard}});
     return value;
   };
   std::pair<std::string, std::vector<at::Tensor>> last;  // of the parts of a weight, which are asked for one after the other
-  LayerCount progress(2 * in_4_bits.size());
+  LayerCount progress(2 * in_fewer_bits.size());
   const auto leaves = [&](const Parameter& p) {
     if (last.first != p.name) {
       last = {};  // before the next is there
-      last = {p.name, in_4_bits.at(p.name)->encode(read(p))};
+      last = {p.name, in_fewer_bits.at(p.name)->encode(read(p))};
       progress.add();
     }
     return last.second;
   };
   std::vector<TensorSource> tensors;
   for (const Parameter& p : dense->parameters())
-    if (!in_4_bits.count(p.name)) {
+    if (!in_fewer_bits.count(p.name)) {
       tensors.push_back({p.name, dtype, p.value.sizes().vec(), [&read, p] { return read(p); }});
     } else {
       const StoredFormat format{base.kind, base.block_size, base.is_double, p.value.size(0), p.value.size(1)};
