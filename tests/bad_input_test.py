@@ -370,7 +370,7 @@ def test_a_second_run_on_the_folder_of_a_living_one(tmp_path):
 
 
 MAY_CHANGE = ("\nSet these back, or start a new run with another run.dir. On a run that goes on, train.steps and train.epochs may grow; the keys of parallel, "
-              "checkpoint, eval, comm and log, run.device, optim.offload, train.recompute, train.offload_activations and train.threads may change, and "
+              "checkpoint, eval, comm and log, run.device, model.embedding, optim.offload, optim.paged, train.recompute, train.offload_activations, train.mlp_tokens and train.threads may change, and "
               "train.micro_batch_size and train.accumulation where a step keeps its rows.")
 
 

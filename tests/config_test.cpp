@@ -228,7 +228,7 @@ TEST(Config, FurtherChecksJoinTheOthers) {
 
 TEST(Config, HelpOfAVerbNamesWhatItReads) {
   Config config;
-  const std::vector<std::string> unread = {"generate", "tokenize", "data.show", "lora.merge", "eval.token_ids", "eval.logits"};
+  const std::vector<std::string> unread = {"generate", "tokenize", "data.show", "lora.merge", "lora.requantize", "eval.token_ids", "eval.logits"};
   const std::pair<const char*, std::vector<std::string>> reads[] = {
       {"train", {}}, {"plan", {}},
       {"eval", {"run.seed", "run.device", "model", "data", "task", "train.threads", "lora.path", "parallel.data", "parallel.tensor", "parallel.pipeline",

@@ -53,7 +53,7 @@ struct Verb {
 };
 const std::vector<std::string> kRunSections = {"run", "model", "data", "task", "train", "optim", "schedule", "lora", "quant",
                                                "parallel", "comm", "checkpoint", "eval", "log"};
-const std::vector<std::string> kNotInRuns = {"data.show", "lora.merge", "eval.token_ids", "eval.logits"};
+const std::vector<std::string> kNotInRuns = {"data.show", "lora.merge", "lora.requantize", "eval.token_ids", "eval.logits"};
 const std::vector<Verb> kVerbs = {
     {"train", "train or fine-tune a model", kRunSections, kNotInRuns},
     {"eval", "loss, perplexity and accuracy; logits to a file",

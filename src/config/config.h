@@ -16,7 +16,7 @@ struct Config {
     int64_t seed = 0;
   } run;
   struct {
-    std::string path, config, tokenizer, dtype = "auto", revision = "main";
+    std::string path, config, tokenizer, dtype = "auto", revision = "main", embedding = "device";
   } model;
   struct {
     std::vector<std::string> train, eval;
@@ -38,6 +38,7 @@ struct Config {
     std::string dtype = "auto";
     int64_t micro_batch_size = 1, accumulation = 1;
     std::string recompute = "none";
+    int64_t mlp_tokens = 0;
     bool offload_activations = false, tf32 = false, deterministic = true;
     double max_grad_norm = 1.0, label_smoothing = 0, z_loss = 0;
     std::string gradients;
@@ -46,7 +47,7 @@ struct Config {
   struct {
     std::string kind = "adamw";
     double lr = 2e-4, weight_decay = 0.0, beta1 = 0.9, beta2 = 0.999, epsilon = 1e-8, momentum = 0.9;
-    bool masters = true, offload = false;
+    bool masters = true, offload = false, paged = false;
   } optim;
   struct {
     std::string kind = "linear";
@@ -56,7 +57,7 @@ struct Config {
     int64_t rank = 0;
     double alpha = 0, dropout = 0;
     std::vector<std::string> targets = {"all-linear"};
-    bool rslora = false, dora = false, merge = false;
+    bool rslora = false, dora = false, merge = false, requantize = false;
     std::string init = "random";
     int64_t loftq_iterations = 1;
     std::string path;

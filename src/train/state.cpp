@@ -72,9 +72,9 @@ Json run_identity(Config config, const Json& model, const Json& data) {
   static const std::set<std::string> free_sections = {"parallel", "log", "eval", "checkpoint", "comm", "generate", "tokenize", "plan"};
   static const std::set<std::string> free_keys = {
       "run.dir", "run.resume", "run.device", "train.steps", "train.epochs", "train.stop_after", "train.threads", "train.gradients",
-      "train.accumulation", "train.micro_batch_size", "train.recompute", "train.offload_activations", "optim.offload", "data.cache", "data.show", "lora.merge",
+      "train.accumulation", "train.micro_batch_size", "train.recompute", "train.offload_activations", "train.mlp_tokens", "optim.offload", "optim.paged", "data.cache", "data.show", "lora.merge", "lora.requantize",
       // their content is what counts: the fingerprints
-      "model.path", "model.config", "model.tokenizer", "model.revision", "data.train", "data.eval", "lora.path"};
+      "model.path", "model.config", "model.tokenizer", "model.revision", "model.embedding", "data.train", "data.eval", "lora.path"};
   Json identity = model;
   identity["data"] = data;
   for (const auto& f : fields(config)) {
@@ -113,8 +113,8 @@ void check_identity(const Json& saved, const Json& now, const std::string& check
   if (!differences.empty())
     throw ConfigError(str("cannot go on from ", checkpoint, ", it belongs to another run:", differences,
                           "\nSet these back, or start a new run with another run.dir. On a run that goes on, train.steps and "
-                          "train.epochs may grow; the keys of parallel, checkpoint, eval, comm and log, run.device, optim.offload, train.recompute, "
-                          "train.offload_activations and train.threads may change, and train.micro_batch_size and train.accumulation where a step keeps its rows."));
+                          "train.epochs may grow; the keys of parallel, checkpoint, eval, comm and log, run.device, model.embedding, optim.offload, optim.paged, train.recompute, "
+                          "train.offload_activations, train.mlp_tokens and train.threads may change, and train.micro_batch_size and train.accumulation where a step keeps its rows."));
 }
 
 }  // namespace trireme
