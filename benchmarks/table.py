@@ -3,7 +3,7 @@ import json
 import pathlib
 import sys
 
-LESS_IS_BETTER = {"s", "ms", "us", "MB", "bytes", "s/1000 tokens", "% idle"}
+LESS_IS_BETTER = {"s", "ms", "us", "MB", "bytes", "s/1000 tokens", "% idle", "nats", "perplexity"}
 KEYS = {"what", "shape", "unit", "trireme", "baseline", "baseline_name", "ratio", "target"}
 
 

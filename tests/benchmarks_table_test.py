@@ -28,11 +28,11 @@ def test_targets_by_unit(tmp_path):
     write(tmp_path, [row("fast", "tokens/s", 30, 10, 3.0, 1.5), row("slow", "tokens/s", 10, 10, 1.0, 1.5),
                      row("small", "MB", 5, 10, 0.5, 0.7), row("large", "MB", 9, 10, 0.9, 0.7),
                      row("soon", "s", 1.5, None, None, 2), row("late", "s", 2.5, None, None, 2),
-                     row("share", "share", 0.95, None, None, 0.9), row("only said", "s", 1, 2, 0.5, None)])
+                     row("share", "share", 0.95, None, None, 0.9), row("near", "nats", 2.01, 2, 1.005, 1.01), row("far", "nats", 2.1, 2, 1.05, 1.01), row("only said", "s", 1, 2, 0.5, None)])
     last = {line.split(" | ")[0].strip("| "): line.split(" | ")[-1].strip("| ")
             for line in printed(tmp_path).stdout.splitlines() if " | x | " in line}
     assert last == {"fast": "reached", "slow": "missed", "small": "reached", "large": "missed", "soon": "reached",
-                    "late": "missed", "share": "reached", "only said": ""}
+                    "late": "missed", "share": "reached", "near": "reached", "far": "missed", "only said": ""}
 
 
 def test_a_row_of_another_form_is_refused(tmp_path):
