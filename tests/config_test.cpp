@@ -166,6 +166,7 @@ TEST(Config, PrintedConfigurationReadsBack) {
 TEST(Config, ValuesAtTheEdges) {
   const char* integer = ": an integer is expected";
   const char* number = ": a number is expected";
+  const std::string of_init = ": allowed are random, pissa, pissa_niter_N, loftq; did you mean pissa_niter_N?";
   const std::pair<const char*, std::string> cases[] = {
       {"--train.steps=", integer}, {"--train.steps=5.5", integer}, {"--train.steps=1e3", integer}, {"--train.steps=0x10", integer},
       {"--train.steps=5 5", integer}, {"--train.steps=99999999999999999999", integer}, {"--train.steps=\xD9\xA3", integer},
@@ -174,7 +175,10 @@ TEST(Config, ValuesAtTheEdges) {
       {"--optim.lr=-inf", number}, {"--optim.lr=1e-4x", number}, {"--optim.lr=-1e-9", ": must be from 0 to 1e+06"},
       {"--data.packing=", ": true or false is expected"}, {"--data.packing=True", ": true or false is expected"},
       {"--run.device=gpu", ": allowed are auto, cpu, cuda; did you mean cuda?"}, {"--run.device=cdu", ": allowed are auto, cpu, cuda; did you mean cpu?"},
-      {"--data.learn=", ": allowed are completion, all"}, {"--data.truncation=Left", ": allowed are auto, right, left, drop, error, chunk; did you mean left?"}};
+      {"--data.learn=", ": allowed are completion, all"}, 
+      {"--lora.init=pissa_niter_N", of_init}, {"--lora.init=pissa_niter_", of_init}, {"--lora.init=pissa_niter_0", of_init}, {"--lora.init=pissa_niter_1000", of_init},
+      {"--lora.init=pissa_niter_16x", of_init}, {"--lora.init=pissa_niter", of_init},
+      {"--data.truncation=Left", ": allowed are auto, right, left, drop, error, chunk; did you mean left?"}};
   for (const auto& [word, problem] : cases) EXPECT_EQ(refusal({"train", word}), std::string(word).substr(2) + problem) << word;
 
   Config config;
@@ -189,6 +193,8 @@ TEST(Config, ValuesAtTheEdges) {
   EXPECT_EQ(config.generate.system, "  \xC3\xA9 # no comment ");
   EXPECT_EQ(config.data.eval, std::vector<std::string>{"x.jsonl:3"});
   EXPECT_EQ(config.run.dir, "a=b");
+  parse({"train", "--lora.init=pissa_niter_16"}, config);
+  EXPECT_EQ(config.lora.init, "pissa_niter_16");
   parse({"generate", "--generate.prompt=1+1=", "--data.separator==", "--model.path", "x="}, config);
   EXPECT_EQ(config.generate.prompt, "1+1=");
   EXPECT_EQ(config.data.separator, "=");

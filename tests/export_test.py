@@ -46,8 +46,8 @@ def close(a, b):
     assert (a - b).abs().max().item() <= bounds.LOGITS_FP32
 
 
-def train(work, name, *keys, status=0):
-    done = hf_models.run("train", f"--run.dir={work / name}", f"--data.train={RECORDS}:16", "--train.steps=4", "--optim.lr=1e-2",
+def train(work, name, *keys, status=0, lr="1e-2"):
+    done = hf_models.run("train", f"--run.dir={work / name}", f"--data.train={RECORDS}:16", "--train.steps=4", f"--optim.lr={lr}",
                          "--train.micro_batch_size=4", *keys, cache=work / "cache")
     assert done.returncode == status, done.stderr
     return work / name
@@ -121,6 +121,27 @@ def test_adapters_that_begin_with_the_weights_or_have_magnitudes_go_out_for_the_
     assert (logits - theirs(base(work))).abs().max().item() > 0.01
     hf_models.succeed("export", f"--model.path={work / 'base'}", f"--lora.path={run / 'adapter'}", "--lora.merge=true", f"--run.dir={work / name}-again")
     close(ours(work, f"--model.path={work / name}-again"), logits)
+
+
+def test_pissa_by_iterations_begins_as_pefts(work):
+    """Weights whose singular values halve: of 16 iterations nothing is left to see of which vectors they began with."""
+    model = base(work)
+    with torch.no_grad():
+        for name, value in model.named_parameters():
+            if name.endswith("_proj.weight"):
+                u, s, v = torch.linalg.svd(value, full_matrices=False)
+                value.copy_(u * (3 * 0.5 ** torch.arange(len(s)).clamp(max=12)) @ v)
+    model.save_pretrained(work / "steep")
+    hf_models.add_tokenizer(work / "steep")
+    adapter = train(work, "niter", f"--model.path={work / 'steep'}", "--lora.rank=4", "--lora.alpha=8", "--lora.init=pissa_niter_16", lr="1e-12") / "adapter"
+    found = load_file(adapter / "adapter_model.safetensors")  # what was learnt, which is nothing, and behind it what it began with
+    expected = peft.get_peft_model(model, peft.LoraConfig(r=4, lora_alpha=8, target_modules="all-linear", task_type="CAUSAL_LM", init_lora_weights="pissa_niter_16")).state_dict()
+    for key, value in found.items():
+        theirs_4 = expected[key.replace(".weight", ".default.weight")]
+        ours_4 = value[:4].T if "lora_A" in key else value[:, :4]
+        theirs_4 = theirs_4.T if "lora_A" in key else theirs_4
+        assert torch.linalg.svdvals(torch.linalg.qr(ours_4.double())[0].T @ torch.linalg.qr(theirs_4.double())[0]).min() > 1 - 1e-9, key  # the cosine of the largest angle
+        assert torch.allclose(ours_4.norm(dim=0), theirs_4.norm(dim=0), rtol=1e-5), key
 
 
 def test_a_checkpoint_of_a_run_that_began_with_an_adapter_is_exported(work, adapter):

@@ -1,6 +1,7 @@
 // What adapters begin with (PiSSA, LoftQ), and a layer with a magnitude (DoRA), by their definitions.
 #include "model/lora_init.h"
 
+#include <ATen/Parallel.h>
 #include <gtest/gtest.h>
 
 #include "model/lora.h"
@@ -59,6 +60,87 @@ TEST(LoraInit, LoftqLosesLessWithEachIteration) {
     EXPECT_LT(lost, last) << iterations;
     EXPECT_EQ(at::equal(start.base_OI, w), iterations == 1);
     last = lost;
+  }
+}
+
+// U diag(values) V^T of random U and V.
+at::Tensor with_singular_values(const at::Tensor& values, int64_t rows, int64_t columns) {
+  const at::Tensor u = std::get<0>(at::linalg_qr(normal({rows, values.size(0)}, 20))), v = std::get<0>(at::linalg_qr(normal({columns, values.size(0)}, 21)));
+  return at::matmul(u * values, v.t());
+}
+
+// The sine of the largest angle between the spaces of the columns.
+double largest_angle(const at::Tensor& a, const at::Tensor& b) {
+  const at::Tensor q = std::get<0>(at::linalg_qr(a)), other = std::get<0>(at::linalg_qr(b));
+  return std::get<1>(at::linalg_svd(other - at::matmul(q, at::matmul(q.t(), other)), false)).max().item<double>();
+}
+
+TEST(LoraInit, PissaByIterationsIsNearlyTheWhole) {
+  const at::Tensor values = at::pow(0.8, at::arange(60, at::kDouble));
+  for (const auto& sizes : {std::vector<int64_t>{60, 200}, {200, 60}}) {
+    const at::Tensor w = with_singular_values(values, sizes[0], sizes[1]);
+    const LoraStart exact = pissa_start(w, 4, 0.5);
+    double last = 1;
+    for (const auto& [iterations, bound] : std::vector<std::pair<int64_t, double>>{{1, 1e-1}, {4, 1e-4}, {16, 1e-13}}) {  // (0.8^9)^(2 iterations) and a factor
+      const LoraStart start = pissa_start(w, 4, 0.5, iterations);
+      EXPECT_LT(length_of(start.base_OI + at::matmul(start.b_OR, start.a_RI) * 0.5 - w), 1e-13);  // whatever was found
+      const double angle = std::max(largest_angle(start.b_OR, exact.b_OR), largest_angle(start.a_RI.t(), exact.a_RI.t()));
+      EXPECT_LT(angle, bound) << iterations;
+      EXPECT_LT(angle, last) << iterations;
+      last = angle;
+      if (iterations == 16) { EXPECT_LT(length_of(start.b_OR - exact.b_OR) + length_of(start.a_RI - exact.a_RI), 1e-11); }
+    }
+  }
+  const at::Tensor few = normal({9, 40}, 22);  // too few directions for vectors beside those of the rank: all of them
+  EXPECT_TRUE(at::equal(pissa_start(few, 4, 1, 1).b_OR, pissa_start(few, 4, 1).b_OR));
+}
+
+TEST(LoraInit, WeightsOfALowerRankBeginWithWhatThereIs) {
+  const at::Tensor w = with_singular_values(at::tensor({3.0, 2.0}, at::kDouble), 30, 40);
+  for (const int64_t iterations : {0, 4}) {
+    const LoraStart start = pissa_start(w, 4, 2.0, iterations);
+    EXPECT_LT(length_of(start.base_OI), 1e-14);
+    EXPECT_LT(length_of(at::matmul(start.b_OR, start.a_RI) * 2.0 - w), 1e-14);
+    const LoraStart zeros = pissa_start(at::zeros_like(w), 4, 2.0, iterations);
+    EXPECT_EQ(length_of(zeros.a_RI) + length_of(zeros.b_OR) + length_of(zeros.base_OI), 0);
+  }
+}
+
+TEST(LoraInit, HasTheSameBitsWithAnyNumberOfThreads) {
+  const at::Tensor w = normal({256, 512}, 23, at::kFloat);
+  const auto rounded = [](const at::Tensor& base) { return (base * 4).round() / 4; };
+  const int before = at::get_num_threads();
+  std::vector<at::Tensor> first;
+  for (const int threads : {1, 2, 4}) {
+    at::set_num_threads(threads);
+    std::vector<at::Tensor> all;
+    for (const LoraStart& start : {pissa_start(w, 8, 0.5), pissa_start(w, 8, 0.5, 4), loftq_start(w, 8, 0.5, 2, rounded)}) all.insert(all.end(), {start.base_OI, start.a_RI, start.b_OR});
+    EXPECT_EQ(at::get_num_threads(), threads);
+    if (first.empty()) first = all;
+    for (size_t i = 0; i < all.size(); ++i) EXPECT_TRUE(at::equal(all[i], first[i])) << threads << " threads, tensor " << i;
+  }
+  at::set_num_threads(before);
+}
+
+TEST(LoraInit, WhatTakesLongIsSaid) {
+  StartProgress progress("pissa", 224);
+  EXPECT_EQ(progress.line(1, 9.9), "");
+  EXPECT_EQ(progress.line(2, 20), "lora.init=pissa: 2 of 224 layers, about 37 minutes left; lora.init=pissa_niter_16 takes a fraction of that");
+  EXPECT_EQ(progress.line(3, 49), "");
+  EXPECT_EQ(progress.line(214, 2140), "lora.init=pissa: 214 of 224 layers, about 100 s left");
+  EXPECT_EQ(progress.line(224, 2240), "");  // that is all of them
+  EXPECT_EQ(StartProgress("pissa_niter_4", 9000).line(1, 11), "lora.init=pissa_niter_4: 1 of 9000 layers, about 1650 minutes left");
+}
+
+TEST(LoraInit, LoftqIsRightForAnyAlphaAndPeftsForThatOfTheRank) {
+  const at::Tensor w = normal({32, 48}, 24);
+  const auto rounded = [](const at::Tensor& base) { return base.round(); };
+  const auto rest = [&](const LoraStart& start, double scale) { return length_of(w - rounded(start.base_OI) - at::matmul(start.b_OR, start.a_RI) * scale); };
+  const LoraStart as_peft = loftq_start(w, 4, 1, 1, rounded);
+  for (const double scale : {0.25, 4.0}) {
+    const LoraStart start = loftq_start(w, 4, scale, 1, rounded);
+    EXPECT_NEAR(rest(start, scale), rest(as_peft, 1), 1e-12) << scale;
+    EXPECT_GT(rest(as_peft, scale), 1.05 * rest(start, scale)) << scale;  // what PEFT's would leave
   }
 }
 

@@ -11,6 +11,9 @@ STEPS = 20  # of twelve rows: 4 x accumulation 3 on one rank
 QUICKSTART = SOURCE / "configs/quickstart"
 SHAPE = dict(model_type="qwen3", vocab_size=1152, hidden_size=32, intermediate_size=44, num_hidden_layers=4, num_attention_heads=4,
              num_key_value_heads=2, head_dim=8, rms_norm_eps=1e-5, max_position_embeddings=256, initializer_range=0.02)
+# Blocks of 32 are the largest that four ranks do not cut.
+IN_BLOCKS = dict(hidden_size=64, head_dim=32, intermediate_size=128, tie_word_embeddings=False)
+NF4 = ["--quant.base=nf4", "--quant.block_size=32", "--lora.rank=4"]
 # What a task learns and how: every value of every row of the table at least once with each way of cutting.
 KINDS = {
     "full_untied_packed": (dict(tie_word_embeddings=False), ["--data.packing=true", "--data.max_length=96"], "model/model.safetensors"),
@@ -21,10 +24,9 @@ KINDS = {
     "lora_tied_packed": (dict(tie_word_embeddings=True), ["--lora.path={work}/learnt/adapter", "--data.packing=true", "--data.max_length=96"],
                          "adapter/adapter_model.safetensors"),
     "dora_pissa": (dict(tie_word_embeddings=False), ["--lora.rank=4", "--lora.dora=true", "--lora.init=pissa", "--lora.dropout=0.2"], "adapter/adapter_model.safetensors"),
-    # Blocks of 32 are the largest that four ranks do not cut.
-    "qlora_packed": (dict(hidden_size=64, head_dim=32, intermediate_size=128, tie_word_embeddings=False),
-                     ["--quant.base=nf4", "--quant.block_size=32", "--lora.rank=4", "--lora.dropout=0.2", "--data.packing=true", "--data.max_length=96"],
-                     "adapter/adapter_model.safetensors"),
+    "qlora_packed": (IN_BLOCKS, [*NF4, "--lora.dropout=0.2", "--data.packing=true", "--data.max_length=96"], "adapter/adapter_model.safetensors"),
+    "qdora": (IN_BLOCKS, [*NF4, "--lora.dropout=0.2", "--lora.dora=true", "--train.recompute=selective"], "adapter/adapter_model.safetensors"),
+    "loftq": (IN_BLOCKS, [*NF4, "--lora.init=loftq", "--lora.loftq_iterations=2", "--lora.alpha=8"], "adapter/adapter_model.safetensors"),
 }
 # Ranks and keys of each mesh; a step always has twelve rows.
 MESHES = {

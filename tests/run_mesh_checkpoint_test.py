@@ -39,6 +39,14 @@ def test_every_mesh_goes_on_from_a_checkpoint_of_every_other(work, whole, part, 
     assert_same_run(work, kind, f"walk_{kind}", whole[kind])
 
 
+@pytest.mark.parametrize("kind", ["dora_pissa", "qdora", "loftq"])
+def test_what_begins_with_the_weights_goes_on_on_another_mesh(work, whole, kind):
+    for mesh, stop, status in [("dp2_tp2_zero3", ["--train.stop_after=8"], 75), ("pp2_interleaved", [], 0)]:
+        ranks, keys = MESHES[mesh]
+        train(work, kind, f"moved_{kind}", *keys, *stop, ranks=ranks, status=status)
+    assert_same_run(work, kind, f"moved_{kind}", whole[kind])
+
+
 def test_from_eight_ranks_to_two_to_peft(work, whole):
     """LoRA on 2 x 2 x 2, stopped, gone on with on two tensor ranks: PEFT's logits are those of `eval` on a 2 x 2 mesh."""
     base, adapter, ids = work / whole["full_untied_packed"] / "model", work / "eight/adapter", [[5, 6, 7, 8, 9, 10, 11, 300], [3, 1, 4]]

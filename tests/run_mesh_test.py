@@ -11,15 +11,15 @@ from bounds import LAYOUT_BF16, LAYOUT_FP32
 from mesh_runs import KINDS, MESHES, QUICKSTART, assert_same_run, losses, train, whole, work  # noqa: F401 (fixtures)
 from program import run
 
-FULL, TIED, LORA, LORA_TIED, DORA, QLORA = KINDS
+FULL, TIED, LORA, LORA_TIED, DORA, QLORA, QDORA, LOFTQ = KINDS
 DENSE = [FULL, TIED, LORA, LORA_TIED]
-OF_KIND = {FULL: {"packed"}, TIED: {"tied"}, LORA: {"lora"}, LORA_TIED: {"lora", "packed", "tied"}, DORA: {"lora"}, QLORA: {"lora", "packed"}}
+OF_KIND = {FULL: {"packed"}, TIED: {"tied"}, LORA: {"lora"}, LORA_TIED: {"lora", "packed", "tied"}, DORA: {"lora"}, QLORA: {"lora", "packed"}, QDORA: {"lora"}, LOFTQ: {"lora"}}
 PAIRS = [(mesh, kind) for mesh, kinds in {
-    "dp2": [FULL, TIED, LORA_TIED], "dp4": [FULL, TIED, LORA], "tp2": DENSE, "tp4": [FULL, TIED, LORA, DORA, QLORA], "dp2_tp2": [FULL],
+    "dp2": [FULL, TIED, LORA_TIED], "dp4": [FULL, TIED, LORA], "tp2": DENSE, "tp4": [FULL, TIED, LORA, DORA, QLORA, QDORA], "dp2_tp2": [FULL],
     "dp2_tp2_zero1": [TIED, LORA], "dp2_tp2_zero2": [FULL, LORA], "dp2_tp2_zero3": [TIED, LORA, DORA, QLORA], "pp2": DENSE, "pp2_one": [FULL, TIED, LORA_TIED],
-    "pp4": [FULL, TIED, LORA], "pp2_gpipe": [FULL, TIED, LORA], "pp2_zb_h1": DENSE, "pp2_zb_v": [*DENSE, QLORA], "pp2_interleaved": KINDS, "pp2_tp2": [FULL],
+    "pp4": [FULL, TIED, LORA], "pp2_gpipe": [FULL, TIED, LORA], "pp2_zb_h1": DENSE, "pp2_zb_v": [*DENSE, QLORA], "pp2_interleaved": [*DENSE, DORA, QLORA], "pp2_tp2": [FULL],
     "pp2_tp2_zb_h1": [LORA], "dp2_pp2_zero1": [FULL], "dp2_pp2_zero2": [TIED], "dp2_pp2_zero3": [LORA_TIED, QLORA], "dp2_pp2_zb_v_zero3": [TIED, LORA],
-    "dp2_tp2_pp2": [TIED, LORA_TIED, DORA, QLORA], "dp2_tp2_pp2_zero3": [FULL]}.items() for kind in kinds]
+    "dp2_tp2_pp2": [TIED, LORA_TIED, DORA, QLORA], "dp2_tp2_pp2_zero3": [FULL, QDORA, LOFTQ]}.items() for kind in kinds]
 
 
 def test_every_way_of_cutting_meets_full_and_lora_packed_and_padded_tied_and_untied():
@@ -50,7 +50,7 @@ def test_every_mesh_learns_the_same(work, whole, mesh, kind):
     learns = [key for key, value in expected.items() if value.norm() > 0]
     # Written in float32: 2^-24 = 6e-8 a value. Of a new adapter's A the gradient is zero, for its B is.
     assert all((found[key].double() - expected[key].double()).norm() < 1e-7 * expected[key].double().norm() for key in learns)
-    assert not any(found[key].any() for key in expected.keys() - set(learns)) and len(learns) >= len(expected) // (2 if kind in (LORA, QLORA) else 1)
+    assert not any(found[key].any() for key in expected.keys() - set(learns)) and len(learns) >= len(expected) // (2 if kind in (LORA, QLORA, QDORA) else 1)
 
 
 @pytest.mark.parametrize("dtype, bound, of_dtype", [("float32", LAYOUT_FP32, []), ("bfloat16", LAYOUT_BF16, []), ("bfloat16", LAYOUT_BF16, ["--optim.masters=false"])],

@@ -87,7 +87,7 @@ def test_evaluation_and_answers_are_of_what_was_trained(work):
     (["--quant.threshold=3"], "quant.threshold is set, but quant.base is nf4: set quant.base to int8, or leave quant.threshold out"),
     (["--quant.skip=dwn_proj"], "quant.skip=dwn_proj: no linear layer has this name; there are down_proj, gate_proj"),
     (["--quant.base=int8", "--train.dtype=float64"], "quant.base=int8 goes with float32 or 16 bits, but train.dtype is float64"),
-    (["--lora.init=pisa"], "lora.init=pisa: allowed are random, pissa, loftq; did you mean pissa?"),
+    (["--lora.init=pisa"], "lora.init=pisa: allowed are random, pissa, pissa_niter_N, loftq; did you mean pissa?"),
     (["--lora.init=pissa", "--lora.rank=65"], "lora.rank=65: model.layers.0.self_attn.q_proj has 64 singular values, and lora.init=pissa takes as many as the rank: lower lora.rank, or set lora.init=random"),
     (["--lora.init=loftq", "--quant.base=none"], "lora.init=loftq makes up for what 4 bits lose, but quant.base is none: set quant.base=nf4 or fp4, or lora.init=pissa"),
     (["--lora.init=loftq", "--quant.base=int8"], "lora.init=loftq makes up for what 4 bits lose, but quant.base is int8"),
@@ -104,6 +104,16 @@ def test_a_cut_through_a_block_is_refused_before_anything_is_read(work):
     assert "quant.block_size=64: a rank's columns 0 to 31 of model.layers.0.self_attn.o_proj (64 x 128) would cut a block of scales: take 32; or set another parallel.tensor" in said, said
     done = run(work, "plan", f"--model.config={work}/model.json", "--lora.rank=4", "--quant.base=nf4", "--parallel.tensor=4", "--plan.ranks=4", "--data.max_length=32")
     assert done.returncode == 2 and "take 32; or set another parallel.tensor" in done.stderr, done.stderr
+
+
+@pytest.mark.parametrize("keys, cuts_in_four", [(["--quant.base=none"], True), (["--quant.base=nf4", "--quant.block_size=32"], True), (["--quant.base=nf4"], False),
+                                                (["--quant.base=fp8", "--quant.skip=up_proj,gate_proj,down_proj"], True), (["--quant.base=fp8"], False)])
+def test_the_meshes_that_are_suggested_cut_no_block(work, keys, cuts_in_four):
+    """A quarter of 128 columns is half a block of 64, one of 96 no multiple of 16."""
+    (work / "narrow.json").write_text(json.dumps(SHAPE | dict(intermediate_size=96 if "fp8" in keys[0] else 128, num_key_value_heads=4)))
+    done = run(work, "plan", f"--model.config={work}/narrow.json", "--lora.rank=4", *keys, "--train.dtype=bfloat16", "--plan.memory_gb=80", "--parallel.tensor=3", "--plan.ranks=4", "--data.max_length=32")
+    assert done.returncode == 2 and "take one of these meshes: " in done.stderr and "data 2 x tensor 2 x pipeline 1" in done.stderr, done.stderr
+    assert ("data 1 x tensor 4 x pipeline 1" in done.stderr) == cuts_in_four, done.stderr
 
 
 def test_the_plan_counts_the_bits(work):

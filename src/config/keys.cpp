@@ -52,6 +52,17 @@ std::vector<std::string> items_of(const std::string& text) {
 
 }  // namespace
 
+namespace {
+
+// Whether `word` is what `allowed` says: itself, or where that ends in _N the same with a number from 1 to 999 in the place of N.
+bool is_like(const std::string& word, const std::string& allowed) {
+  if (!allowed.ends_with("_N")) return word == allowed;
+  const size_t begin = allowed.size() - 1, digits = word.size() - std::min(begin, word.size());
+  return digits >= 1 && digits <= 3 && word.starts_with(allowed.substr(0, begin)) && word[begin] != '0' && word.find_first_not_of("0123456789", begin) == std::string::npos;
+}
+
+}  // namespace
+
 const char* Field::type() const {
   static const char* names[] = {"text", "integer", "number", "true|false", "list"};
   return names[value.index()];
@@ -79,7 +90,7 @@ std::string Field::set(const std::string& given) const {
            : max >= 1e300       ? wrong(str("must be at least ", number_text(min)))
                                 : wrong(str("must be from ", number_text(min), " to ", number_text(max)));
   };
-  if (!allowed.empty() && std::find(allowed.begin(), allowed.end(), word) == allowed.end()) {
+  if (!allowed.empty() && std::none_of(allowed.begin(), allowed.end(), [&](const std::string& a) { return is_like(word, a); })) {
     // Nearer by its letters is the CPU, which is not meant.
     std::string near = key == "run.device" && (word == "gpu" || word == "GPU") ? "cuda" : nearest(word, allowed);
     return wrong(str("allowed are ", joined(allowed, ", "), near.empty() ? "" : str("; did you mean ", near, "?")));
@@ -183,7 +194,7 @@ std::vector<Field> fields(Config& c) {
       {"lora.targets", &c.lora.targets, "", "all-linear, names (q_proj, ...) or one regular expression", {}},
       {"lora.rslora", &c.lora.rslora, "", "scale = alpha / sqrt(rank)", {}},
       {"lora.dora", &c.lora.dora, "", "the norms of the adapted weight's rows are trained apart from their directions (DoRA)", {}},
-      {"lora.init", &c.lora.init, "", "what adapters begin with; pissa: the largest singular directions of the weight, which the base then lacks; loftq: those of what nf4 or fp4 lose of it", Words{"random", "pissa", "loftq"}},
+      {"lora.init", &c.lora.init, "", "what adapters begin with; pissa: the largest singular directions of the weight, which the base then lacks; pissa_niter_N: those nearly, by N iterations, in a fraction of the time; loftq: those of what nf4 or fp4 lose of it", Words{"random", "pissa", "pissa_niter_N", "loftq"}},
       {"lora.loftq_iterations", &c.lora.loftq_iterations, "", "of quantizing and decomposing, with lora.init=loftq", {}, 1, 100},
       {"lora.merge", &c.lora.merge, "", "export: add the adapter to the weights", {}},
       {"lora.requantize", &c.lora.requantize, "", "export with lora.merge: the merged weights in quant.base again, and what that loses", {}},

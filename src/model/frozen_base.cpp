@@ -2,7 +2,11 @@
 
 #include "model/frozen_base.h"
 
+#include <algorithm>
+#include <chrono>
+
 #include "base/check.h"
+#include "base/log.h"
 #include "model/linear_names.h"
 #include "model/lora_init.h"
 #include "ops/dequantized_weight.h"
@@ -88,7 +92,7 @@ std::vector<at::Tensor> FrozenLayers::values(const Layer& layer, const at::Tenso
     return again_OI;
   };
   LoraStart start{whole_OI, {}, {}};
-  if (layer.starts && lora_.init == LoraInit::kPissa) start = pissa_start(whole_OI, layer.rank, layer.scale);
+  if (layer.starts && lora_.init == LoraInit::kPissa) start = pissa_start(whole_OI, layer.rank, layer.scale, lora_.pissa_iterations);
   else if (layer.starts) start = loftq_start(whole_OI, layer.rank, layer.scale, lora_.loftq_iterations, [&](const at::Tensor& base_OI) { return decoded(weight->encode(base_OI), at::kFloat); });
   std::vector<at::Tensor> values = !codes.empty() ? std::move(codes) : layer.weight ? layer.weight->encode(start.base_OI) : std::vector<at::Tensor>{start.base_OI};
   const at::Tensor base_OI = !layer.dora ? at::Tensor() : layer.weight ? decoded(values, dtype == at::kDouble ? at::kFloat : dtype) : start.base_OI;
@@ -111,8 +115,18 @@ std::vector<Parameter> FrozenLayers::made_of(const std::vector<Parameter>& leave
 void FrozenLayers::fill(const std::vector<Parameter>& leaves, const std::function<void(const Parameter&)>& read,
                         const std::function<std::vector<at::Tensor>(const std::string&)>& stored) const {
   std::map<const Layer*, std::vector<const Parameter*>> of_layer;
-  for (const Parameter& leaf : leaves) of_layer[layers_.at(leaf.name).first.get()].push_back(&leaf);
-  for (const auto& [layer, parts] : of_layer) {
+  std::vector<const Layer*> in_order;
+  for (const Parameter& leaf : leaves) {
+    const Layer* layer = layers_.at(leaf.name).first.get();
+    if (of_layer[layer].empty()) in_order.push_back(layer);
+    of_layer[layer].push_back(&leaf);
+  }
+  const auto starts = std::count_if(in_order.begin(), in_order.end(), [](const Layer* layer) { return layer->starts; });
+  StartProgress progress(lora_.init_name(), starts);
+  const auto begin = std::chrono::steady_clock::now();
+  int64_t started = 0;
+  for (const Layer* layer : in_order) {
+    const auto& parts = of_layer.at(layer);
     Parameter whole = layer->whole;
     std::vector<at::Tensor> codes = layer->weight && stored ? stored(whole.name) : std::vector<at::Tensor>();
     if (codes.empty()) {
@@ -125,6 +139,8 @@ void FrozenLayers::fill(const std::vector<Parameter>& leaves, const std::functio
       for (int64_t d = 0; d < value.dim(); ++d) value = value.narrow(d, part->shard.offset[static_cast<size_t>(d)], part->value.size(d));
       part->value.detach().copy_(value);
     }
+    if (!layer->starts) continue;
+    if (const std::string line = progress.line(++started, std::chrono::duration<double>(std::chrono::steady_clock::now() - begin).count()); !line.empty()) log_info(line);
   }
 }
 

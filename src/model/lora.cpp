@@ -10,11 +10,22 @@
 #include "ops/dequantized_weight.h"
 
 namespace trireme {
-LoraInit parse_lora_init(const std::string& name) {
-  if (name == "pissa") return LoraInit::kPissa;
-  if (name == "loftq") return LoraInit::kLoftq;
-  TRIREME_CHECK(name == "random", name);
-  return LoraInit::kRandom;
+namespace {
+
+const std::string kNiter = "pissa_niter_";  // PEFT's spelling
+
+}  // namespace
+
+void LoraConfig::set_init(const std::string& name) {
+  init = name == "loftq" ? LoraInit::kLoftq : name.starts_with("pissa") ? LoraInit::kPissa : LoraInit::kRandom;
+  pissa_iterations = name.starts_with(kNiter) ? std::stoll(name.substr(kNiter.size())) : 0;
+  TRIREME_CHECK(init_name() == name, name);
+}
+
+std::string LoraConfig::init_name() const {
+  if (init == LoraInit::kRandom) return "random";
+  if (init == LoraInit::kLoftq) return "loftq";
+  return pissa_iterations > 0 ? str(kNiter, pissa_iterations) : "pissa";
 }
 
 double LoraConfig::scale() const {
@@ -30,8 +41,7 @@ void attach_lora(Transformer& model, const LoraConfig& config, uint64_t seed, We
   for (Linear* l : model.linears()) {
     if (!chosen.count(l)) continue;
     if (const int64_t values = std::min(l->in_features(), l->out_features()); config.init != LoraInit::kRandom && config.rank > values)
-      throw ConfigError(str("lora.rank=", config.rank, ": ", l->path, " has ", values, " singular values, and lora.init=", config.init == LoraInit::kPissa ? "pissa" : "loftq",
-                            " takes as many as the rank: lower lora.rank, or set lora.init=random"));
+      throw ConfigError(str("lora.rank=", config.rank, ": ", l->path, " has ", values, " singular values, and lora.init=", config.init_name(), " takes as many as the rank: lower lora.rank, or set lora.init=random"));
     auto adapter = std::make_unique<LoraAdapter>();
     const auto options = at::TensorOptions(model.dtype()).device(model.device());
     adapter->a_RI = at::empty({config.rank, l->in_features()}, options).requires_grad_(true);

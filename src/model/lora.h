@@ -7,7 +7,6 @@ namespace trireme {
 
 // What adapters begin with: random A and B of zeros; or model/lora_init.h, and the base lacks it.
 enum class LoraInit { kRandom, kPissa, kLoftq };
-LoraInit parse_lora_init(const std::string& name);  // random, pissa, loftq
 
 struct LoraConfig {
   int64_t rank = 0;
@@ -16,10 +15,13 @@ struct LoraConfig {
   bool rank_stabilized = false;  // rsLoRA (Kalajdzievski 2023): scale = alpha / sqrt(rank) instead of alpha / rank
   std::vector<std::string> targets = {"all-linear"};  // model/linear_names.h; the head is none of them
   LoraInit init = LoraInit::kRandom;
+  int64_t pissa_iterations = 0;  // 0: singular directions to rounding; else model/lora_init.h
   int64_t loftq_iterations = 1;
   bool dora = false;
 
   double scale() const;
+  void set_init(const std::string& name);  // random, pissa, pissa_niter_N, loftq
+  std::string init_name() const;
 };
 
 // Puts an adapter on every matching Linear, in the model's dtype (A uniform(-1, 1) / sqrt(in), B zero; a function of

@@ -30,6 +30,21 @@ std::string instead_of_model(const std::string& folder) {
                                                                                 : "model.path wants a Hugging Face model folder");
 }
 
+// ConfigError where a rank's slice of a layer in fewer bits would cut what is kept together.
+void check_cut_of_base(Config c, const ModelConfig& model, int num_tensor) {
+  if (frozen_base(c).none() && model.stored.empty()) return;
+  c.lora = {};
+  for (int part = 0; part < num_tensor; ++part) {
+    std::unique_ptr<Transformer> shapes;
+    try {
+      shapes = model_shapes(c, model, at::kFloat, false);
+    } catch (const Error&) {  // said elsewhere
+      return;
+    }
+    keep_tensor_part(*shapes, part, num_tensor);
+  }
+}
+
 }  // namespace
 
 Mesh mesh_of(const Config& c, int num_ranks) {
@@ -44,6 +59,7 @@ Mesh mesh_of(const Config& c, int num_ranks) {
     try {
       if (model) check_tensor_parallel(*model, tensor), stages_of(cut, *model);
       if (stages > 1) schedule_of(cut);
+      if (model) check_cut_of_base(cut, *model, tensor);
     } catch (const ConfigError&) {
       return false;
     }
@@ -153,7 +169,7 @@ LoraConfig lora_config(const Config& config) {
   lora.rank_stabilized = config.lora.rslora;
   lora.targets = config.lora.targets;
   lora.dora = config.lora.dora;
-  lora.init = parse_lora_init(config.lora.init);
+  lora.set_init(config.lora.init);
   lora.loftq_iterations = config.lora.loftq_iterations;
   return lora;
 }

@@ -49,7 +49,7 @@ void write_model(const std::string& folder, const std::vector<TensorSource>& ten
 class InitialAdapters {
  public:
   InitialAdapters(const Config& config, const ModelSource& source, at::ScalarType dtype) {
-    if (parse_lora_init(config.lora.init) == LoraInit::kRandom) return;
+    if (config.lora.init == "random") return;
     const auto model = build_model(config, source, dtype, true, at::kCPU, true, {}, &fill_);
     for (const Parameter& p : model->parameters()) shapes_[p.name] = p;
     for (const Linear* l : model->linears())
