@@ -28,10 +28,12 @@ SAVED_ON = ["one", "dp2", "tp2", "pp2", "pp2_tp2", "dp2_tp2_pp2", "dp4_zero3"]
 WALK = walk_over_all_pairs(SAVED_ON)
 
 
-@pytest.mark.parametrize("part, kind", list(enumerate(list(KINDS)[:3])))
-def test_every_mesh_goes_on_from_a_checkpoint_of_every_other(work, whole, part, kind):
-    third = len(WALK) // 3
-    meshes = WALK[part * third:(part + 1) * third + 1]
+THIRD = len(WALK) // 3
+
+
+@pytest.mark.parametrize("kind, meshes", [*((kind, WALK[part * THIRD:(part + 1) * THIRD + 1]) for part, kind in enumerate(list(KINDS)[:3])), ("qlora_packed", SAVED_ON)],
+                         ids=[*list(KINDS)[:3], "qlora_packed"])
+def test_every_mesh_goes_on_from_a_checkpoint_of_every_other(work, whole, kind, meshes):
     for number, mesh in enumerate(meshes, 1):
         last = number == len(meshes)
         ranks, keys = MESHES[mesh]

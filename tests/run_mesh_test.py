@@ -15,27 +15,30 @@ FULL, TIED, LORA, LORA_TIED, DORA, QLORA, QDORA, LOFTQ = KINDS
 DENSE = [FULL, TIED, LORA, LORA_TIED]
 OF_KIND = {FULL: {"packed"}, TIED: {"tied"}, LORA: {"lora"}, LORA_TIED: {"lora", "packed", "tied"}, DORA: {"lora"}, QLORA: {"lora", "packed"}, QDORA: {"lora"}, LOFTQ: {"lora"}}
 PAIRS = [(mesh, kind) for mesh, kinds in {
-    "dp2": [FULL, TIED, LORA_TIED], "dp4": [FULL, TIED, LORA], "tp2": DENSE, "tp4": [FULL, TIED, LORA, DORA, QLORA, QDORA], "dp2_tp2": [FULL],
-    "dp2_tp2_zero1": [TIED, LORA], "dp2_tp2_zero2": [FULL, LORA], "dp2_tp2_zero3": [TIED, LORA, DORA, QLORA], "pp2": DENSE, "pp2_one": [FULL, TIED, LORA_TIED],
-    "pp4": [FULL, TIED, LORA], "pp2_gpipe": [FULL, TIED, LORA], "pp2_zb_h1": DENSE, "pp2_zb_v": [*DENSE, QLORA], "pp2_interleaved": [*DENSE, DORA, QLORA], "pp2_tp2": [FULL],
-    "pp2_tp2_zb_h1": [LORA], "dp2_pp2_zero1": [FULL], "dp2_pp2_zero2": [TIED], "dp2_pp2_zero3": [LORA_TIED, QLORA], "dp2_pp2_zb_v_zero3": [TIED, LORA],
+    "dp2": [FULL, TIED, LORA_TIED], "dp4": [FULL, TIED, LORA, QLORA], "tp2": DENSE, "tp4": [FULL, TIED, LORA, DORA, QLORA, QDORA], "dp2_tp2": [FULL],
+    "dp2_tp2_zero1": [TIED, LORA, QLORA], "dp2_tp2_zero2": [FULL, LORA], "dp2_tp2_zero3": [TIED, LORA, DORA, QLORA], "pp2": DENSE, "pp2_one": [FULL, TIED, LORA_TIED],
+    "pp4": [FULL, TIED, LORA, QLORA], "pp2_gpipe": [FULL, TIED, LORA], "pp2_zb_h1": DENSE, "pp2_zb_v": [*DENSE, QLORA], "pp2_interleaved": [*DENSE, DORA, QLORA], "pp2_tp2": [FULL],
+    "pp2_tp2_zb_h1": [LORA, QLORA], "dp2_pp2_zero1": [FULL], "dp2_pp2_zero2": [TIED, QLORA], "dp2_pp2_zero3": [LORA_TIED, QLORA], "dp2_pp2_zb_v_zero3": [TIED, LORA],
     "dp2_tp2_pp2": [TIED, LORA_TIED, DORA, QLORA], "dp2_tp2_pp2_zero3": [FULL, QDORA, LOFTQ]}.items() for kind in kinds]
 
 
 def test_every_way_of_cutting_meets_full_and_lora_packed_and_padded_tied_and_untied():
     """ZeRO meets them with other ways of cutting too; with plain data parallelism alone run_zero_test.py compares bits."""
-    met, accumulated = collections.defaultdict(set), collections.defaultdict(set)
+    met, accumulated, quantized = collections.defaultdict(set), collections.defaultdict(set), set()
     for mesh, kind in PAIRS:
         ranks, keys = MESHES[mesh]
         values = dict(key.removeprefix("--").split("=") for key in keys)
         tensor, pipeline = (int(values.get(f"parallel.{axis}", 1)) for axis in ("tensor", "pipeline"))
         ways = {("data", ranks // tensor // pipeline), ("tensor", tensor), ("pipeline", pipeline), ("zero", int(values.get("parallel.zero", 0)))}
-        for way in ways | ({("schedule", values.get("parallel.schedule", "1f1b"))} if pipeline > 1 else set()):
+        ways |= {("schedule", values.get("parallel.schedule", "1f1b"))} if pipeline > 1 else set()
+        quantized |= ways if kind == QLORA else set()
+        for way in ways:
             met[way] |= {(attribute, attribute in OF_KIND[kind]) for attribute in ("lora", "packed", "tied")}
             accumulated[way].add(values.get("train.accumulation", "3") != "1")
     assert met.keys() == {*((axis, size) for axis in ("data", "tensor", "pipeline") for size in (1, 2, 4)), *(("zero", zero) for zero in range(4)),
                           *(("schedule", kind) for kind in ("1f1b", "gpipe", "interleaved", "zb-h1", "zb-v"))}
     assert all(len(attributes) == 6 for attributes in met.values()), met
+    assert quantized == met.keys()
     assert all(len(accumulated[way]) == 2 for way in [("data", 2), ("tensor", 2), ("pipeline", 2), ("zero", 1), ("zero", 3)])
 
 
