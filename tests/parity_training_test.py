@@ -132,10 +132,11 @@ OPTIMIZERS = {
 QUANTIZED = {"nf4": ("nf4", False), "fp4": ("fp4", False), "nf4_stored": ("nf4", True)}
 
 
-def quantized_model(work, kind):
-    base, is_double = QUANTIZED[kind]
-    config = transformers.BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type=base, bnb_4bit_use_double_quant=is_double, bnb_4bit_compute_dtype=torch.float32)
-    model = transformers.LlamaForCausalLM.from_pretrained(work / "wide", dtype=torch.float32, quantization_config=config, device_map="cpu")
+def quantized_model(work, kind, dtype=torch.float32):
+    base, is_double = QUANTIZED.get(kind, (kind, False))
+    config = transformers.BitsAndBytesConfig(load_in_8bit=True) if base == "int8" else transformers.BitsAndBytesConfig(
+        load_in_4bit=True, bnb_4bit_quant_type=base, bnb_4bit_use_double_quant=is_double, bnb_4bit_compute_dtype=dtype)
+    model = transformers.LlamaForCausalLM.from_pretrained(work / "wide", dtype=dtype, quantization_config=config, device_map="cpu")
     if is_double:
         model.save_pretrained(work / kind)
         hf_models.add_tokenizer(work / kind)
@@ -198,7 +199,7 @@ def reference_run(work, kind, dtype, steps, model=None):
         for record in records[step * ROWS:(step + 1) * ROWS]:
             ids = torch.tensor([record["ids"]])
             learnt = torch.tensor(record["loss"][1:], dtype=torch.bool)
-            logits = model(ids).logits[0, :-1]
+            logits = model(ids).logits[0, :-1].to(torch.promote_types(dtype, torch.float32))
             total = total + torch.nn.functional.cross_entropy(logits[learnt], ids[0, 1:][learnt], reduction="sum", label_smoothing=smoothing)
             total = total + z_loss * logits[learnt].logsumexp(1).square().sum()
             count += int(learnt.sum())
@@ -258,6 +259,15 @@ def test_loss_curve_and_gradients_over_a_quantized_base(work, kind):
     if not stored:
         _, plain = train(work, f"plain-{kind}", f"--train.micro_batch_size={ROWS}", "--train.dtype=float32", f"--lora.path={work}/{kind}_adapter", steps=1, base="wide")
         assert all((plain[name] - expected).abs().max().item() > 100 * bounds.GRADIENT_FP32 * expected.abs().max().item() for name, expected in expected_gradients.items())
+
+
+@pytest.mark.parametrize("base", ["nf4", "fp4", "int8"])
+def test_16_bit_curves_over_a_quantized_base_stay_near(work, base):
+    """As QLoRA and LLM.int8() are run, with products in bfloat16: what is rounded is the same, but for the order of sums."""
+    expected, _ = reference_run(work, base, torch.bfloat16, STEPS, quantized_model(work, base, torch.bfloat16))
+    keys = ["--train.dtype=bfloat16", f"--lora.path={work}/{base}_adapter"]
+    found = curve(work, f"{base}-16", *keys, f"--quant.base={base}", *(["--quant.double=false"] if base != "int8" else []), base="wide")
+    assert found == pytest.approx(expected, rel=bounds.LAYOUT_BF16)
 
 
 @pytest.mark.parametrize("kind", STARTS)
