@@ -242,13 +242,36 @@ TEST(Attention, CausalSegmentsGroupedHeads) {
   compare_attention({{0, 13}, {0, 13}}, 2, 2, 8);
 }
 TEST(Attention, LongSegment) { compare_attention({{0, 300}, {0, 300}}, 2, 1, 16); }
-// Head sizes that the bf16 matrix units take, with whole and broken tiles of 64, and windows that end inside a tile, at
+// Head sizes that ops/attention_bf16.h takes, with whole and broken tiles of 64, and windows that end inside a tile, at
 // its edge, and before the one of the query. Other processors take ATen's way: that is compared, and said.
 TEST(Attention, TilesOf64) {
   compare_attention({{0, 1, 65, 193, 256}, {0, 1, 65, 193, 256}}, 6, 2, 64);
   compare_attention({{0, 70}, {0, 70}, -1, 0.2}, 2, 1, 128);
+  compare_attention({{0, 70}, {0, 70}}, 2, 2, 192);
   for (int64_t window : {1, 40, 64, 65, 150, 299}) compare_attention({{0, 90, 390}, {0, 90, 390}, window}, 2, 1, 64);
-  if (!has_attention_bf16(64)) GTEST_SKIP() << "no bf16 matrix units: the hand-written backward did not run";
+  if (!has_attention_bf16(64)) GTEST_SKIP() << "no products of bf16: ATen's attention was compared";
+}
+// Its own numbers are all that a segment's result and gradients are made of, in one order.
+TEST(Attention, TilesDoNotDependOnThreadsOrNeighbours) {
+  const int before = at::get_num_threads();
+  const auto run = [](const std::vector<at::Tensor>& qkv, const std::vector<int64_t>& bounds, int threads) {
+    at::set_num_threads(threads);
+    std::vector<at::Tensor> leaves;
+    for (const at::Tensor& t : qkv) leaves.push_back(t.clone().requires_grad_(true));
+    const at::Tensor out = attention(leaves[0], leaves[1], leaves[2], {bounds, bounds});
+    (out.to(at::kFloat) * at::arange(4 * 64).reshape({4, 64}).remainder(7)).sum().backward();
+    return std::vector<at::Tensor>{out.detach(), leaves[0].grad(), leaves[1].grad(), leaves[2].grad()};
+  };
+  const std::vector<at::Tensor> qkv = {random({330, 4, 64}).to(at::kBFloat16), random({330, 2, 64}).to(at::kBFloat16), random({330, 2, 64}).to(at::kBFloat16)};
+  const std::vector<at::Tensor> one = run(qkv, {0, 100, 330}, 1), three = run(qkv, {0, 100, 330}, 3);
+  std::vector<at::Tensor> last;
+  for (const at::Tensor& t : qkv) last.push_back(t.slice(0, 100));
+  const std::vector<at::Tensor> alone = run(last, {0, 230}, 1);
+  at::set_num_threads(before);
+  for (size_t i = 0; i < 4; ++i) {
+    EXPECT_TRUE(same_bits(three[i], one[i])) << i;
+    EXPECT_TRUE(same_bits(alone[i], one[i].slice(0, 100))) << i;
+  }
 }
 TEST(Attention, QueriesAfterACache) { compare_attention({{0, 1, 6, 146}, {0, 9, 30, 180}}, 4, 2, 16); }
 TEST(Attention, SlidingWindow) {

@@ -118,7 +118,7 @@ at::Tensor filled(const at::Tensor& x_LHD, const Piece& piece) {
 
 // The out and log-sum-exp of a piece are views of one buffer in ATen's own layout.
 at::Tensor run_attention(const at::Tensor& q_THD, const at::Tensor& k_SKD, const at::Tensor& v_SKD,
-                         const std::vector<Piece>& pieces, double scale, std::vector<at::Tensor>* lse) {
+                         const std::vector<Piece>& pieces, double scale, std::vector<at::Tensor>& lse) {
   const int64_t key_heads = k_SKD.size(1), group = q_THD.size(1) / key_heads;
   at::Tensor out_THD = at::empty(q_THD.sizes(), q_THD.options());
   Masks mask_of(q_THD.options());
@@ -129,7 +129,7 @@ at::Tensor run_attention(const at::Tensor& q_THD, const at::Tensor& k_SKD, const
     auto [out, log_sum] = at::_scaled_dot_product_flash_attention_for_cpu(q, k, v, 0.0, piece.causal,
                                                                           mask_of(piece), scale);
     group_queries(out_THD.slice(0, piece.q_begin, piece.q_end), key_heads).copy_(out.slice(2, 0, piece.q_end - piece.q_begin));
-    if (lse) lse->push_back(log_sum);
+    lse.push_back(log_sum);
   }
   return out_THD;
 }
@@ -137,22 +137,34 @@ at::Tensor run_attention(const at::Tensor& q_THD, const at::Tensor& k_SKD, const
 struct KeptPieces : torch::CustomClassHolder {
   std::vector<Piece> pieces;
   std::vector<at::Tensor> lse;
+  bool on_tiles = false;
 };
 
-// The whole segments that pieces with own keys were cut from; `all` holds the flat tensors.
-std::vector<AttentionSegment> segments_of(const KeptPieces& kept, const AttentionSegment& all) {
-  std::vector<AttentionSegment> segments;
-  for (size_t first = 0, last; first < kept.pieces.size(); first = last) {
-    for (last = first + 1; last < kept.pieces.size() && kept.pieces[last].k_begin < kept.pieces[last - 1].k_end;) ++last;
-    const Piece &front = kept.pieces[first], &back = kept.pieces[last - 1];
-    auto queries = [&](const at::Tensor& t) { return t.slice(0, front.q_begin, back.q_end); };
-    auto keys = [&](const at::Tensor& t) { return t.slice(0, front.k_begin, back.k_end); };
-    at::Tensor lse = last - first == 1 ? kept.lse[first]
-                                       : at::cat(at::TensorList(kept.lse.data() + first, last - first), -1);
-    segments.push_back({queries(all.grad_out), queries(all.q), keys(all.k), keys(all.v), queries(all.out), lse,
-                        queries(all.grad_q), keys(all.grad_k), keys(all.grad_v), front.window});
+// For ops/attention_bf16.h, all of them, each segment in one piece.
+bool on_tiles(const at::Tensor& q_THD, const at::Tensor& k_SKD, const at::Tensor& v_SKD, const std::vector<Piece>& pieces) {
+  const bool lies = q_THD.stride(2) == 1 && k_SKD.stride(2) == 1 && v_SKD.stride(2) == 1;
+  return lies && k_SKD.scalar_type() == at::kBFloat16 && has_attention_bf16(k_SKD.size(2)) && std::all_of(pieces.begin(), pieces.end(), [](const Piece& p) { return p.own_keys; });
+}
+std::vector<Piece> whole_segments(const std::vector<Piece>& pieces) {
+  std::vector<Piece> segments;
+  for (const Piece& piece : pieces) {
+    if (segments.empty() || piece.k_begin >= segments.back().k_end) segments.push_back(piece);
+    else segments.back().q_end = piece.q_end, segments.back().k_end = piece.k_end;
   }
   return segments;
+}
+
+at::Tensor run_on_tiles(const at::Tensor& q_THD, const at::Tensor& k_SKD, const at::Tensor& v_SKD, const std::vector<Piece>& segments, double scale, std::vector<at::Tensor>& lse) {
+  const int64_t key_heads = k_SKD.size(1);
+  at::Tensor out_THD = at::empty(q_THD.sizes(), q_THD.options());
+  std::vector<AttentionForward> all;
+  for (const Piece& s : segments) {
+    lse.push_back(at::empty({key_heads, q_THD.size(1) / key_heads, s.q_end - s.q_begin}, q_THD.options().dtype(at::kFloat)));
+    const auto rows = [&](const at::Tensor& x) { return x.slice(0, s.q_begin, s.q_end); };
+    all.push_back({rows(q_THD), k_SKD.slice(0, s.k_begin, s.k_end), v_SKD.slice(0, s.k_begin, s.k_end), rows(out_THD), lse.back(), s.window});
+  }
+  attention_bf16_forward(all, scale);
+  return out_THD;
 }
 
 struct Attention : Function<Attention> {
@@ -160,8 +172,10 @@ struct Attention : Function<Attention> {
                           const std::vector<Piece>& pieces, double scale) {
     at::AutoDispatchBelowADInplaceOrView guard;
     auto kept = c10::make_intrusive<KeptPieces>();
-    kept->pieces = pieces;
-    at::Tensor out = run_attention(q_THD, k_SKD, v_SKD, pieces, scale, &kept->lse);
+    kept->on_tiles = on_tiles(q_THD, k_SKD, v_SKD, pieces);
+    kept->pieces = kept->on_tiles ? whole_segments(pieces) : pieces;
+    at::Tensor out = kept->on_tiles ? run_on_tiles(q_THD, k_SKD, v_SKD, kept->pieces, scale, kept->lse)
+                                    : run_attention(q_THD, k_SKD, v_SKD, pieces, scale, kept->lse);
     keep(ctx, "q", q_THD);
     keep(ctx, "k", k_SKD);
     keep(ctx, "v", v_SKD);
@@ -178,13 +192,11 @@ struct Attention : Function<Attention> {
     ctx->saved_data.clear();
     const int64_t key_heads = k.size(1), group = q.size(1) / key_heads;
     at::Tensor grad_out = grads[0].contiguous(), grad_q = at::empty(q.sizes(), q.options());
-    const bool on_tiles = k.scalar_type() == at::kBFloat16 && has_attention_bf16(k.size(2)) &&
-                          std::all_of(kept->pieces.begin(), kept->pieces.end(), [](auto& p) { return p.own_keys; });
     // Blocks of one segment overlap in the keys they see: their gradients add up, in fp32.
     bool overlap = false;
     int64_t covered = 0, last_key = 0;
     for (const Piece& piece : kept->pieces) {
-      overlap = overlap || (!on_tiles && piece.k_begin < last_key);
+      overlap = overlap || (!kept->on_tiles && piece.k_begin < last_key);
       covered += std::max<int64_t>(0, piece.k_end - std::max(last_key, piece.k_begin));
       last_key = piece.k_end;
     }
@@ -192,8 +204,15 @@ struct Attention : Function<Attention> {
     const bool zero = overlap || covered < k.size(0);
     at::Tensor grad_k = zero ? at::zeros(k.sizes(), key_options) : at::empty(k.sizes(), key_options);
     at::Tensor grad_v = zero ? at::zeros(k.sizes(), key_options) : at::empty(k.sizes(), key_options);
-    if (on_tiles) {
-      attention_bf16_backward(segments_of(*kept, {grad_out, q, k, v, out, {}, grad_q, grad_k, grad_v, 0}), scale);
+    if (kept->on_tiles) {
+      std::vector<AttentionBackward> all;
+      for (size_t i = 0; i < kept->pieces.size(); ++i) {
+        const Piece& s = kept->pieces[i];
+        const auto queries = [&](const at::Tensor& x) { return x.slice(0, s.q_begin, s.q_end); };
+        const auto keys = [&](const at::Tensor& x) { return x.slice(0, s.k_begin, s.k_end); };
+        all.push_back({queries(grad_out), queries(q), keys(k), keys(v), queries(out), kept->lse[i], queries(grad_q), keys(grad_k), keys(grad_v), s.window});
+      }
+      attention_bf16_backward(all, scale);
       return {grad_q, grad_k, grad_v, {}, {}};
     }
     Masks mask_of(q.options());
