@@ -6,7 +6,7 @@
 // exp2_approx and a rescaling each add some e, the latter once a tile. p and dS are rounded by u for the second
 // product, results once more by u. Each bound below is the sum of these, from magnitudes computed in fp64, element by
 // element; see Bound.
-#include "emulated.h"
+#include "emulated_omissions.h"
 
 #include <algorithm>
 
@@ -600,34 +600,14 @@ TEST_F(EmulatedAttention, Decode) {
 #ifndef TRIREME_DEVICE_TESTS
 enum class Pass { kForward, kBackward, kDeterministicBackward };
 
-// Leaves out each call of `op` of the pass in turn: a Fault, or other numbers than the right ones, must show it under
-// one of a few orders of the threads. Returns how many calls there are, of the first `most`.
 int leave_out_each(const char* op, Pass pass, Device& d, int most = 1000) {
-  auto run = [&] {
-    if (pass == Pass::kForward)
-      d.forward();
-    else
-      d.backward(pass == Pass::kDeterministicBackward);
+  SCOPED_TRACE(testing::Message() << "pass " << static_cast<int>(pass));
+  const auto run = [&] {
+    if (pass == Pass::kForward) d.forward();
+    else d.backward(pass == Pass::kDeterministicBackward);
     return std::vector{d.o.bits(), d.grad_q.bits(), d.grad_k.bits(), d.grad_v.bits()};
   };
-  const auto right = run();
-  for (int number = 0; number < most; ++number) {
-    bool found = false, met = true;
-    for (uint64_t seed = 1; seed <= 6 && met && !found; ++seed) {
-      emulated::set_seed(seed);
-      emulated::leave_out(op, number);
-      try {
-        found = run() != right;
-      } catch (const emulated::Fault&) {
-        found = true;
-      }
-      met = emulated::was_left_out();
-      emulated::leave_out(nullptr);
-    }
-    if (!met) return number;
-    EXPECT_TRUE(found) << "pass " << static_cast<int>(pass) << " without " << op << " number " << number;
-  }
-  return most;
+  return test::leave_out_each(op, run, most);
 }
 
 TEST_F(EmulatedAttention, EveryBarrierAndEveryWaitIsNeeded) {
