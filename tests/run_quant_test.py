@@ -6,7 +6,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from bounds import CURVE_BF16
+from bounds import CURVE_BF16, LOSS_FP32
 from mesh_runs import QUICKSTART
 from program import override, run
 
@@ -46,6 +46,16 @@ def test_a_resumed_run_has_the_bits_of_one_that_never_stopped(work, base, keys):
     assert metrics(work, f"parts_{base}") == metrics(work, f"whole_{base}")
     found, expected = (load_file(work / f"{name}_{base}/adapter/adapter_model.safetensors") for name in ("parts", "whole"))
     assert all(torch.equal(found[key], value) for key, value in expected.items())
+
+
+@pytest.mark.parametrize("init", ["random", "loftq"])
+def test_magnitudes_begin_as_the_norms_of_what_the_bits_stand_for(work, init):
+    """Then DoRA is LoRA until they learn."""
+    first = {}
+    for dora in ("false", "true"):
+        train(work, f"begins_{init}_{dora}", f"--lora.init={init}", f"--lora.dora={dora}", "--train.dtype=float32", "--train.steps=1", "--eval.every=1")
+        first[dora] = metrics(work, f"begins_{init}_{dora}")[0][2]
+    assert first["true"] == pytest.approx(first["false"], rel=LOSS_FP32)
 
 
 def test_what_stays_as_it_is(work):
