@@ -79,21 +79,38 @@ void refuse_rows(const char* name, int64_t num_rows, int64_t width) {
   if (num_rows < 0 || width < 0) throw Refused(std::string(name) + " of " + std::to_string(num_rows) + " x " + std::to_string(width) + " values");
 }
 
-void quantize_rows(const QuantizeRows& p, Stream stream) {
-  refuse_rows("quantize_rows", p.num_rows, p.width);
-  if (!(p.threshold >= 0) || (p.threshold > 0) != (p.outlier != nullptr)) throw Refused("quantize_rows: a threshold and where its columns are go together");
+void refuse_outliers(const char* name, const QuantizeRows& p) {
+  refuse_rows(name, p.num_rows, p.width);
+  if (!(p.threshold >= 0) || (p.threshold > 0) != (p.outlier != nullptr)) throw Refused(std::string(name) + ": a threshold and where its columns are go together");
+}
+
+// f(kPer) with the values that are read at once.
+template <typename F>
+void with_several(const QuantizeRows& p, const F& f) {
+  if (in_vectors(p.width, {p.x, p.codes})) f(Constant<16>());
+  else f(Constant<1>());
+}
+
+void largest_of_rows(const QuantizeRows& p, Stream stream) {
+  refuse_outliers("largest_of_rows", p);
   if (p.outlier && p.width > 0) arch::launch<NoOutliers>(blocks_of(p.width, NoOutliers::kThreads), 0, stream, {p.outlier, p.width});
   if (p.num_rows == 0 || p.width == 0) return;
   with_type(p.type, [&]<typename T>(T) {
-    const auto run = [&](auto per) {
+    with_several(p, [&](auto per) {
       using Largest = LargestOfRows<T, per()>;
       arch::launch<Largest>(blocks_of(p.num_rows, 1), Largest::kSharedBytes, stream, p);
+    });
+  });
+}
+
+void quantize_rows(const QuantizeRows& p, Stream stream) {
+  refuse_outliers("quantize_rows", p);
+  if (p.num_rows == 0 || p.width == 0) return;
+  with_type(p.type, [&]<typename T>(T) {
+    with_several(p, [&](auto per) {
       const Parts parts = Parts::of(p.num_rows, p.width, false, per());
       arch::launch<QuantizedRows<T, per()>>(parts.grid(), 0, stream, {p, parts});
-    };
-    constexpr int kPer = 16;
-    if (in_vectors(p.width, {p.x, p.codes})) run(Constant<kPer>());
-    else run(Constant<1>());
+    });
   });
 }
 
@@ -178,6 +195,7 @@ void scale_products(const ScaleProducts& p, Stream stream) {
 }  // namespace
 
 void add_int8(Kernels& kernels) {
+  kernels.largest_of_rows = largest_of_rows;
   kernels.quantize_rows = quantize_rows;
   kernels.dequantize_rows = dequantize_rows;
   kernels.scale_products = scale_products;

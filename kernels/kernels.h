@@ -267,6 +267,50 @@ struct Update {
   const float* maps = nullptr;      // of kAdamW8Bit, [512] on the device: the signed map, then the unsigned
 };
 
+// One step of Adafactor (Shazeer & Stern 2018; src/optim/adafactor.h has the formulas) on a part of a tensor, as UpdateTensor has parts, in
+// fp32 with sums in fp64. A step over all parts of all devices is
+//   adafactor_sums    adds to `sums`, which devices then add up
+//   adafactor_means   of the sums: rows, columns and mean_of_rows; of a vector: squares
+//   adafactor_norm    adds to `norm`, which devices then add up
+//   adafactor_update  the weights, rounded as Update does
+// Where grad_scale is not finite nothing but sums, norm and workspace is written.
+struct Adafactor {
+  Type type;                      // of the weights; fp16 with a master
+  int64_t size;                   // of the part
+  int64_t num_rows, num_columns;  // of the whole tensor; num_rows 0: a vector
+  Places places;
+  void* weight;
+  float* master;                  // null: none
+  const float* grad;
+  float *rows, *columns;          // of a matrix, whole: [num_rows], [num_columns]
+  float* squares;                 // of a vector: [size]
+  double* sums;                   // of the whole tensor: of g^2 over its rows and columns, [num_rows + num_columns] of a matrix, and of w^2
+  double *mean_of_rows, *norm;    // norm: sum of u^2
+  double mix, lr, largest_rate, weight_decay;  // t^-0.8; largest_rate: min(lr, 1 / sqrt(t))
+  const float* grad_scale;        // on the device; null: 1
+  uint64_t seed, step;
+  uint32_t id;
+  double* workspace;              // adafactor_workspace(*this) elements
+};
+// Its elements as lines of what it has of a row each; tiles of kAdafactorLines x kAdafactorColumns are summed up first.
+struct AdafactorLines {
+  int64_t width, skipped, count;  // skipped: what the first line has before the part
+  int64_t row, column;            // of the whole tensor, of the first line
+  int64_t num_tiles;              // beside one another
+};
+constexpr int64_t kAdafactorLines = 64, kAdafactorColumns = 512;
+constexpr AdafactorLines adafactor_lines(const Adafactor& p) {
+  if (p.num_rows == 0) return {p.size, 0, 1, 0, 0, (p.size + kAdafactorColumns - 1) / kAdafactorColumns};
+  const int64_t width = std::max<int64_t>(1, std::min(p.num_columns, p.places.run)), skipped = p.places.first % width, columns = std::max<int64_t>(1, p.num_columns);
+  return {width, skipped, (skipped + p.size + width - 1) / width, p.places.offset / columns + p.places.first / width, p.places.offset % columns,
+          (width + kAdafactorColumns - 1) / kAdafactorColumns};
+}
+constexpr int64_t adafactor_workspace(const Adafactor& p) {
+  const AdafactorLines lines = adafactor_lines(p);
+  const int64_t tiles = (lines.count + kAdafactorLines - 1) / kAdafactorLines;
+  return lines.count * lines.num_tiles + tiles * lines.width + tiles * lines.num_tiles;
+}
+
 // norm = scale * sqrt(squares), factor = scale * min(1, max_norm / (norm + 1e-6)), or scale where max_norm is not positive: of gradients
 // that are yet to be multiplied by `scale`. factor is NaN where squares are not finite. With `hold` a factor that is NaN stays NaN: steps
 // after one that was not taken are not taken either until the host, which learns of it late, writes another number there.
@@ -415,6 +459,10 @@ struct Kernels {
   void (*update)(const Update&, Stream);
   void (*gradient_norm)(const GradientNorm&, Stream);
   void (*clip_factor)(const ClipFactor&, Stream);
+  void (*adafactor_sums)(const Adafactor&, Stream);
+  void (*adafactor_means)(const Adafactor&, Stream);
+  void (*adafactor_norm)(const Adafactor&, Stream);
+  void (*adafactor_update)(const Adafactor&, Stream);
   void (*embedding)(const Embedding&, Stream);
   void (*embedding_gradient)(const EmbeddingGradient&, Stream);
   void (*convert)(const Convert&, Stream);
@@ -426,7 +474,8 @@ struct Kernels {
   void (*dequantize_4)(const Dequantize4&, Stream);
   void (*quantize_blocks)(const QuantizeBlocks&, Stream);
   void (*dequantize_blocks)(const DequantizeBlocks&, Stream);
-  void (*quantize_rows)(const QuantizeRows&, Stream);
+  void (*largest_of_rows)(const QuantizeRows&, Stream);  // absmax and outlier
+  void (*quantize_rows)(const QuantizeRows&, Stream);    // codes, of these
   void (*dequantize_rows)(const DequantizeRows&, Stream);
   void (*scale_products)(const ScaleProducts&, Stream);
   void (*quantize_groups)(const QuantizeGroups&, Stream);

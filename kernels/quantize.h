@@ -62,7 +62,8 @@ struct DequantizeBlocks {
 };
 
 // code = x * (127 / absmax) to the nearest even, absmax of each row, NaNs left out, whose code is 0 as in rows of zeros. With a threshold, values from it on and NaNs count
-// for nothing, and columns that have one get codes 0 and outlier 1.
+// for nothing, and columns that have one get codes 0 and outlier 1. In two calls: between them absmax may become that of rows which others
+// have parts of.
 struct QuantizeRows {
   Type type;
   int64_t num_rows, width;

@@ -17,6 +17,9 @@ LAYOUT_FP32 = 2e-6            # relative, over twenty steps on ranks that cut la
 # A layer rounds its two outputs to 2^-9: eight roundings of four layers, independent for each of some 150 learnt tokens.
 LAYOUT_BF16 = (8 / 150)**0.5 * 2.0**-9
 
+# float32 whose inputs are codes of 8 bits: where such a last bit makes another code, one value of a layer differs by 1 / 127 of its row's largest.
+LAYOUT_INT8 = (2e-5, 2e-4)    # relative, of loss and gradient norm over six steps (seen: 9e-6, 1e-4)
+
 RESUMED_ELSEWHERE = 1e-6      # relative, of loss and metrics after a few steps: what is promised of another number of ranks
 GRADIENT_NORM_FP32 = 1e-6     # relative: the square root of a sum that one side takes in fp64 over values that the file has in fp32
 # A gradient reduced over ranks against one rank's: relative, and of the largest of all gradients.

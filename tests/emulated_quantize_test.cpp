@@ -170,7 +170,9 @@ TEST(QuantizeKernels, Rows) {
         const auto expected = reference::quantize_rows(floats(in), width, threshold);
         Tensor x(type, in), y(type, rows * width), absmax(Type::kFloat32, rows);
         Guarded codes(rows * width), outlier(width);
-        emulated_kernels().quantize_rows({type, rows, width, x.data(), threshold, codes.as<int8_t>(), absmax.memory.as<float>(), threshold > 0 ? outlier.as<uint8_t>() : nullptr}, nullptr);
+        const QuantizeRows call{type, rows, width, x.data(), threshold, codes.as<int8_t>(), absmax.memory.as<float>(), threshold > 0 ? outlier.as<uint8_t>() : nullptr};
+        emulated_kernels().largest_of_rows(call, nullptr);
+        emulated_kernels().quantize_rows(call, nullptr);
         EXPECT_TRUE(same(absmax.values(), expected.absmax, Type::kFloat32));
         const std::vector<int8_t> actual(codes.as<int8_t>(), codes.as<int8_t>() + rows * width);
         EXPECT_EQ(actual, expected.codes);

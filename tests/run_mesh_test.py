@@ -7,8 +7,8 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from bounds import LAYOUT_BF16, LAYOUT_FP32
-from mesh_runs import KINDS, MESHES, QUICKSTART, assert_same_run, losses, train, whole, work  # noqa: F401 (fixtures)
+from bounds import LAYOUT_BF16, LAYOUT_FP32, LAYOUT_INT8
+from mesh_runs import KINDS, MESHES, QUICKSTART, SHAPE, assert_same_run, losses, train, whole, work  # noqa: F401 (fixtures)
 from program import run
 
 FULL, TIED, LORA, LORA_TIED, DORA, QLORA, QDORA, LOFTQ = KINDS
@@ -80,6 +80,22 @@ def test_adafactor_learns_the_same_on_every_mesh_and_goes_on_on_another(work):
         train(work, kind, f"factored_{name}", *of_mesh, *keys, "--train.stop_after=8", ranks=ranks, status=75)
         train(work, kind, f"factored_{name}", *keys)
         assert_same_run(work, kind, f"factored_{name}", f"factored_{kind}")
+
+
+def test_int8_computes_with_the_same_codes_on_every_mesh(work):
+    """Inputs of a layer whose columns are shared out are quantized by their whole rows. Where a last bit makes another code of an input, some
+    layers differ by 1 / 127 of one value; quantized by the parts of rows nearly all codes differ."""
+    shape = SHAPE | dict(hidden_size=64, head_dim=32, intermediate_size=128, tie_word_embeddings=False)
+    (work / "int8.json").write_text(json.dumps(shape))
+    keys = [f"--model.config={work}/int8.json", "--model.dtype=float32", "--quant.base=int8", "--quant.threshold=1.5", "--train.steps=6", "--eval.every=0", "--data.eval="]
+    found = {}
+    for mesh in ("one", "tp2", "tp4", "pp2", "pp2_tp2"):
+        ranks, of_mesh = MESHES[mesh]
+        train(work, LORA, f"int8_{mesh}", *keys, *of_mesh, ranks=ranks)
+        found[mesh] = losses(work, f"int8_{mesh}")[:2]
+    expected = found.pop("one")
+    farthest = {mesh: [max(abs(a / b - 1) for a, b in zip(*values)) for values in zip(of, expected)] for mesh, of in found.items()}
+    assert all(loss < LAYOUT_INT8[0] and norm < LAYOUT_INT8[1] for loss, norm in farthest.values()), farthest
 
 
 def test_weights_without_masters_are_rounded_by_the_same_bits_on_every_mesh(work):

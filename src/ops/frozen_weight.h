@@ -33,6 +33,10 @@ class FrozenWeight {
   // Each is asked for once for all rows of a pass, so that what it prepares is prepared once.
   virtual Product times_transposed() const = 0;  // y [T, O] = x w^T (+ bias)
   virtual Product times() const = 0;             // y [T, I] = g w
+  // Whether times_transposed() has to see all rows of a pass at once.
+  virtual bool takes_rows_together() const { return false; }
+  // Makes numbers of rows the largest of the ranks that hold the weight's other columns, for who looks at whole rows; null: there are none.
+  std::function<void(at::Tensor)> maximum_over_inputs;
   // Memory of a product of so many rows beside the rows and y, at most.
   virtual int64_t product_bytes(int64_t rows) const = 0;
 

@@ -14,16 +14,17 @@ using torch::autograd::Variable;
 using torch::autograd::variable_list;
 
 // [T, features] whose rows f makes of the rows of x, which it is told the number of the first of. With `sum` [T / n, features]:
-// piece by piece of every rank's rows, each on its way while the next is made.
-at::Tensor over_rows(const ArrivingRows& x_TI, int64_t features, const RowSum* sum,
+// piece by piece of every rank's rows, each on its way while the next is made; with `together` all at once.
+at::Tensor over_rows(const ArrivingRows& x_TI, int64_t features, const RowSum* sum, bool together,
                      const std::function<void(int64_t first, const at::Tensor& x, at::Tensor y)>& f) {
   const int64_t rows = x_TI.promised().size(0);
   at::Tensor y_TO = at::empty({rows, features}, x_TI.promised().options());
   if (!sum) {
-    x_TI.in_order([&](int64_t first, const at::Tensor& x) { f(first, x, y_TO.narrow(0, first, x.size(0))); });
+    if (together) f(0, x_TI.wait(), y_TO);
+    else x_TI.in_order([&](int64_t first, const at::Tensor& x) { f(first, x, y_TO.narrow(0, first, x.size(0))); });
     return y_TO;
   }
-  const int64_t n = sum->num_ranks, share = rows / n, pieces = sum->num_pieces(share, y_TO.is_cuda());
+  const int64_t n = sum->num_ranks, share = rows / n, pieces = together ? 1 : sum->num_pieces(share, y_TO.is_cuda());
   TRIREME_CHECK(share * n == rows, rows, " rows over ", n, " ranks");
   at::Tensor part_tO = at::empty({share, features}, y_TO.options());
   std::vector<std::function<void()>> waits;
@@ -71,7 +72,7 @@ FrozenWeight::Product times_transposed(const LinearWeight& w) {
 
 at::Tensor gradient_of_rows(const ArrivingRows& grad_TO, const LinearWeight& w) {
   const FrozenWeight::Product times = w.frozen ? w.frozen->times() : [&](const at::Tensor& grad, const at::Tensor&, at::Tensor& y) { product(grad, w.dense_OI, y); };
-  return over_rows(grad_TO, w.in_features(), nullptr, [&](int64_t, const at::Tensor& grad, at::Tensor y) { times(grad, {}, y); });
+  return over_rows(grad_TO, w.in_features(), nullptr, false, [&](int64_t, const at::Tensor& grad, at::Tensor y) { times(grad, {}, y); });
 }
 
 // An undefined tensor may not enter a Function; an empty optional may, and has no edge in the graph: so it comes last.
@@ -86,7 +87,7 @@ struct LinearFunction : Function<LinearFunction> {
     ctx->saved_data["bias"] = bias_O.has_value();
     keep_sum(ctx, sum);
     ctx->save_for_backward({w_OI});
-    return over_rows(rows, w_OI.size(0), sum.get(),
+    return over_rows(rows, w_OI.size(0), sum.get(), false,
                      [&](int64_t, const at::Tensor& x, at::Tensor y) { linear_product(x, w_OI, bias_O.value_or(at::Tensor()), y); });
   }
   static variable_list backward(AutogradContext* ctx, const variable_list& grads) {
@@ -110,7 +111,7 @@ struct FrozenLinear : Function<FrozenLinear> {
     keep_sum(ctx, sum);
     keep_value(ctx, "weight", w);
     const FrozenWeight::Product times = times_transposed(w);
-    return over_rows(rows, w.out_features(), sum.get(), [&](int64_t, const at::Tensor& x, at::Tensor y) { times(x, bias_O.value_or(at::Tensor()), y); });
+    return over_rows(rows, w.out_features(), sum.get(), w.frozen->takes_rows_together(), [&](int64_t, const at::Tensor& x, at::Tensor y) { times(x, bias_O.value_or(at::Tensor()), y); });
   }
   static variable_list backward(AutogradContext* ctx, const variable_list& grads) {
     return {gradient_of_rows(gradient_of_product(ctx, grads[0]), kept_value<LinearWeight>(ctx, "weight")), {}, {}, {}, {}};
@@ -130,7 +131,7 @@ struct LoraLinear : Function<LoraLinear> {
       add_linear_product(xa_TR.narrow(0, first, y.size(0)), b_OR, scale, y);
     };
     const FrozenWeight::Product times = times_transposed(w);
-    at::Tensor y_TO = over_rows(rows, w.out_features(), sum.get(), [&](int64_t first, const at::Tensor& x, at::Tensor y) {
+    at::Tensor y_TO = over_rows(rows, w.out_features(), sum.get(), w.frozen && w.frozen->takes_rows_together(), [&](int64_t first, const at::Tensor& x, at::Tensor y) {
       times(x, bias_O.value_or(at::Tensor()), y);
       if (sum) adapt(first, y);  // before it leaves
     });

@@ -127,6 +127,7 @@ void apply_tensor_parallel(Transformer& model, const Communicator& tensor, RowOv
     if (cut.dim != 1) continue;  // column-parallel: reads all rows, which the block has gathered
     l->after = sum_of_products(tensor, overlap);
     l->sum_over_inputs = [tensor](at::Tensor x) { tensor.all_reduce(x, ReduceOp::kSum); };
+    if (l->frozen) l->frozen->maximum_over_inputs = [tensor](at::Tensor x) { tensor.all_reduce(x, ReduceOp::kMax); };
     l->first_feature = cut.range.begin;
   }
   ModelSeams seams;

@@ -23,7 +23,7 @@ at::Tensor product_of_codes(const at::Tensor& a_MK, const at::Tensor& b_NK) {
 
 }  // namespace
 
-Int8Inputs quantize_int8_inputs(const at::Tensor& any_RC, float threshold) {
+Int8Inputs quantize_int8_inputs(const at::Tensor& any_RC, float threshold, const RowMaximum& maximum) {
   TRIREME_CHECK(any_RC.dim() == 2 && threshold >= 0, any_RC.sizes(), " ", threshold);
   const at::Tensor x_RC = quantizable(any_RC);
   const int64_t rows = x_RC.size(0), width = x_RC.size(1);
@@ -33,12 +33,16 @@ Int8Inputs quantize_int8_inputs(const at::Tensor& any_RC, float threshold) {
   float* const absmax = q.rows.absmax_R.data_ptr<float>();
   uint8_t* const outlier = static_cast<uint8_t*>(data_of(q.outlier_C));
   if (const kernels::Kernels* k = kernels_of(x_RC)) {
-    k->quantize_rows({kernel_type(x_RC), rows, width, data_of(x_RC), threshold, codes, absmax, outlier}, stream_of(x_RC));
+    const kernels::QuantizeRows call{kernel_type(x_RC), rows, width, data_of(x_RC), threshold, codes, absmax, outlier};
+    k->largest_of_rows(call, stream_of(x_RC));
+    if (maximum) maximum(q.rows.absmax_R);
+    k->quantize_rows(call, stream_of(x_RC));
     return q;
   }
   with_quant_loops(x_RC.scalar_type(), [&](const auto& loops, auto zero) {
     const auto* x = x_RC.data_ptr<decltype(zero)>();
     for_rows(rows, width, [&](int64_t first, int64_t last) { loops.largest_of_rows(last - first, width, x + first * width, threshold, absmax + first, outlier); });
+    if (maximum) maximum(q.rows.absmax_R);
     for_rows(rows, width, [&](int64_t first, int64_t last) { loops.quantize_rows(last - first, width, x + first * width, absmax + first, outlier, codes + first * width); });
   });
   return q;
@@ -61,7 +65,7 @@ void dequantize_int8_rows(const Int8Rows& q, const at::Tensor& out_RC) {
   });
 }
 
-void int8_linear(const at::Tensor& x_TI, const Int8Rows& w_OI, const at::Tensor& bias_O, at::Tensor& y_TO, float threshold) {
+void int8_linear(const at::Tensor& x_TI, const Int8Rows& w_OI, const at::Tensor& bias_O, at::Tensor& y_TO, float threshold, const RowMaximum& maximum) {
   check_alike("int8_linear", {"x", x_TI}, {{"weight", w_OI.codes_RC}}, at::kChar);
   check_alike("int8_linear", {"x", x_TI}, {{"scales", w_OI.absmax_R}}, at::kFloat);
   check_alike("int8_linear", {"x", x_TI}, {{"bias", bias_O}, {"y", y_TO}});
@@ -69,7 +73,7 @@ void int8_linear(const at::Tensor& x_TI, const Int8Rows& w_OI, const at::Tensor&
   TRIREME_CHECK(x_TI.dim() == 2 && x_TI.size(1) == w_OI.codes_RC.size(1) && x_TI.size(1) <= kMostColumns && w_OI.absmax_R.numel() == width, x_TI.sizes(), w_OI.codes_RC.sizes(),
                 w_OI.absmax_R.sizes());
   TRIREME_CHECK(y_TO.dim() == 2 && y_TO.size(0) == rows && y_TO.size(1) == width && y_TO.is_contiguous(), y_TO.sizes(), y_TO.strides());
-  const Int8Inputs q = quantize_int8_inputs(x_TI, threshold);
+  const Int8Inputs q = quantize_int8_inputs(x_TI, threshold, maximum);
   const at::Tensor products_TO = product_of_codes(q.rows.codes_RC, w_OI.codes_RC), bias = bias_O.defined() ? bias_O.contiguous() : at::Tensor();
   const int32_t* const products = products_TO.data_ptr<int32_t>();
   const float *const row = q.rows.absmax_R.data_ptr<float>(), *const column = w_OI.absmax_R.data_ptr<float>();

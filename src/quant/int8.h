@@ -22,7 +22,9 @@ struct Int8Inputs {
   Int8Rows rows;
   at::Tensor outlier_C;  // uint8: 1 where the column has one; undefined with a threshold of 0, which is none
 };
-Int8Inputs quantize_int8_inputs(const at::Tensor& x_RC, float threshold);
+// Where others have the rows' other columns: makes of [R] the largest of all of them, so that all have the codes of the whole rows.
+using RowMaximum = std::function<void(at::Tensor absmax_R)>;
+Int8Inputs quantize_int8_inputs(const at::Tensor& x_RC, float threshold, const RowMaximum& maximum = {});
 
 constexpr float kInt8Threshold = 6.0f;
 
@@ -30,6 +32,7 @@ constexpr float kInt8Threshold = 6.0f;
 // columns of x with outliers times those of w's values in x's dtype are added. Which columns have outliers is of all rows of x
 // together. y and bias are of x's dtype. A gradient goes back through w's values (dequantize_int8_rows). On a device sizes of w must be
 // multiples of 8. InternalError: sizes, dtypes or devices do not fit; more than 133,144 columns, of which the sum may leave int32.
-void int8_linear(const at::Tensor& x_TI, const Int8Rows& w_OI, const at::Tensor& bias_O, at::Tensor& y_TO, float threshold = kInt8Threshold);
+void int8_linear(const at::Tensor& x_TI, const Int8Rows& w_OI, const at::Tensor& bias_O, at::Tensor& y_TO, float threshold = kInt8Threshold,
+                 const RowMaximum& maximum = {});
 
 }  // namespace trireme

@@ -30,8 +30,11 @@ class Int8Weight : public DequantizedWeight {
   }
 
   Product times_transposed() const override {
-    return [q = rows(), threshold = threshold_](const at::Tensor& x_TI, const at::Tensor& bias_O, at::Tensor& y_TO) { int8_linear(x_TI, q, bias_O, y_TO, threshold); };
+    return [q = rows(), threshold = threshold_, maximum = maximum_over_inputs](const at::Tensor& x_TI, const at::Tensor& bias_O, at::Tensor& y_TO) {
+      int8_linear(x_TI, q, bias_O, y_TO, threshold, maximum);
+    };
   }
+  bool takes_rows_together() const override { return true; }  // outliers are of columns of all rows
   void dequantize(const at::Tensor& out_OI) const override { dequantize_int8_rows(rows(), out_OI); }
   void decode(const std::vector<at::Tensor>& values, const at::Tensor& out_OI) const override { dequantize_int8_rows({values.at(0), values.at(1)}, out_OI); }
 

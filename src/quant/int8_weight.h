@@ -7,8 +7,8 @@
 namespace trireme {
 
 // Leaves, under bitsandbytes' names: .weight (int8 [O, I]) and .SCB (fp32 [O], of whole rows). Gradients go back through the values that
-// the codes stand for. A rank that has some of the columns quantizes its inputs by their own largest values. ConfigError, which names the
-// layer: sizes that are no multiples of 8, or more inputs than int32 can sum.
+// the codes stand for. Inputs are quantized by their rows' largest values on all ranks that have some of the columns, so that every mesh
+// computes with the same codes. ConfigError, which names the layer: sizes that are no multiples of 8, or more inputs than int32 can sum.
 std::shared_ptr<FrozenWeight> int8_weight(const std::string& path, int64_t out_features, int64_t in_features, at::ScalarType dtype, double threshold = kInt8Threshold);
 
 }  // namespace trireme
