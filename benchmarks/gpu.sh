@@ -24,6 +24,7 @@ attention_packed      60 bench_gpu_kernels
 decode_attention      60 bench_gpu_kernels
 memory               120 bench_gpu_kernels
 linear_cross_entropy  60 bench_gpu_kernels
+paged_state          120 bench_gpu_kernels
 step_lora            420 trireme
 step_lora_recompute  420 trireme
 step_lora_fp8        420 trireme

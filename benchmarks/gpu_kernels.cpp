@@ -1,7 +1,7 @@
 // Times Trireme's kernels beside torch's and the card's own speed, in one process:  bench_gpu_kernels STAGE [--dry-run] [LENGTHS]
 // Prints rows as benchmarks/table.py reads them, each on a line when it is known. STAGE: attention_128, attention_64, attention_sm80 (both by
 // the kernels for any card, on a card that has its own), attention_packed, decode_attention, memory,
-// linear_cross_entropy.
+// linear_cross_entropy, paged_state.
 // --dry-run: tiny shapes over the emulated kernels on the CPU, by the wall clock: shows that this runs, and no speed. LENGTHS: a file of
 // sequence lengths. Times are medians of CUDA events, of random data, with a cold L2: 256 MB are written before each call.
 #include "tests/attention_beside_torch.h"
@@ -16,7 +16,9 @@
 #include <nlohmann/json.hpp>
 
 #include "kernels/architecture.h"
+#include "launch/cuda_paged.h"
 #include "ops/ops.h"
+#include "optim/optimizer.h"
 
 namespace trireme {
 namespace {
@@ -199,7 +201,10 @@ void memory(Bench& b) {
     time("8 bits of a map, quantize", shape, n * 3 + num_blocks, {}, [&] { b.k.quantize_blocks({Type::kBFloat16, count, 256, x.data_ptr(), 0, numbers, bytes, scales}, stream); });
     time("8 bits of a map, dequantize", shape, n * 3 + num_blocks, {}, [&] { b.k.dequantize_blocks({Type::kBFloat16, count, 256, bytes, scales, numbers, y.data_ptr()}, stream); });
     int8_t* const integers = static_cast<int8_t*>(codes.data_ptr());
-    time("int8 rows, quantize", shape, n * 3, {}, [&] { b.k.quantize_rows({Type::kBFloat16, rows, width, x.data_ptr(), 0, integers, scales, nullptr}, stream); });
+    time("int8 rows, quantize", shape, n * 3, {}, [&] {
+      const kernels::QuantizeRows call{Type::kBFloat16, rows, width, x.data_ptr(), 0, integers, scales, nullptr};
+      b.k.largest_of_rows(call, stream), b.k.quantize_rows(call, stream);
+    });
     time("int8 rows, dequantize", shape, n * 3, {}, [&] { b.k.dequantize_rows({Type::kBFloat16, rows, width, integers, scales, y.data_ptr()}, stream); });
   }
   {
@@ -226,6 +231,49 @@ void memory(Bench& b) {
   time("AdamW, bf16 without master", str(count), n * 24, 0.85, [&] { update(kernels::UpdateRule::kAdamW, without); });
   time("AdamW in 8 bits, bf16 without master", str(count), n * 12 + static_cast<double>(blocks) * 16, 0.85, [&] { update(kernels::UpdateRule::kAdamW8Bit, in_8_bits); });
   time("Lion, bf16 with master", str(count), n * 22, {}, [&] { update(kernels::UpdateRule::kLion, tensor); });
+  const at::Tensor of_rows = at::rand({rows}, b.wide), of_columns = at::rand({width}, b.wide), sums = at::ones({rows + width + 3}, b.wide.dtype(at::kDouble));
+  kernels::Adafactor part{};
+  part.type = Type::kBFloat16, part.size = count, part.num_rows = rows, part.num_columns = width, part.weight = weight.data_ptr(), part.master = master.data_ptr<float>();
+  part.grad = grad.data_ptr<float>(), part.rows = of_rows.data_ptr<float>(), part.columns = of_columns.data_ptr<float>();
+  part.sums = sums.data_ptr<double>(), part.mean_of_rows = part.sums + rows + width + 1, part.norm = part.mean_of_rows + 1;
+  part.mix = 0.1, part.lr = part.largest_rate = 1e-4, part.seed = part.step = 1;
+  const at::Tensor workspace = empty(kernels::adafactor_workspace(part), sums.options());
+  part.workspace = workspace.data_ptr<double>();
+  time("Adafactor, bf16 with master", shape, n * (8 + 4 + 14), {}, [&] {
+    b.k.adafactor_sums(part, stream), b.k.adafactor_means(part, stream), b.k.adafactor_norm(part, stream), b.k.adafactor_update(part, stream);
+  });
+}
+
+// AdamW's step with its state in paged memory: where all has room, and where memory that is not paged has pushed half of it out. Fails where a
+// bit differs from the step of state that stays.
+void paged_state(Bench& b) {
+  const int64_t count = b.dry ? 4096 : int64_t{1} << 28;
+  const double bytes = static_cast<double>(count) * 30, state = static_cast<double>(count) * 12;
+  const auto optimizer_of = [&](bool paged) {
+    const at::Tensor grad = at::sin(at::arange(count, b.wide)), weight = grad.to(at::kBFloat16);
+    return Optimizer({{"w", weight, grad, 0.01}}, {.paged = paged});
+  };
+  Optimizer stays = optimizer_of(false), moves = optimizer_of(true);
+  const auto time = [&](Optimizer& optimizer) { return b.milliseconds([&] { optimizer.step(1e-4); }); };
+  const double alone = bytes * 1e-9 / time(stays);
+  const std::string shape = str(count, " elements, bf16 with master");
+  b.row("AdamW, paged state that has room", shape, "TB/s", bytes * 1e-9 / time(moves), alone, "state that stays", {});
+  double copy = 0;
+  {
+    const at::Tensor host = at::empty({b.dry ? 4096 : 1 << 28}, at::TensorOptions(at::kByte).pinned_memory(!b.dry)), to = at::empty(host.sizes(), b.wide.dtype(at::kByte));
+    copy = static_cast<double>(host.numel()) * 1e-9 / b.milliseconds([&] { to.copy_(host, /*non_blocking=*/true); });
+  }
+  at::Tensor others;
+  if (!b.dry) {
+    const size_t free = c10::getDeviceAllocator(at::kCUDA)->getMemoryInfo(b.device.index()).first;
+    others = at::empty({static_cast<int64_t>(free) + static_cast<int64_t>(state / 2)}, b.wide.dtype(at::kByte));
+  }
+  b.row("AdamW, paged state of which half has no room", shape, "TB/s of state", state * 1e-9 / time(moves), copy, "copy from pinned host memory", {});
+  for (Optimizer* optimizer : {&stays, &moves})
+    while (optimizer->num_steps() < std::max(stays.num_steps(), moves.num_steps())) optimizer->step(1e-4);
+  const auto there = stays.state(), back = moves.state();
+  for (size_t i = 0; i < there.size(); ++i) TRIREME_CHECK(at::equal(there[i].value, back[i].value), there[i].kind, " differs where it is paged");
+  TRIREME_CHECK(at::equal(stays.tensors()[0].weight, moves.tensors()[0].weight), "weights differ where state is paged");
 }
 
 // Attention of the newest token of each sequence, beside torch's and beside a copy on the same card: a step reads all keys and values. Heads
@@ -287,6 +335,7 @@ int main_of(const std::vector<std::string>& words) {
     std::cerr << "bench_gpu_kernels: no CUDA device; --dry-run shows on the CPU that it runs\n";
     return 2;
   }
+  offer_cuda_paged_memory();
   Bench b(dry);
   if (stage == "attention_128") attention(b, 128);
   else if (stage == "attention_64") attention(b, 64);
@@ -298,8 +347,9 @@ int main_of(const std::vector<std::string>& words) {
   else if (stage == "memory") memory(b);
   else if (stage == "decode_attention") decode_attention_rows(b);
   else if (stage == "linear_cross_entropy") linear_cross_entropy_rows(b);
+  else if (stage == "paged_state") paged_state(b);
   else {
-    std::cerr << "bench_gpu_kernels: no stage '" << stage << "'; there are attention_128, attention_64, attention_sm80, attention_packed, decode_attention, memory and linear_cross_entropy\n";
+    std::cerr << "bench_gpu_kernels: no stage '" << stage << "'; there are attention_128, attention_64, attention_sm80, attention_packed, decode_attention, memory, linear_cross_entropy and paged_state\n";
     return 2;
   }
   return 0;

@@ -9,6 +9,7 @@ namespace trireme::kernels {
 
 namespace TRIREME_ARCH {
 
+void add_adafactor(Kernels& kernels);
 void add_optimizer(Kernels& kernels);
 void add_casts(Kernels& kernels);
 void add_affine(Kernels& kernels);
@@ -38,6 +39,7 @@ namespace {
 const Kernels& all() {
   static const Kernels kernels = [] {
     Kernels k{};
+    add_adafactor(k);
     add_optimizer(k);
     k.attention_forward = attention_forward;
     k.attention_backward = attention_backward;

@@ -6,6 +6,7 @@
 #include "kernels/launch.h"
 #include "kernels/map_code.h"
 #include "kernels/random.h"
+#include "kernels/rounding.h"
 #include "kernels/tensor_list.h"
 
 namespace trireme::kernels::TRIREME_ARCH {
@@ -13,13 +14,6 @@ namespace {
 
 constexpr int kVector = 4;  // values at once: 16 bytes of fp32
 constexpr int64_t kUpdateChunk = 8192;
-
-// To one of the two neighbours in bf16, the probability of the upper one being the distance from the lower: adds 16 random bits
-// below those that stay. What is not finite stays.
-ARCH_FN float round_stochastically(float x, uint32_t random16) {
-  const uint32_t bits = arch::bits_of(x);
-  return (bits & 0x7f800000u) == 0x7f800000u ? x : arch::float_of((bits + random16) & 0xffff0000u);
-}
 
 // Numbers of a step in fp32, as in src/optim/update_loops.inc.
 struct UpdateNumbers {
@@ -42,20 +36,6 @@ ARCH_FN void apply(const UpdateNumbers& n, float g, float& w, float& m, float& v
     const float c = m * n.beta1 + g * n.mix1;
     w = w * n.keep - (c > 0 ? n.size : c < 0 ? -n.size : c * 0);
     m = m * n.beta2 + g * n.mix2;
-  }
-}
-
-// kPer values, which stand together from a multiple of kPer on.
-template <int kPer>
-ARCH_FN void round_at_random(const UpdateNumbers& n, const UpdateTensor& t, int64_t i, float* w) {
-  const int64_t in_slice = t.places.first + i, in_run = in_slice % t.places.run;
-  const auto place = static_cast<uint64_t>(t.places.offset + in_slice / t.places.run * t.places.stride + in_run);
-  const Random4 random = philox(n.key, n.step << 32 | t.id, place / 8);
-  ARCH_UNROLL
-  for (int e = 0; e < kPer; ++e) {
-    const uint32_t at = static_cast<uint32_t>(kPer == 8 ? 0 : place & (kPer == 1 ? 7 : 4)) + static_cast<uint32_t>(e);  // of the 8 halves of words
-    const uint32_t low = at & 2 ? random.word[1] : random.word[0], high = at & 2 ? random.word[3] : random.word[2];
-    w[e] = round_stochastically(w[e], (at & 4 ? high : low) >> (at & 1) * 16 & 0xffff);
   }
 }
 
@@ -96,7 +76,7 @@ struct UpdateTensors {
     if constexpr (kRule == UpdateRule::kAdamW) store_values<float, kPer>(static_cast<float*>(t.v) + i, v);
     if (t.master) store_values<float, kPer>(t.master + i, w);
     if constexpr (std::is_same_v<T, arch::bf16>)
-      if (!t.master) round_at_random<kPer>(n, t, i, w);
+      if (!t.master) round_at_random<kPer>({n.key, n.step, t.id}, t.places, i, w);
     store_values<T, kPer>(weight, w);
   }
 };
@@ -171,11 +151,11 @@ struct UpdateIn8Bits {
     ARCH_UNROLL
     for (int e = 0; e < kPer; ++e) to[e] = w[e];
     if constexpr (std::is_same_v<T, arch::bf16>) {
-      if (!t.master && in_vectors) round_at_random<kPer>(n, t, i, to);
+      if (!t.master && in_vectors) round_at_random<kPer>({n.key, n.step, t.id}, t.places, i, to);
       if (!t.master && !in_vectors) {
         ARCH_UNROLL
         for (int e = 0; e < kPer; ++e)
-          if (e < count) round_at_random<1>(n, t, i + e, to + e);
+          if (e < count) round_at_random<1>({n.key, n.step, t.id}, t.places, i + e, to + e);
       }
     }
     if (in_vectors) {

@@ -203,6 +203,34 @@ UpdateState update(UpdateRule rule, const UpdateNumbers& n, UpdateState state, c
   return state;
 }
 
+AdafactorState adafactor(int64_t num_rows, AdafactorState s, const Values& grad, double mix, double lr, double largest_rate, double weight_decay) {
+  const size_t rows = static_cast<size_t>(num_rows), columns = s.columns.size(), size = grad.size();
+  const auto take = [&](double& mean, double to) { mean += (to - mean) * mix; };
+  double mean = 0, norm = 0;
+  Values u(size);
+  for (size_t r = 0; r < rows; ++r) {
+    double sum = 0;
+    for (size_t c = 0; c < columns; ++c) sum += grad[r * columns + c] * grad[r * columns + c];
+    take(s.rows[r], sum / static_cast<double>(columns));
+    mean += s.rows[r] / static_cast<double>(rows);
+  }
+  for (size_t c = 0; c < columns && rows > 0; ++c) {
+    double sum = 0;
+    for (size_t r = 0; r < rows; ++r) sum += grad[r * columns + c] * grad[r * columns + c];
+    take(s.columns[c], sum / static_cast<double>(rows));
+  }
+  constexpr double kEpsilon = 0x1p-23;
+  for (size_t i = 0; i < size; ++i) {
+    if (rows == 0) take(s.squares[i], grad[i] * grad[i]);
+    const double estimate = rows == 0 ? s.squares[i] : s.rows[i / columns] * s.columns[i % columns] / std::max(mean, kEpsilon);
+    u[i] = grad[i] / std::sqrt(std::max(estimate, kEpsilon * kEpsilon));
+    norm += u[i] * u[i];
+  }
+  const double count = static_cast<double>(size), rate = std::max(1e-3, std::sqrt(sum_of_squares(s.weight) / count)) * largest_rate / std::max(1.0, std::sqrt(norm / count));
+  for (size_t i = 0; i < size; ++i) s.weight[i] -= lr * weight_decay * s.weight[i] + u[i] * rate;
+  return s;
+}
+
 double sum_of_squares(const Values& x) {
   double sum = 0;
   for (double value : x) sum += value * value;

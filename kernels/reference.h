@@ -60,6 +60,12 @@ struct UpdateState {
 };
 UpdateState update(UpdateRule rule, const UpdateNumbers& numbers, UpdateState state, const Values& grad);
 
+struct AdafactorState {
+  Values weight, rows, columns, squares;  // of a matrix rows and columns, else squares
+};
+// num_rows 0: a vector.
+AdafactorState adafactor(int64_t num_rows, AdafactorState state, const Values& grad, double mix, double lr, double largest_rate, double weight_decay);
+
 double sum_of_squares(const Values& x);
 
 // op(a) op(b), [m, n]; the matrices lie without gaps.

@@ -8,6 +8,7 @@
 #include "base/check.h"
 #include "kernels/devices.h"
 #include "launch/cuda_graph.h"
+#include "launch/cuda_paged.h"
 #include "train/device.h"
 #include "train/device_choice.h"
 
@@ -41,6 +42,7 @@ int capability_of(int index) {
 
 void offer_cuda() {
   offer_cuda_graphs();
+  offer_cuda_paged_memory();
   set_device_kind({.type = at::kCUDA, .name = "cuda", .find = find_devices, .load = load_device, .capability = capability_of, .kernels = &kernels::cuda_kernels()});
 }
 #else

@@ -4,6 +4,8 @@
 //   - its memory can be touched by its operations, kernels and copies alone: anybody else's access is a segmentation fault
 //   - what is copied to the host without waiting is garbage there until the host waits for an event behind it
 //   - memory has an end: TRIREME_DOUBLE_BYTES
+//   - paged memory is on it page by page: brought ahead of use, or by a fault of whoever touches what is not there; where it is full those
+//     leave that came first, for other memory too
 //   - a step graph launches what was recorded, with the numbers and addresses of then, and nothing of the host runs again; while one is
 //     recorded nobody may wait for the device or touch memory of the host
 //   - there is one of it, or those that the variable TRIREME_DOUBLE_DEVICES names, a letter each: "AB"; "A B" lets the first rank of the
@@ -17,6 +19,7 @@
 #include <ATen/ops/view_native.h>
 #include <c10/core/CachingDeviceAllocator.h>
 #include <c10/core/impl/DeviceGuardImplInterface.h>
+#include <csignal>
 #include <sys/mman.h>
 #include <torch/library.h>
 
@@ -34,6 +37,7 @@
 #include "base/json.h"
 #include "kernels/kernels.h"
 #include "launch/cuda_device.h"
+#include "ops/paged_memory.h"
 #include "ops/step_graph.h"
 #include "train/device.h"
 
@@ -45,6 +49,116 @@ c10::Device here(kType, 0);  // of this rank
 
 // --- memory ------------------------------------------------------------------------------------------------------------
 
+// Memory whose pages are here or away. A page is open while it is here and an OpenDevice lives; else touching it is a fault, which brings
+// it here while one lives. Blocks are given once.
+class Pages {
+ public:
+  static constexpr size_t kBytes = size_t{256} << 20, kPage = 4096;
+  Pages() : base_(static_cast<char*>(::mmap(nullptr, kBytes, PROT_NONE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0))), since_(kBytes / kPage, 0) {
+    TRIREME_CHECK(base_ != MAP_FAILED);
+  }
+  void* allocate(size_t num_bytes) {
+    std::lock_guard lock(mutex_);
+    if (end_ == 0) handle_faults();
+    const size_t begin = end_;
+    end_ += (num_bytes + kPage - 1) / kPage;
+    TRIREME_CHECK(end_ * kPage <= kBytes, "the double's addresses of paged memory are used up");
+    char* const data = base_ + begin * kPage;
+    ::mprotect(data, num_bytes, PROT_READ | PROT_WRITE);
+    std::memset(data, 0xff, num_bytes);  // NaN
+    ::mprotect(data, num_bytes, PROT_NONE);
+    sizes_[data] = num_bytes;
+    return data;
+  }
+  void free(void* data) {
+    std::lock_guard lock(mutex_);
+    for_pages(data, sizes_.at(data), [&](size_t page) { leave(page); });
+    sizes_.erase(data);
+  }
+  void open(bool is_open) {
+    std::lock_guard lock(mutex_);
+    is_open_ = is_open;
+    if (!is_open && end_ > 0) ::mprotect(base_, end_ * kPage, PROT_NONE);
+    for (size_t page = 0, begin = 0; is_open && page < end_; begin = ++page) {
+      while (page < end_ && since_[page] > 0) ++page;
+      if (page > begin) ::mprotect(base_ + begin * kPage, (page - begin) * kPage, PROT_READ | PROT_WRITE);
+    }
+  }
+  // Of what is here, so that `others` and `more` bytes fit into the limit; as much as there is.
+  void make_room(size_t others, size_t more) {
+    std::lock_guard lock(mutex_);
+    leave_for(others + more);
+  }
+  void prefetch(const void* data, size_t num_bytes) {
+    std::lock_guard lock(mutex_);
+    for_pages(data, num_bytes, [&](size_t page) { num_prefetched += since_[page] == 0, bring(page); });
+  }
+  // False: not a page that may be here now.
+  bool touch(const void* data) {
+    std::lock_guard lock(mutex_);
+    const auto at = static_cast<size_t>(static_cast<const char*>(data) - base_);
+    if (data < base_ || at >= end_ * kPage || !is_open_) return false;
+    num_faults += in_kernel > 0;
+    bring(at / kPage);
+    return true;
+  }
+  size_t here() const { return num_here_ * kPage; }
+
+  std::atomic<size_t> limit = SIZE_MAX, others = 0;  // of the device, and what other memory takes of it
+  std::atomic<int> in_kernel = 0;
+  int64_t num_prefetched = 0, num_faults = 0, num_left = 0;  // pages; faults of kernels
+
+ private:
+  template <typename F>
+  void for_pages(const void* data, size_t num_bytes, const F& f) {
+    const auto begin = static_cast<size_t>(static_cast<const char*>(data) - base_);
+    for (size_t page = begin / kPage; page * kPage < begin + num_bytes; ++page) f(page);
+  }
+  void bring(size_t page) {
+    if (since_[page] == 0) leave_for(others + kPage), ++num_here_;
+    since_[page] = ++time_;
+    if (is_open_) ::mprotect(base_ + page * kPage, kPage, PROT_READ | PROT_WRITE);
+  }
+  void leave(size_t page) {
+    if (since_[page] == 0) return;
+    since_[page] = 0, --num_here_;
+    ::mprotect(base_ + page * kPage, kPage, PROT_NONE);
+  }
+  void leave_for(size_t bytes) {
+    for (; num_here_ > 0 && here() + bytes > limit; ++num_left) {
+      size_t oldest = end_;
+      for (size_t page = 0; page < end_; ++page)
+        if (since_[page] > 0 && (oldest == end_ || since_[page] < since_[oldest])) oldest = page;
+      leave(oldest);
+    }
+  }
+  static void handle_faults();
+
+  char* base_;
+  std::mutex mutex_;
+  std::vector<uint64_t> since_;  // when a page came; 0: away
+  std::map<void*, size_t> sizes_;
+  uint64_t time_ = 0;
+  size_t end_ = 0, num_here_ = 0;
+  bool is_open_ = false;
+};
+Pages& pages() {
+  static auto* pages = new Pages;
+  return *pages;
+}
+
+struct sigaction other_faults;
+void Pages::handle_faults() {
+  struct sigaction action {};
+  action.sa_flags = SA_SIGINFO | SA_NODEFER;
+  action.sa_sigaction = [](int number, siginfo_t* info, void* context) {
+    if (pages().touch(info->si_addr)) return;
+    if (other_faults.sa_flags & SA_SIGINFO) return other_faults.sa_sigaction(number, info, context);
+    ::sigaction(number, &other_faults, nullptr);  // and it faults again
+  };
+  TRIREME_CHECK(::sigaction(SIGSEGV, &action, &other_faults) == 0);
+}
+
 // One range of addresses; blocks are given first fit. Closed but where an Open lives.
 class Memory {
  public:
@@ -55,11 +169,11 @@ class Memory {
   }
   void open() {
     std::lock_guard lock(mutex_);
-    if (num_open_++ == 0) ::mprotect(base_, high_, PROT_READ | PROT_WRITE);
+    if (num_open_++ == 0) ::mprotect(base_, high_, PROT_READ | PROT_WRITE), pages().open(true);
   }
   void close() {
     std::lock_guard lock(mutex_);
-    if (--num_open_ == 0) ::mprotect(base_, high_, PROT_NONE);
+    if (--num_open_ == 0) ::mprotect(base_, high_, PROT_NONE), pages().open(false);
   }
   // While one is given, blocks are of it: given again within it alone, until it is released.
   using Pool = std::map<size_t, bool>;  // whether a block is in use, by offset
@@ -94,6 +208,7 @@ class Memory {
           used = true;
           return base_ + at;
         }
+    pages().make_room(used_, size);
     TORCH_CHECK_WITH(OutOfMemoryError, static_cast<int64_t>(used_ + size) <= limit, "the double is out of memory: asked for ", num_bytes, " bytes");
     auto place = free_.begin();
     while (place != free_.end() && place->second < size) ++place;
@@ -105,7 +220,7 @@ class Memory {
       high_ = (at + size + 4095) / 4096 * 4096;
       if (num_open_ > 0) ::mprotect(base_, high_, PROT_READ | PROT_WRITE);
     }
-    used_ += size, peak_ = std::max(peak_, used_);
+    used_ += size, peak_ = std::max(peak_, used_), pages().others = used_;
     sizes_[at] = size;
     ::mprotect(base_, high_, PROT_READ | PROT_WRITE);
     std::memset(base_ + at, 0xff, std::min(size, kPoison));  // NaN
@@ -131,7 +246,7 @@ class Memory {
  private:
   void give_back(size_t at) {
     size_t size = sizes_.at(at);
-    used_ -= size;
+    used_ -= size, pages().others = used_;
     sizes_.erase(at);
     auto [place, added] = free_.emplace(at, size);
     if (auto next = std::next(place); next != free_.end() && at + place->second == next->first) place->second += next->second, free_.erase(next);
@@ -175,7 +290,7 @@ struct Allocator final : c10::DeviceAllocator {
   void resetPeakStats(c10::DeviceIndex) override { memory().reset_peak(); }
   std::pair<size_t, size_t> getMemoryInfo(c10::DeviceIndex) override {
     const char* said = std::getenv("TRIREME_DOUBLE_SAYS_FREE");  // as if others took the rest later
-    return {said ? std::strtoull(said, nullptr, 10) : static_cast<size_t>(memory().limit) - memory().used(), static_cast<size_t>(memory().limit)};
+    return {said ? std::strtoull(said, nullptr, 10) : static_cast<size_t>(memory().limit) - memory().used() - pages().here(), static_cast<size_t>(memory().limit)};
   }
 };
 
@@ -189,7 +304,8 @@ struct Counts {
   std::map<std::string, int64_t> operations;  // of ATen, by name
   ~Counts() {
     if (const char* file = std::getenv("TRIREME_DOUBLE_COUNTS"))
-      std::ofstream(file) << dump_json({{"blocking", blocking}, {"events", events}, {"kernels", kernels}, {"graphs", graphs}, {"replays", replays}, {"operations", operations}, {"peak_bytes", memory().peak()}});
+      std::ofstream(file) << dump_json({{"blocking", blocking}, {"events", events}, {"kernels", kernels}, {"graphs", graphs}, {"replays", replays}, {"operations", operations}, {"peak_bytes", memory().peak()},
+                                        {"pages_prefetched", pages().num_prefetched}, {"pages_left", pages().num_left}, {"page_faults", pages().num_faults}});
   }
 };
 Counts counts;
@@ -458,7 +574,9 @@ void set_call_bytes(void (*const& entry)(const Call&, kernels::Stream)) {
 void run_kernel(size_t index, const void* call) {
   const OpenDevice open;
   ++counts.kernels;
+  ++pages().in_kernel;
   emulated[index](call, nullptr);
+  --pages().in_kernel;
 }
 
 template <size_t kIndex>
@@ -526,7 +644,7 @@ void offer_cuda() {
   c10::SetAllocator(kType, &allocator);
   c10::register_privateuse1_backend("double");
   at::RegisterPrivateUse1HooksInterface(new Hooks);
-  if (const char* bytes = std::getenv("TRIREME_DOUBLE_BYTES")) memory().limit = std::atoll(bytes);
+  if (const char* bytes = std::getenv("TRIREME_DOUBLE_BYTES")) memory().limit = std::atoll(bytes), pages().limit = static_cast<size_t>(memory().limit);
   std::memcpy(emulated, &kernels::emulated_kernels(), sizeof emulated);
   [&]<size_t... kIndex>(std::index_sequence<kIndex...>) {
     ((opened[kIndex] = emulated[kIndex] ? run_opened<kIndex> : nullptr), ...);
@@ -537,6 +655,8 @@ void offer_cuda() {
   const kernels::Kernels& k = kernels::emulated_kernels();
   set_call_bytes(k.decode_attention), set_call_bytes(k.rms_norm_forward), set_call_bytes(k.rope), set_call_bytes(k.glu_forward), set_call_bytes(k.embedding);
   set_call_bytes(k.matmul), set_call_bytes(k.convert), set_call_bytes(k.to_float8), set_call_bytes(k.dequantize_4), set_call_bytes(k.lora_up), set_call_bytes(k.lora_down);
+  set_paged_memory(kType, {[](size_t num_bytes, at::Device) { return pages().allocate(num_bytes); }, [](void* data) { pages().free(data); },
+                           [](const void* data, size_t num_bytes, at::Device, kernels::Stream) { pages().prefetch(data, num_bytes); }});
   set_step_graphs(kType, [](at::Device) -> std::unique_ptr<StepGraph> { return std::make_unique<RecordedStep>(); });
   set_device_kind({.type = kType, .name = "cuda", .find = [] { return DeviceKind::Found{uuids_of_double(), ""}; }, .load = [](int index) { here = c10::Device(kType, static_cast<c10::DeviceIndex>(index)); },
                    .capability = [](int) { const char* given = std::getenv("TRIREME_DOUBLE_CAPABILITY"); return given ? std::atoi(given) : 90; }, .kernels = &table});

@@ -66,7 +66,8 @@ TEST_F(Barriers, OfRowsAndGroups) {
   for (const float threshold : {0.0f, 20.0f}) {
     Guarded outlier(kCount);
     const auto rows = [&] {
-      k.quantize_rows({Type::kFloat32, 1, kCount, x.data(), threshold, codes.as<int8_t>(), scale.memory.as<float>(), threshold > 0 ? outlier.as<uint8_t>() : nullptr}, nullptr);
+      const QuantizeRows call{Type::kFloat32, 1, kCount, x.data(), threshold, codes.as<int8_t>(), scale.memory.as<float>(), threshold > 0 ? outlier.as<uint8_t>() : nullptr};
+      k.largest_of_rows(call, nullptr), k.quantize_rows(call, nullptr);
       return std::pair(codes.bits(), scale.memory.bits());
     };
     EXPECT_EQ(leave_out_each("barrier", rows), 1) << threshold;
@@ -108,6 +109,39 @@ TEST_F(Barriers, OfTheGradientsNorm) {
     return *squares;
   };
   EXPECT_EQ(leave_out_each("barrier", norm), 1);  // one in each of its two launches, left out together
+}
+
+TEST_F(Barriers, OfAdafactor) {
+  constexpr int64_t kRows = 32, kColumns = 64;
+  const Values means = random_values(Type::kFloat32, kColumns, 5);
+  Tensor weight(Type::kFloat32, kCount), rows(Type::kFloat32, kRows), columns(Type::kFloat32, kColumns);
+  const OnDevice<double> sums(std::vector<double>(kRows + kColumns + 1, 0.0)), mean(0.0), norm(0.0);
+  Adafactor p{};
+  p.size = kCount, p.num_rows = kRows, p.num_columns = kColumns, p.weight = weight.data(), p.grad = x.memory.as<float>(), p.rows = rows.memory.as<float>(), p.columns = columns.memory.as<float>();
+  p.sums = sums.data(), p.mean_of_rows = mean.data(), p.norm = norm.data(), p.mix = 0.3, p.lr = p.largest_rate = 0.01;
+  Guarded workspace(adafactor_workspace(p) * 8);
+  p.workspace = workspace.as<double>();
+  const auto begin = [&] {
+    for (int64_t i = 0; i < kCount; ++i) weight.memory.as<float>()[i] = 1 + static_cast<float>(i % 7);
+    for (int64_t i = 0; i <= kRows + kColumns; ++i) sums.data()[i] = 1;
+    for (int64_t i = 0; i < kColumns; ++i) columns.memory.as<float>()[i] = rows.memory.as<float>()[i % kRows] = static_cast<float>(std::abs(means[static_cast<size_t>(i)]) + 0.1);
+    *mean = 1, *norm = 0;
+  };
+  const auto summed = [&] {
+    begin(), k.adafactor_sums(p, nullptr);
+    return std::vector<double>(sums.data(), sums.data() + kRows + kColumns + 1);
+  };
+  EXPECT_EQ(leave_out_each("barrier", summed), 1);  // one in each of its two launches, left out together
+  const auto moved = [&] {
+    begin(), k.adafactor_means(p, nullptr);
+    return *mean;
+  };
+  EXPECT_EQ(leave_out_each("barrier", moved), 1);
+  const auto measured = [&] {
+    begin(), k.adafactor_norm(p, nullptr);
+    return *norm;
+  };
+  EXPECT_EQ(leave_out_each("barrier", measured), 1);
 }
 
 }  // namespace

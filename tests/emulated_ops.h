@@ -26,9 +26,9 @@ class Emulated {
   Emulated() {
     using K = kernels::Kernels;
     count<&K::attention_forward, &K::attention_backward, &K::decode_attention, &K::rms_norm_forward, &K::rms_norm_backward, &K::layer_norm_forward, &K::layer_norm_backward, &K::dropout, &K::rope, &K::glu_forward, &K::glu_backward, &K::cross_entropy,
-          &K::cross_entropy_part, &K::cross_entropy_finish, &K::update, &K::gradient_norm, &K::clip_factor, &K::embedding, &K::embedding_gradient, &K::convert, &K::sum_rows, &K::lora_down,
+          &K::cross_entropy_part, &K::cross_entropy_finish, &K::update, &K::gradient_norm, &K::clip_factor, &K::adafactor_sums, &K::adafactor_means, &K::adafactor_norm, &K::adafactor_update, &K::embedding, &K::embedding_gradient, &K::convert, &K::sum_rows, &K::lora_down,
           &K::lora_up, &K::lora_gradient,
-          &K::quantize_4, &K::dequantize_4, &K::quantize_blocks, &K::dequantize_blocks, &K::quantize_rows, &K::dequantize_rows, &K::scale_products, &K::quantize_groups,
+          &K::quantize_4, &K::dequantize_4, &K::quantize_blocks, &K::dequantize_blocks, &K::largest_of_rows, &K::quantize_rows, &K::dequantize_rows, &K::scale_products, &K::quantize_groups,
           &K::dequantize_groups>();
     num_calls = 0;
     set_kernels(at::kCPU, &all);

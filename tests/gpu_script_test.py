@@ -33,7 +33,7 @@ def before():
 
 def test_every_benchmark_of_kernels_runs(tmp_path):
     kept = before()
-    stages = ["kernels", "attention_exact", "attention_64", "attention_packed", "decode_attention", "memory", "linear_cross_entropy", "attention_sm80", "memcheck"]
+    stages = ["kernels", "attention_exact", "attention_64", "attention_packed", "decode_attention", "memory", "linear_cross_entropy", "paged_state", "attention_sm80", "memcheck"]
     words = [word for stage in stages for word in ("--only", stage)] + ["--dry-run", "--results", tmp_path]
     done = gpu(*words)
     assert done.returncode == 0, done.stdout + done.stderr

@@ -241,6 +241,8 @@ TEST(Plan, OfADevice) {
   const Plan offload = of({{"optim.offload", "true"}}, at::kCUDA);
   EXPECT_EQ(offload.needed_bytes(), plan.needed_bytes() - plan.largest().optimizer);
   EXPECT_EQ(offload.host_bytes(), plan.host_bytes() + offload.largest().optimizer);
+  // Two windows of state stay.
+  EXPECT_EQ(of({{"optim.paged", "true"}}, at::kCUDA).needed_bytes(), plan.needed_bytes() - plan.largest().optimizer + std::min<uint64_t>(plan.largest().optimizer, 2 * 12 << 22));
   // What lies between eight blocks leaves but for two of them, and the CPU keeps it.
   const Plan full = of({{"train.recompute", "full"}}, at::kCUDA), away = of({{"train.recompute", "full"}, {"train.offload_activations", "true"}}, at::kCUDA);
   const uint64_t row = 2048 * 512 * 2;

@@ -76,6 +76,9 @@ KINDS = {
     "float32 sgd": (CURVE_FP32, ["--optim.kind=sgd", "--optim.lr=0.1"]),
     "bfloat16 lion": (CURVE_BF16, ["--train.dtype=bfloat16", "--optim.kind=lion", "--optim.lr=2e-4"]),
     "bfloat16 moments in 8 bits": (CURVE_BF16, ["--train.dtype=bfloat16", "--optim.kind=adamw8bit"]),
+    "bfloat16 paged moments in 8 bits": (CURVE_BF16, ["--train.dtype=bfloat16", "--optim.kind=adamw8bit", "--optim.masters=false", "--optim.paged=true"]),
+    "float32 adafactor": (CURVE_FP32, ["--optim.kind=adafactor", "--optim.lr=0.02"]),
+    "bfloat16 adafactor paged": (CURVE_BF16, ["--train.dtype=bfloat16", "--optim.kind=adafactor", "--optim.lr=0.02", "--optim.paged=true"]),
     "float32 dora pissa dropout": (CURVE_FP32, ["--lora.rank=4", "--lora.dora=true", "--lora.init=pissa", "--lora.dropout=0.2"]),
     "bfloat16 dora nf4 loftq": (CURVE_BF16, ["--train.dtype=bfloat16", "--lora.rank=4", "--lora.dora=true", "--lora.init=loftq", "--quant.base=nf4", "--train.recompute=full"]),
     "float16": (CURVE_FP16, ["--train.dtype=float16"]),
@@ -103,12 +106,13 @@ def test_a_run_on_a_device_is_the_run_on_the_cpu(work, kind):
         assert (found[key].float() - value.float()).norm() <= 40 * bound * value.float().norm() + 1e-3, key
 
 
-@pytest.mark.parametrize("keys", [["--train.dtype=bfloat16"], ["--train.dtype=bfloat16", "--lora.rank=4", "--lora.dropout=0.1", "--train.recompute=full", "--train.offload_activations=true"]])
+@pytest.mark.parametrize("keys", [["--train.dtype=bfloat16"], ["--train.dtype=bfloat16", "--optim.paged=true"], ["--train.dtype=bfloat16", "--optim.kind=adafactor", "--optim.lr=0.02"],
+                                  ["--train.dtype=bfloat16", "--lora.rank=4", "--lora.dropout=0.1", "--train.recompute=full", "--train.offload_activations=true"]])
 def test_the_host_waits_in_no_step_but_for_the_numbers_of_the_one_before(work, keys):
     found = {}
     for steps in (2, 4):
         counts = work / "counts.json"
-        device(work, "train", *keys_of(work, f"waits{steps}", *keys, f"--train.steps={steps}", "--eval.every=0", "--data.eval=", "--run.resume=never", f"--run.dir={work}/waits{steps}{len(keys)}"),
+        device(work, "train", *keys_of(work, f"waits{steps}", *keys, f"--train.steps={steps}", "--eval.every=0", "--data.eval=", "--run.resume=never", f"--run.dir={work}/waits{steps}{len(keys)}{keys[1:2]}"),
                TRIREME_DOUBLE_COUNTS=counts)
         found[steps] = json.loads(counts.read_text())
     assert found[4]["blocking"] == found[2]["blocking"]
@@ -124,6 +128,39 @@ def test_a_resumed_run_has_the_bits_of_one_that_never_stopped(work):
     assert curve(work, "parts") == curve(work, "whole")
     for key, value in product(work, "whole").items():
         assert torch.equal(product(work, "parts")[key], value), key
+
+
+def test_state_that_does_not_fit_waits_in_host_memory(work):
+    """Not all of activations, moments and masters fits at once: pages of these leave when memory is asked for, and are back before the
+    update's kernels touch them."""
+    keys = ["--train.dtype=bfloat16", "--train.micro_batch_size=8", "--train.accumulation=1"]
+    counts = {name: work / f"paged_{name}.json" for name in ("roomy", "paged", "scarce")}
+    device(work, "train", *keys_of(work, "roomy", *keys), TRIREME_DOUBLE_COUNTS=counts["roomy"])
+    done = device(work, "train", *keys_of(work, "paged", *keys, "--optim.paged=true"), TRIREME_DOUBLE_COUNTS=counts["paged"])
+    sizes = dict(re.findall(r"(optimizer|activations at most) ([0-9.]+) MiB", done.stderr))
+    found = {name: json.loads(path.read_text()) for name, path in counts.items() if path.exists()}
+    state = float(sizes["optimizer"]) * 2**20
+    assert found["roomy"]["peak_bytes"] - found["paged"]["peak_bytes"] == pytest.approx(state, rel=0.1)
+    assert found["paged"]["pages_left"] == found["paged"]["page_faults"] == 0 and found["paged"]["pages_prefetched"] >= state // 4096
+    limit = found["roomy"]["peak_bytes"] - int(float(sizes["activations at most"]) * 2**20 * 0.4)
+    keys += ["--checkpoint.async=false"]
+    said = str(1 << 30)
+    done = device(work, "train", *keys_of(work, "refused", *keys), status=1, TRIREME_DOUBLE_BYTES=str(limit), TRIREME_DOUBLE_SAYS_FREE=said)
+    assert re.search(r"is out of memory .* set .*optim.paged=true", done.stderr), done.stderr
+    scarce = dict(TRIREME_DOUBLE_COUNTS=counts["scarce"], TRIREME_DOUBLE_BYTES=str(limit), TRIREME_DOUBLE_SAYS_FREE=said)
+    device(work, "train", *keys_of(work, "scarce_paged", *keys, "--optim.paged=true", "--train.stop_after=2"), status=75, **scarce)
+    device(work, "train", *keys_of(work, "scarce_paged", *keys, "--optim.paged=true"), **scarce)
+    found["scarce"] = json.loads(counts["scarce"].read_text())
+    assert found["scarce"]["pages_left"] > 0 == found["scarce"]["page_faults"]
+    for name in ("paged", "scarce_paged"):
+        assert curve(work, name) == curve(work, "roomy")
+        for key, value in product(work, "roomy").items():
+            assert torch.equal(product(work, name)[key], value), key
+    for key in ("blocking", "events"):
+        assert found["paged"][key] == found["roomy"][key]
+    # What the plan leaves to host memory: all but two windows, which are more than this model.
+    done = device(work, "train", *keys_of(work, "planned_paged", *keys, "--optim.paged=true"), status=2, TRIREME_DOUBLE_BYTES=str(1 << 20))
+    assert re.search(r"needs about .* of its device's memory .*optim.offload=true in place of optim.paged=true, ", done.stderr), done.stderr
 
 
 def test_a_run_goes_on_on_another_device_and_says_that_bits_differ(work):

@@ -77,7 +77,7 @@ def test_products_of_float8_are_planned_where_there_is_no_device(plan):
 
 def test_what_a_device_does_not_compute_or_a_plan_does_not_know(tmp_path, plan):
     assert "error: optim.momentum is set, but optim.kind is lion: " in plan("--plan.ranks=1", "--optim.kind=lion", "--optim.momentum=0.5", status=2)
-    assert "error: optim.kind=adafactor is computed for weights on the CPU alone: " in plan("--plan.ranks=1", "--run.device=cuda", "--optim.kind=adafactor", status=2)
+    assert "error: optim.offload=true and optim.paged=true are two places for the same state: " in plan("--plan.ranks=1", "--optim.offload=true", "--optim.paged=true", status=2)
     assert "error: optim.offload=true is not possible with optim.kind=adafactor, " in plan("--plan.ranks=1", "--optim.offload=true", "--optim.kind=adafactor", status=2)
     assert "error: optim.masters=false is not possible with train.dtype=float16, " in plan("--plan.ranks=1", "--train.dtype=float16", "--optim.masters=false", status=2)
     assert "train.dtype=float64 is computed by the CPU alone" in plan("--plan.ranks=1", "--run.device=cuda", "--train.dtype=float64", status=2)

@@ -184,7 +184,7 @@ std::vector<Field> fields(Config& c) {
       {"optim.momentum", &c.optim.momentum, "", "of optim.kind=sgd", {}, 0, 0.9999999},
       {"optim.masters", &c.optim.masters, "", "bfloat16 weights have a copy in float32 that is updated in their place; false: they do without, and round at random to one of their two neighbours", {}},
       {"optim.offload", &c.optim.offload, "", "moments and masters live in host memory, where the update is computed, for weights on a device", {}},
-      {"optim.paged", &c.optim.paged, "", "moments and masters may leave a device that is full for host memory, and are back ahead of each update", {}},
+      {"optim.paged", &c.optim.paged, "", "moments and masters may leave a device that is full for host memory, and are back ahead of their update; of no effect on the CPU", {}},
       {"schedule.kind", &c.schedule.kind, "", "of the learning rate", Words{"constant", "linear", "cosine", "exponential"}},
       {"schedule.warmup_steps", &c.schedule.warmup_steps, "steps", "of linear warm-up; below 1: a fraction of the run", {}, 0, 1e12},
       {"schedule.min_lr", &c.schedule.min_lr, "", "learning rate at the end", {}, 0, 1e6},

@@ -1,5 +1,6 @@
 #include "optim/adafactor.h"
 
+#include "ops/device.h"
 #include "ops/op_support.h"
 #include "optim/clip.h"
 
@@ -18,7 +19,8 @@ std::vector<int64_t> whole_of(const OptimTensor& t) { return t.whole_shape.empty
 
 }  // namespace
 
-Adafactor::Adafactor(const std::vector<OptimTensor>& tensors, const AcrossRanks& ranks) : ranks_(ranks) {
+Adafactor::Adafactor(const std::vector<OptimTensor>& tensors, const AcrossRanks& ranks)
+    : ranks_(ranks), device_(tensors.empty() ? ranks.device : tensors[0].weight.device()) {
   if (ranks_.tensors.empty())
     for (const OptimTensor& t : tensors) ranks_.tensors[t.name] = whole_of(t);
   std::map<std::string, std::pair<size_t, size_t>> places;
@@ -27,10 +29,12 @@ Adafactor::Adafactor(const std::vector<OptimTensor>& tensors, const AcrossRanks&
     places[name] = {static_cast<size_t>(size), places.size()};
     size += num_sums(whole);
   }
-  sums_ = at::zeros({size}, at::kDouble), norms_ = at::zeros({static_cast<int64_t>(places.size())}, at::kDouble);
+  const auto sums_options = at::TensorOptions(at::kDouble).device(device_);
+  sums_ = at::zeros({size}, sums_options), norms_ = at::zeros({static_cast<int64_t>(places.size())}, sums_options);
+  means_ = at::zeros({static_cast<int64_t>(tensors.size())}, sums_options);
   for (const OptimTensor& t : tensors) {
     const std::vector<int64_t> whole = whole_of(t);
-    TRIREME_CHECK(whole.size() <= 2 && t.weight.is_cpu() && ranks_.tensors.at(t.name) == whole, t.name, at::IntArrayRef(whole), t.weight.device().str());
+    TRIREME_CHECK(whole.size() <= 2 && t.weight.device() == device_ && ranks_.tensors.at(t.name) == whole, t.name, at::IntArrayRef(whole), t.weight.device().str());
     Part part;
     part.of = t;
     part.is_matrix = is_matrix(whole);
@@ -148,6 +152,48 @@ void Adafactor::measure(const std::vector<at::Tensor>& weights, double lr, doubl
   }
 }
 
+bool Adafactor::by_kernels() const { return parts_.empty() ? !device_.is_cpu() : kernels_of(parts_[0].of.weight) != nullptr; }
+
+void Adafactor::step(std::vector<kernels::Adafactor> calls, const std::function<void(const std::function<void(const StatePiece&)>&)>& in_pieces) {
+  int64_t workspace_size = 0;
+  for (size_t i = 0; i < calls.size(); ++i) {
+    const Part& part = parts_[i];
+    kernels::Adafactor& call = calls[i];
+    const double t = static_cast<double>(call.step);
+    const auto floats = [](const at::Tensor& x) { return static_cast<float*>(data_of(x)); };
+    call.num_rows = part.is_matrix ? part.num_rows : 0, call.num_columns = part.num_columns;
+    call.rows = floats(part.rows), call.columns = floats(part.columns), call.squares = floats(part.squares);
+    call.sums = sums_.data_ptr<double>() + part.sums, call.norm = norms_.data_ptr<double>() + part.number, call.mean_of_rows = means_.data_ptr<double>() + i;
+    call.mix = std::pow(t, kDecay), call.largest_rate = std::min(call.lr, 1 / std::sqrt(t));
+    workspace_size = std::max(workspace_size, kernels::adafactor_workspace(call));
+  }
+  const at::Tensor workspace = at::empty({workspace_size}, sums_.options());
+  for (kernels::Adafactor& call : calls) call.workspace = static_cast<double*>(data_of(workspace));
+  const auto part_of = [&](const StatePiece& piece) {
+    kernels::Adafactor call = calls[piece.tensor];
+    call.size = piece.end - piece.begin;
+    call.places.first += piece.begin;
+    call.weight = static_cast<char*>(call.weight) + piece.begin * static_cast<int64_t>(parts_[piece.tensor].of.weight.element_size());
+    call.grad += piece.begin;
+    if (call.master) call.master += piece.begin;
+    if (call.squares) call.squares += piece.begin;
+    return call;
+  };
+  sums_.zero_(), norms_.zero_();
+  const kernels::Kernels* k = calls.empty() ? nullptr : kernels_of(parts_[0].of.weight);
+  const kernels::Stream stream = stream_of(sums_);
+  in_pieces([&](const StatePiece& piece) {
+    if (parts_[piece.tensor].of.counts) k->adafactor_sums(part_of(piece), stream);
+  });
+  if (ranks_.sum) ranks_.sum(sums_);
+  for (size_t i = 0; i < calls.size(); ++i) {
+    k->adafactor_means(calls[i], stream);
+    if (parts_[i].of.counts) k->adafactor_norm(calls[i], stream);
+  }
+  if (ranks_.sum) ranks_.sum(norms_);
+  in_pieces([&](const StatePiece& piece) { k->adafactor_update(part_of(piece), stream); });
+}
+
 at::Tensor Adafactor::direction(size_t tensor) const {
   const Part& part = parts_[tensor];
   at::Tensor u = at::empty_like(part.of.grad);
@@ -171,6 +217,13 @@ std::vector<OptimState> Adafactor::state() const {
 
 uint64_t Adafactor::state_bytes(at::ScalarType dtype, int64_t elements, at::IntArrayRef whole) {
   return (is_matrix(whole) ? static_cast<uint64_t>(whole[0] + whole[1]) : static_cast<uint64_t>(elements)) * c10::elementSize(compute_dtype(dtype));
+}
+
+uint64_t Adafactor::workspace_bytes(int64_t elements, at::IntArrayRef whole) {
+  kernels::Adafactor part{};
+  part.size = elements;
+  if (is_matrix(whole)) part.num_rows = whole[0], part.num_columns = whole[1];
+  return static_cast<uint64_t>(kernels::adafactor_workspace(part)) * sizeof(double);
 }
 
 uint64_t Adafactor::sums_bytes(at::IntArrayRef whole) { return static_cast<uint64_t>(num_sums(whole) + 1) * sizeof(double); }

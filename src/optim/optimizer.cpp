@@ -6,6 +6,7 @@
 #include "ops/op_support.h"
 #include "optim/adafactor.h"
 #include "optim/offload.h"
+#include "optim/paged.h"
 #include "optim/update_loops.h"
 #include "quant/dynamic_map.h"
 #include "quant/quant_loops.h"
@@ -123,24 +124,29 @@ Optimizer::Optimizer(std::vector<OptimTensor> tensors, const OptimizerOptions& o
     t.weight = t.weight.detach();
     const at::Device device = options.offload ? at::kCPU : t.weight.device();
     if (!device.is_cpu()) kernels_of(t.weight);  // there are some
-    const auto state_options = at::TensorOptions(dtype).device(device);
+    if (options.paged && !device.is_cpu() && !paged_) paged_ = std::make_shared<PagedState>(device, options.window_elements);
+    const auto zeros = [&](int64_t count, at::ScalarType type) {
+      return paged_ ? paged_->zeros({count}, type) : at::zeros({count}, at::TensorOptions(type).device(device));
+    };
     State state;
     state.id = id_of(t.name);
     state.rule = rule_of(options.kind, t.whole_shape.empty() ? t.weight.numel() : c10::multiply_integers(t.whole_shape));
     const bool in_codes = state.rule == UpdateRule::kAdamW8Bit;
     TRIREME_CHECK(!in_codes || dtype == at::kFloat, t.name, " in ", c10::toString(dtype));
-    const auto values = in_codes ? state_options.dtype(at::kByte) : state_options;
     const size_t num_states = states_of(options).size();
-    if (num_states > 0) state.m = at::zeros(t.weight.sizes(), values);
-    if (num_states > 1) state.v = at::zeros(t.weight.sizes(), values);
+    if (num_states > 0) state.m = zeros(t.weight.numel(), in_codes ? at::kByte : dtype);
+    if (num_states > 1) state.v = zeros(t.weight.numel(), in_codes ? at::kByte : dtype);
     if (in_codes) {
       const auto& p = t.places;
       TRIREME_CHECK(p.first % kernels::k8BitBlock == 0 && p.offset % kernels::k8BitBlock == 0 && p.run % kernels::k8BitBlock == 0 && p.stride % kernels::k8BitBlock == 0,
                     t.name, ": a block is cut at ", p.first, " of runs of ", p.run);
-      state.m_scale = at::zeros({num_blocks(t.weight.numel())}, state_options);
-      state.v_scale = at::zeros_like(state.m_scale);
+      state.m_scale = zeros(num_blocks(t.weight.numel()), dtype);
+      state.v_scale = zeros(num_blocks(t.weight.numel()), dtype);
     }
-    if (has_master(t.weight.scalar_type(), options.masters)) state.master = t.weight.to(device).to(dtype);  // what travels is the smaller
+    if (has_master(t.weight.scalar_type(), options.masters)) {
+      if (paged_) state.master = zeros(t.weight.numel(), dtype).copy_(t.weight);
+      else state.master = t.weight.to(device).to(dtype);  // what travels is the smaller
+    }
     states_.push_back(std::move(state));
   }
   if (options.kind == OptimizerKind::kAdafactor) {
@@ -159,29 +165,25 @@ void Optimizer::update(double lr, double grad_scale, const at::Tensor& device_sc
   const double beta1 = options_.kind == OptimizerKind::kSgd ? options_.momentum : options_.beta1, t = static_cast<double>(num_steps_);
   const double correction1 = corrects ? 1.0 - std::pow(beta1, t) : 1.0, correction2 = corrects ? 1.0 - std::pow(options_.beta2, t) : 1.0;
   std::vector<size_t> on_host;
-  std::map<std::tuple<at::ScalarType, double, UpdateRule>, std::vector<size_t>> by_kernels;  // of one dtype, weight decay and rule: a call
+  std::vector<StatePiece> on_device;
   for (size_t i = 0; i < tensors_.size(); ++i)
-    if (staging_ || adafactor_ || !kernels_of(tensors_[i].weight)) on_host.push_back(i);
-    else by_kernels[{tensors_[i].weight.scalar_type(), tensors_[i].weight_decay, states_[i].rule}].push_back(i);
-
-  for (const auto& [kind, numbers] : by_kernels) {
-    const auto floats = [](const at::Tensor& x) { return static_cast<float*>(data_of(x)); };
-    std::vector<kernels::UpdateTensor> list;
-    for (size_t i : numbers) {
-      const OptimTensor& of = tensors_[i];
-      const State& s = states_[i];
-      list.push_back({of.weight.numel(), data_of(of.weight), floats(s.master), floats(of.grad), data_of(s.m), data_of(s.v), of.places, s.id, floats(s.m_scale), floats(s.v_scale)});
-    }
-    const at::Tensor& weight = tensors_[numbers[0]].weight;
-    at::Tensor scale = device_scale;
+    if (staging_ || !kernels_of(tensors_[i].weight)) on_host.push_back(i);
+    else if (tensors_[i].weight.numel() > 0) on_device.push_back({i, 0, tensors_[i].weight.numel()});
+  const bool adafactor_by_kernels = adafactor_ && adafactor_->by_kernels();
+  at::Tensor scale = device_scale;
+  if (!on_device.empty()) {
+    const at::Tensor& weight = tensors_[on_device[0].tensor].weight;
     if (!scale.defined() && grad_scale != 1.0) scale = at::full({}, grad_scale, weight.options().dtype(at::kFloat));
     TRIREME_CHECK(!scale.defined() || (scale.device() == weight.device() && scale.scalar_type() == at::kFloat && scale.numel() == 1), scale.toString());
-    kernels_of(weight)->update({std::get<2>(kind), kernel_type(weight), list.data(), static_cast<int64_t>(list.size()), lr, std::get<1>(kind), beta1, options_.beta2,
-                                options_.epsilon, correction1, correction2, floats(scale), options_.seed, static_cast<uint64_t>(num_steps_),
-                                options_.kind == OptimizerKind::kAdamW8Bit ? floats(maps(weight.device())) : nullptr}, stream_of(weight));
   }
+  const auto in_windows = [&](const std::function<void(const std::vector<StatePiece>&)>& f) {
+    if (!paged_) f(on_device);
+    else paged_->for_windows(on_device, [&](const StatePiece& piece) { return parts_of(piece); }, f);
+  };
+  if (adafactor_by_kernels) adafactor_on_device(lr, scale, in_windows);
+  else if (!on_device.empty()) in_windows([&](const std::vector<StatePiece>& pieces) { update_on_device(lr, correction1, correction2, scale, pieces); });
 
-  if (on_host.empty() && !adafactor_) return;
+  if (on_host.empty() && (!adafactor_ || adafactor_by_kernels)) return;
   if (device_scale.defined()) {
     grad_scale = device_scale.item<double>();
     if (!std::isfinite(grad_scale)) return;
@@ -250,6 +252,58 @@ void Optimizer::update(double lr, double grad_scale, const at::Tensor& device_sc
     for (size_t i : on_host) update(i, 0, tensors_[i].weight, tensors_[i].grad);
 }
 
+std::vector<at::Tensor> Optimizer::parts_of(const StatePiece& piece) const {
+  const State& s = states_[piece.tensor];
+  std::vector<at::Tensor> parts;
+  const auto add = [&](const at::Tensor& x, int64_t block) {
+    if (x.defined()) parts.push_back(x.slice(0, piece.begin / block, (piece.end + block - 1) / block));
+  };
+  add(s.m, 1), add(s.v, 1), add(s.m_scale, kernels::k8BitBlock), add(s.v_scale, kernels::k8BitBlock), add(s.master, 1);
+  return parts;
+}
+
+void Optimizer::update_on_device(double lr, double correction1, double correction2, const at::Tensor& scale, const std::vector<StatePiece>& pieces) {
+  std::map<std::tuple<kernels::Type, double, UpdateRule>, std::vector<kernels::UpdateTensor>> calls;  // of one type, weight decay and rule
+  const auto at = [](const at::Tensor& x, int64_t begin) { return x.defined() ? static_cast<char*>(x.data_ptr()) + begin * x.element_size() : nullptr; };
+  const auto floats = [&](const at::Tensor& x, int64_t begin) { return reinterpret_cast<float*>(at(x, begin)); };
+  for (const StatePiece& piece : pieces) {
+    const OptimTensor& of = tensors_[piece.tensor];
+    const State& s = states_[piece.tensor];
+    const int64_t begin = piece.begin, block = begin / kernels::k8BitBlock;
+    kernels::Places places = of.places;
+    places.first += begin;
+    calls[{kernel_type(of.weight), of.weight_decay, s.rule}].push_back({piece.end - begin, at(of.weight, begin), floats(s.master, begin), floats(of.grad, begin), at(s.m, begin),
+                                                                         at(s.v, begin), places, s.id, floats(s.m_scale, block), floats(s.v_scale, block)});
+  }
+  const at::Tensor& weight = tensors_[pieces[0].tensor].weight;
+  const double beta1 = options_.kind == OptimizerKind::kSgd ? options_.momentum : options_.beta1;
+  for (const auto& [kind, list] : calls) {
+    const auto& [type, decay, rule] = kind;
+    kernels_of(weight)->update({rule, type, list.data(), static_cast<int64_t>(list.size()), lr, decay, beta1, options_.beta2,
+                                options_.epsilon, correction1, correction2, floats(scale, 0), options_.seed, static_cast<uint64_t>(num_steps_),
+                                options_.kind == OptimizerKind::kAdamW8Bit ? floats(maps(weight.device()), 0) : nullptr}, stream_of(weight));
+  }
+}
+
+void Optimizer::adafactor_on_device(double lr, const at::Tensor& scale, const InWindows& in_windows) {
+  std::vector<kernels::Adafactor> calls;
+  for (size_t i = 0; i < tensors_.size(); ++i) {
+    const OptimTensor& of = tensors_[i];
+    const auto floats = [](const at::Tensor& x) { return static_cast<float*>(data_of(x)); };
+    kernels::Adafactor call{};
+    call.type = kernel_type(of.weight), call.size = of.weight.numel(), call.places = of.places;
+    call.weight = data_of(of.weight), call.master = floats(states_[i].master), call.grad = floats(of.grad);
+    call.lr = lr, call.weight_decay = of.weight_decay, call.grad_scale = floats(scale);
+    call.seed = options_.seed, call.step = static_cast<uint64_t>(num_steps_), call.id = states_[i].id;
+    calls.push_back(call);
+  }
+  adafactor_->step(std::move(calls), [&](const std::function<void(const StatePiece&)>& f) {
+    in_windows([&](const std::vector<StatePiece>& pieces) {
+      for (const StatePiece& piece : pieces) f(piece);
+    });
+  });
+}
+
 const at::Tensor& Optimizer::maps(at::Device device) {
   if (!maps_.defined()) maps_ = at::cat({dynamic_map(true), dynamic_map(false)}).to(device);
   return maps_;
@@ -278,6 +332,12 @@ uint64_t Optimizer::state_bytes(at::ScalarType dtype, const OptimizerOptions& op
   if (options.kind == OptimizerKind::kAdafactor) return Adafactor::state_bytes(dtype, elements, whole) + static_cast<uint64_t>(master);
   if (rule_of(options.kind, c10::multiply_integers(whole)) == UpdateRule::kAdamW8Bit) return static_cast<uint64_t>(2 * elements + 2 * size * num_blocks(elements) + master);
   return static_cast<uint64_t>(static_cast<int64_t>(states_of(options).size()) * elements * size + master);
+}
+
+uint64_t Optimizer::paged_bytes_there(uint64_t state, at::ScalarType dtype, const OptimizerOptions& options) {
+  const uint64_t window = options.kind == OptimizerKind::kAdafactor ? static_cast<uint64_t>(options.window_elements) * c10::elementSize(compute_dtype(dtype))  // masters alone
+                                                                    : state_bytes(dtype, options, options.window_elements, {options.window_elements, 1});
+  return std::min(state, 2 * window);
 }
 
 }  // namespace trireme

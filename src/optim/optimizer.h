@@ -16,7 +16,8 @@
 // to one of its two neighbours at random, the nearer one more often, so that small updates are kept in the mean (kernels/kernels.h
 // has the rule): by bits of the step, the name and the element's place in the whole tensor, so they are the same on every mesh.
 // With `offload` the state is in host memory and the update is computed there, with the bits of weights on the CPU
-// (optim/offload.h). Else state is where the weights are, and a device updates all tensors of one dtype and weight decay at once.
+// (optim/offload.h). Else state is where the weights are, and a device updates all tensors of one dtype and weight decay at once; with
+// `paged` in memory that may leave a device while it is full (optim/paged.h), and a window of it at once.
 #pragma once
 
 #include <string>
@@ -70,6 +71,8 @@ struct OptimizerOptions {
   bool offload = false;
   bool masters = true;  // of bf16; fp16 weights have them
   uint64_t seed = 0;    // of the random rounding
+  bool paged = false;   // of no effect where weights are on the CPU
+  int64_t window_elements = int64_t{1} << 22;  // of paged state, updated at once; 48 MiB of AdamW's and masters
 };
 
 // Whether weights of `dtype` have a master beside them; else they are their own.
@@ -78,17 +81,24 @@ bool has_master(at::ScalarType dtype, bool masters);
 // Of parameters that several ranks have parts of, for what is measured over all of them.
 struct AcrossRanks {
   std::map<std::string, std::vector<int64_t>> tensors;  // the whole shapes of all ranks' parameters; empty: this rank's are all
-  std::function<void(const at::Tensor&)> sum;           // of fp64 on the host, in place, over all ranks; empty: there are no others
+  std::function<void(const at::Tensor&)> sum;           // of fp64, in place, over all ranks; empty: there are no others
+  at::Device device = at::kCPU;                         // that all ranks' weights are on
+};
+
+struct StatePiece {  // elements of a tensor
+  size_t tensor;
+  int64_t begin, end;
 };
 
 class Adafactor;
 class HostStaging;
+class PagedState;
 
 class Optimizer {
  public:
   // The masters start as the weights are now. InternalError: a tensor is not flat and contiguous, or grad's dtype or
   // length is another, or weights are fp16 without masters, or, without offload, a device has no kernels (ops/device.h).
-  // `ranks`: of use to adafactor, whose steps are collective then; it is for weights on the CPU, without offload.
+  // `ranks`: of use to adafactor, whose steps are collective then; it goes without offload.
   Optimizer(std::vector<OptimTensor> tensors, const OptimizerOptions& options, const AcrossRanks& ranks = {});
 
   // One update with gradients grad * grad_scale (clipping and averaging). Elements do not depend on threads or on how
@@ -107,9 +117,12 @@ class Optimizer {
 
   // Bytes of state for so many elements of a parameter of `dtype`; for plans before anything is allocated.
   static uint64_t state_bytes(at::ScalarType dtype, const OptimizerOptions& options, int64_t elements, at::IntArrayRef whole_shape);
+  // What of `state` bytes of paged state (of adafactor: masters) a device has to hold, at most: two windows.
+  static uint64_t paged_bytes_there(uint64_t state, at::ScalarType dtype, const OptimizerOptions& options);
 
  private:
   void update(double lr, double grad_scale, const at::Tensor& device_scale);
+  void update_on_device(double lr, double correction1, double correction2, const at::Tensor& scale, const std::vector<StatePiece>& pieces);
 
   struct State {
     at::Tensor m, v, master;      // undefined where there is none
@@ -117,11 +130,16 @@ class Optimizer {
     uint32_t id = 0;              // of the whole parameter
     kernels::UpdateRule rule = kernels::UpdateRule::kAdamW;
   };
+  // f(pieces) of all tensors on the device, together or in windows.
+  using InWindows = std::function<void(const std::function<void(const std::vector<StatePiece>&)>& f)>;
+  void adafactor_on_device(double lr, const at::Tensor& scale, const InWindows& in_windows);
   const at::Tensor& maps(at::Device device);
+  std::vector<at::Tensor> parts_of(const StatePiece& piece) const;  // of its state
   std::vector<OptimTensor> tensors_;
   std::vector<State> states_;
   OptimizerOptions options_;
   std::shared_ptr<HostStaging> staging_;  // with offload
+  std::shared_ptr<PagedState> paged_;     // with paged, on a device
   std::shared_ptr<Adafactor> adafactor_;
   at::Tensor maps_;                       // of codes on a device
   int64_t num_steps_ = 0;

@@ -148,9 +148,12 @@ OptimizerOptions optimizer_options(const Config& config, at::ScalarType dtype) {
   const OptimizerKind kind = parse_optimizer_kind(c.kind);
   if (kind == OptimizerKind::kAdafactor && c.offload)
     throw ConfigError("optim.offload=true is not possible with optim.kind=adafactor, which has next to no state: leave it out");
+  if (c.offload && c.paged)
+    throw ConfigError("optim.offload=true and optim.paged=true are two places for the same state: set optim.paged=false and it is updated in host memory, or optim.offload=false "
+                      "and only what does not fit a device waits there");
   if (kind == OptimizerKind::kAdamW8Bit && dtype == at::kDouble)
     throw ConfigError("optim.kind=adamw8bit is not possible with train.dtype=float64: set train.dtype=float32, or optim.kind=adamw");
-  return {kind, c.beta1, c.beta2, c.epsilon, c.momentum, c.offload, c.masters, static_cast<uint64_t>(config.run.seed)};
+  return {kind, c.beta1, c.beta2, c.epsilon, c.momentum, c.offload, c.masters, static_cast<uint64_t>(config.run.seed), c.paged};
 }
 
 LoraConfig lora_config(const Config& config) {

@@ -103,8 +103,6 @@ void check_dtype(const Config& config, at::ScalarType dtype, at::DeviceType devi
     if (c10::elementSize(dtype) != 2) throw ConfigError(str("quant.base=fp8 goes with 16 bits, but ", key, " is ", dtype_name(dtype), ": set ", key, "=bfloat16"));
   }
   if (dtype == at::kDouble && config.quant.base == "int8") throw ConfigError(str("quant.base=int8 goes with float32 or 16 bits, but ", key, " is float64: set ", key, "=float32, or leave quant.base out"));
-  if (config.optim.kind == "adafactor" && device != at::kCPU)
-    throw ConfigError("optim.kind=adafactor is computed for weights on the CPU alone: set run.device=cpu, or take optim.kind=adamw8bit or lion, which need little memory too");
   if (dtype == at::kDouble && device != at::kCPU) throw ConfigError(str(key, "=float64 is computed by the CPU alone: set run.device=cpu, or ", key, "=float32"));
 }
 

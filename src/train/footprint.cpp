@@ -3,6 +3,7 @@
 #include <algorithm>
 #include <map>
 
+#include "optim/adafactor.h"
 #include "optim/offload.h"
 #include "tasks/task.h"
 
@@ -191,7 +192,7 @@ Peak peak_of(const std::vector<Action>& actions, const std::map<int, ChunkBytes>
 }
 
 // ZeRO: a rank's parts, and of buckets what is there for a while.
-void add_shared_out(Footprint& f, const MeshModel& model, const Config& config, const MeshCoords& coords, int64_t num_batches) {
+void add_shared_out(Footprint& f, const MeshModel& model, const Config& config, const MeshCoords& coords, int64_t num_batches, at::DeviceType device) {
   const RankModel& rank = model.at(coords.pipeline, coords.tensor);
   const int64_t element = size_of(model.dtype()), wide = size_of(gradient_type(model.dtype()));
   const auto zero = config.parallel.zero;
@@ -200,6 +201,7 @@ void add_shared_out(Footprint& f, const MeshModel& model, const Config& config, 
   const OptimizerOptions options = optimizer_options(config, model.dtype());
   std::map<int64_t, int64_t> of_block;  // gradients of the buckets that hold some of a block
   int64_t weight_parts = 0, longest = 0;  // `longest`: what is updated at once
+  uint64_t workspace = 0;                 // of adafactor on a device
   for (const bool of_trained : {true, false})
     for (const Bucket& bucket : model.buckets(rank, config, of_trained)) {
       const int64_t part = bucket.num_elements / MeshModel::shared_out(rank.group_sizes[bucket.group], config, model.mesh()).first;
@@ -217,8 +219,11 @@ void add_shared_out(Footprint& f, const MeshModel& model, const Config& config, 
       f.optimizer += state;
       for (int64_t bytes = bucket.num_elements * wide; int64_t& place : largest)
         if (bytes > place) std::swap(bytes, place);
-      for (size_t i : bucket.parameters)
-        longest = std::max(longest, zero == 0 ? rank.parameters[i].value.numel() : std::min(part, rank.parameters[i].value.numel()));
+      for (size_t i : bucket.parameters) {
+        const int64_t count = zero == 0 ? rank.parameters[i].value.numel() : std::min(part, rank.parameters[i].value.numel());
+        longest = std::max(longest, count);
+        workspace = std::max(workspace, Adafactor::workspace_bytes(count, rank.parameters[i].shard.global_shape));
+      }
       std::map<int64_t, bool> blocks;
       for (size_t i : bucket.parameters) blocks[block_of(rank.parameters[i].name)] = true;
       for (const auto& [block, there] : blocks) of_block[block] += bucket.num_elements * wide;
@@ -236,7 +241,11 @@ void add_shared_out(Footprint& f, const MeshModel& model, const Config& config, 
     if (adds_up || !config.comm.overlap) transient = all * wide;
     f.gradients = static_cast<uint64_t>(parts * wide + std::min(all * wide, transient));
   }
-  if (options.kind == OptimizerKind::kAdafactor) f.optimizer += model.sums_bytes() + static_cast<uint64_t>(longest * wide);  // and a direction
+  const bool is_adafactor = options.kind == OptimizerKind::kAdafactor;
+  const uint64_t moving = !is_adafactor ? f.optimizer : has_master(model.dtype(), options.masters) ? static_cast<uint64_t>((zero == 0 ? all : parts) * wide) : 0;
+  const uint64_t away = moving - Optimizer::paged_bytes_there(moving, model.dtype(), options);
+  if (is_adafactor) f.optimizer += model.sums_bytes() + (device == at::kCPU ? static_cast<uint64_t>(longest * wide) : workspace);  // and a direction
+  f.pages = f.optimizer - away;
   if (config.optim.offload) f.optimizer += HostStaging::bytes(longest, model.dtype());
 }
 
@@ -252,7 +261,7 @@ Footprint step_footprint(const MeshModel& model, const Config& config, const Mes
   Footprint f;
   const Mesh& mesh = model.mesh();
   const RankModel& rank = model.at(coords.pipeline, coords.tensor);
-  add_shared_out(f, model, config, coords, num_batches);
+  add_shared_out(f, model, config, coords, num_batches, device);
   const int64_t multiple = row_multiple(device, model.dtype(), mesh.num_tensor());
   const bool offload = config.train.offload_activations && device != at::kCPU;
   auto sizes_of = [&](int64_t tokens) {

@@ -16,6 +16,7 @@ struct Footprint {
   uint64_t weights = 0;      // with the blocks that ZeRO 3 has gathered
   uint64_t gradients = 0;    // with the buckets that ZeRO 2 and 3 have on their way
   uint64_t optimizer = 0;    // with optim.offload all of it is host memory, and so are the buffers of its update, counted here
+  uint64_t pages = 0;        // of it, what a device has to hold with optim.paged; the rest may be in host memory
   uint64_t activations = 0;  // kept for backward, and what the largest moment of forward, loss or backward adds
   uint64_t away = 0;         // kept in host memory beside them: with train.offload_activations, of a device
   uint64_t buffers = 0;      // the step's batches, hidden states between stages

@@ -17,8 +17,9 @@ namespace {
 
 std::string b(uint64_t n) { return bytes_text(static_cast<double>(n)); }
 
-std::string parts_text(const Footprint& f, bool offload) {
-  return str("weights ", b(f.weights), ", gradients ", b(f.gradients), ", optimizer ", b(f.optimizer), offload ? " in host memory" : "", ", activations at most ", b(f.activations), f.in_evaluation ? " (of an evaluation)" : "",
+std::string parts_text(const Plan& plan, const Footprint& f) {
+  return str("weights ", b(f.weights), ", gradients ", b(f.gradients), ", optimizer ", b(f.optimizer),
+             plan.offload ? " in host memory" : plan.away_bytes(f) > 0 ? str(" of which ", b(plan.away_bytes(f)), " may be in host memory") : "", ", activations at most ", b(f.activations), f.in_evaluation ? " (of an evaluation)" : "",
              ", buffers ", b(f.buffers));
 }
 
@@ -28,16 +29,20 @@ const Footprint& Plan::largest() const {
   return std::max_element(stages.begin(), stages.end(), [](const Stage& x, const Stage& y) { return x.memory.total() < y.memory.total(); })->memory;
 }
 
+uint64_t Plan::away_bytes(const Footprint& memory) const {
+  return !of_device() ? 0 : offload ? memory.optimizer : paged ? memory.optimizer - memory.pages : 0;
+}
+
 uint64_t Plan::needed_bytes() const {
   if (!of_device()) return host_bytes();
   uint64_t most = 0;
-  for (const Stage& stage : stages) most = std::max(most, stage.memory.total() - (offload ? stage.memory.optimizer : 0));
+  for (const Stage& stage : stages) most = std::max(most, stage.memory.total() - away_bytes(stage.memory));
   return most + kernels::kMatMulWorkspace;
 }
 
 uint64_t Plan::host_bytes() const {
   uint64_t most = 0;
-  for (const Stage& stage : stages) most = std::max(most, of_device() ? (offload ? stage.memory.optimizer : 0) + stage.memory.away : stage.memory.total());
+  for (const Stage& stage : stages) most = std::max(most, of_device() ? away_bytes(stage.memory) + stage.memory.away : stage.memory.total());
   return most + checkpoint_bytes + base_bytes;
 }
 
@@ -46,7 +51,7 @@ Plan make_plan(const Config& config, const ModelConfig& model, at::ScalarType dt
   Plan plan;
   plan.parameters = model.num_parameters();
   plan.trainable = cut.num_trained();
-  plan.mesh = mesh, plan.data = data, plan.offload = config.optim.offload;
+  plan.mesh = mesh, plan.data = data, plan.offload = config.optim.offload, plan.paged = config.optim.paged;
   const int64_t most = config.train.micro_batch_size * data.longest_row;
   const auto mean = static_cast<int64_t>(std::llround(static_cast<double>(config.train.micro_batch_size) * data.mean_row));
   const std::vector<MicroBatch> batches(static_cast<size_t>(data.accumulation), {mean, mean});
@@ -82,13 +87,13 @@ std::string Plan::text() const {
                counted((data.rows_per_epoch + data.rows_per_step - 1) / std::max<int64_t>(data.rows_per_step, 1), "step"), ")");
   const std::string copy = checkpoint_bytes > 0 ? "copy for a checkpoint " + b(checkpoint_bytes) + ", " : "", rest = str(copy, "program ", b(base_bytes), ": ", b(host_bytes()));
   if (of_device())
-    out += str("\nplan: memory of a rank's device: ", parts_text(largest(), offload), ", workspace of products ", b(kernels::kMatMulWorkspace), ": ", b(needed_bytes()),
+    out += str("\nplan: memory of a rank's device: ", parts_text(*this, largest()), ", workspace of products ", b(kernels::kMatMulWorkspace), ": ", b(needed_bytes()),
                "; in host memory: ", largest().away > 0 ? "activations " + b(largest().away) + ", " : "", rest);
   else
-    out += str("\nplan: memory of a rank: ", parts_text(largest(), offload), ", ", rest);
+    out += str("\nplan: memory of a rank: ", parts_text(*this, largest()), ", ", rest);
   if (mesh.num_ranks() == 1) return out;
   for (size_t s = 0; s < stages.size() && stages.size() > 1; ++s)
-    out += str("\nplan: stage ", s, " of the pipeline: ", parts_text(stages[s].memory, offload), ": ", b(stages[s].memory.total()));
+    out += str("\nplan: stage ", s, " of the pipeline: ", parts_text(*this, stages[s].memory), ": ", b(stages[s].memory.total()));
   out += str("\nplan: ", mesh.text());
   for (size_t s = 0; s < stages.size(); ++s)
     if (s == 0 || stages[s].traffic != stages[s - 1].traffic)
@@ -108,7 +113,7 @@ void check_memory(const Plan& plan, int num_local_ranks, uint64_t free_bytes) {
   if (needed <= there) return;
   if (plan.of_device())
     throw ConfigError(str("the run needs about ", bytes_text(needed), " of host memory (", counted(num_local_ranks, "rank"), " of ", b(plan.host_bytes()), "), but this host has ",
-                          bytes_text(there), " free: ", plan.checkpoint_bytes > 0 ? "set checkpoint.async=false, " : "", plan.offload ? "optim.offload=false, " : "",
+                          bytes_text(there), " free: ", plan.checkpoint_bytes > 0 ? "set checkpoint.async=false, " : "", plan.offload ? "optim.offload=false, " : plan.paged ? "optim.paged=false, " : "",
                           plan.largest().away > 0 ? "train.offload_activations=false, " : "", "or start fewer ranks"));
   throw ConfigError(str("the run needs about ", bytes_text(needed), " of memory (", counted(num_local_ranks, "rank"), plan.stages.size() > 1 ? " of at most " : " of ",
                         b(plan.host_bytes()), ", of which activations ",
@@ -120,9 +125,9 @@ void check_memory(const Plan& plan, int num_local_ranks, uint64_t free_bytes) {
 
 void check_device_memory(const Plan& plan, uint64_t free_bytes) {
   if (plan.needed_bytes() <= free_bytes) return;
-  throw ConfigError(str("a rank needs about ", b(plan.needed_bytes()), " of its device's memory (", parts_text(plan.largest(), plan.offload), "), which has ", b(free_bytes),
+  throw ConfigError(str("a rank needs about ", b(plan.needed_bytes()), " of its device's memory (", parts_text(plan, plan.largest()), "), which has ", b(free_bytes),
                         " free: lower ", plan.largest().in_evaluation ? "eval" : "train", ".micro_batch_size or data.max_length, set train.recompute=full",
-                        plan.largest().away > 0 ? "" : " (with train.offload_activations=true)", ", lora.rank, ", plan.offload ? "" : "optim.offload=true, ",
+                        plan.largest().away > 0 ? "" : " (with train.offload_activations=true)", ", lora.rank, ", plan.offload ? "" : plan.paged ? "optim.offload=true in place of optim.paged=true, " : "optim.paged=true, optim.offload=true, ",
                         "train.dtype=bfloat16 or parallel.zero, or take more devices"));
 }
 
@@ -147,7 +152,8 @@ std::string fit_text(const Plan& plan, const Config& config, const ModelConfig& 
       {"parallel.zero=1", [&](Config& c) { return copies && c.parallel.zero < 1 && set(c.parallel.zero, 1); }},
       {"parallel.zero=2", [&](Config& c) { return copies && c.parallel.zero < 2 && set(c.parallel.zero, 2); }},
       {"parallel.zero=3", [&](Config& c) { return copies && c.parallel.zero < 3 && set(c.parallel.zero, 3); }},
-      {"optim.offload=true", [&](Config& c) { return plan.of_device() && set(c.optim.offload, true); }},
+      {"optim.paged=true", [&](Config& c) { return plan.of_device() && !c.optim.offload && set(c.optim.paged, true); }},
+      {"optim.offload=true", [&](Config& c) { return plan.of_device() && !c.optim.paged && c.optim.kind != "adafactor" && set(c.optim.offload, true); }},
       {"train.recompute=full", [&](Config& c) { return set(c.train.recompute, "full"); }},
       {"train.offload_activations=true", [&](Config& c) { return plan.of_device() && c.train.recompute == "full" && set(c.train.offload_activations, true); }},
       {"eval.micro_batch_size=1", [&](Config& c) { return plan.largest().in_evaluation && set(c.eval.micro_batch_size, 1); }},

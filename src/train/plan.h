@@ -36,6 +36,7 @@ struct Plan {
   // small for a block at work.
   uint64_t base_bytes = 300ull << 20;
   bool offload = false;  // the optimizer is in host memory
+  bool paged = false;    // it is on the device as far as there is room, at least Footprint::pages of it, and the rest in host memory
   std::string schedule;  // of the pipeline; "" where there is none
   double bubble = 0;     // its share of idle time, where forward, input and weight gradients of all stages cost the same
 
@@ -44,6 +45,7 @@ struct Plan {
   // Of a rank where it computes: of its device the tensors and the workspace of products (beside CUDA's context), else all of it.
   uint64_t needed_bytes() const;
   uint64_t host_bytes() const;  // of a rank in host memory; without a device all of it
+  uint64_t away_bytes(const Footprint& memory) const;  // of its optimizer, which may be in host memory
   std::string text() const;
 };
 

@@ -26,7 +26,7 @@ void TrainingRun::or_out_of_memory(const std::function<void()>& part) const {
   };
   name_out_of_memory(device_, held,
                      "Lower train.micro_batch_size (and raise train.accumulation), data.max_length or lora.rank, set train.recompute=full, train.offload_activations=true, "
-                     "optim.offload=true or train.dtype=bfloat16, or share the model out: parallel.zero, parallel.tensor, parallel.pipeline",
+                     "optim.paged=true, optim.offload=true or train.dtype=bfloat16, or share the model out: parallel.zero, parallel.tensor, parallel.pipeline",
                      part);
 }
 

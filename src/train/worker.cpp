@@ -58,6 +58,7 @@ AcrossRanks Worker::across_ranks() const {
   AcrossRanks ranks;
   ranks.tensors = Json::parse(comms_.world.broadcast_bytes(all.dump())).get<std::map<std::string, std::vector<int64_t>>>();
   ranks.sum = [world = comms_.world](const at::Tensor& x) { world.all_reduce(x); };
+  ranks.device = device();
   return ranks;
 }
 
