@@ -50,6 +50,7 @@ TEST(ParseJson, BuildsWhatTheLibraryBuilds) {
   std::string wide = "[\"";
   for (int i = 0; i < 3000; ++i) wide += "\u00e9";
   EXPECT_NO_THROW(Json(words(wide)).dump()) << "cut within a character";
+  EXPECT_EQ(words("[\"\xC3\xA9\xFF\xE4\""), "s: not valid JSON at byte 5: syntax error while parsing value - invalid string: ill-formed UTF-8 byte; last read: '\"\xC3\xA9\\xff'") << "a terminal is given no bytes";
   EXPECT_EQ(words(std::string("[1]\0", 4)), "s: not valid JSON at byte 4: a NUL byte") << "the library takes it for the end";
   EXPECT_EQ(words(std::string("[1\0, 2]", 7)).rfind("s: not valid JSON at byte 3: ", 0), 0u);
   EXPECT_EQ(words("[1]x").rfind("s: not valid JSON at byte 4: ", 0), 0u);

@@ -35,6 +35,9 @@
 #define LLVMFuzzerTestOneInput token_ids_fuzz
 #include "tests/fuzz/token_ids_fuzz.cpp"
 #undef LLVMFuzzerTestOneInput
+#define LLVMFuzzerTestOneInput quantized_state_fuzz
+#include "tests/fuzz/quantized_state_fuzz.cpp"
+#undef LLVMFuzzerTestOneInput
 
 namespace {
 
@@ -58,6 +61,7 @@ TEST(FuzzCorpus, ChatConfig) { replay("chat_config", chat_config_fuzz); }
 TEST(FuzzCorpus, CheckpointManifest) { replay("checkpoint_manifest", checkpoint_manifest_fuzz); }
 TEST(FuzzCorpus, GenerationConfig) { replay("generation_config", generation_config_fuzz); }
 TEST(FuzzCorpus, TokenIds) { replay("token_ids", token_ids_fuzz); }
+TEST(FuzzCorpus, QuantizedState) { replay("quantized_state", quantized_state_fuzz); }
 TEST(FuzzCorpus, Ini) { replay("ini", ini_fuzz); }
 
 }  // namespace

@@ -1,5 +1,7 @@
 #include "base/json.h"
 
+#include <algorithm>
+#include <cstdio>
 #include <set>
 
 #include "base/check.h"
@@ -17,6 +19,30 @@ std::string shortened(const std::string& text) {
   while (begin > 0 && within_character(begin)) --begin;
   while (end < text.size() && within_character(end)) ++end;
   return text.substr(0, begin) + " ... " + text.substr(end);
+}
+
+// Bytes of the UTF-8 character at `at`; 0 where there is none.
+size_t character_bytes(std::string_view text, size_t at) {
+  const auto byte = [&](size_t i) { return static_cast<unsigned char>(i < text.size() ? text[i] : 0); };
+  const unsigned first = byte(at), second = byte(at + 1);
+  const size_t bytes = first < 0x80 ? 1 : first >= 0xC2 && first < 0xE0 ? 2 : first >= 0xE0 && first < 0xF0 ? 3 : first >= 0xF0 && first < 0xF5 ? 4 : 0;
+  for (size_t i = 1; i < bytes; ++i)
+    if ((byte(at + i) & 0xC0) != 0x80) return 0;
+  const bool other = (first == 0xE0 && second < 0xA0) || (first == 0xED && second >= 0xA0) || (first == 0xF0 && second < 0x90) || (first == 0xF4 && second >= 0x90);
+  return other ? 0 : bytes;  // too long, a surrogate, or beyond U+10FFFF
+}
+
+// For a terminal: each byte that is part of no UTF-8 character as \xNN.
+std::string printable(std::string_view text) {
+  std::string out;
+  for (size_t at = 0; at < text.size();) {
+    const size_t bytes = character_bytes(text, at);
+    char escaped[8];
+    if (bytes == 0) std::snprintf(escaped, sizeof escaped, "\\x%02x", static_cast<unsigned char>(text[at]));
+    out += bytes == 0 ? std::string_view(escaped) : text.substr(at, bytes);
+    at += std::max<size_t>(bytes, 1);
+  }
+  return out;
 }
 
 // nlohmann keeps the last of two equal keys and nests without limit; this builder refuses both. It also appends members
@@ -59,7 +85,7 @@ class StrictBuilder : public nlohmann::json_sax<Json> {
     // Of a text of one line (a record, say, whose own line is in source_) the byte says all.
     if (size_t cut = why.find("] "); cut != std::string::npos) why.erase(0, cut + 2);
     if (size_t cut = why.find(": "); why.starts_with("parse error at line 1,") && cut != std::string::npos) why.erase(0, cut + 2);
-    throw DataError(str(source_, ": not valid JSON at byte ", position, ": ", shortened(why)));
+    throw DataError(str(source_, ": not valid JSON at byte ", position, ": ", printable(shortened(why))));
   }
 
  private:
@@ -135,7 +161,7 @@ T json_get(const Json& value, const char* key, const std::string& source) {
   auto it = value.find(key);
   if (it == value.end()) throw DataError(str(source, ": the key \"", key, "\" is missing"));
   if (!JsonType<T>::is(*it))
-    throw DataError(str(source, ": \"", key, "\" must be ", JsonType<T>::name, ", found ", dump_json(*it).substr(0, 80)));
+    throw DataError(str(source, ": \"", key, "\" must be ", JsonType<T>::name, ", found ", printable(dump_json(*it).substr(0, 80))));
   return it->template get<T>();
 }
 

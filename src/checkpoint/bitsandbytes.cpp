@@ -55,6 +55,27 @@ QuantizedFolder::QuantizedFolder(std::shared_ptr<const SafetensorsFolder> files)
       throw DataError(str(files_->file_of(name).path(), ": tensor '", name, "' is ", safetensors_dtype_name(info.dtype), " ", shape_text(info.shape), ", but no quant_state and no SCB goes with it."));
 }
 
+void QuantizedFolder::check_config(const std::string& kind, const Json& config, const std::string& source) const {
+  const std::string where = str(source, ": quantization_config");
+  for (const auto& [path, format] : formats_) {
+    const auto check = [&, &path = path, &format = format](const char* key, const auto& says, const auto& holds) {
+      if (says != holds)
+        throw DataError(str(where, " says ", key, "=", dump_json(says), ", but the files hold ", path, " in ", format.kind, format.kind == "int8" ? "" : format.is_double ? " with scales in 8 bits" : " with scales in 32 bits",
+                            ": take the config.json that was written with the files"));
+    };
+    check("load_in_8bit", kind == "int8", format.kind == "int8");
+    if (format.kind == "int8") continue;
+    check("bnb_4bit_quant_type", json_get_or<std::string>(config, "bnb_4bit_quant_type", format.kind, where), format.kind);
+    check("bnb_4bit_use_double_quant", json_get_or<bool>(config, "bnb_4bit_use_double_quant", format.is_double, where), format.is_double);
+  }
+}
+
+void check_not_quantized(const SafetensorsFolder& files, const std::string& source) {
+  for (const std::string& name : files.names())
+    if (!weight_of(name).empty() || name.ends_with(kRowScales))
+      throw DataError(str(source, ": has no quantization_config, but ", files.file_of(name).path(), " holds '", name, "', a part of a weight that bitsandbytes has quantized: take the config.json that was written with the files"));
+}
+
 void QuantizedFolder::insert(const std::string& name, const StoredFormat& format, const Layer& layer) {
   const std::string path = name.starts_with("layers.") ? "model." + name : name;
   if (!formats_.emplace(path, format).second) throw DataError(str(files_->folder(), ": ", name, " is quantized in two forms."));

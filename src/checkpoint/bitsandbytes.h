@@ -34,6 +34,8 @@ class QuantizedFolder {
   const std::map<std::string, StoredFormat>& layers() const { return formats_; }
   bool holds(const std::string& parameter) const;  // whether this is X.weight of one of them
   bool owns(const std::string& name) const { return owned_.count(name) != 0; }  // whether this tensor of the files is part of one
+  // DataError where the quantization_config of `source`, which says `kind`, is not that of the files.
+  void check_config(const std::string& kind, const Json& quantization_config, const std::string& source) const;
 
   // Codes and scales of a whole X.weight, as four_bit_weight() or int8_weight() has them, as views of the mapped files, whose pages count
   // as memory until the tensors are gone. DataError: a scale that is no number, infinite or negative.
@@ -62,6 +64,9 @@ class QuantizedFolder {
   std::map<std::string, Layer> layers_;
   std::set<std::string> owned_;
 };
+
+// DataError where a tensor is part of a quantized weight, of which the config.json `source` says nothing.
+void check_not_quantized(const SafetensorsFolder& files, const std::string& source);
 
 // The tensors of X.weight in a file that is written. `leaves` gives the values that four_bit_weight() or int8_weight() has of it, and is called for each;
 // `dtype`: of the weight before. The state ends in spaces: it is as long as one with any offset.

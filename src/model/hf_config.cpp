@@ -144,8 +144,10 @@ std::string read_quantization(const Json& json, const std::string& source) {
   const auto refuse = [&](const std::string& what) { return DataError(str(source, ": ", what, " is not supported; supported is bitsandbytes in 4 or 8 bits. Take the model's original weights")); };
   const auto method = json_get_or<std::string>(json, "quant_method", "bitsandbytes", source);  // files of its first year do not say
   if (method != "bitsandbytes") throw refuse(str("quant_method ", dump_json(method)));
-  if (json_get_or<bool>(json, "load_in_8bit", false, source)) return "int8";
-  if (!json_get_or<bool>(json, "load_in_4bit", false, source)) throw refuse("load_in_4bit=false");
+  const bool has_8_bits = json_get_or<bool>(json, "load_in_8bit", false, source), has_4_bits = json_get_or<bool>(json, "load_in_4bit", false, source);
+  if (has_8_bits && has_4_bits) throw refuse("load_in_4bit=true beside load_in_8bit=true");
+  if (has_8_bits) return "int8";
+  if (!has_4_bits) throw refuse("load_in_4bit=false");
   const auto kind = json_get_or<std::string>(json, "bnb_4bit_quant_type", "fp4", source);
   if (kind != "nf4" && kind != "fp4") throw refuse(str("bnb_4bit_quant_type ", dump_json(kind)));
   return kind;

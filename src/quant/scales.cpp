@@ -1,6 +1,7 @@
 #include "quant/scales.h"
 
 #include <cmath>
+#include <limits>
 
 #include "ops/op_support.h"
 #include "quant/quant_loops.h"
@@ -64,8 +65,12 @@ std::string check_scales(const BlockScales& scales) {
   if (!scales.is_nested()) return first_wrong("scale", scales.absmax, false);
   std::string wrong = first_wrong("nested scale", scales.nested_absmax, false);
   if (wrong.empty()) wrong = first_wrong("number of the nested map", scales.nested_map, true);
-  if (const float offset = scales.offset.item<float>(); wrong.empty() && !std::isfinite(offset)) wrong = str("its nested offset is ", offset);
-  return wrong;
+  if (!wrong.empty()) return wrong;
+  const float offset = scales.offset.item<float>();
+  if (!std::isfinite(offset)) return str("its nested offset is ", offset);
+  if (offset < 0) return str("its nested offset is negative (", offset, ")");
+  const double largest = scales.nested_absmax.max().item<double>() * scales.nested_map.abs().max().item<double>() + offset;
+  return largest > std::numeric_limits<float>::max() ? str("its nested scales stand for scales of up to ", largest, ", which are infinite in float32") : "";
 }
 
 }  // namespace trireme
