@@ -25,7 +25,7 @@ ExitStatus verb_prepare(const Config& config, const CommandLine& line, const Pro
   if (process.rank() != 0) return kExitDone;
   ModelSource source;
   if (has_model) source = find_model(config);
-  else source.tokenizer_folder = resolve_model_folder(config.model.tokenizer, "main", {false, true});
+  else source.tokenizer_folder = resolve_model_folder(config.model.tokenizer, "main", {false, true}, "model.tokenizer");
   TextTools tools = load_text_tools(config, source.tokenizer_folder, has_model ? &source.config : nullptr);
   DataOptions options = data_options(config, tools, has_model ? source.config.vocab_size : 0);
   options.check();
@@ -81,7 +81,7 @@ ExitStatus verb_tokenize(const Config& config, const CommandLine&, const Process
   const std::string& folder = own ? config.model.tokenizer : config.model.path;
   if (folder.empty()) throw ConfigError("model.path is not set: name a folder with a tokenizer.json");
   if (process.rank() != 0) return kExitDone;
-  TextTools tools = load_text_tools(config, resolve_model_folder(folder, own ? "main" : config.model.revision, {false, true}), nullptr);
+  TextTools tools = load_text_tools(config, resolve_model_folder(folder, own ? "main" : config.model.revision, {false, true}, own ? "model.tokenizer" : "model.path"), nullptr);
   DataOptions data = data_options(config, tools, 0);
   RecordOptions records = record_options(data);
   EncodeOptions options = encode_options(data);

@@ -2,16 +2,50 @@
 // model and lora keys), as a Hugging Face folder, or as a PEFT folder where the checkpoint holds adapters.
 #include "base/tensor.h"
 
-#include <filesystem>
+#include <algorithm>
 #include <optional>
 
+#include "base/counted.h"
 #include "base/log.h"
+#include "checkpoint/peft.h"
 #include "launch/verbs.h"
 #include "train/check_config.h"
 #include "train/export.h"
 #include "train/merge_check.h"
+#include "train/new_folder.h"
 
 namespace trireme {
+namespace {
+
+void check_requantize(const Config& config, const ModelSource& source) {
+  if (!config.lora.requantize) return;
+  const bool stored = !source.config.stored.empty() && config.quant.base != "dense";
+  if (!stored && config.quant.base != "nf4" && config.quant.base != "fp4" && config.quant.base != "int8")
+    throw ConfigError(str("lora.requantize=true, but quant.base is ", config.quant.base, " and ", source.folder.empty() ? source.config.source : source.folder,
+                          " is not quantized: set quant.base to nf4, fp4 or int8, as the adapter was trained beside, or leave lora.requantize out"));
+  if (exported_dtype(config, source, std::nullopt) == at::kDouble) throw ConfigError("lora.requantize=true is not possible with float64, of which bitsandbytes has no codes: set model.dtype=float32");
+}
+
+// An adapter makes up for what its base had lost by rounding.
+void say_other_base(const Config& config, const ModelSource& source) {
+  if (config.lora.path.empty() || !config.lora.merge) return;
+  const std::string then = base_of_adapter(config.lora.path), now = quantized_base(config, source.config);
+  if (then.empty() || then == now) return;
+  log_warn(str("lora.path=", config.lora.path, " was trained beside a base in ", then, ", but is merged into ", now.empty() ? "the weights as they are" : str("one in ", now),
+               ": what it makes up for of that rounding is then too much; set quant.base and its keys as in training to merge it into what it was trained beside"));
+}
+
+void say_left(const std::vector<UpdateLeft>& all) {
+  if (all.empty()) return;
+  const auto least = std::min_element(all.begin(), all.end(), [](const UpdateLeft& a, const UpdateLeft& b) { return a.left < b.left; });
+  const auto most = std::max_element(all.begin(), all.end(), [](const UpdateLeft& a, const UpdateLeft& b) { return a.error < b.error; });
+  double left = 0, error = 0;
+  for (const UpdateLeft& layer : all) left += layer.left / static_cast<double>(all.size()), error += layer.error / static_cast<double>(all.size());
+  log_info(str("of the adapter's updates ", left, " is left, the mean of ", counted(all.size(), "layer"), ", least in ", least->layer, " (", least->left, "); rounding changes weights by ", error,
+               " of their norm beside, most in ", most->layer, " (", most->error, ")"));
+}
+
+}  // namespace
 
 ExitStatus verb_export(const Config& config, const CommandLine& line, const Process& process) {
   check_config(config, line);
@@ -24,26 +58,28 @@ ExitStatus verb_export(const Config& config, const CommandLine& line, const Proc
   if (config.lora.merge && config.lora.path.empty() && config.lora.rank == 0)
     throw ConfigError("lora.merge needs lora.path, the adapter to merge");
   if (process.rank() != 0) return kExitDone;
-  std::string folder = config.run.dir;
-  if (std::filesystem::exists(folder) && !std::filesystem::is_empty(folder))
-    throw ConfigError(str("run.dir=", folder, " is not empty; name a new folder"));
-  ModelSource source = find_model(config);
+  check_new_folder(config.run.dir, config.model.path);
+  const ModelSource source = find_model(config);
+  check_requantize(config, source);
   std::optional<Checkpoint> checkpoint;
   if (from_checkpoint) checkpoint = open_checkpoint(config.run.resume);
-  export_stored(folder, config, source, checkpoint);
+  const at::ScalarType dtype = exported_dtype(config, source, checkpoint);
   const bool quantized = !source.config.stored.empty() || config.quant.base == "nf4" || config.quant.base == "fp4" || config.quant.base == "int8";
-  if (config.lora.merge && quantized) try {
-    const at::ScalarType dtype = exported_dtype(config, source, checkpoint);
-    const double difference = check_merged(folder, config, source, dtype, checkpoint);
-    log_info(str("merged with what the quantized base stands for: logits differ from those of base and adapter by ", difference, " of their norm (rounding explains ",
-                 merge_bound(config, dtype), ")"));
-  } catch (const Error&) {
-    std::filesystem::remove_all(folder);
-    throw;
-  }
+  say_other_base(config, source);
+  write_new_folder(config.run.dir, source.folder, [&](const std::string& folder) {
+    const std::vector<UpdateLeft> left = export_stored(folder, config, source, checkpoint);
+    if (config.lora.requantize) {
+      const RequantizedLogits differ = compare_requantized(folder, config, source, dtype, checkpoint);
+      log_info(str("merged and quantized again: logits differ from those of base and adapter by ", differ.written, " of their norm, those of merged weights in ", dtype_name(dtype), " by ", differ.merged));
+      say_left(left);
+    } else if (config.lora.merge && quantized) {
+      log_info(str("merged with what the quantized base stands for: logits differ from those of base and adapter by ", check_merged(folder, config, source, dtype, checkpoint),
+                   " of their norm (rounding explains ", merge_bound(config, dtype), ")"));
+    }
+  });
   if (quantized && !config.lora.merge && config.lora.rank == 0 && config.quant.base != "none" && config.quant.base != "dense")
-    log_info(str("these are the values that ", config.quant.base, " stands for, in ", dtype_name(exported_dtype(config, source, checkpoint)), "; trireme quantize writes the codes themselves"));
-  log_info(str("wrote ", folder));
+    log_info(str("these are the values that ", config.quant.base, " stands for, in ", dtype_name(dtype), "; trireme quantize writes the codes themselves"));
+  log_info(str("wrote ", config.run.dir));
   return kExitDone;
 }
 

@@ -10,7 +10,6 @@ namespace trireme {
 
 ExitStatus verb_quantize(const Config& config, const CommandLine& line, const Process& process) {
   check_config(config, line);
-  if (config.model.path.empty()) throw ConfigError("model.path is not set: the folder with the weights to quantize");
   if (config.run.dir.empty()) throw ConfigError("run.dir is not set: the folder to write");
   if (process.rank() != 0) return kExitDone;
   quantize_stored(config.run.dir, config, find_model(config));

@@ -148,7 +148,7 @@ def test_safetensors(tmp_path, model, change, sentence):
 
 
 def test_missing_model_folder(tmp_path):
-    refused(tmp_path, 3, "model folder /not/there/at/all does not exist.", *with_model(tmp_path, "/not/there/at/all"), ranks=2)
+    refused(tmp_path, 3, "model.path=/not/there/at/all does not exist: name a Hugging Face model folder, or a hub name (org/name) that is in its cache", *with_model(tmp_path, "/not/there/at/all"), ranks=2)
 
 
 def test_empty_model_folder(tmp_path):
@@ -240,7 +240,7 @@ def test_a_comma_in_the_name_of_a_file(tmp_path):
 def test_files_that_are_not_there(tmp_path):
     """All of them at once, before there is a run folder."""
     missing = "No such file or directory"
-    refused(tmp_path, 3, f"cannot open /no/config.json: {missing}\nmodel folder /no/tokenizer does not exist.\nlora.path=/no/adapter is no PEFT "
+    refused(tmp_path, 3, f"cannot open /no/config.json: {missing}\nmodel.tokenizer=/no/tokenizer does not exist: name a folder with a tokenizer.json, or a hub name (org/name) that is in its cache\nlora.path=/no/adapter is no PEFT "
             "adapter: there is no adapter_config.json in it\ndata file '/no/train.jsonl' cannot be opened: "
             f"{missing}\ndata file '/no/eval.jsonl' cannot be opened: {missing}",
             *small_run(tmp_path, "run", "--model.config=/no/config.json", "--model.tokenizer=/no/tokenizer", "--lora.path=/no/adapter",

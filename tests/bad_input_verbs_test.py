@@ -40,7 +40,7 @@ def work(tmp_path):
     ("eval", [RANDOM, "--eval.token_ids=WORK/no-rows.json"], 3, "WORK/no-rows.json: an array of arrays of ids is expected", 1),
     ("eval", [RANDOM, "--data.eval=WORK/none.jsonl"], 3, "data file 'WORK/none.jsonl' cannot be opened: No such file or directory", 1),
     ("eval", [RANDOM, "--data.eval=WORK/broken.jsonl"], 3, BROKEN, 2),
-    ("eval", ["--model.path=WORK/none", "--data.eval=x"], 3, "model folder WORK/none does not exist.", 2),
+    ("eval", ["--model.path=WORK/none", "--data.eval=x"], 3, "model.path=WORK/none does not exist: name a Hugging Face model folder, or a hub name (org/name) that is in its cache", 2),
     ("prepare", [RANDOM], 2, NO_DATA, 2),
     ("prepare", [RANDOM, "--data.train=WORK/broken.jsonl"], 3, BROKEN, 2),
     ("prepare", [RANDOM, "--data.train=WORK/none.jsonl"], 3, "data file 'WORK/none.jsonl' cannot be opened: No such file or directory", 2),
@@ -57,12 +57,14 @@ def work(tmp_path):
     ("tokenize", [], 2, "model.path is not set: name a folder with a tokenizer.json", 2),
     ("tokenize", ["--model.path=WORK"], 3, "WORK/tokenizer.json is not there; a folder with a tokenizer.json is needed (set model.tokenizer)",
      1),
-    ("tokenize", ["--model.path=WORK/none"], 3, "model folder WORK/none does not exist.", 2),
+    ("tokenize", ["--model.path=WORK/none"], 3, "model.path=WORK/none does not exist: name a folder with a tokenizer.json, or a hub name (org/name) that is in its cache", 2),
     ("export", [RANDOM], 2, "run.dir is not set: the folder to write", 2),
     ("export", [RANDOM, "--run.dir=WORK"], 2, "run.dir=WORK is not empty; name a new folder", 2),
     ("export", [f"--model.path={MODEL}", "--run.dir=WORK/out"], 3, f"{MODEL} has neither model.safetensors nor model.safetensors.index.json.", 2),
     ("export", [RANDOM, "--run.dir=WORK/out", "--run.resume=WORK/none"], 2,
      "run.resume=WORK/none is not there: allowed are auto, never, and the folder of a checkpoint, RUN/checkpoints/step-N", 1),
+    ("export", [RANDOM, "--run.dir=WORK/out", "--lora.requantize=true"], 2, "lora.requantize=true needs lora.merge=true: it is what becomes of merged weights; trireme quantize writes a "
+     "model without an adapter", 1),
     ("export", [RANDOM, "--run.dir=WORK/out", "--lora.path=x"], 2, "lora.path is set: say lora.merge=true to write the merged model (the adapter "
      "itself is exported already)", 1),
     ("export", [RANDOM, "--run.dir=WORK/out", "--lora.path=WORK", "--lora.merge=true"], 3, "lora.path=WORK is no PEFT adapter: there is no "
@@ -104,7 +106,7 @@ def limited(work, limit, verb, *keys):
 def test_no_room_for_an_export(work):
     before = contents(work)
     done = limited(work, 1 << 20, "export", RANDOM, f"--run.dir={work / 'out'}")
-    check_refusal(work, done, 1, f"cannot write {work}/out/model.safetensors.tmp: File too large.")
+    check_refusal(work, done, 1, f"cannot write {work}/out.tmp/model.safetensors.tmp: File too large.")
     assert contents(work) == before
 
 

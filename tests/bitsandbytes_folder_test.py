@@ -232,6 +232,8 @@ DAMAGES = [
     (state(nested_offset="0.1"), "FILE: tensor 'STATE': \"nested_offset\" must be a number, found \"0.1\""),
     (state(nested_offset=...), "FILE: tensor 'STATE': the key \"nested_offset\" is missing"),
     (state(nested_offset=1e300), "FILE: tensor 'Q': its nested offset is inf."),
+    (state(nested_offset=-0.5), "FILE: tensor 'Q': its nested offset is negative (-0.5)."),
+    (lambda tensors: (tensors[f"{Q}.nested_quant_map"].mul_(1e38), tensors[f"{Q}.nested_absmax"].fill_(1e38)), "FILE: tensor 'Q': its nested scales stand for scales of up to 1e+76, which are infinite in float32."),
     (put([1, 2]), "FILE: tensor 'STATE' is not a JSON object."),
     (put("{"), "FILE: tensor 'STATE': not valid JSON"),
     (put("{" + " " * 70000 + "}"), "FILE: tensor 'STATE' is U8 [70002]; U8 of 1 to 65536 values is expected, the text of a JSON object."),
@@ -290,6 +292,7 @@ def test_a_folder_in_8_bits(work, int8):
     shutil.copytree(work / "int8", work / "int8-lower")
     (work / "int8-lower/config.json").write_text(json.dumps(config))
     assert evaluated(work, "int8-lower") == evaluated(work, "int8", "--quant.base=int8", "--quant.threshold=0.5")
+    assert evaluated(work, "int8-lower", "--quant.base=int8", "--quant.threshold=6") == loss  # what is given wins over what is stored
     config["quantization_config"]["llm_int8_threshold"] = -1
     (work / "int8-lower/config.json").write_text(json.dumps(config))
     for folder, keys, status, sentence in (("int8-lower", [], 3, f"{work}/int8-lower/config.json: quantization_config: llm_int8_threshold -1 is negative"),
@@ -334,7 +337,47 @@ def test_a_scale_that_is_none_is_named_before_a_step_on_every_rank(work, tmp_pat
     assert done.returncode == 3 and f"error: {folder}/model.safetensors: tensor '{Q}': {said}." in done.stderr and done.stderr.count("error: ") == 1, done.stderr
 
 
+@pytest.mark.parametrize("folder, edit, sentence", [
+    ("nf4", {"load_in_4bit": False, "load_in_8bit": True}, "says load_in_8bit=true, but the files hold model.layers.0.mlp.down_proj in nf4 with scales in 8 bits"),
+    ("nf4", {"bnb_4bit_quant_type": "fp4"}, "says bnb_4bit_quant_type=\"fp4\", but the files hold model.layers.0.mlp.down_proj in nf4 with scales in 8 bits"),
+    ("nf4", {"bnb_4bit_use_double_quant": False}, "says bnb_4bit_use_double_quant=false, but the files hold model.layers.0.mlp.down_proj in nf4 with scales in 8 bits"),
+    ("plain", {"bnb_4bit_use_double_quant": True}, "says bnb_4bit_use_double_quant=true, but the files hold model.layers.0.mlp.down_proj in nf4 with scales in 32 bits"),
+    ("int8", {"load_in_4bit": True, "load_in_8bit": False}, "says load_in_8bit=false, but the files hold model.layers.0.mlp.down_proj in int8")])
+def test_a_config_that_is_not_of_the_files(work, int8, tmp_path, folder, edit, sentence):
+    shutil.copytree(work / folder, tmp_path / "model")
+    path = tmp_path / "model/config.json"
+    config = json.loads(path.read_text())
+    config["quantization_config"] |= edit
+    path.write_text(json.dumps(config))
+    done = run(tmp_path, "eval", f"--model.path={tmp_path / 'model'}", f"--eval.token_ids={work / 'ids.json'}")
+    assert done.returncode == 3 and done.stderr == f"error: {path}: quantization_config {sentence}: take the config.json that was written with the files\n", done.stderr
+
+
+@pytest.mark.parametrize("folder, part", [("nf4", "down_proj.weight.absmax"), ("int8", "down_proj.SCB")])
+def test_a_config_that_says_nothing_of_the_files(work, int8, tmp_path, folder, part):
+    shutil.copytree(work / folder, tmp_path / "model")
+    path = tmp_path / "model/config.json"
+    path.write_text(json.dumps({key: value for key, value in json.loads(path.read_text()).items() if key != "quantization_config"}))
+    done = run(tmp_path, "eval", f"--model.path={tmp_path / 'model'}", f"--eval.token_ids={work / 'ids.json'}")
+    assert done.returncode == 3 and done.stderr == (f"error: {path}: has no quantization_config, but {tmp_path}/model/model.safetensors holds 'model.layers.0.mlp.{part}', a part of a weight that bitsandbytes "
+                                                    "has quantized: take the config.json that was written with the files\n"), done.stderr
+
+
+def test_a_run_does_not_go_on_with_another_base(work, int8):
+    losses(work, "went", "nf4")
+    keys = [f"--run.dir={work / 'went'}", f"--data.train={SOURCE}/configs/quickstart/train.jsonl:16", "--train.steps=4", "--train.micro_batch_size=2", "--train.accumulation=2", "--optim.lr=1e-2",
+            "--lora.rank=4", "--data.max_length=64"]
+    for folder, lines in (("plain", ["  config.json quantization_config bnb_4bit_use_double_quant: true then, false now"]),
+                          ("base", ['  config.json quantization_config: {"']),
+                          ("int8", ["  config.json quantization_config load_in_4bit: true then, false now", "  config.json quantization_config load_in_8bit: false then, true now"])):
+        done = run(work, "train", f"--model.path={work / folder}", *keys)
+        assert done.returncode == 2 and "cannot go on from" in done.stderr, done.stderr
+        said = [line for line in done.stderr.splitlines() if line.startswith("  ")]
+        assert all(any(found.startswith(line) for found in said) for line in lines) and all(len(line) < 200 for line in said if "weights" not in line), done.stderr
+
+
 @pytest.mark.parametrize("config, sentence", [
+    ({"load_in_4bit": True, "load_in_8bit": True}, "load_in_4bit=true beside load_in_8bit=true"),
     ({"quant_method": "gptq", "bits": 4}, "quant_method \"gptq\""), ({"load_in_4bit": False}, "load_in_4bit=false"),
     ({"load_in_4bit": True, "bnb_4bit_quant_type": "af4"}, "bnb_4bit_quant_type \"af4\"")])
 def test_other_quantizations(work, tmp_path, config, sentence):

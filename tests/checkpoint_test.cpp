@@ -69,7 +69,8 @@ TEST_F(CheckpointFiles, HubNamesAreFoundInTheCache) {
   EXPECT_EQ(error_of<DataError>([&] { resolve_model_folder("org/name"); }),
             model + "/refs/main does not hold the name of a commit.");
   for (std::string path : {"./nowhere", "/nowhere/at/all", "a/b/c", "../x", "org/..", ""})
-    EXPECT_EQ(error_of<DataError>([&] { resolve_model_folder(path); }), "model folder " + path + " does not exist.");
+    EXPECT_EQ(error_of<DataError>([&] { resolve_model_folder(path, "main", {true, true}); }),
+              "model.path=" + path + " does not exist: name a Hugging Face model folder, or a hub name (org/name) that is in its cache");
   unsetenv("HF_HUB_CACHE");
   setenv("HF_HOME", folder_.c_str(), 1);
   write_text(model + "/refs/main", "abc123");

@@ -67,6 +67,10 @@ TEST(Config, RefusesUnknownKeysAndAbbreviationsWithTheNearest) {
   }
   EXPECT_NE(refusal({"train", "--optim.learning_rate=1"}).find("unknown key optim.learning_rate; did you mean optim.lr?"), std::string::npos);
   EXPECT_NE(refusal({"trian"}).find("unknown verb trian; did you mean train?"), std::string::npos);
+  // What was not written to its end, though another word has more letters in common.
+  EXPECT_NE(refusal({"train", "--optim.eps=1"}).find("unknown key optim.eps; did you mean optim.epsilon?"), std::string::npos);
+  EXPECT_NE(refusal({"train", "--optim.kind=adamw8"}).find("; did you mean adamw8bit?"), std::string::npos);
+  EXPECT_NE(refusal({"train", "--optim.kind=adam"}).find("; did you mean adamw?"), std::string::npos);
 }
 
 TEST(Config, ReportsAllMistakesTogetherWithFileAndLine) {
@@ -178,6 +182,7 @@ TEST(Config, ValuesAtTheEdges) {
       {"--data.learn=", ": allowed are completion, all"}, 
       {"--lora.init=pissa_niter_N", of_init}, {"--lora.init=pissa_niter_", of_init}, {"--lora.init=pissa_niter_0", of_init}, {"--lora.init=pissa_niter_1000", of_init},
       {"--lora.init=pissa_niter_16x", of_init}, {"--lora.init=pissa_niter", of_init},
+      {"--quant.block_size=16", ": allowed are 32, 64, 128, 256, 512, 1024, 2048, 4096"}, {"--quant.block_size=33", ": allowed are 32, 64, 128, 256, 512, 1024, 2048, 4096"},
       {"--data.truncation=Left", ": allowed are auto, right, left, drop, error, chunk; did you mean left?"}};
   for (const auto& [word, problem] : cases) EXPECT_EQ(refusal({"train", word}), std::string(word).substr(2) + problem) << word;
 
@@ -243,7 +248,7 @@ TEST(Config, HelpOfAVerbNamesWhatItReads) {
                     "quant", "train.tf32", "generate", "log"}},
       {"prepare", {"run.seed", "model", "data", "task", "log"}},
       {"tokenize", {"model", "data", "task", "tokenize", "log"}},
-      {"quantize", {"run.dir", "model", "quant", "train.threads", "log"}},
+      {"quantize", {"run.dir", "model.path", "model.tokenizer", "model.dtype", "model.revision", "quant", "train.threads", "log"}},
       {"export", {"run", "model", "data.chat_template", "data.template_args", "train.dtype", "train.threads", "lora", "quant", "log"}},
       {"doctor", {"run.dir", "data.cache", "log"}}};
   for (const auto& [verb, list] : reads) {

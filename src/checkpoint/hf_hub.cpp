@@ -55,11 +55,14 @@ std::string missing_file(const fs::path& snapshot, NeededFiles needed) {
 
 }  // namespace
 
-std::string resolve_model_folder(const std::string& name, const std::string& revision, NeededFiles needed) {
+std::string resolve_model_folder(const std::string& name, const std::string& revision, NeededFiles needed, const char* key) {
+  const auto no_folder = [&](const char* what) {
+    return DataError(str(key, "=", name, what, ": name a ", needed.model ? "Hugging Face model folder" : "folder with a tokenizer.json", ", or a hub name (org/name) that is in its cache"));
+  };
   std::error_code error;
   if (fs::is_directory(name, error)) return name;
-  if (fs::exists(name, error)) throw DataError(str("model folder ", name, " is a file, not a folder."));
-  if (!is_hub_name(name)) throw DataError(str("model folder ", name, " does not exist."));
+  if (fs::exists(name, error)) throw no_folder(" is a file");
+  if (!is_hub_name(name)) throw no_folder(" does not exist");
 
   std::string model = "models--" + name;
   if (size_t slash = model.find('/'); slash != std::string::npos) model.replace(slash, 1, "--");

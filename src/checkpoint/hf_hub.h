@@ -14,6 +14,7 @@ struct NeededFiles {
   bool model = false;      // config.json, and model.safetensors or the index with every file that it names
   bool tokenizer = false;  // tokenizer.json
 };
-std::string resolve_model_folder(const std::string& name, const std::string& revision = "main", NeededFiles needed = {});
+// `key`: of the configuration, that says so.
+std::string resolve_model_folder(const std::string& name, const std::string& revision = "main", NeededFiles needed = {}, const char* key = "model.path");
 
 }  // namespace trireme

@@ -35,6 +35,8 @@ constexpr const char* kHarmless[] = {
     "use_rslora",
 };
 
+constexpr char kBase[] = "trireme.base";
+
 bool is_unset(const Json& value) {
   return value.is_null() || value == false || ((value.is_object() || value.is_array()) && value.empty());
 }
@@ -134,12 +136,23 @@ std::vector<std::string> adapter_modules(const std::vector<std::string>& tensor_
   return modules;
 }
 
-void write_adapter(const std::string& folder, const Json& config, const std::vector<TensorSource>& tensors, bool writes) {
+void write_adapter(const std::string& folder, const Json& config, const std::vector<TensorSource>& tensors, bool writes, const std::string& base) {
   for (const TensorSource& tensor : tensors)
     TRIREME_CHECK(tensor.name.rfind("base_model.model.", 0) == 0, tensor.name, " is not a name of PEFT");
-  write_safetensors_folder(folder, tensors, ~0ull, writes, "adapter_model");
+  std::map<std::string, std::string> metadata;
+  if (!base.empty()) metadata[kBase] = base;
+  write_safetensors_folder(folder, tensors, ~0ull, writes, "adapter_model", metadata);
   if (!writes) return;
   write_file_atomic(folder + "/adapter_config.json", dump_json_pretty(config));
+}
+
+std::string base_of_adapter(const std::string& folder) {
+  const SafetensorsFolder files(folder, "adapter_model");
+  const std::vector<std::string> names = files.names();
+  if (names.empty()) return "";
+  const auto& metadata = files.file_of(names[0]).metadata();
+  const auto found = metadata.find(kBase);
+  return found == metadata.end() ? "" : found->second;
 }
 
 LoadOptions adapter_options() {

@@ -31,8 +31,11 @@ PeftConfig read_peft_config(const std::string& folder);
 // The modules that have an adapter, from the names of its tensors.
 std::vector<std::string> adapter_modules(const std::vector<std::string>& tensor_names);
 
-// Writes the folder. The tensors carry PEFT's names. `writes` as write_safetensors_folder().
-void write_adapter(const std::string& folder, const Json& config, const std::vector<TensorSource>& tensors, bool writes = true);
+// Writes the folder. The tensors carry PEFT's names. `writes` as write_safetensors_folder(). `base`: how the weights were quantized that the
+// adapter was trained beside, in words; empty: not, or whoever wrote the folder did not say. It is metadata of the tensors' file, where PEFT
+// does not look: its older versions stop at a key of adapter_config.json that they do not know.
+void write_adapter(const std::string& folder, const Json& config, const std::vector<TensorSource>& tensors, bool writes = true, const std::string& base = "");
+std::string base_of_adapter(const std::string& folder);
 
 // How load_weights() is to read an adapter's folder into targets that carry PEFT's names.
 LoadOptions adapter_options();

@@ -76,6 +76,6 @@ constexpr uint64_t kMaxShardBytes = 5'000'000'000;
 // gathering save call it so. A rank that fails to write still calls every get() before it throws, so no peer waits for ever.
 void write_safetensors_folder(const std::string& folder, const std::vector<TensorSource>& tensors,
                               uint64_t max_shard_bytes = kMaxShardBytes, bool writes = true,
-                              const std::string& stem = "model");
+                              const std::string& stem = "model", const std::map<std::string, std::string>& metadata = {});
 
 }  // namespace trireme

@@ -170,7 +170,7 @@ void write_safetensors(const std::string& path, const std::vector<TensorSource>&
 }
 
 void write_safetensors_folder(const std::string& folder, const std::vector<TensorSource>& tensors,
-                              uint64_t max_shard_bytes, bool writes, const std::string& stem) {
+                              uint64_t max_shard_bytes, bool writes, const std::string& stem, const std::map<std::string, std::string>& metadata) {
   std::vector<std::vector<TensorSource>> shards(1);
   uint64_t filled = 0, total = 0;
   for (const TensorSource& tensor : tensors) {
@@ -196,7 +196,7 @@ void write_safetensors_folder(const std::string& folder, const std::vector<Tenso
     std::string file = stem + number + ".safetensors";
     for (const TensorSource& tensor : shards[i])
       weight_map.get_ref<Json::object_t&>().emplace_back(tensor.name, file);
-    pending.push_back(write_pending(folder + "/" + file, shards[i], {}, writes, failure));
+    pending.push_back(write_pending(folder + "/" + file, shards[i], metadata, writes, failure));
     written.insert(file);
   }
   if (failure) std::rethrow_exception(failure);

@@ -23,6 +23,9 @@ bool CommandLine::is_given(const std::string& key) const {
 std::string nearest(const std::string& word, const std::vector<std::string>& known) {
   std::string best;
   if (word.size() > 100) return best;
+  for (const auto& k : known)  // what was not written to its end
+    if (word.size() > 2 && k.starts_with(word) && (best.empty() || k.size() < best.size())) best = k;
+  if (!best.empty()) return best;
   size_t best_distance = std::max<size_t>(2, word.size() / 3) + 1;
   for (const auto& k : known) {
     std::vector<size_t> row(k.size() + 1);
@@ -65,7 +68,7 @@ const std::vector<Verb> kVerbs = {
     {"tokenize", "text or records to ids, and back", {"model", "data", "task", "tokenize", "log"}, {"log.trace"}},
     {"export", "write a checkpoint or adapter as a Hugging Face folder",
      {"run", "model", "data.chat_template", "data.template_args", "train.dtype", "train.threads", "lora", "quant", "log"}, {"log.trace"}},
-    {"quantize", "write a model with its linear layers in 4 or 8 bits, as bitsandbytes does", {"run.dir", "model", "quant", "train.threads", "log"}, {"log.trace"}},
+    {"quantize", "write a model with its linear layers in 4 or 8 bits, as bitsandbytes does", {"run.dir", "model", "quant", "train.threads", "log"}, {"model.config", "model.embedding", "log.trace"}},
     {"plan", "parameters, memory and steps of a run, without running it",
      {"run", "model", "data", "task", "train", "optim", "schedule", "lora", "quant", "parallel", "comm", "checkpoint", "eval", "log", "plan"}, kNotInRuns},
     {"doctor", "check this machine", {"run.dir", "data.cache", "log"}, {"log.trace"}},

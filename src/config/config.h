@@ -67,7 +67,7 @@ struct Config {
     int64_t block_size = 64;
     bool double_quant = true;
     std::string compute_dtype = "auto";
-    double threshold = 6.0;
+    double threshold = -1;
     std::vector<std::string> skip;
   } quant;
   struct {
@@ -152,7 +152,7 @@ std::string config_to_ini(Config config, bool comments);
 // --help of a verb: its usage and every key of its sections. Empty verb: the list of verbs.
 std::string help_text(const std::string& verb);
 
-// The known word that is nearest to `word` by edit distance; "" where none is near.
+// The known word that `word` begins, the shortest, else the nearest by edit distance; "" where none is near.
 std::string nearest(const std::string& word, const std::vector<std::string>& known);
 
 std::string trim(const std::string& text);  // without spaces, tabs and carriage returns at both ends

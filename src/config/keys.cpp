@@ -92,7 +92,7 @@ std::string Field::set(const std::string& given) const {
   };
   if (!allowed.empty() && std::none_of(allowed.begin(), allowed.end(), [&](const std::string& a) { return is_like(word, a); })) {
     // Nearer by its letters is the CPU, which is not meant.
-    std::string near = key == "run.device" && (word == "gpu" || word == "GPU") ? "cuda" : nearest(word, allowed);
+    std::string near = key == "run.device" && (word == "gpu" || word == "GPU") ? "cuda" : std::holds_alternative<std::string*>(value) ? nearest(word, allowed) : "";
     return wrong(str("allowed are ", joined(allowed, ", "), near.empty() ? "" : str("; did you mean ", near, "?")));
   }
   size_t used = 0;
@@ -200,10 +200,10 @@ std::vector<Field> fields(Config& c) {
       {"lora.requantize", &c.lora.requantize, "", "export with lora.merge: the merged weights in quant.base again, and what that loses", {}},
       {"lora.path", &c.lora.path, "folder", "PEFT adapter to start from", {}},
       {"quant.base", &c.quant.base, "", "form of the frozen weights of linear layers; none: as model.path has them, which may be nf4, fp4 or int8; dense: the values of such; nf4, fp4: 4 bits in blocks (QLoRA); int8: rows of 8 bits (LLM.int8()); fp8: products of 8-bit floating point, on a device of compute capability 8.9 or newer", Words{"none", "dense", "nf4", "fp4", "int8", "fp8"}},
-      {"quant.block_size", &c.quant.block_size, "values", "that share a scale, with nf4 and fp4: a power of two", {}, 32, 4096},
+      {"quant.block_size", &c.quant.block_size, "values", "that share a scale, with nf4 and fp4", Words{"32", "64", "128", "256", "512", "1024", "2048", "4096"}},
       {"quant.double", &c.quant.double_quant, "", "the scales of nf4 and fp4 in 8 bits too: 4.127 bits a weight, not 4.5", {}},
       {"quant.compute_dtype", &c.quant.compute_dtype, "", "of the products with weights in nf4 and fp4; auto: train.dtype", Words{"auto", "float32", "bfloat16", "float16"}},
-      {"quant.threshold", &c.quant.threshold, "", "with int8: columns of inputs with a value so large are multiplied in 16 bits; 0: none; 6: that of the folder where it is stored so", {}, 0, 1e6},
+      {"quant.threshold", &c.quant.threshold, "", "with int8: columns of inputs with a value so large are multiplied in 16 bits; 0: none; -1: 6, or what the model's folder says", {}, -1, 1e6},
       {"quant.skip", &c.quant.skip, "", "layers whose weights stay as they are: names (down_proj, ...) or one regular expression", {}},
       {"parallel.data", &c.parallel.data, "ranks", "copies of the model; 0: all ranks that are left", {}, 0, 1e6},
       {"parallel.tensor", &c.parallel.tensor, "ranks", "that a layer's matrices are cut over, and between them the rows; neighbours in rank", {}, 1, 1e6},

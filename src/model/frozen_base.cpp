@@ -58,6 +58,7 @@ void freeze_base(Transformer& model, const FrozenBase& base) {
     l->frozen = is_stored ? as_stored(*l) : made(*l);
     l->weight_OI = at::Tensor();
   }
+  if (skipped.size() == model.linears().size()) throw ConfigError(str("quant.skip leaves no layer to quantize: name fewer layers, or leave quant.base=", base.kind, " out"));
 }
 
 FrozenLayers::FrozenLayers(Transformer& model, const LoraConfig& lora) : lora_(lora) {

@@ -92,7 +92,11 @@ ModelSource find_model(const Config& config) {
     if (!fs::exists(source.folder + "/config.json"))
       throw DataError(str("model folder ", source.folder, instead_of_model(source.folder)));
     source.config = read_model_config(source.folder);
-    if (!source.config.quantization.empty()) source.config.stored = QuantizedFolder(std::make_shared<SafetensorsFolder>(source.folder)).layers();
+    if (!source.config.quantization.empty()) {
+      const QuantizedFolder quantized(std::make_shared<SafetensorsFolder>(source.folder));
+      quantized.check_config(source.config.quantization, source.config.raw["quantization_config"], source.config.source);
+      source.config.stored = quantized.layers();
+    }
     source.tokenizer_folder = source.folder;
     const bool is_folder = fs::is_directory(config.model.path);
     source.name = is_folder ? fs::absolute(config.model.path).lexically_normal().string() : config.model.path;
@@ -105,7 +109,9 @@ ModelSource find_model(const Config& config) {
     fs::path path = config.model.config;
     source.tokenizer_folder = fs::is_directory(path) ? path.string() : path.has_parent_path() ? path.parent_path().string() : ".";
   }
-  if (!config.model.tokenizer.empty()) source.tokenizer_folder = resolve_model_folder(config.model.tokenizer, "main", {false, true});
+  if (config.quant.base == "dense" && source.config.quantization.empty())
+    throw ConfigError(str("quant.base=dense is set, but ", source.config.source, " has no quantization_config: the weights are dense already; leave quant.base out"));
+  if (!config.model.tokenizer.empty()) source.tokenizer_folder = resolve_model_folder(config.model.tokenizer, "main", {false, true}, "model.tokenizer");
   check_adapter(config.lora.path);
   std::string of = source.folder.empty() ? "random" : source.folder;
   if (!config.lora.path.empty()) of += " and " + config.lora.path;
@@ -145,6 +151,8 @@ OptimizerOptions optimizer_options(const Config& config, at::ScalarType dtype) {
   if (!c.masters && dtype == at::kHalf)
     throw ConfigError("optim.masters=false is not possible with train.dtype=float16, whose range is too small for weights that are updated in it: set "
                       "train.dtype=bfloat16, or optim.masters=true");
+  if (!c.masters && dtype != at::kBFloat16)
+    throw ConfigError(str("optim.masters is set, but weights in ", dtype_name(dtype), " have no masters: set train.dtype=bfloat16, or leave optim.masters out"));
   const OptimizerKind kind = parse_optimizer_kind(c.kind);
   if (kind == OptimizerKind::kAdafactor && c.offload)
     throw ConfigError("optim.offload=true is not possible with optim.kind=adafactor, which has next to no state: leave it out");
@@ -187,9 +195,29 @@ ModelCut forward_cut(const ModelConfig& model, const MeshComms& comms) {
 }
 
 FrozenBase frozen_base(const Config& config) {
-  FrozenBase base{config.quant.base == "dense" ? "none" : config.quant.base, config.quant.block_size, config.quant.double_quant, {}, config.quant.threshold, config.quant.skip};
+  FrozenBase base{config.quant.base == "dense" ? "none" : config.quant.base, config.quant.block_size, config.quant.double_quant, {}, config.quant.threshold < 0 ? FrozenBase().threshold : config.quant.threshold, config.quant.skip};
   if (config.quant.compute_dtype != "auto") base.compute = parse_dtype(config.quant.compute_dtype, "quant.compute_dtype");
   return base;
+}
+
+FrozenBase frozen_base(const Config& config, const ModelConfig& model) {
+  FrozenBase base = frozen_base(config);
+  if (config.quant.base != "dense") base.stored = model.stored;
+  if (base.stored.empty() || model.quantization != "int8") return base;
+  const std::string where = model.source + ": quantization_config";
+  const auto threshold = json_get_or<double>(model.raw["quantization_config"], "llm_int8_threshold", base.threshold, where);
+  if (!(threshold >= 0)) throw DataError(str(where, ": llm_int8_threshold ", threshold, " is negative"));
+  if (config.quant.threshold < 0) base.threshold = threshold;
+  return base;
+}
+
+std::string quantized_base(const Config& config, const ModelConfig& model) {
+  const FrozenBase base = frozen_base(config, model);
+  const StoredFormat format = base.stored.empty() ? StoredFormat{base.kind, base.block_size, base.is_double} : base.stored.begin()->second;
+  if (format.kind == "none" || format.kind == "fp8") return "";
+  std::string text = format.kind;
+  if (format.kind != "int8") text += str(", blocks of ", format.block_size, ", scales in ", format.is_double ? "8 bits" : "32 bits");
+  return text + (base.skipped.empty() ? "" : str(", without ", joined(base.skipped)));
 }
 
 bool is_adapter(const Parameter& p) { return p.name.find(".lora_") != std::string::npos; }
@@ -207,15 +235,9 @@ std::unique_ptr<Transformer> model_shapes(const Config& config, const ModelConfi
   const auto seed = static_cast<uint64_t>(config.run.seed);
   at::NoGradGuard no_grad;
   auto model = std::make_unique<Transformer>(shape, dtype, seed, Weights::kUninitialized, at::kMeta);
-  FrozenBase base = frozen_base(config);
-  if (config.quant.base != "dense") base.stored = shape.stored;
-  if (!base.stored.empty() && shape.quantization == "int8") {
-    if (dtype == at::kDouble) throw ConfigError(str(shape.source, ": the weights are stored in int8, which goes with float32 or 16 bits, but the dtype is float64: set another, or quant.base=dense"));
-    const std::string where = shape.source + ": quantization_config";
-    const auto threshold = json_get_or<double>(shape.raw["quantization_config"], "llm_int8_threshold", base.threshold, where);
-    if (!(threshold >= 0)) throw DataError(str(where, ": llm_int8_threshold ", threshold, " is negative"));
-    if (config.quant.threshold == Config().quant.threshold) base.threshold = threshold;
-  }
+  const FrozenBase base = frozen_base(config, shape);
+  if (!base.stored.empty() && shape.quantization == "int8" && dtype == at::kDouble)
+    throw ConfigError(str(shape.source, ": the weights are stored in int8, which goes with float32 or 16 bits, but the dtype is float64: set another, or quant.base=dense"));
   if (attach && !base.stored.empty() && config.lora.rank == 0 && config.lora.path.empty())
     throw ConfigError(str(shape.source, ": the weights are stored in ", shape.quantization, ", which stays as it is, and nothing would be trained: set lora.rank, or quant.base=dense to train the values that they stand for"));
   if (attach && !base.stored.empty() && config.lora.init != "random")
@@ -251,6 +273,7 @@ std::unique_ptr<Transformer> build_model(const Config& config, const ModelSource
   if (cut) cut(*model);
   using Stored = std::shared_ptr<const SafetensorsFolder>;  // opened once, whoever reads how often; null: random values
   const Stored base = source.folder.empty() ? nullptr : std::make_shared<SafetensorsFolder>(source.folder);
+  if (base && source.config.quantization.empty()) check_not_quantized(*base, source.config.source);
   const Stored adapter = config.lora.path.empty() ? nullptr : std::make_shared<SafetensorsFolder>(config.lora.path, adapter_options().stem);
   const auto quantized = source.config.stored.empty() ? nullptr : std::make_shared<QuantizedFolder>(base);
   for (const auto& [path, format] : source.config.stored)

@@ -67,6 +67,10 @@ ModelCut forward_cut(const ModelConfig& model, const MeshComms& comms);
 // Of the adapter in lora.path, else of the lora.* keys. DataError: what the adapter's files have wrong.
 LoraConfig lora_config(const Config& config);
 FrozenBase frozen_base(const Config& config);
+// With what the model's files hold in fewer bits. DataError: what its quantization_config has wrong.
+FrozenBase frozen_base(const Config& config, const ModelConfig& model);
+// The form of the weights beside adapters, in words: "nf4, blocks of 64, scales in 8 bits", "int8"; empty: 16 bits or more.
+std::string quantized_base(const Config& config, const ModelConfig& model);
 
 using Chunks = std::vector<std::unique_ptr<Transformer>>;
 std::vector<Parameter> parameters_of(const Chunks& chunks);  // each name once: a tied embedding may be in two chunks

@@ -7,10 +7,10 @@
 
 #include "base/check.h"
 #include "checkpoint/hf_hub.h"
+#include "checkpoint/peft.h"
 #include "data/chat_template.h"
 #include "data/records.h"
 #include "optim/schedule.h"
-#include "quant/scales.h"
 #include "tasks/task.h"
 #include "train/build.h"
 #include "train/run_folder.h"
@@ -19,6 +19,15 @@ namespace trireme {
 namespace {
 
 namespace fs = std::filesystem;
+
+// The base that an adapter names; empty where it names none, or is none.
+std::string base_model_of(const std::string& adapter) {
+  try {
+    return adapter.empty() ? "" : read_peft_config(adapter).base_model;
+  } catch (const Error&) {  // said elsewhere
+    return "";
+  }
+}
 
 // The product of a run, model/ or adapter/, never replaces what the run begins with.
 void check_product(const Config& c, const std::string& run_dir, std::vector<std::string>& problems) {
@@ -33,10 +42,15 @@ void check_product(const Config& c, const std::string& run_dir, std::vector<std:
 void find_conflicts(const Config& c, const CommandLine& line, int num_ranks, std::vector<std::string>& problems) {
   auto wrong = [&](const auto&... parts) { problems.push_back(str(parts...)); };
   const bool complete = problems.empty();  // else what seems missing may be what was misspelt
-  if (c.model.path.empty() == c.model.config.empty() && (complete || !c.model.path.empty()))
-    wrong(c.model.path.empty() ? "neither model.path nor model.config is set" : "model.path and model.config are both set",
-          ": set model.path to a Hugging Face folder, or model.config to a config.json for random weights",
+  const bool has_path = !c.model.path.empty();
+  const std::string base = has_path ? "" : base_model_of(c.lora.path);
+  if (line.verb == "quantize") {
+    if (complete && !has_path) wrong("model.path is not set: the folder with the weights to quantize");
+  } else if (has_path == !c.model.config.empty() && (complete || has_path)) {
+    wrong(has_path ? "model.path and model.config are both set" : "neither model.path nor model.config is set",
+          base.empty() ? ": set model.path to a Hugging Face folder, or model.config to a config.json for random weights" : str(": lora.path=", c.lora.path, " is an adapter for ", base, "; set model.path to it"),
           line.verb == "prepare" || line.verb == "tokenize" ? ", or model.tokenizer to a folder with a tokenizer.json" : "");
+  }
   const std::string& resume = c.run.resume;
   // A checkpoint that is gone may be where a run began that goes on from its own.
   if (resume != "auto" && resume != "never" && !fs::is_directory(resume) && !fs::path(resume).filename().string().starts_with("step-"))
@@ -71,8 +85,13 @@ void find_conflicts(const Config& c, const CommandLine& line, int num_ranks, std
     if (quantizes && c.lora.rank == 0 && c.lora.path.empty())
       wrong("quant.base=", c.quant.base, " freezes the weights, and nothing would be trained: set lora.rank, or leave quant.base out");
     if (c.lora.rank > 0 && !c.lora.path.empty()) wrong("lora.rank and lora.path are both set: the adapter of lora.path has a rank; set one");
-    if (c.optim.momentum != d.optim.momentum && c.optim.kind != "sgd")
-      wrong("optim.momentum is set, but optim.kind is ", c.optim.kind, ": set optim.kind=sgd, or leave optim.momentum out");
+    const bool is_adam = c.optim.kind == "adamw" || c.optim.kind == "adamw8bit", has_betas = is_adam || c.optim.kind == "lion";
+    const std::tuple<const char*, bool, bool, const char*> optim_keys[] = {{"optim.momentum", c.optim.momentum != d.optim.momentum, c.optim.kind == "sgd", "sgd"},
+                                                                           {"optim.beta1", c.optim.beta1 != d.optim.beta1, has_betas, "adamw, adamw8bit or lion"},
+                                                                           {"optim.beta2", c.optim.beta2 != d.optim.beta2, has_betas, "adamw, adamw8bit or lion"},
+                                                                           {"optim.epsilon", c.optim.epsilon != d.optim.epsilon, is_adam, "adamw or adamw8bit"}};
+    for (const auto& [key, is_set, is_read, readers] : optim_keys)
+      if (is_set && !is_read) wrong(key, " is set, but optim.kind is ", c.optim.kind, ": set optim.kind=", readers, ", or leave ", key, " out");
     if (complete && c.eval.patience > 0 && c.eval.every == 0) wrong("eval.patience needs eval.every");
     if (complete && c.eval.every > 0 && c.data.eval.empty() && c.data.eval_fraction == 0)
       wrong("eval.every is set, but there is nothing to evaluate: set data.eval or data.eval_fraction");
@@ -123,7 +142,9 @@ void find_conflicts(const Config& c, const CommandLine& line, int num_ranks, std
   if (c.lora.init == "loftq" && !four_bits)
     wrong("lora.init=loftq makes up for what 4 bits lose, but quant.base is ", c.quant.base, ": ",
           line.verb == "export" ? "name the run's config.ini, as in trireme export RUN/config.ini" : "set quant.base=nf4 or fp4, or lora.init=pissa");
-  if (!is_block_size(c.quant.block_size)) wrong("quant.block_size=", c.quant.block_size, ": allowed are 32, 64, 128, 256, 512, 1024, 2048, 4096");
+  if (c.quant.threshold < 0 && c.quant.threshold != unset.quant.threshold) wrong("quant.threshold=", c.quant.threshold, ": must be 0 (no outliers) or more, or -1: 6, or what the model's folder says");
+  if (line.verb == "export" && c.lora.requantize && !c.lora.merge)
+    wrong("lora.requantize=true needs lora.merge=true: it is what becomes of merged weights; trireme quantize writes a model without an adapter");
   if (!c.data.eval.empty() && c.data.eval_fraction > 0) wrong("data.eval and data.eval_fraction are both set; set one");
 }
 
@@ -145,7 +166,7 @@ void find_missing(const Config& c, const CommandLine& line, std::vector<std::str
   };
   if (!c.model.path.empty()) check([&] { resolve_model_folder(c.model.path, c.model.revision, {true, c.model.tokenizer.empty()}); });
   if (!c.model.config.empty()) check([&] { read_model_config(c.model.config); });
-  if (!c.model.tokenizer.empty()) check([&] { resolve_model_folder(c.model.tokenizer, "main", {false, true}); });
+  if (!c.model.tokenizer.empty()) check([&] { resolve_model_folder(c.model.tokenizer, "main", {false, true}, "model.tokenizer"); });
   check([&] { check_adapter(c.lora.path); });
   if (!c.data.chat_template.empty()) check([&] { ChatTemplate::find(c.data.chat_template, ""); });
   const std::string folder = c.run.dir.empty() ? default_run_dir(line.config_file) : c.run.dir;

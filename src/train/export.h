@@ -19,10 +19,21 @@ void export_adapter(const std::string& folder, const Chunks& model, const Config
 // Of the weights that export_stored() writes.
 at::ScalarType exported_dtype(const Config& config, const ModelSource& source, const std::optional<Checkpoint>& checkpoint);
 
+// Of the update D that an adapter adds to a layer, whose codes stood for W before and for R after:
+struct UpdateLeft {
+  std::string layer;
+  double left = 1;   // <R - W, D> / <D, D>: 0 where every weight is back at its old code
+  double error = 0;  // |R - (W + D)| / |D|
+};
+
 // Writes what files hold: the model's weights, those that `checkpoint` has from there, with adapters merged (lora.merge), or the
 // adapters alone. This process alone reads and writes, and has one weight in memory at a time (with its update, where an adapter is
 // merged). With quant.base=nf4, fp4 or int8 the weights are what those codes stand for, in fp32 until they are rounded once. ConfigError where the checkpoint holds adapters and the configuration none; DataError where it is of another model.
-void export_stored(const std::string& folder, const Config& config, const ModelSource& source,
-                   const std::optional<Checkpoint>& checkpoint, uint64_t max_shard_bytes = kMaxShardBytes);
+// With lora.requantize the sum is in that form again, as trireme quantize writes it, and what became of the adapter's updates is returned.
+std::vector<UpdateLeft> export_stored(const std::string& folder, const Config& config, const ModelSource& source,
+                                      const std::optional<Checkpoint>& checkpoint, uint64_t max_shard_bytes = kMaxShardBytes);
+
+// The model whose weights are what export_stored() writes without lora.requantize, in memory.
+std::unique_ptr<Transformer> merged_model(const Config& config, const ModelSource& source, const std::optional<Checkpoint>& checkpoint);
 
 }  // namespace trireme

@@ -4,6 +4,7 @@
 
 #include "base/check.h"
 #include "base/random.h"
+#include "train/export.h"
 
 namespace trireme {
 namespace {
@@ -21,6 +22,24 @@ at::Tensor probe_logits(Transformer& model) {
   return model.logits(model.forward(input));
 }
 
+at::Tensor trained_logits(const Config& config, const ModelSource& source, at::ScalarType dtype, const std::optional<Checkpoint>& checkpoint) {
+  const auto model = build_model(config, source, dtype, checkpoint.has_value(), at::kCPU);
+  std::vector<NamedTensor> adapters;
+  for (const Parameter& p : model->parameters())
+    if (checkpoint && p.value.requires_grad()) adapters.push_back({"model/" + p.name, p.value.detach(), p.shard});
+  if (checkpoint) checkpoint->load(adapters, true);
+  return probe_logits(*model);
+}
+
+at::Tensor written_logits(const std::string& folder, const Config& config, at::ScalarType dtype) {
+  Config written;
+  written.model.path = folder;
+  written.quant.compute_dtype = config.quant.compute_dtype;
+  return probe_logits(*build_model(written, find_model(written), dtype, false, at::kCPU));
+}
+
+double relative_difference(const at::Tensor& found, const at::Tensor& expected) { return ((found - expected).norm() / expected.norm()).item<double>(); }
+
 }  // namespace
 
 double merge_bound(const Config& config, at::ScalarType dtype) {
@@ -31,25 +50,19 @@ double merge_bound(const Config& config, at::ScalarType dtype) {
 
 double check_merged(const std::string& folder, const Config& config, const ModelSource& source, at::ScalarType dtype, const std::optional<Checkpoint>& checkpoint) {
   at::NoGradGuard no_grad;
-  at::Tensor trained, written;
-  {
-    const auto model = build_model(config, source, dtype, checkpoint.has_value(), at::kCPU);
-    std::vector<NamedTensor> adapters;
-    for (const Parameter& p : model->parameters())
-      if (checkpoint && p.value.requires_grad()) adapters.push_back({"model/" + p.name, p.value.detach(), p.shard});
-    if (checkpoint) checkpoint->load(adapters, true);
-    trained = probe_logits(*model);
-  }
-  {
-    Config merged;
-    merged.model.path = folder;
-    written = probe_logits(*build_model(merged, find_model(merged), dtype, false, at::kCPU));
-  }
-  const double difference = ((written - trained).norm() / trained.norm()).item<double>(), bound = merge_bound(config, dtype);
+  const at::Tensor trained = trained_logits(config, source, dtype, checkpoint);
+  const double difference = relative_difference(written_logits(folder, config, dtype), trained), bound = merge_bound(config, dtype);
   if (!(difference <= bound))
-    throw DataError(str(folder, ": the merged weights are not the model that was trained: its logits differ by ", difference, " of their norm, and at most ", bound,
+    throw DataError(str(config.run.dir, ": the merged weights are not the model that was trained: its logits differ by ", difference, " of their norm, and at most ", bound,
                         " is what rounding explains. Export the adapter alone (lora.merge=false), or merge in a wider dtype"));
   return difference;
+}
+
+RequantizedLogits compare_requantized(const std::string& folder, const Config& config, const ModelSource& source, at::ScalarType dtype, const std::optional<Checkpoint>& checkpoint) {
+  at::NoGradGuard no_grad;
+  const at::Tensor trained = trained_logits(config, source, dtype, checkpoint);
+  const double written = relative_difference(written_logits(folder, config, dtype), trained);
+  return {written, relative_difference(probe_logits(*merged_model(config, source, checkpoint)), trained)};
 }
 
 }  // namespace trireme

@@ -1,44 +1,17 @@
 #include "train/quantize.h"
 
+#include <algorithm>
 #include <chrono>
-#include <filesystem>
 
 #include "base/check.h"
 #include "base/counted.h"
-#include "base/file.h"
 #include "base/log.h"
 #include "checkpoint/bitsandbytes.h"
 #include "checkpoint/export_folder.h"
-#include "checkpoint/run_lock.h"
+#include "train/new_folder.h"
 
 namespace trireme {
 namespace {
-
-namespace fs = std::filesystem;
-
-constexpr const char* kLock = "run.lock";
-
-void check_target(const std::string& folder, const ModelSource& source) {
-  std::error_code none;
-  if (fs::is_symlink(folder) && !fs::exists(folder)) throw ConfigError(str("run.dir=", folder, " is a link to nothing; name a new folder"));
-  if (!fs::exists(folder)) return;
-  if (fs::equivalent(folder, source.folder, none)) throw ConfigError(str("run.dir=", folder, " is the folder of the model itself; name a new folder"));
-  if (!fs::is_directory(folder)) throw ConfigError(str("run.dir=", folder, " is a file; name a new folder"));
-  if (!fs::is_empty(folder)) throw ConfigError(str("run.dir=", folder, " is not empty; name a new folder"));
-}
-
-// What a killed writer leaves behind is written over; of its files under temporary names others may be left. Its lock tells it from
-// what is somebody else's.
-void clear_temporaries(const std::string& folder) {
-  if (fs::exists(folder) && !fs::is_empty(folder) && !fs::exists(folder + "/" + kLock))
-    throw ConfigError(str(folder, " is in the way, and no unfinished trireme quantize: move it, or name another run.dir"));
-  fs::create_directories(folder);
-}
-
-void clear_files(const std::string& folder) {
-  for (const auto& entry : fs::directory_iterator(folder))
-    if (entry.path().extension() == ".tmp") fs::remove(entry.path());
-}
 
 // Says, at most every few seconds, how far it is.
 class LayerCount {
@@ -59,6 +32,65 @@ class LayerCount {
 
 }  // namespace
 
+QuantizedLayers::QuantizedLayers(Transformer& model, const FrozenBase& base) : base_(base) {
+  for (const Linear* l : model.linears()) {
+    if (!l->frozen) {
+      skipped_.push_back(l->path);
+      continue;
+    }
+    const std::string name = l->path + ".weight";
+    weights_[name] = l->frozen;
+    formats_[name] = base.stored.empty() ? StoredFormat{base.kind, base.block_size, base.is_double, l->out_features(), l->in_features()} : base.stored.at(l->path);
+  }
+}
+
+std::vector<TensorSource> QuantizedLayers::stored(const std::vector<TensorSource>& tensors, at::ScalarType dtype, const Encode& encode) const {
+  struct Last {  // of the parts of a weight, which are asked for one after the other
+    std::string name;
+    std::vector<at::Tensor> leaves;
+    LayerCount progress;
+  };
+  const auto last = std::make_shared<Last>(Last{{}, {}, LayerCount(2 * weights_.size())});
+  std::vector<TensorSource> parts;
+  for (const TensorSource& tensor : tensors) {
+    const auto format = formats_.find(tensor.name);
+    if (format == formats_.end()) {
+      parts.push_back(tensor);
+      continue;
+    }
+    const auto leaves = [last, encode, tensor] {
+      if (last->name != tensor.name) {
+        last->name.clear(), last->leaves.clear();  // before the next is there
+        last->leaves = encode(tensor);
+        last->name = tensor.name;
+        last->progress.add();
+      }
+      return last->leaves;
+    };
+    for (TensorSource& part : quantized_tensors(tensor.name, format->second, dtype, leaves)) parts.push_back(std::move(part));
+  }
+  return parts;
+}
+
+Json QuantizedLayers::config(at::ScalarType dtype) const {
+  const StoredFormat& any = formats_.begin()->second;
+  return quantization_config(any.kind, any.is_double, dtype_name(base_.compute.value_or(dtype)), base_.threshold, skipped_);
+}
+
+void QuantizedLayers::warn_of_rows() const {
+  std::string one;
+  int64_t count = 0, fits = 4096, size = 0;
+  for (const auto& [name, f] : formats_) {
+    if (f.kind == "int8") return;
+    while (fits >= 32 && f.columns % fits != 0) fits /= 2;
+    if (f.columns % f.block_size == 0) continue;
+    if (count++ == 0) one = str(name.substr(0, name.rfind('.')), " with rows of ", f.columns), size = f.block_size;
+  }
+  if (count == 0) return;
+  log_warn(str(counted(count, "layer"), ", such as ", one, ", ", count == 1 ? "has" : "have", " rows that blocks of ", size, " do not divide: bitsandbytes' CPU code reads such weights wrongly, its CUDA code and trireme do not; ",
+               fits >= 32 ? str("quant.block_size=", fits, " divides all") : "no quant.block_size divides all", ", and quant.skip leaves layers as they are"));
+}
+
 void quantize_stored(const std::string& folder, const Config& config, const ModelSource& source, uint64_t max_shard_bytes) {
   at::NoGradGuard no_grad;
   const FrozenBase base = frozen_base(config);
@@ -67,59 +99,27 @@ void quantize_stored(const std::string& folder, const Config& config, const Mode
     throw ConfigError(str("the weights of ", source.folder, " are in ", source.config.quantization, " already: quantize the model's original weights, or what trireme export makes of these"));
   const at::ScalarType dtype = weight_dtype(config, source);
   if (dtype == at::kDouble) throw ConfigError("bitsandbytes quantizes float32, bfloat16 and float16, but the weights are float64: set model.dtype=float32");
-  check_target(folder, source);
+  check_new_folder(folder, source.folder);
 
   WeightFill fill;
   Config stored = config;
   stored.quant.base = "dense";
-  const auto dense = build_model(stored, source, dtype, false, at::kCPU, true, {}, &fill), quantized = model_shapes(config, source.config, dtype, false);
-  std::map<std::string, std::shared_ptr<const FrozenWeight>> in_fewer_bits;
-  std::vector<std::string> skipped;
-  for (const Linear* l : quantized->linears())
-    if (l->frozen) in_fewer_bits[l->path + ".weight"] = l->frozen;
-    else skipped.push_back(l->path);
-  if (in_fewer_bits.empty()) throw ConfigError("quant.skip leaves no layer to quantize");
-  const auto read = [&](const Parameter& p) {
-    const at::Tensor value = at::empty(p.value.sizes(), dtype);
-    fill({{p.name, value, p.shard}});
-    return value;
-  };
-  std::pair<std::string, std::vector<at::Tensor>> last;  // of the parts of a weight, which are asked for one after the other
-  LayerCount progress(2 * in_fewer_bits.size());
-  const auto leaves = [&](const Parameter& p) {
-    if (last.first != p.name) {
-      last = {};  // before the next is there
-      last = {p.name, in_fewer_bits.at(p.name)->encode(read(p))};
-      progress.add();
-    }
-    return last.second;
-  };
+  const auto dense = build_model(stored, source, dtype, false, at::kCPU, true, {}, &fill);
+  const QuantizedLayers layers(*model_shapes(config, source.config, dtype, false), base);
   std::vector<TensorSource> tensors;
   for (const Parameter& p : dense->parameters())
-    if (!in_fewer_bits.count(p.name)) {
-      tensors.push_back({p.name, dtype, p.value.sizes().vec(), [&read, p] { return read(p); }});
-    } else {
-      const StoredFormat format{base.kind, base.block_size, base.is_double, p.value.size(0), p.value.size(1)};
-      const auto parts = quantized_tensors(p.name, format, dtype, [&leaves, p] { return leaves(p); });
-      tensors.insert(tensors.end(), parts.begin(), parts.end());
-    }
-
+    tensors.push_back({p.name, dtype, p.value.sizes().vec(), [&fill, dtype, p] {
+                         const at::Tensor value = at::empty(p.value.sizes(), dtype);
+                         fill({{p.name, value, p.shard}});
+                         return value;
+                       }});
   Json json = model_config_to_json(source.config, dtype_name(dtype));
-  json["quantization_config"] = quantization_config(base.kind, base.is_double, dtype_name(base.compute.value_or(dtype)), base.threshold, skipped);
-  const std::string whole = fs::absolute(folder + "/").lexically_normal().parent_path().string(), made = whole + ".tmp";
-  try {
-    clear_temporaries(made);
-    const RunLock lock(made);
-    check_target(folder, source);  // another writer may have been faster
-    clear_files(made);
-    export_model_folder(made, source.folder, source.tokenizer_folder, json, tensors, {}, true, max_shard_bytes);
-    fs::remove(made + "/" + kLock);
-    fsync_path(made);
-    fs::rename(made, whole);
-    fsync_path(fs::path(whole).parent_path().string());
-  } catch (const fs::filesystem_error& error) {
-    throw SystemError(str("run.dir=", folder, " cannot be written (", error.code().message(), ": ", error.path1().string(), "); name a folder where there is room and leave to write"));
-  }
+  json["quantization_config"] = layers.config(dtype);
+  layers.warn_of_rows();
+  write_new_folder(folder, source.folder, [&](const std::string& made) {
+    const auto encode = [&](const TensorSource& weight) { return layers.weights().at(weight.name)->encode(weight.get()); };
+    export_model_folder(made, source.folder, source.tokenizer_folder, json, layers.stored(tensors, dtype, encode), {}, true, max_shard_bytes);
+  });
 }
 
 }  // namespace trireme

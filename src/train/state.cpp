@@ -1,6 +1,7 @@
 #include "train/state.h"
 
 #include <cmath>
+#include <functional>
 #include <set>
 
 #include "base/check.h"
@@ -94,16 +95,25 @@ void check_identity(const Json& saved, const Json& now, const std::string& check
   for (const auto& f : fields(defaults)) {
     if (!now.contains(f.key)) continue;
     std::string then = saved.value(f.key, f.text());  // a key that is younger than the checkpoint had its default then
+    if (f.key == "quant.threshold" && then == "6" && now[f.key] == f.text()) continue;  // how it was said until -1 did
     if (now[f.key] != then) differs(f.key, then, now[f.key]);
   }
   const Json &old_fields = saved.at("config.json"), &new_fields = now.at("config.json");
-  std::set<std::string> names;
-  for (const Json* side : {&old_fields, &new_fields})
-    for (const auto& [name, value] : side->items()) names.insert(name);
-  auto text = [](const Json& side, const std::string& name) { return side.contains(name) ? dump_json(side[name]) : "absent"; };
-  for (const auto& name : names)
-    if (text(old_fields, name) != text(new_fields, name))
-      differs("config.json " + name, text(old_fields, name), text(new_fields, name));
+  constexpr size_t kShown = 100;
+  const std::function<void(const std::string&, const Json&, const Json&)> compare = [&](const std::string& place, const Json& old_side, const Json& new_side) {
+    std::set<std::string> names;
+    for (const Json* side : {&old_side, &new_side})
+      for (const auto& [name, value] : side->items()) names.insert(name);
+    const auto text = [](const Json& side, const std::string& name) { return side.contains(name) ? dump_json(side[name]) : "absent"; };
+    const auto begin = [](const std::string& text) { return text.size() > kShown ? text.substr(0, kShown) + "..." : text; };
+    for (const auto& name : names) {
+      const std::string then = text(old_side, name), here = text(new_side, name);
+      if (then == here) continue;
+      if (then.starts_with("{") && here.starts_with("{")) compare(str(place, " ", name), old_side[name], new_side[name]);
+      else differs(str(place, " ", name), begin(then), begin(here));
+    }
+  };
+  compare("config.json", old_fields, new_fields);
   for (const char* part : {"weights", "data"}) {
     const Json &then = saved.at(part), &here = now.at(part);
     if (then.at("hash") == here.at("hash")) continue;

@@ -1,0 +1,63 @@
+#include "train/new_folder.h"
+
+#include <filesystem>
+
+#include "base/check.h"
+#include "base/file.h"
+#include "checkpoint/run_lock.h"
+
+namespace trireme {
+namespace {
+
+namespace fs = std::filesystem;
+
+constexpr const char* kLock = "run.lock";
+
+// Its lock tells what a killed writer has left from what is somebody else's.
+void make_room(const std::string& made) {
+  if (fs::exists(made) && !fs::is_empty(made) && !fs::exists(made + "/" + kLock))
+    throw ConfigError(str(made, " is in the way, and no unfinished folder of trireme: move it, or name another run.dir"));
+  fs::create_directories(made);
+}
+
+void clear(const std::string& made) {
+  for (const auto& entry : fs::directory_iterator(made))
+    if (entry.path().filename() != kLock) fs::remove_all(entry.path());
+}
+
+}  // namespace
+
+void check_new_folder(const std::string& folder, const std::string& model) {
+  std::error_code none;
+  if (fs::is_symlink(folder) && !fs::exists(folder)) throw ConfigError(str("run.dir=", folder, " is a link to nothing; name a new folder"));
+  if (!fs::exists(folder)) return;
+  if (fs::equivalent(folder, model, none)) throw ConfigError(str("run.dir=", folder, " is the folder of the model itself; name a new folder"));
+  if (!fs::is_directory(folder)) throw ConfigError(str("run.dir=", folder, " is a file; name a new folder"));
+  if (!fs::is_empty(folder)) throw ConfigError(str("run.dir=", folder, " is not empty; name a new folder"));
+}
+
+void write_new_folder(const std::string& folder, const std::string& model, const std::function<void(const std::string&)>& write) {
+  const std::string whole = fs::absolute(folder + "/").lexically_normal().parent_path().string(), made = whole + ".tmp";
+  try {
+    check_new_folder(folder, model);
+    make_room(made);
+    const RunLock lock(made);
+    try {
+      check_new_folder(folder, model);  // another writer may have been faster
+      clear(made);
+      write(made);
+      fs::remove(made + "/" + kLock);
+      fsync_path(made);
+      fs::rename(made, whole);
+      fsync_path(fs::path(whole).parent_path().string());
+    } catch (...) {
+      std::error_code ignored;
+      fs::remove_all(made, ignored);
+      throw;
+    }
+  } catch (const fs::filesystem_error& error) {
+    throw SystemError(str("run.dir=", folder, " cannot be written (", error.code().message(), ": ", error.path1().string(), "); name a folder where there is room and leave to write"));
+  }
+}
+
+}  // namespace trireme
