@@ -1,4 +1,4 @@
-"""README's tables are what the program says."""
+"""README's tables are what the program says and what the benchmarks have kept."""
 import json
 import re
 
@@ -23,3 +23,14 @@ def test_memory_of_quantized_bases(tmp_path):
             cells.append(f"{re.search('a rank needs ([0-9.]+ GiB)', said)[1]}, {row}")
         line = f"| {name} | {' | '.join(cells)} |"
         assert line in README.replace("all 131,072 tokens", "all"), line
+
+
+def test_quality_of_quantized_bases():
+    rows = json.loads((SOURCE / "benchmarks/results/qlora_quality.json").read_text())["rows"]
+    losses = {tuple(row["what"].split(", ", 2)[1:]): row for row in rows if row["unit"] == "nats"}
+    formats = [name for when, name in losses if when == "after LoRA"]
+    assert len(formats) == 6
+    for name in formats:
+        before, after = losses["before LoRA", name], losses["after LoRA", name]
+        line = f"| {name} | {before['trireme']:.3f} | {after['trireme']:.3f} | {'' if after['ratio'] is None else format(after['ratio'], '.3f')} |"
+        assert line in README, line
