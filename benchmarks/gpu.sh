@@ -28,6 +28,8 @@ paged_state          120 bench_gpu_kernels
 step_lora            420 trireme
 step_lora_recompute  420 trireme
 step_lora_fp8        420 trireme
+step_qlora           420 trireme
+step_qlora_smallest  420 trireme
 step_full            420 trireme
 decode               420 trireme
 attention_sm80       480 bench_gpu_kernels
@@ -91,12 +93,13 @@ sanitizer() { # TOOL
 }
 
 # Both sides of whole steps: tokens a second and peak memory, of steps after the first three.
-step() { # NAME CONFIG ROWS LENGTH lora|full RECOMPUTE GFLOP_A_TOKEN TARGET TARGET_RATIO ACCUMULATION [BASE]
-  local name=$1 config=$top/benchmarks/$2 rows=$3 length=$4 kind=$5 recompute=$6 accumulation=${10} base=${11:-none} steps=10 keys=() what run=$work/run shape
-  [ -z "$dry" ] || base=none # the CPU has no such products
+step() { # NAME CONFIG ROWS LENGTH lora|full RECOMPUTE GFLOP_A_TOKEN TARGET TARGET_RATIO ACCUMULATION [BASE [MOST_MB [KEY=VALUE...]]]
+  local name=$1 config=$top/benchmarks/$2 rows=$3 length=$4 kind=$5 recompute=$6 accumulation=${10} base=${11:-none} most=${12:-} steps=10 keys=() what run=$work/run shape key
+  [ -z "$dry" ] || [ "$base" != fp8 ] || base=none # the CPU has no such products
   what=$([ "$kind" = lora ] && echo "LoRA rank 16" || echo "full fine-tuning")$([ "$base" = none ] || echo ", base in $base")
   [ -z "$dry" ] || { name=tiny config=$top/benchmarks/gpu_tiny.json rows=2 length=64 steps=5; }
   shape="$name, $rows x $length$([ "$accumulation" = 1 ] || echo ", $accumulation times a step"), bf16 with gradients, master and moments in fp32, recomputation $recompute"
+  for key in "${@:13}"; do keys+=("--$key") shape="$shape, $key"; done
   for _ in $(seq $((steps * accumulation * rows * length / 20000 + 2))); do cat "$top/configs/quickstart/train.jsonl"; done >"$work/text.txt"
   [ "$kind" != lora ] || keys+=(--lora.rank=16 --lora.alpha=16)
   [ "$base" = none ] || keys+=(--quant.base="$base")
@@ -115,7 +118,7 @@ step() { # NAME CONFIG ROWS LENGTH lora|full RECOMPUTE GFLOP_A_TOKEN TARGET TARG
   local speed memory other reached sheet
   speed=$(field tokens_per_second) memory=$(awk -v b="$(field memory_bytes)" 'BEGIN {printf "%.0f", b / 1e6}')
   row "training step, $what" "$shape" tokens/s "$speed" "" "" "$8"
-  row "peak memory of the step, $what" "$shape" MB "$memory" "" "" ""
+  row "peak memory of the step, $what" "$shape" MB "$memory" "" "" "$most"
   rm -rf --one-file-system "$run"
   other=$("$python" "$top/benchmarks/gpu_step.py" "$config" "$kind" "$rows" "$length" $((steps < 8 ? steps : 8)) "$recompute" "$accumulation" $dry 2>"$work/log.python") ||
     { tail -3 "$work/log.python" >&2; return 1; }
@@ -152,6 +155,10 @@ run_stage() {
     step_lora) step "Llama 3 8B" gpu_llama_8b.json 2 2048 lora none 32.1 14000 2 1 ;;
     step_lora_recompute) step "Llama 3 8B" gpu_llama_8b.json 2 2048 lora full 46.6 11500 2 1 ;;
     step_lora_fp8) step "Llama 3 8B" gpu_llama_8b.json 2 2048 lora none 32.1 "" "" 1 fp8 ;;
+    # At most 8.0 GiB, and 6.5 GiB with the keys that save memory.
+    step_qlora) step "Llama 3 8B" gpu_llama_8b.json 2 2048 lora full 46.6 "" "" 1 nf4 8590 ;;
+    step_qlora_smallest) step "Llama 3 8B" gpu_llama_8b.json 2 2048 lora full 46.6 "" "" 1 nf4 6979 \
+      model.embedding=host train.mlp_tokens=1024 optim.kind=adamw8bit optim.masters=false ;;
     # Sixteen bytes a weight leave room for rows one by one.
     step_full) step "Qwen2.5 7B" gpu_qwen2_7b.json 1 1024 full none 43.3 14000 "" 8 ;;
     decode) decode "Llama 3 8B" gpu_llama_8b.json 512 ;;

@@ -19,7 +19,7 @@ MODEL = {"architectures": ["LlamaForCausalLM"], "model_type": "llama", "vocab_si
 BILLION = MODEL | {"vocab_size": 32000, "hidden_size": 2048, "intermediate_size": 5632, "num_hidden_layers": 22, "num_attention_heads": 32}
 ROWS, LENGTH, RANK = 2, 512, 16
 SHAPE = "1,024 wide, 6 layers, 16/4 heads, 8,192 tokens, rank 16 all linear, 2 x 512"
-BILLION_SHAPE = "1.1B: 2,048 wide, 22 layers, 32/4 heads, 32,000 tokens, rank 16 all linear, 1 x 128, full recomputation, no copy for a checkpoint"
+BILLION_SHAPE = "1.1B: 2,048 wide, 22 layers, 32/4 heads, 32,000 tokens, rank 16 all linear, 1 x 128, full recomputation, adapters of both without masters and with moments in 8 bits, no copy for a checkpoint"
 
 
 def trireme(folder, name, base, steps, options, model, length, rows, *keys):
@@ -65,7 +65,7 @@ def main():
                 table.add("speed", side, speed)
                 table.add("CPU time", side, cpu)
                 table.add("peak memory", side, result["peak_bytes"])
-        small = ["--train.recompute=full", "--checkpoint.async=false"]
+        small = ["--train.recompute=full", "--checkpoint.async=false", "--optim.kind=adamw8bit", "--optim.masters=false"]
         empty = trireme(folder, "empty", "none", 1, options, [f"--model.config={measure.SOURCE / 'configs/quickstart/model/config.json'}"], 128, 1)[0]["peak_bytes"]
         for side, base in (("trireme", "nf4"), ("baseline", "none")):
             peak = trireme(folder, f"billion-{base}", base, 2, options, [f"--model.config={folder / 'billion.json'}"], 128, 1, *small)[0]["peak_bytes"]
