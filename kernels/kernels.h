@@ -192,7 +192,7 @@ struct GluBackward {
   int64_t num_rows, width, stride;
   const void* grad_y;            // [num_rows, width]
   const void *gate, *up;         // rows `stride` values apart
-  void *grad_gate, *grad_up;     // the same; may be gate and up
+  void *grad_gate, *grad_up;     // the same; may be gate and up, and grad_up grad_y where stride is width
 };
 
 // Of logits z with L = log(sum(exp(z))) over a row, V in number: loss = L - (1 - s) z[target] - s mean(z) + c L^2 (Szegedy et

@@ -478,6 +478,33 @@ TEST_P(FamilyTest, RecomputationChangesNoBit) {
     }
 }
 
+// Biases, dropout, DoRA: whatever a family's layers have.
+TEST_P(FamilyTest, AnMlpInPiecesIsTheWhole) {
+  for (int kind : {0, 1, 2}) {
+    Transformer one = model(at::kDouble);
+    if (kind > 0) {
+      LoraConfig lora{4, 8.0, 0.2, false, {"all-linear"}};
+      lora.dora = kind == 2;
+      attach_lora(one, lora, 1, Weights::kUninitialized);
+      at::NoGradGuard no_grad;
+      for (auto& p : one.parameters())
+        if (p.name.find(".lora_") != std::string::npos) fill_normal(p, 11, 0.2);
+    }
+    const std::vector<ModelInput> input = {learnt(input_of({random_row(9, 1), random_row(70, 2)}))};
+    for (Recompute mode : {Recompute::kNone, Recompute::kSelective, Recompute::kFull}) {
+      one.set_recompute(mode);
+      one.set_mlp_rows(0);
+      const Gradients whole = gradients(one, input);
+      for (int64_t rows : {1, 32, 79}) {
+        one.set_mlp_rows(rows);
+        const Gradients pieces = gradients(one, input);
+        EXPECT_NEAR(pieces.loss, whole.loss, 1e-12 * whole.loss) << rows;
+        for (size_t i = 0; i < whole.of.size(); ++i) EXPECT_TRUE(near(pieces.of[i], whole.of[i], 10)) << i << " rows " << rows << " kind " << kind;
+      }
+    }
+  }
+}
+
 // In pieces of every kind: long, single tokens, up to the cache's last row; and over again in the same memory.
 TEST_P(FamilyTest, ThroughACacheComeTheLogitsOfTheWholeForward) {
   for (at::ScalarType dtype : {at::kDouble, at::kFloat, at::kBFloat16, at::kHalf}) {

@@ -50,6 +50,19 @@ TEST_P(OpsMemory, TheLossHoldsNotAllLogits) {
   }
 }
 
+// An MLP of 16 times the width: forward and backward hold the wide side of a piece, not of all tokens.
+TEST_P(OpsMemory, RowsInPiecesHoldOnePieceWide) {
+  constexpr int64_t kWidth = 64, kWide = 1024, kPiece = 256;
+  const at::Tensor up = random({kWide, kWidth}), gate = random({kWide, kWidth}), down = random({kWidth, kWide});
+  const auto mlp = [&](int64_t, const at::Tensor& x) { return trireme::linear(swiglu(trireme::linear(x, gate), trireme::linear(x, up)), down); };
+  const int64_t wide = kTokens * kWide * bytes(), weights = 3 * kWide * kWidth * 2 * 4;
+  const int64_t whole = grown([&](int64_t tokens) { return mlp(0, random({tokens, kWidth})).sum(); });
+  EXPECT_GE(whole, 2 * wide);  // or this measured nothing: some is in memory that was freed before
+  EXPECT_LE(whole, 9 * wide / 2);  // gate, up, their product and its gradient, which becomes that of up
+  const int64_t pieces = grown([&](int64_t tokens) { return in_row_pieces(mlp, random({tokens, kWidth}), kPiece, kWidth, {up, gate, down}).sum(); });
+  EXPECT_LE(pieces, 5 * wide * kPiece / kTokens + 8 * kTokens * kWidth * 4 + 3 * weights);
+}
+
 std::string name_of(const testing::TestParamInfo<at::ScalarType>& dtype) { return c10::toString(dtype.param); }
 INSTANTIATE_TEST_SUITE_P(Dtypes, OpsMemory, testing::Values(at::kFloat, at::kBFloat16), name_of);
 

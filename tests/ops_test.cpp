@@ -641,6 +641,79 @@ TEST(Recompute, RunsTwiceWithGradientsAndOnceWithout) {
   EXPECT_EQ(calls, 3);
 }
 
+// A linear layer of which nobody reads the output has the gradients of one.
+TEST(Recompute, WhatNobodyReadsIsNotMadeAndHasItsGradients) {
+  for (bool adapts : {false, true}) {
+    const at::Tensor x = random({20, 8}).to(at::kFloat), w = random({6, 8}).to(at::kFloat), grad = random({20, 6}).to(at::kFloat);
+    const at::Tensor a = random({3, 8}).to(at::kFloat), b = random({6, 3}).to(at::kFloat);
+    std::vector<Tensors> found;
+    for (bool is_read : {true, false}) {
+      Tensors leaves;
+      for (const at::Tensor& t : {x, a, b}) leaves.push_back(t.clone().requires_grad_());
+      if (!adapts) leaves.push_back(w.clone().requires_grad_());
+      const at::Tensor y = adapts ? lora_linear(leaves[0], w, {}, leaves[1], leaves[2], 2.0, {}, nullptr, is_read) : trireme::linear(leaves[0], LinearWeight(leaves[3]), {}, nullptr, is_read);
+      torch::autograd::backward({y}, {grad});
+      found.push_back({});
+      for (const at::Tensor& leaf : leaves)
+        if (leaf.grad().defined()) found.back().push_back(leaf.grad());
+    }
+    ASSERT_EQ(found[0].size(), found[1].size());
+    EXPECT_EQ(found[0].size(), adapts ? 3u : 2u);
+    for (size_t i = 0; i < found[0].size(); ++i) EXPECT_TRUE(same_bits(found[1][i], found[0][i])) << i;
+  }
+  bool first = true, second = false;
+  at::Tensor y = recompute([&](const Tensors& t) {
+    std::swap(first, second);
+    EXPECT_EQ(recomputing(), first);
+    return t[0] * 2;
+  }, {at::ones({3}).requires_grad_()});
+  EXPECT_FALSE(recomputing());
+  torch::autograd::backward({y.sum()}, {});
+  EXPECT_TRUE(first && !recomputing());
+}
+
+struct CountingHook : torch::autograd::PostAccumulateGradHook {
+  explicit CountingHook(int& count) : count_(count) {}
+  void operator()(const torch::autograd::Variable&) override { ++count_; }
+  int& count_;
+};
+
+TEST(InRowPieces, IsTheWholeAndBringsEachLeafOneGradient) {
+  for (auto dtype : kDtypes)
+    for (bool input_trains : {true, false})
+      for (int64_t rows : {1, 7, 20, 50}) {  // the last piece is a shorter one, or there is but one
+        const at::Tensor x = random({20, 8}).to(dtype), w = random({6, 8}).to(dtype), row = random({20, 1}).to(dtype), grad = random({20, 6}).to(dtype);
+        struct Found {
+          at::Tensor y, grad_x, grad_w;
+          int contributions = 0;
+        };
+        const auto find = [&](bool whole) {
+          Found found;
+          const at::Tensor in = x.clone().requires_grad_(input_trains), leaf = w.clone().requires_grad_();
+          torch::autograd::impl::set_post_acc_grad_hooks(leaf, std::make_unique<CountingHook>(found.contributions));
+          const auto fn = [&](int64_t first, const at::Tensor& piece) {
+            EXPECT_LE(piece.size(0), whole ? 20 : rows);
+            return at::tanh(trireme::linear(piece, leaf) * row.narrow(0, first, piece.size(0)));
+          };
+          found.y = whole ? fn(0, in) : in_row_pieces(fn, in, rows, 6, {leaf});
+          torch::autograd::backward({found.y}, {grad});
+          torch::autograd::impl::set_post_acc_grad_hooks(leaf, nullptr);
+          found.grad_x = in.grad(), found.grad_w = leaf.grad();
+          return found;
+        };
+        const Found expected = find(true), found = find(false);
+        EXPECT_TRUE(near(found.y, expected.y)) << dtype << " " << rows;
+        EXPECT_EQ(found.grad_x.defined(), input_trains);
+        if (input_trains) {
+          EXPECT_TRUE(near(found.grad_x, expected.grad_x)) << dtype << " " << rows;
+        }
+        EXPECT_TRUE(near(found.grad_w, expected.grad_w, 3)) << dtype << " " << rows;
+        EXPECT_EQ(found.contributions, 1);
+        at::NoGradGuard no_grad;
+        EXPECT_FALSE(in_row_pieces([&](int64_t, const at::Tensor& piece) { return piece; }, x, rows, 8, {w}).requires_grad());
+      }
+}
+
 // What is alive between forward and backward, told by the storages that the op's output chain still holds.
 // One case an operation: what it gives to an operation that keeps its inputs lives until backward, or not at all.
 TEST(SelectiveRecompute, DropsWhatCanBeComputedAgain) {

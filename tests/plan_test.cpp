@@ -93,6 +93,9 @@ TEST(Plan, ActivationsOfABlockByHand) {
   // Over two ranks with one key head on both: half of the rows, but all of those that matrices multiply with.
   EXPECT_EQ(kept(Recompute::kNone, 2), 16u * 4 * (8 + 8) + 32u * 4 * (8 + 4 + 4 + 4 + 4 + 8 + 8 + 8 + 8) + 16 * 4 * 2 + 32 * 4);
   EXPECT_EQ(kept(Recompute::kSelective, 2), 16u * 4 * (8 + 8) + 32u * 4 * (4 + 4 + 4 + 4 + 8 + 8) + 16 * 4 * 2 + 32 * 4);
+  // In pieces of the tokens: the MLP's input, and nothing of the MLP.
+  const MeshModel one(config, c, at::kFloat, Mesh(1, 1, 1, 1));
+  EXPECT_EQ(kept_by_block(one.at(0, 0).chunks[0]->blocks()[0], c, at::kFloat, 32, 1, Recompute::kNone, 8), 32u * 4 * (8 + 8 + 8 + 4 + 4 + 8 + 8 + 8) + 32 * 4 * (2 + 2));
   config.lora.rank = 2, config.lora.targets = {"q_proj"};  // neither the MLP's inputs nor attention's output are multiplied with a gradient
   EXPECT_EQ(kept(Recompute::kNone, 1), 32u * 4 * (8 + 8 + 8 + 4 + 4 + 8 + 8 + 16 + 16 + 2) + 32 * 4 * (2 + 2));
 }
@@ -250,6 +253,29 @@ TEST(Plan, OfADevice) {
   EXPECT_EQ(full.needed_bytes() - away.needed_bytes(), 6 * row);
   EXPECT_EQ(away.host_bytes() - full.host_bytes(), 8 * row);
   EXPECT_EQ(of({{"train.recompute", "full"}, {"train.offload_activations", "true"}}, at::kCPU).needed_bytes(), of({{"train.recompute", "full"}}, at::kCPU).needed_bytes());
+}
+
+// The table is on the device or in host memory; of the MLP's rows some are there at once.
+TEST(Plan, MemorySettings) {
+  const ModelConfig c = tiny({{"vocab_size", 500}, {"hidden_size", 64}, {"head_dim", 64}, {"num_attention_heads", 1}, {"intermediate_size", 1024}});
+  const auto of = [&](std::vector<std::pair<std::string, std::string>> keys, at::DeviceType device = at::kCUDA) {
+    keys.insert(keys.end(), {{"lora.rank", "2"}, {"train.recompute", "full"}});
+    return plan_of(config_with(keys), c, at::kBFloat16, 1, 2048, device);
+  };
+  const uint64_t table = 500 * 64 * 2, rows = 2048 * 2;
+  const Plan plain = of({}), host = of({{"model.embedding", "host"}}), pieces = of({{"train.mlp_tokens", "256"}});
+  EXPECT_EQ(plain.needed_bytes() - host.needed_bytes(), table);
+  EXPECT_EQ(host.host_bytes() - plain.host_bytes(), table);
+  EXPECT_NE(host.text().find("in host memory: embedding 0.06 MiB, "), std::string::npos) << host.text();
+  EXPECT_EQ(of({{"model.embedding", "host"}}, at::kCPU).needed_bytes(), of({}, at::kCPU).needed_bytes());
+  // Of gate, up, their product and its gradient an eighth, beside little else.
+  EXPECT_NEAR(static_cast<double>(plain.needed_bytes() - pieces.needed_bytes()), rows * 4.0 * 1024 * 7 / 8, rows * 2.0 * 64);
+  EXPECT_EQ(of({{"train.mlp_tokens", "2048"}}).needed_bytes(), plain.needed_bytes());
+  const Config config = config_with({{"lora.rank", "2"}, {"train.recompute", "full"}, {"model.embedding", "host"}});
+  const std::string advice = fit_text(plain, config_with({{"lora.rank", "2"}, {"train.recompute", "full"}}), c, at::kBFloat16, plain.needed_bytes() - table);
+  EXPECT_NE(advice.find("model.embedding=host ("), std::string::npos) << advice;
+  EXPECT_NE(advice.find("train.mlp_tokens=1024 ("), std::string::npos) << advice;
+  EXPECT_EQ(fit_text(host, config, c, at::kBFloat16, plain.needed_bytes() / 2).find("model.embedding=host"), std::string::npos);
 }
 
 // A device's products want more rows of logits at once: of this vocabulary up to 3,200 in 400 MB.

@@ -18,6 +18,8 @@ QUICKSTART = SOURCE / "configs/quickstart"
 SHAPE = dict(model_type="qwen3", vocab_size=1152, hidden_size=128, intermediate_size=96, num_hidden_layers=2, num_attention_heads=2, num_key_value_heads=1,
              head_dim=64, rms_norm_eps=1e-5, max_position_embeddings=256, initializer_range=0.05, tie_word_embeddings=False)
 STEPS = 3
+SMALLEST = ["--train.dtype=bfloat16", "--lora.rank=32", "--lora.dropout=0.2", "--quant.base=nf4", "--train.recompute=full", "--train.mlp_tokens=24", "--model.embedding=host",
+            "--optim.kind=adamw8bit", "--optim.masters=false"]
 WORKSPACE = 32 << 20  # of matrix products
 
 
@@ -84,6 +86,10 @@ KINDS = {
     "float16": (CURVE_FP16, ["--train.dtype=float16"]),
     "bfloat16 nf4": (CURVE_BF16, ["--train.dtype=bfloat16", "--lora.rank=4", "--lora.dropout=0.2", "--quant.base=nf4", "--train.recompute=full"]),
     "float32 fp4 plain scales": (CURVE_FP32, ["--lora.rank=4", "--quant.base=fp4", "--quant.double=false"]),
+    "bfloat16 nf4 smallest": (CURVE_BF16, SMALLEST),
+    "bfloat16 lora sgd without masters": (CURVE_BF16, ["--train.dtype=bfloat16", "--lora.rank=4", "--optim.kind=sgd", "--optim.lr=0.1", "--optim.masters=false", "--train.mlp_tokens=24"]),
+    "bfloat16 lora lion without masters": (CURVE_BF16, ["--train.dtype=bfloat16", "--lora.rank=4", "--optim.kind=lion", "--optim.lr=2e-4", "--optim.masters=false", "--train.mlp_tokens=24",
+                                                        "--train.recompute=selective"]),
     "bfloat16 int8": (CURVE_BF16, ["--train.dtype=bfloat16", "--lora.rank=4", "--quant.base=int8"]),
 }
 
@@ -106,7 +112,7 @@ def test_a_run_on_a_device_is_the_run_on_the_cpu(work, kind):
         assert (found[key].float() - value.float()).norm() <= 40 * bound * value.float().norm() + 1e-3, key
 
 
-@pytest.mark.parametrize("keys", [["--train.dtype=bfloat16"], ["--train.dtype=bfloat16", "--optim.paged=true"], ["--train.dtype=bfloat16", "--optim.kind=adafactor", "--optim.lr=0.02"],
+@pytest.mark.parametrize("keys", [["--train.dtype=bfloat16"], SMALLEST, ["--train.dtype=bfloat16", "--optim.paged=true"], ["--train.dtype=bfloat16", "--optim.kind=adafactor", "--optim.lr=0.02"],
                                   ["--train.dtype=bfloat16", "--lora.rank=4", "--lora.dropout=0.1", "--train.recompute=full", "--train.offload_activations=true"]])
 def test_the_host_waits_in_no_step_but_for_the_numbers_of_the_one_before(work, keys):
     found = {}
@@ -238,6 +244,35 @@ def test_what_leaves_the_device_is_not_on_it(work):
     row = 4 * 32 * 128 * 2
     assert peaks["false"] - peaks["true"] >= 5 * row, peaks
     assert planned["false"] - planned["true"] == pytest.approx(6 * row, rel=0.05)
+
+
+def test_an_embedding_in_host_memory_is_not_on_the_device(work):
+    peaks, planned, curves, table = {}, {}, {}, 1152 * 128 * 2
+    keys = ["--train.dtype=bfloat16", "--lora.rank=2", "--eval.every=0", "--data.eval="]
+    for place in ("device", "host"):
+        counts = work / "peak.json"
+        done = device(work, "train", *keys_of(work, f"table_{place}", *keys, f"--model.embedding={place}"), TRIREME_DOUBLE_COUNTS=counts)
+        peaks[place] = json.loads(counts.read_text())["peak_bytes"]
+        planned[place] = [float(re.search(pattern, done.stderr)[1]) * 2**20 for pattern in (r"device: weights ([0-9.]+) MiB", r"in host memory: .*program 300.00 MiB: ([0-9.]+) MiB")]
+        curves[place] = curve(work, f"table_{place}")
+    assert curves["device"] == curves["host"]
+    assert peaks["device"] - peaks["host"] == pytest.approx(table, rel=0.02)
+    assert planned["device"][0] - planned["host"][0] == pytest.approx(table, rel=0.05) == planned["host"][1] - planned["device"][1]
+    cpu(work, "train", *keys_of(work, "table_cpu", *keys, "--model.embedding=host"))
+    assert curves["host"] == pytest.approx(curve(work, "table_cpu"), rel=CURVE_BF16)
+    of_adapter = [f"--model.config={work}/model.json", "--model.dtype=bfloat16", f"--model.tokenizer={QUICKSTART}/model", f"--lora.path={work}/table_host/adapter"]
+    for verb, more in (("eval", [f"--data.eval={QUICKSTART}/eval.jsonl:4", "--data.max_length=32"]), ("generate", ["--generate.max_tokens=6", "What is"])):
+        assert device(work, verb, *of_adapter, *more, "--model.embedding=host").stdout == device(work, verb, *of_adapter, *more).stdout != ""
+
+
+@pytest.mark.parametrize("ranks, mesh", [(2, ["--parallel.zero=3", "--train.accumulation=1"]), (2, ["--parallel.pipeline=2"]), (2, ["--parallel.tensor=2", "--optim.kind=adamw"])])
+def test_the_smallest_footprint_is_the_same_run_on_every_mesh(work, ranks, mesh):
+    (work / "quads.json").write_text(json.dumps(SHAPE | dict(num_attention_heads=4, num_key_value_heads=2, intermediate_size=128)))
+    name = "smallest_" + "_".join(key.split("=")[0].split(".")[1] for key in mesh)
+    device(work, "train", *keys_of(work, f"one_{name}", *SMALLEST, *(key for key in mesh if key.startswith("--optim")), model="quads"))
+    done = over_ranks(work, ranks, "train", *keys_of(work, name, *SMALLEST, *mesh, model="quads"))
+    assert done.returncode == 0, done.stderr
+    assert curve(work, name) == pytest.approx(curve(work, f"one_{name}"), rel=CURVE_BF16)
 
 
 def test_memory_that_does_not_suffice_is_said_before_the_first_step_or_with_names(work):

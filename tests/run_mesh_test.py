@@ -56,6 +56,16 @@ def test_every_mesh_learns_the_same(work, whole, mesh, kind):
     assert not any(found[key].any() for key in expected.keys() - set(learns)) and len(learns) >= len(expected) // (2 if kind in (LORA, QLORA, QDORA) else 1)
 
 
+@pytest.mark.parametrize("mesh, kind", [("one", FULL), ("tp2", TIED), ("tp2", DORA), ("dp2_tp2_zero3", LORA), ("tp4", QLORA), ("pp2_zb_h1", FULL), ("dp2_pp2_zero3", LORA_TIED)])
+def test_an_mlp_in_pieces_of_the_tokens_learns_the_same(work, whole, mesh, kind):
+    ranks, keys = MESHES[mesh]
+    name = f"pieces_{mesh}_{kind}"
+    train(work, kind, name, *keys, "--train.mlp_tokens=48", f"--train.gradients={work}/{name}.safetensors", ranks=ranks)
+    assert_same_run(work, kind, name, whole[kind])
+    found, expected = (load_file(f"{work}/{run}.safetensors") for run in (name, whole[kind]))
+    assert all((found[key].double() - value.double()).norm() <= 1e-7 * value.double().norm() for key, value in expected.items())
+
+
 @pytest.mark.parametrize("dtype, bound, of_dtype", [("float32", LAYOUT_FP32, []), ("bfloat16", LAYOUT_BF16, []), ("bfloat16", LAYOUT_BF16, ["--optim.masters=false"])],
                          ids=["float32", "bfloat16", "bfloat16 without masters"])
 def test_every_way_of_cutting_learns_the_same_in_dtypes_that_round(work, dtype, bound, of_dtype):
@@ -98,20 +108,23 @@ def test_int8_computes_with_the_same_codes_on_every_mesh(work):
     assert all(loss < LAYOUT_INT8[0] and norm < LAYOUT_INT8[1] for loss, norm in farthest.values()), farthest
 
 
-def test_weights_without_masters_are_rounded_by_the_same_bits_on_every_mesh(work):
+@pytest.mark.parametrize("kind, meshes, keys", [
+    (FULL, ["dp4_zero3", "tp2", "pp2", "dp2_tp2_pp2"], []),
+    (QLORA, ["dp4_zero3", "pp2"], ["--lora.rank=64", "--optim.kind=adamw8bit"])], ids=["full", "adapters with moments in 8 bits"])
+def test_weights_without_masters_are_rounded_by_the_same_bits_on_every_mesh(work, kind, meshes, keys):
     """After one step of AdamW, whose size does not depend on the gradient's: what differs is where a gradient changed its sign."""
     def step(mesh, masters="false"):
         ranks, of_mesh = MESHES[mesh]
-        name = f"rounded_{mesh}_{masters}"
-        train(work, FULL, name, *of_mesh, "--model.dtype=bfloat16", f"--optim.masters={masters}", "--train.steps=1", "--schedule.warmup_steps=0", "--optim.lr=1e-4",
+        name = f"rounded_{kind}_{mesh}_{masters}"
+        train(work, kind, name, *of_mesh, *keys, "--model.dtype=bfloat16", f"--optim.masters={masters}", "--train.steps=1", "--schedule.warmup_steps=0", "--optim.lr=1e-4",
               ranks=ranks)
-        return load_file(work / name / "model/model.safetensors")
+        return load_file(work / name / KINDS[kind][2])
 
     def share_that_differs(a, b):
         return sum((a[key] != b[key]).sum().item() for key in a) / sum(value.numel() for value in a.values())
 
     one = step("one")
-    for mesh in ("dp4_zero3", "tp2", "pp2", "dp2_tp2_pp2"):
+    for mesh in meshes:
         assert share_that_differs(one, step(mesh)) < 0.02, mesh
     assert share_that_differs(one, step("one", "true")) > 0.1  # rounded to the nearest: what other bits would do
 

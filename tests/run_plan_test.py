@@ -33,7 +33,7 @@ def test_a_large_model_on_many_ranks(plan):
     assert said[11].startswith("plan: the pipeline idles 2.1 % of the time (interleaved, 8 stages, 64 micro-batches)")  # 7 / (5 * 64 + 7)
     needed, words = re.fullmatch(r"plan: a rank needs ([\d.]+) GiB of its device and has 74.51 GiB: it does not fit; it would with (.*)", said[12]).groups()
     fitting = dict(re.findall(r"(\S+) \(([\d.]+) GiB\)", words))
-    assert float(needed) > 74.51 > max(map(float, fitting.values())) and set(fitting) == {"train.recompute=selective", "train.recompute=full"}
+    assert float(needed) > 74.51 > max(map(float, fitting.values())) and set(fitting) == {"train.recompute=selective", "train.recompute=full", "train.mlp_tokens=1024"}
     for change, gib in fitting.items():  # what is promised holds
         said = plan(*keys, "--plan.memory_gb=80", f"--{change}")
         assert f"needs {gib} GiB of its device and has 74.51 GiB: it fits\n" in said

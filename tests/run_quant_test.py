@@ -36,7 +36,8 @@ def metrics(work, name):
 
 
 @pytest.mark.parametrize("base, keys", [("nf4", []), ("fp4", []), ("int8", []), ("nf4", ["--lora.init=loftq", "--lora.loftq_iterations=2", "--lora.dora=true"]),
-                                        ("int8", ["--lora.init=pissa", "--lora.dora=true"])])
+                                        ("int8", ["--lora.init=pissa", "--lora.dora=true"]),
+                                        ("nf4", ["--lora.rank=64", "--optim.kind=adamw8bit", "--optim.masters=false", "--train.mlp_tokens=24", "--model.embedding=host"])])
 def test_a_resumed_run_has_the_bits_of_one_that_never_stopped(work, base, keys):
     of, base = [f"--quant.base={base}", *keys], f"{base}{len(keys)}"
     train(work, f"whole_{base}", *of)
@@ -111,10 +112,19 @@ def test_evaluation_and_answers_are_of_what_was_trained(work):
     (["--lora.init=loftq", "--quant.base=int8"], "lora.init=loftq makes up for what 4 bits lose, but quant.base is int8"),
     (["--lora.loftq_iterations=2"], "lora.loftq_iterations is set, but lora.init is random: set lora.init=loftq, or leave lora.loftq_iterations out"),
     (["--lora.dora=true", "--quant.base=fp8"], "lora.dora=true is not possible with quant.base=fp8"),
+    (["--model.embedding=host", "--quant.base=none", "--lora.rank=0", "--lora.dropout=0"], "model.embedding=host keeps a table that is not trained, but all weights are trained: set lora.rank, or leave model.embedding out"),
+    (["--model.embedding=cpu"], "model.embedding=cpu: allowed are device, host"),
+    (["--train.mlp_tokens=-1"], "train.mlp_tokens=-1: must be from 0 to"),
     (["--quant.base=fp8"], "quant.base=fp8 needs a device of compute capability 8.9 or newer")])
 def test_what_cannot_be_is_refused_in_a_sentence(work, keys, said):
     assert said.replace("WORK", str(work)) in train(work, "refused", *keys, status=2)
     assert not (work / "refused").exists()
+
+
+def test_a_table_that_is_the_output_layer_too_stays_on_the_device(work):
+    (work / "tied.json").write_text(json.dumps(SHAPE | dict(tie_word_embeddings=True)))
+    said = train(work, "refused", "--model.embedding=host", f"--model.config={work}/tied.json", status=2)
+    assert "model.embedding=host saves nothing with " in said and "tied.json, whose output layer is the same table" in said, said
 
 
 def test_a_cut_through_a_block_is_refused_before_anything_is_read(work):

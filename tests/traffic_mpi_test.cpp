@@ -38,11 +38,14 @@ const std::vector<Case> kCases = {
     {2, {"parallel.zero=3", "train.accumulation=2"}},
     {2, {"parallel.zero=3", "train.accumulation=2", "lora.rank=4"}},
     {2, {"parallel.zero=3", "train.dtype=bfloat16", "train.recompute=full"}},
+    {2, {"parallel.zero=3", "lora.rank=4", "model.embedding=host"}},
     {2, {"parallel.tensor=2"}},
     {2, {"parallel.tensor=2", "train.recompute=selective", "train.dtype=bfloat16"}},
     {2, {"parallel.tensor=2", "train.recompute=full", "train.accumulation=2"}},
     {2, {"parallel.tensor=2", "lora.rank=4", "train.recompute=selective"}},
     {2, {"parallel.tensor=2", "lora.rank=4", "lora.targets=down_proj", "parallel.zero=2"}},
+    {2, {"parallel.tensor=2", "lora.rank=4", "train.recompute=full", "train.mlp_tokens=16"}},
+    {2, {"parallel.tensor=2", "lora.rank=4", "lora.targets=q_proj", "train.recompute=selective", "train.mlp_tokens=16"}},
     {2, {"parallel.pipeline=2", "train.accumulation=3"}},
     {2, {"parallel.pipeline=2", "train.accumulation=4", "parallel.schedule=interleaved"}},
     {2, {"parallel.pipeline=2", "train.accumulation=2", "parallel.schedule=zb-v", "lora.rank=4"}},
@@ -63,6 +66,7 @@ class TrafficOf : public testing::TestWithParam<std::tuple<Case, bool>> {};
 
 TEST_P(TrafficOf, AStepIsWhatTheShapesSay) {
   const auto& [given, tied] = GetParam();
+  if (tied && std::find(given.keys.begin(), given.keys.end(), "model.embedding=host") != given.keys.end()) return;  // refused
   ASSERT_EQ(given.ranks, world().size());
   Config config;
   for (Field& field : fields(config))

@@ -25,6 +25,7 @@ struct Parameter {
   std::string name;  // Hugging Face name, e.g. model.layers.0.self_attn.q_proj.weight
   at::Tensor value;  // leaf; requires_grad() says whether it is trained
   ShardSpec shard;
+  bool on_host = false;  // its values stay in host memory, whatever device the model is on, whole on every rank that has the slice
 };
 
 // Writes the values of parameters: initial ones, or those of a file.

@@ -124,7 +124,7 @@ std::vector<Parameter> Transformer::parameters() const {
   std::vector<Parameter> out;
   const_cast<Transformer*>(this)->for_each_leaf([&](const std::string& name, at::Tensor& leaf) {
     auto slice = slices_.find(name);
-    out.push_back({name, leaf, slice == slices_.end() ? ShardSpec::whole(leaf) : slice->second});
+    out.push_back({name, leaf, slice == slices_.end() ? ShardSpec::whole(leaf) : slice->second, embedding_on_host_ && leaf.is_same(embedding_VC_)});
   });
   return out;
 }
@@ -161,8 +161,10 @@ void Transformer::slice(const std::function<std::pair<at::Tensor, ShardSpec>(con
 
 void Transformer::materialize(at::Device device, uint64_t seed, const std::function<bool(const std::string&)>& fill) {
   for_each_leaf([&](const std::string&, at::Tensor& leaf) {
-    const auto options = leaf.options().requires_grad(false).device(device);
-    leaf = (fill ? at::empty(leaf.sizes(), options) : at::empty({}, options).expand(leaf.sizes())).requires_grad_(leaf.requires_grad());
+    const bool on_host = embedding_on_host_ && leaf.is_same(embedding_VC_);
+    const auto options = leaf.options().requires_grad(false).device(on_host ? at::kCPU : device).pinned_memory(on_host && device.is_cuda());
+    TRIREME_CHECK(!on_host || (!leaf.requires_grad() && !config_.tie_embeddings));
+    leaf = (fill || on_host ? at::empty(leaf.sizes(), options) : at::empty({}, options).expand(leaf.sizes())).requires_grad_(leaf.requires_grad());
   });
   device_ = device;
   inv_freq_ = inv_freq_.to(device);
@@ -241,15 +243,28 @@ at::Tensor Transformer::attention(const Block& b, const ArrivingRows& x_TC, cons
   return see(b.o.path, b.o.forward(out_THD.reshape({t, -1}), pass.dropout));
 }
 
+// The last of a block: what is computed again for backward alone need not end.
 at::Tensor Transformer::mlp(const Block& b, const ArrivingRows& x_TC, const Pass& pass) const {
+  if (mlp_rows_ > 0 && x_TC.promised().size(0) > mlp_rows_ && !pass.observe) return mlp_in_pieces(b, x_TC.wait(), pass);
   at::Tensor gate_TF = b.gate.forward(x_TC, pass.dropout), up_TF = b.up.forward(x_TC, pass.dropout);
-  at::Tensor out_TC = b.down.forward(swiglu(gate_TF, up_TF), pass.dropout);
+  at::Tensor out_TC = b.down.forward(swiglu(gate_TF, up_TF), pass.dropout, !recomputing());
   if (pass.observe) {
     pass.observe(b.gate.path, gate_TF);
     pass.observe(b.up.path, up_TF);
     pass.observe(b.down.path, out_TC);
   }
   return out_TC;
+}
+
+at::Tensor Transformer::mlp_in_pieces(const Block& b, const at::Tensor& x_TC, const Pass& pass) const {
+  std::vector<at::Tensor> trained;
+  for (const Linear* l : {&b.gate, &b.up, &b.down})
+    for (at::Tensor& leaf : l->trained()) trained.push_back(std::move(leaf));
+  const auto piece = [&b, dropout = pass.dropout, gate_norm = b.gate.row_norms(), up_norm = b.up.row_norms(), down_norm = b.down.row_norms()](int64_t first, const at::Tensor& x_tC) {
+    const DropoutContext rows = dropout.rows(first, x_tC.size(0));
+    return b.down.part(swiglu(b.gate.part(x_tC, rows, gate_norm), b.up.part(x_tC, rows, up_norm)), rows, down_norm);
+  };
+  return b.down.whole(in_row_pieces(piece, x_TC, mlp_rows_, config_.hidden_size, trained, !recomputing()), !recomputing());
 }
 
 at::Tensor Transformer::run_block(const Block& b, const at::Tensor& x_TC, const Pass& pass) const {

@@ -112,11 +112,15 @@ class Transformer {
   void share_tied_embedding(const Transformer& first);
   bool has_embedding() const { return has_embedding_; }
   bool has_head() const { return has_head_; }
+  // The table of the tokens' vectors stays in host memory, from where a device reads a batch's rows. Before there is memory; it is
+  // frozen then, and no head is tied to it.
+  void keep_embedding_on_host() { embedding_on_host_ = true; }
   std::vector<Linear*> linears();  // q, k, v, o, gate, up, down of every block, in order; not the head
   std::vector<Block>& blocks() { return blocks_; }
 
   // `offload`: with kFull the blocks' inputs wait in host memory, where the model is on a device.
   void set_recompute(Recompute mode, bool offload = false) { recompute_ = mode, offload_ = offload; }
+  void set_mlp_rows(int64_t rows) { mlp_rows_ = rows; }  // at most so many go through a block's MLP at once (in_row_pieces()); 0: all
   void set_block_weights(BlockWeights* weights) { block_weights_ = weights; }  // outlives every backward; null: all are there
   BlockWeights* block_weights() const { return block_weights_; }
   void set_training(bool training) { training_ = training; }
@@ -144,6 +148,7 @@ class Transformer {
   ArrivingRows arriving_rows(const at::Tensor& x_TC) const { return seams_.all_rows ? seams_.all_rows(x_TC) : x_TC; }
   at::Tensor attention(const Block& block, const ArrivingRows& x_TC, const Pass& pass) const;
   at::Tensor mlp(const Block& block, const ArrivingRows& x_TC, const Pass& pass) const;
+  at::Tensor mlp_in_pieces(const Block& block, const at::Tensor& x_TC, const Pass& pass) const;
 
   // fn(name, leaf), in the order of parameters(); leaves may be replaced. `frozen`, where it is given, is told of a layer whose weight
   // is made of several leaves in place of these.
@@ -161,7 +166,8 @@ class Transformer {
   at::Tensor inv_freq_;  // fp32 [D / 2] (fp64 in an fp64 model)
   double rope_scale_ = 1.0;
   Recompute recompute_ = Recompute::kNone;
-  bool offload_ = false;
+  bool offload_ = false, embedding_on_host_ = false;
+  int64_t mlp_rows_ = 0;
   bool training_ = false;
   BlockWeights* block_weights_ = nullptr;
 };

@@ -73,8 +73,9 @@ struct Glu : Function<Glu> {
   static variable_list backward(AutogradContext* ctx, const variable_list& grads) {
     auto saved = ctx->get_saved_variables();
     const auto activation = static_cast<Gate>(ctx->saved_data.at("activation").toInt());
+    const bool is_ours = !grads[0].is_contiguous() || (grads[0].use_count() == 1 && grads[0].storage().use_count() == 1);  // nobody else looks at it
     at::Tensor grad_y = grads[0].contiguous();
-    at::Tensor grad_gate = at::empty_like(saved[0]), grad_up = at::empty_like(saved[0]);
+    at::Tensor grad_gate = at::empty_like(saved[0]), grad_up = is_ours ? grad_y : at::empty_like(saved[0]);
     if (const kernels::Kernels* k = kernels_of(grad_y)) {
       k->glu_backward({kernel_type(grad_y), activation, 1, grad_y.numel(), grad_y.numel(), data_of(grad_y), data_of(saved[0]), data_of(saved[1]),
                        data_of(grad_gate), data_of(grad_up)}, stream_of(grad_y));

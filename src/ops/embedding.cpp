@@ -13,11 +13,11 @@ using torch::autograd::Variable;
 using torch::autograd::variable_list;
 
 at::Tensor rows_of(const at::Tensor& w_VC, const at::Tensor& ids_T) {
-  const kernels::Kernels* k = kernels_of(w_VC);
+  const kernels::Kernels* k = kernels_of(ids_T.is_cpu() ? w_VC : at::empty({0}, w_VC.options().device(ids_T.device())));
   if (!k) return at::embedding(w_VC, ids_T);
   const at::Tensor w = w_VC.contiguous();
-  at::Tensor y = at::empty({ids_T.numel(), w.size(1)}, w.options());
-  k->embedding({kernel_type(w), ids_T.numel(), w.size(1), ids_T.data_ptr<int64_t>(), data_of(w), 0, w.size(0), data_of(y)}, stream_of(w));
+  at::Tensor y = at::empty({ids_T.numel(), w.size(1)}, w.options().device(ids_T.device()));
+  k->embedding({kernel_type(w), ids_T.numel(), w.size(1), ids_T.data_ptr<int64_t>(), data_of(w), 0, w.size(0), data_of(y)}, stream_of(y));
   return y;
 }
 
@@ -74,9 +74,12 @@ struct Embedding : Function<Embedding> {
 }  // namespace
 
 at::Tensor embedding(const at::Tensor& w_VC, const at::Tensor& ids_T) {
-  check_alike("embedding", {"weight", w_VC}, {{"ids", ids_T}}, at::kLong);
+  const bool from_host = w_VC.is_cpu() && !ids_T.is_cpu();
+  if (!from_host) check_alike("embedding", {"weight", w_VC}, {{"ids", ids_T}}, at::kLong);
   TRIREME_CHECK(w_VC.dim() == 2 && ids_T.dim() == 1, w_VC.sizes(), ids_T.sizes());
-  return Embedding::apply(w_VC, ids_T.contiguous());
+  if (!from_host) return Embedding::apply(w_VC, ids_T.contiguous());
+  TRIREME_CHECK(!wants_gradient(w_VC) && ids_T.scalar_type() == at::kLong && w_VC.is_contiguous() && (!ids_T.is_cuda() || w_VC.is_pinned()), w_VC.toString(), ids_T.toString());
+  return rows_of(w_VC, ids_T.contiguous());
 }
 
 }  // namespace trireme

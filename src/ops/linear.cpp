@@ -14,10 +14,12 @@ using torch::autograd::Variable;
 using torch::autograd::variable_list;
 
 // [T, features] whose rows f makes of the rows of x, which it is told the number of the first of. With `sum` [T / n, features]:
-// piece by piece of every rank's rows, each on its way while the next is made; with `together` all at once.
-at::Tensor over_rows(const ArrivingRows& x_TI, int64_t features, const RowSum* sum, bool together,
+// piece by piece of every rank's rows, each on its way while the next is made; with `together` all at once. Not `is_read`: its values are left
+// as they come.
+at::Tensor over_rows(const ArrivingRows& x_TI, int64_t features, const RowSum* sum, bool together, bool is_read,
                      const std::function<void(int64_t first, const at::Tensor& x, at::Tensor y)>& f) {
   const int64_t rows = x_TI.promised().size(0);
+  if (!is_read) return at::empty({rows / (sum ? sum->num_ranks : 1), features}, x_TI.promised().options());
   at::Tensor y_TO = at::empty({rows, features}, x_TI.promised().options());
   if (!sum) {
     if (together) f(0, x_TI.wait(), y_TO);
@@ -72,7 +74,7 @@ FrozenWeight::Product times_transposed(const LinearWeight& w) {
 
 at::Tensor gradient_of_rows(const ArrivingRows& grad_TO, const LinearWeight& w) {
   const FrozenWeight::Product times = w.frozen ? w.frozen->times() : [&](const at::Tensor& grad, const at::Tensor&, at::Tensor& y) { product(grad, w.dense_OI, y); };
-  return over_rows(grad_TO, w.in_features(), nullptr, false, [&](int64_t, const at::Tensor& grad, at::Tensor y) { times(grad, {}, y); });
+  return over_rows(grad_TO, w.in_features(), nullptr, false, true, [&](int64_t, const at::Tensor& grad, at::Tensor y) { times(grad, {}, y); });
 }
 
 // An undefined tensor may not enter a Function; an empty optional may, and has no edge in the graph: so it comes last.
@@ -81,13 +83,13 @@ std::optional<at::Tensor> optional(const at::Tensor& t) { return t.defined() ? s
 struct LinearFunction : Function<LinearFunction> {
   static Variable forward(AutogradContext* ctx, const Variable& x_TI, const Variable& w_OI,
                           const std::optional<at::Tensor>& bias_O, bool keep_x, const ArrivingRows& rows,
-                          const Sum& sum) {
+                          const Sum& sum, bool is_read) {
     at::AutoDispatchBelowADInplaceOrView guard;
     if (keep_x) keep(ctx, "x", x_TI);  // only the weight's gradient needs it
     ctx->saved_data["bias"] = bias_O.has_value();
     keep_sum(ctx, sum);
     ctx->save_for_backward({w_OI});
-    return over_rows(rows, w_OI.size(0), sum.get(), false,
+    return over_rows(rows, w_OI.size(0), sum.get(), false, is_read,
                      [&](int64_t, const at::Tensor& x, at::Tensor y) { linear_product(x, w_OI, bias_O.value_or(at::Tensor()), y); });
   }
   static variable_list backward(AutogradContext* ctx, const variable_list& grads) {
@@ -99,22 +101,23 @@ struct LinearFunction : Function<LinearFunction> {
     if (ctx->needs_input_grad(1))
       grad_w = weight_gradient(w_OI, [grad_y, x_TI = take(ctx, "x")] { return product(grad_y.t(), x_TI); });
     if (ctx->saved_data.at("bias").toBool() && ctx->needs_input_grad(2)) grad_bias = sum_rows(grad_y);
-    return {grad_x, grad_w, grad_bias, {}, {}, {}};
+    return {grad_x, grad_w, grad_bias, {}, {}, {}, {}};
   }
 };
 
 // Of a weight that is kept in another form: it has no gradient.
 struct FrozenLinear : Function<FrozenLinear> {
   static Variable forward(AutogradContext* ctx, const Variable&, const LinearWeight& w, const std::optional<at::Tensor>& bias_O, const ArrivingRows& rows,
-                          const Sum& sum) {
+                          const Sum& sum, bool is_read) {
     at::AutoDispatchBelowADInplaceOrView guard;
     keep_sum(ctx, sum);
     keep_value(ctx, "weight", w);
-    const FrozenWeight::Product times = times_transposed(w);
-    return over_rows(rows, w.out_features(), sum.get(), w.frozen->takes_rows_together(), [&](int64_t, const at::Tensor& x, at::Tensor y) { times(x, bias_O.value_or(at::Tensor()), y); });
+    const FrozenWeight::Product times = is_read ? times_transposed(w) : nullptr;
+    return over_rows(rows, w.out_features(), sum.get(), w.frozen->takes_rows_together(), is_read,
+                     [&](int64_t, const at::Tensor& x, at::Tensor y) { times(x, bias_O.value_or(at::Tensor()), y); });
   }
   static variable_list backward(AutogradContext* ctx, const variable_list& grads) {
-    return {gradient_of_rows(gradient_of_product(ctx, grads[0]), kept_value<LinearWeight>(ctx, "weight")), {}, {}, {}, {}};
+    return {gradient_of_rows(gradient_of_product(ctx, grads[0]), kept_value<LinearWeight>(ctx, "weight")), {}, {}, {}, {}, {}};
   }
 };
 
@@ -122,20 +125,24 @@ struct FrozenLinear : Function<FrozenLinear> {
 struct LoraLinear : Function<LoraLinear> {
   static Variable forward(AutogradContext* ctx, const Variable& x_TI, const Variable& a_RI, const Variable& b_OR, const LinearWeight& w,
                           const std::optional<at::Tensor>& bias_O, double scale,
-                          const DropoutMask& mask, const ArrivingRows& rows, const Sum& sum) {
+                          const DropoutMask& mask, const ArrivingRows& rows, const Sum& sum, bool is_read) {
     at::AutoDispatchBelowADInplaceOrView guard;
     at::Tensor xa_TR;
-    auto adapt = [&](int64_t first, at::Tensor y) {
+    auto reduce = [&] {
       if (!xa_TR.defined() && mask.active()) xa_TR = mask.down(rows.wait(), a_RI);
       if (!xa_TR.defined()) linear_product(rows.wait(), a_RI, {}, xa_TR = at::empty({rows.promised().size(0), a_RI.size(0)}, rows.promised().options()));
+    };
+    auto adapt = [&](int64_t first, at::Tensor y) {
+      reduce();
       add_linear_product(xa_TR.narrow(0, first, y.size(0)), b_OR, scale, y);
     };
-    const FrozenWeight::Product times = times_transposed(w);
-    at::Tensor y_TO = over_rows(rows, w.out_features(), sum.get(), w.frozen && w.frozen->takes_rows_together(), [&](int64_t first, const at::Tensor& x, at::Tensor y) {
+    const FrozenWeight::Product times = is_read ? times_transposed(w) : nullptr;
+    at::Tensor y_TO = over_rows(rows, w.out_features(), sum.get(), w.frozen && w.frozen->takes_rows_together(), is_read, [&](int64_t first, const at::Tensor& x, at::Tensor y) {
       times(x, bias_O.value_or(at::Tensor()), y);
       if (sum) adapt(first, y);  // before it leaves
     });
-    if (!sum) adapt(0, y_TO);
+    if (!is_read) reduce();
+    else if (!sum) adapt(0, y_TO);
     keep(ctx, "x", x_TI);
     keep_sum(ctx, sum);
     ctx->saved_data["xa"] = xa_TR;
@@ -161,24 +168,33 @@ struct LoraLinear : Function<LoraLinear> {
     if (ctx->needs_input_grad(2)) grad_b = product(grad_y.t(), xa_TR, scale);
     if (ctx->needs_input_grad(0)) mask.add_up(grad_xa_TR, a_RI, grad_x);
     ctx->saved_data.clear();
-    return {grad_x, grad_a, grad_b, {}, {}, {}, {}, {}, {}};
+    return {grad_x, grad_a, grad_b, {}, {}, {}, {}, {}, {}, {}};
   }
+};
+
+struct SumOverRanks : Function<SumOverRanks> {
+  static Variable forward(AutogradContext* ctx, const Variable& part_TO, const Sum& sum, bool is_read) {
+    at::AutoDispatchBelowADInplaceOrView guard;
+    keep_sum(ctx, sum);
+    return over_rows(part_TO, part_TO.size(1), sum.get(), false, is_read, [](int64_t, const at::Tensor& x, at::Tensor y) { y.copy_(x); });
+  }
+  static variable_list backward(AutogradContext* ctx, const variable_list& grads) { return {gradient_of_product(ctx, grads[0]).wait(), {}, {}}; }
 };
 
 }  // namespace
 
-at::Tensor linear(const ArrivingRows& rows, const LinearWeight& w, const at::Tensor& bias_O, const std::shared_ptr<const RowSum>& sum) {
+at::Tensor linear(const ArrivingRows& rows, const LinearWeight& w, const at::Tensor& bias_O, const std::shared_ptr<const RowSum>& sum, bool is_read) {
   const at::Tensor& x_TI = rows.promised();
   check_alike("linear", {"x", x_TI}, {{"weight", w.dense_OI}, {"bias", bias_O}});
   TRIREME_CHECK(x_TI.dim() == 2 && (w.frozen || w.dense_OI.dim() == 2) && x_TI.size(1) == w.in_features(), x_TI.sizes(), w.out_features(), w.in_features());
   TRIREME_CHECK(!sum || !bias_O.defined(), "a bias would be added once a rank");
-  if (!w.frozen) return LinearFunction::apply(x_TI, w.dense_OI, optional(bias_O), wants_gradient(w.dense_OI), rows, sum);
+  if (!w.frozen) return LinearFunction::apply(x_TI, w.dense_OI, optional(bias_O), wants_gradient(w.dense_OI), rows, sum, is_read);
   TRIREME_CHECK(!wants_gradient(bias_O), "the bias of a frozen layer is frozen");
-  return FrozenLinear::apply(x_TI, w, optional(bias_O), rows, sum);
+  return FrozenLinear::apply(x_TI, w, optional(bias_O), rows, sum, is_read);
 }
 
 at::Tensor lora_linear(const ArrivingRows& rows, const LinearWeight& w, const at::Tensor& bias_O, const at::Tensor& a_RI,
-                       const at::Tensor& b_OR, double scale, const DropoutKey& key, const std::shared_ptr<const RowSum>& sum) {
+                       const at::Tensor& b_OR, double scale, const DropoutKey& key, const std::shared_ptr<const RowSum>& sum, bool is_read) {
   const at::Tensor& x_TI = rows.promised();
   check_alike("lora_linear", {"x", x_TI}, {{"weight", w.dense_OI}, {"bias", bias_O}, {"A", a_RI}, {"B", b_OR}});
   TRIREME_CHECK(x_TI.dim() == 2 && (w.frozen || w.dense_OI.dim() == 2) && x_TI.size(1) == w.in_features() && a_RI.size(1) == w.in_features() &&
@@ -186,7 +202,12 @@ at::Tensor lora_linear(const ArrivingRows& rows, const LinearWeight& w, const at
                 x_TI.sizes(), w.out_features(), w.in_features(), a_RI.sizes(), b_OR.sizes());
   TRIREME_CHECK(!wants_gradient(w.dense_OI) && !wants_gradient(bias_O), "the base of a LoRA layer is frozen");
   TRIREME_CHECK(!sum || !bias_O.defined(), "a bias would be added once a rank");
-  return LoraLinear::apply(x_TI, a_RI, b_OR, w, optional(bias_O), scale, DropoutMask(key), rows, sum);
+  return LoraLinear::apply(x_TI, a_RI, b_OR, w, optional(bias_O), scale, DropoutMask(key), rows, sum, is_read);
+}
+
+at::Tensor sum_over_ranks(const at::Tensor& part_TO, const std::shared_ptr<const RowSum>& sum, bool is_read) {
+  TRIREME_CHECK(part_TO.dim() == 2 && sum && part_TO.size(0) % sum->num_ranks == 0, part_TO.sizes());
+  return SumOverRanks::apply(part_TO.contiguous(), sum, is_read);
 }
 
 }  // namespace trireme

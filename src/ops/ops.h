@@ -67,7 +67,8 @@ at::Tensor decode_attention(const at::Tensor& q_THD, const at::Tensor& k_BSKD, c
 
 // x w^T (+ bias). Only the gradients that are asked for are computed; w's may wait (ops/delayed_gradients.h), one in another form
 // (ops/frozen_weight.h) has none. `sum`, if not null: of the ranks' products, [T / n, O], without bias (ops/row_exchange.h).
-at::Tensor linear(const ArrivingRows& x_TI, const LinearWeight& w_OI, const at::Tensor& bias_O, const std::shared_ptr<const RowSum>& sum);
+// `is_read` false: nobody looks at y's values (recomputing()), and they are not made; gradients are as ever.
+at::Tensor linear(const ArrivingRows& x_TI, const LinearWeight& w_OI, const at::Tensor& bias_O, const std::shared_ptr<const RowSum>& sum, bool is_read = true);
 inline at::Tensor linear(const at::Tensor& x_TI, const at::Tensor& w_OI, const at::Tensor& bias_O = {}) {
   return linear(ArrivingRows(x_TI), w_OI, bias_O, nullptr);
 }
@@ -85,12 +86,16 @@ struct DropoutKey {
 at::Tensor dropout(const at::Tensor& x_TC, const DropoutKey& key);
 
 // x w^T + bias + scale * dropout(x) a^T b^T (Hu et al. 2021) with a frozen base: no gradient for w and bias. Keeps
-// x and the [T, R] product only. `sum`: as above.
+// x and the [T, R] product only. `sum`, `is_read`: as above.
 at::Tensor lora_linear(const ArrivingRows& x_TI, const LinearWeight& w_OI, const at::Tensor& bias_O, const at::Tensor& a_RI,
                        const at::Tensor& b_OR, double scale, const DropoutKey& key = {},
-                       const std::shared_ptr<const RowSum>& sum = {});
+                       const std::shared_ptr<const RowSum>& sum = {}, bool is_read = true);
 
-// Rows of w. Ids are int64 [T] in 0 .. V-1. The gradient adds rows in the order of t.
+// What a linear layer with a `sum` does behind its product: [T, O] of every rank -> [T / n, O], the rank's rows of their sum.
+at::Tensor sum_over_ranks(const at::Tensor& part_TO, const std::shared_ptr<const RowSum>& sum, bool is_read = true);
+
+// Rows of w. Ids are int64 [T] in 0 .. V-1. The gradient adds rows in the order of t. A frozen w may be in host memory while the ids are on
+// a device, whose kernel reads the rows from there: it is pinned then.
 at::Tensor embedding(const at::Tensor& w_VC, const at::Tensor& ids_T);
 
 // What a row of logits z may be charged beside -log softmax(z)[target], with L = log(sum(exp(z))):
@@ -133,6 +138,14 @@ int64_t cross_entropy_chunk_rows(int64_t vocabulary, at::ScalarType dtype, bool 
 // `to_host`: inputs on a device wait in host memory; backward brings those of the call before while it computes this one.
 at::Tensor recompute(const std::function<at::Tensor(const std::vector<at::Tensor>&)>& fn,
                      const std::vector<at::Tensor>& inputs, bool trains = true, bool to_host = false);
+// Whether recompute() runs its fn on this thread for the second time: what fn returns is read by nobody then.
+bool recomputing();
+
+// Rows fn(first, rows first .. first + t - 1 of x), [t, O], of pieces of at most `rows` rows, one after another: [T, O] in x's dtype. What fn
+// makes is there for one piece at a time, in forward and in backward, which computes it again. `trained`: the leaves that require
+// gradients among what fn captures; the sum of a leaf's over the pieces is made in fp32 (fp64) and rounded once. `is_read`: as of linear().
+at::Tensor in_row_pieces(const std::function<at::Tensor(int64_t first, const at::Tensor& x_tI)>& fn, const at::Tensor& x_TI, int64_t rows, int64_t out_features,
+                         const std::vector<at::Tensor>& trained, bool is_read = true);
 
 // While one lives on this thread (and is on), later ops do not keep the outputs of norms, rope, swiglu, geglu and
 // dropout for backward: these are computed again, once for all who need them, from what is kept anyway. The same

@@ -34,6 +34,10 @@ ShardedWeights::ShardedWeights(const std::vector<Parameter>& parameters, const H
   if (zero_ < 3) return;
   for (size_t i = 0; i < parameters.size(); ++i) {
     if (parameters[i].value.requires_grad()) continue;
+    if (parameters[i].on_host) {
+      if (fill) kept.push_back(parameters[i]);
+      continue;
+    }
     numbers.push_back(frozen.size());
     frozen.push_back(parameters[i]);
     of_frozen.group_of.push_back(holders.group_of[i]);

@@ -1,6 +1,6 @@
 // Weights in flat buckets, of whose equal parts each rank updates its own (ZeRO, see data_parallel.h).
 //   zero 1, 2  every rank has all trained weights; after an update it gets the other parts (all-gather, in the weights' dtype)
-//   zero 3     a rank keeps only its parts, of frozen weights too. A block's weights are gathered before it is used, in
+//   zero 3     a rank keeps only its parts, of frozen weights too, but for what stays in host memory (Parameter::on_host). A block's weights are gathered before it is used, in
 //              forward and in backward, while the block before it computes, and freed after use; what is outside of the
 //              blocks stays from the first forward of a step to release_all().
 // A leaf stays the same leaf: its memory becomes a view of a bucket.

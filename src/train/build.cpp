@@ -243,6 +243,13 @@ std::unique_ptr<Transformer> model_shapes(const Config& config, const ModelConfi
   if (attach && !base.stored.empty() && config.lora.init != "random")
     throw ConfigError(str("lora.init=", config.lora.init, " begins with the weights, but those of ", shape.source, " are stored in ", shape.quantization,
                           ", which stays as it is: set lora.init=random, or quant.base=dense with lora.init=pissa"));
+  if (config.model.embedding == "host") {
+    if (shape.tie_embeddings)
+      throw ConfigError(str("model.embedding=host saves nothing with ", shape.source, ", whose output layer is the same table and computes with it (tie_word_embeddings): leave model.embedding out"));
+    if (attach && config.lora.rank == 0 && config.lora.path.empty())
+      throw ConfigError("model.embedding=host keeps a table that is not trained, but all weights are trained: set lora.rank, or leave model.embedding out");
+    model->keep_embedding_on_host();
+  }
   freeze_base(*model, base);  // the adapters are not part of it
   if (!config.lora.path.empty()) {
     LoraConfig lora = lora_config(config);

@@ -156,7 +156,8 @@ void say_kernel_gaps(const std::vector<std::string>& gaps) {
 
 std::vector<NamedBytes> bytes_of(const std::vector<Parameter>& parameters) {
   std::vector<NamedBytes> all;
-  for (const Parameter& p : parameters) all.emplace_back(p.name, p.value.nbytes());
+  for (const Parameter& p : parameters)
+    if (!p.on_host) all.emplace_back(p.name, p.value.nbytes());
   return all;
 }
 

@@ -20,6 +20,9 @@ struct Sizes {
   int64_t element, wide;
   at::DeviceType device = at::kCPU;
   bool offload = false;  // what lies between the blocks leaves the device
+  int64_t mlp_rows = 0;  // train.mlp_tokens
+  bool pieced() const { return mlp_rows > 0 && mlp_rows < tokens; }
+  int64_t at_once() const { return pieced() ? mlp_rows : tokens; }  // rows in an MLP
   bool shared() const { return rows < tokens; }
 };
 
@@ -46,27 +49,31 @@ BlockBytes bytes_of(const Block& b, const ModelConfig& c, const Sizes& s, Recomp
   const bool qkv = keeps_input(b.q) || keeps_input(b.k) || keeps_input(b.v), mlp = keeps_input(b.gate) || keeps_input(b.up);
   const bool in = input_has_gradient || trained(b.input_norm.weight_C), attended = in || qkv || keeps_input(b.o);
   const bool selective = mode == Recompute::kSelective;
+  std::vector<const Linear*> whole = {&b.q, &b.k, &b.v, &b.o}, of_mlp = {&b.gate, &b.up, &b.down};  // `whole`: all rows at once
+  if (!s.pieced()) whole.insert(whole.end(), of_mlp.begin(), of_mlp.end());
   int64_t adapters = 0, split = 0;
-  for (const Linear* l : {&b.q, &b.k, &b.v, &b.o, &b.gate, &b.up, &b.down}) adapters += rank_of(*l);
-  for (const Linear* l : {&b.q, &b.k, &b.v, &b.gate, &b.up, &b.o, &b.down}) split += trained(l->weight_OI) ? l->out_features() : 0;
+  for (const Linear* l : whole) adapters += rank_of(*l), split += trained(l->weight_OI) ? l->out_features() : 0;
 
   // Elements a token of every rank's, and of this rank's rows.
-  const int64_t attention = attended ? q + k + v + q : keeps_input(b.o) ? q : 0, middle = 2 * f;
-  const int64_t normed = (qkv ? width : 0) + (mlp ? width : 0), product = keeps_input(b.down) ? f : 0;
+  const int64_t attention = attended ? q + k + v + q : keeps_input(b.o) ? q : 0, middle = s.pieced() ? 0 : 2 * f;
+  const int64_t normed = (qkv ? width : 0) + (mlp || s.pieced() ? width : 0), product = keeps_input(b.down) && !s.pieced() ? f : 0;
   const int64_t twice = attended && b.q_norm.weight_C.defined() && !selective ? q + k : 0;  // before and behind their norm
   const int64_t small = (2 * s.rows + (attended ? all * heads : 0) + (b.q_norm.weight_C.defined() ? all * (q + k) / c.head_dim : 0)) * s.wide;
   const int64_t streams = (in ? 1 : 0) + 1;  // the block's input, and its sum with what attention adds
   auto in_rows = [&](int64_t per_token) { return (s.shared() ? all : s.rows) * per_token * s.element; };
   // DoRA: the product that the norms scale; backward has two more of it. With dropout the two halves of the input and both products
   // are counted, as measured (run_memory_test.py).
-  int64_t scaled = 0, scaling = 0;
-  for (const Linear* l : {&b.q, &b.k, &b.v, &b.o, &b.gate, &b.up, &b.down}) {
-    if (!l->lora || !l->lora->magnitude_O.defined()) continue;
-    const int64_t product = (l->after || l == &b.o || l == &b.down ? s.rows : all) * l->out_features();
-    scaled += product + (l->lora->dropout > 0 ? product + 2 * all * l->in_features() : 0);
-    scaling = std::max(scaling, 2 * product + (l->lora->dropout > 0 ? 2 * all * l->in_features() : 0));
-  }
-  const int64_t least = (all * (attention + twice + middle + adapters) + s.rows * streams * width + scaled) * s.element + small;
+  struct Scaled {
+    int64_t kept = 0, backward = 0;
+    void add(const Linear& l, int64_t rows_in, int64_t rows_out) {
+      if (!l.lora || !l.lora->magnitude_O.defined()) return;
+      const int64_t product = rows_out * l.out_features(), halves = l.lora->dropout > 0 ? 2 * rows_in * l.in_features() : 0;
+      kept += product + halves + (halves > 0 ? product : 0);
+      backward = std::max(backward, 2 * product + halves);
+    }
+  } scaled, scaled_in_piece;
+  for (const Linear* l : whole) scaled.add(*l, all, l->after || l == &b.o || l == &b.down ? s.rows : all);
+  const int64_t least = (all * (attention + twice + middle + adapters) + s.rows * streams * width + scaled.kept) * s.element + small;
 
   BlockBytes bytes;
   bytes.whole = least + in_rows(normed) + all * product * s.element;
@@ -76,10 +83,23 @@ BlockBytes bytes_of(const Block& b, const ModelConfig& c, const Sizes& s, Recomp
   // The MLP's, then attention's: what has come in, what it adds to it, less what it no longer needs.
   const int64_t arrived = s.rows * width + (s.shared() ? all * width : 0), again = selective ? all * product : 0;
   const int64_t down = arrived + all * f + again + gradient_of(b.down);
-  const int64_t swiglu = s.rows * width + 3 * all * f - (selective ? 0 : all * product);
-  const int64_t scores = s.rows * width + all * (5 * q + 2 * k) - all * (2 * f + product) - (selective ? 0 : (s.shared() ? all : s.rows) * (mlp ? width : 0));
+  const int64_t swiglu = s.rows * width + 2 * all * f - (selective ? 0 : all * product);  // one gradient takes the other's place
+  const int64_t scores = s.rows * width + all * (5 * q + 2 * k) - all * (middle + product) - (selective ? 0 : (s.shared() ? all : s.rows) * (normed - (qkv ? width : 0)));
   const int64_t gates = s.rows * width + 2 * all * width + gradient_of(b.gate) + (selective ? all * width : -all * product);
-  bytes.backward = (std::max({down, swiglu, scores, gates}) + scaling) * s.element;
+  if (!s.pieced()) {
+    bytes.backward = (std::max({down, swiglu, scores, gates}) + scaled.backward) * s.element;
+  } else {
+    // Gradients of all rows, and what one piece takes: gate, up, their product and its gradient, or the two of gate and up; rows that come and go.
+    // Gradients of trained leaves are added up, and there are those of the piece.
+    int64_t piece = s.mlp_rows * (4 * f + 4 * width), sums = 0;
+    for (const Linear* l : of_mlp) {
+      piece += s.mlp_rows * rank_of(*l);
+      scaled_in_piece.add(*l, s.mlp_rows, s.mlp_rows);
+      for (const at::Tensor& leaf : l->trained()) sums += leaf.numel() * (s.wide + s.element);
+    }
+    const int64_t mlp_bytes = (arrived + again + all * width + piece + scaled_in_piece.kept + scaled_in_piece.backward) * s.element + sums;
+    bytes.backward = std::max(mlp_bytes, (scores + scaled.backward) * s.element);
+  }
   if (mode == Recompute::kFull) bytes.backward += bytes.whole + 2 * s.rows * width * s.element;  // it all, its output and gradient
   return bytes;
 }
@@ -135,7 +155,7 @@ int64_t forward_bytes(const Transformer& chunk, const ModelConfig& c, const Size
   for (const Block& b : const_cast<Transformer&>(chunk).blocks()) {
     const int64_t q = b.q.out_features(), kv = b.k.out_features() + b.v.out_features(), f = b.gate.out_features();
     const int64_t heads = 2 * row + gathered + s.tokens * (q + kv) + std::max(2 * s.tokens * q, s.tokens * q + all);  // the input and its norm
-    const int64_t mlp = 5 * row + gathered + 3 * s.tokens * f + all + (s.shared() ? row : 0);  // and what was added, the sum and its norm
+    const int64_t mlp = 5 * row + gathered + 3 * s.at_once() * f + all + (s.pieced() ? s.at_once() * c.hidden_size : 0) + (s.shared() ? row : 0);  // and what was added, the sum and its norm
     most = std::max({most, heads, mlp});
   }
   if (chunk.has_head()) {
@@ -228,10 +248,11 @@ void add_shared_out(Footprint& f, const MeshModel& model, const Config& config, 
       for (size_t i : bucket.parameters) blocks[block_of(rank.parameters[i].name)] = true;
       for (const auto& [block, there] : blocks) of_block[block] += bucket.num_elements * wide;
     }
-  uint64_t weights = 0, frozen = 0;
-  for (const Parameter& p : rank.parameters) (p.value.requires_grad() ? weights : frozen) += p.value.nbytes();
+  uint64_t weights = 0, frozen = 0, on_host = 0;
+  for (const Parameter& p : rank.parameters) (p.on_host ? on_host : p.value.requires_grad() ? weights : frozen) += p.value.nbytes();
   f.weights = frozen + (zero == 0 ? weights : static_cast<uint64_t>(all * element));
   if (zero == 3) f.weights = static_cast<uint64_t>(weight_parts + gathered_blocks(model, config, coords, num_batches).peak_bytes);
+  (device == at::kCPU ? f.weights : f.embedding) += on_host;
   f.gradients = static_cast<uint64_t>(all * wide);
   if (zero >= 2) {
     int64_t transient = 0;
@@ -251,8 +272,8 @@ void add_shared_out(Footprint& f, const MeshModel& model, const Config& config, 
 
 }  // namespace
 
-uint64_t kept_by_block(const Block& block, const ModelConfig& config, at::ScalarType dtype, int64_t tokens, int num_tensor, Recompute mode) {
-  const Sizes sizes{tokens, tokens / num_tensor, size_of(dtype), size_of(gradient_type(dtype))};
+uint64_t kept_by_block(const Block& block, const ModelConfig& config, at::ScalarType dtype, int64_t tokens, int num_tensor, Recompute mode, int64_t mlp_rows) {
+  const Sizes sizes{tokens, tokens / num_tensor, size_of(dtype), size_of(gradient_type(dtype)), at::kCPU, false, mlp_rows};
   return static_cast<uint64_t>(bytes_of(block, config, sizes, mode, true).kept);
 }
 
@@ -266,7 +287,7 @@ Footprint step_footprint(const MeshModel& model, const Config& config, const Mes
   const bool offload = config.train.offload_activations && device != at::kCPU;
   auto sizes_of = [&](int64_t tokens) {
     tokens = (tokens + multiple - 1) / multiple * multiple;
-    return Sizes{tokens, tokens / mesh.num_tensor(), size_of(model.dtype()), size_of(gradient_type(model.dtype())), device, offload};
+    return Sizes{tokens, tokens / mesh.num_tensor(), size_of(model.dtype()), size_of(gradient_type(model.dtype())), device, offload, config.train.mlp_tokens};
   };
   const Sizes sizes = sizes_of(batch.tokens);
   const Recompute mode = parse_recompute(config.train.recompute);

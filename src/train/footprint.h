@@ -19,6 +19,7 @@ struct Footprint {
   uint64_t pages = 0;        // of it, what a device has to hold with optim.paged; the rest may be in host memory
   uint64_t activations = 0;  // kept for backward, and what the largest moment of forward, loss or backward adds
   uint64_t away = 0;         // kept in host memory beside them: with train.offload_activations, of a device
+  uint64_t embedding = 0;    // in host memory too: with model.embedding=host, of a device
   uint64_t buffers = 0;      // the step's batches, hidden states between stages
   uint64_t block = 0;        // of these activations, those of one block without recomputation
   bool in_evaluation = false;  // activations and buffers are those of an evaluation, which has more
@@ -36,6 +37,6 @@ Footprint step_footprint(const MeshModel& model, const Config& config, const Mes
                          const EvalBatches& evaluation = {}, at::DeviceType device = at::kCPU);
 
 // What one block keeps for backward of a micro-batch of so many tokens.
-uint64_t kept_by_block(const Block& block, const ModelConfig& config, at::ScalarType dtype, int64_t tokens, int num_tensor, Recompute mode);
+uint64_t kept_by_block(const Block& block, const ModelConfig& config, at::ScalarType dtype, int64_t tokens, int num_tensor, Recompute mode, int64_t mlp_rows = 0);
 
 }  // namespace trireme

@@ -70,7 +70,7 @@ std::pair<int, int> MeshModel::shared_out(int group_size, const Config& config, 
 std::vector<Bucket> MeshModel::buckets(const RankModel& rank, const Config& config, bool trained) const {
   std::vector<size_t> chosen;
   for (size_t i = 0; i < rank.parameters.size(); ++i)
-    if (rank.parameters[i].value.requires_grad() == trained) chosen.push_back(i);
+    if (rank.parameters[i].value.requires_grad() == trained && !rank.parameters[i].on_host) chosen.push_back(i);
   std::vector<int> sizes;
   for (int size : rank.group_sizes) sizes.push_back(shared_out(size, config, mesh_).first);
   return cut_buckets(rank.parameters, chosen, rank.group_of, sizes, static_cast<int64_t>(config.comm.bucket_mb * (1 << 20)),

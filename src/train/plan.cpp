@@ -42,7 +42,7 @@ uint64_t Plan::needed_bytes() const {
 
 uint64_t Plan::host_bytes() const {
   uint64_t most = 0;
-  for (const Stage& stage : stages) most = std::max(most, of_device() ? away_bytes(stage.memory) + stage.memory.away : stage.memory.total());
+  for (const Stage& stage : stages) most = std::max(most, of_device() ? away_bytes(stage.memory) + stage.memory.away + stage.memory.embedding : stage.memory.total());
   return most + checkpoint_bytes + base_bytes;
 }
 
@@ -86,9 +86,11 @@ std::string Plan::text() const {
     out += str(", ", counted(data.rows_per_epoch, "row"), " an epoch (",
                counted((data.rows_per_epoch + data.rows_per_step - 1) / std::max<int64_t>(data.rows_per_step, 1), "step"), ")");
   const std::string copy = checkpoint_bytes > 0 ? "copy for a checkpoint " + b(checkpoint_bytes) + ", " : "", rest = str(copy, "program ", b(base_bytes), ": ", b(host_bytes()));
+  uint64_t embedding = 0;  // of the stage that has it
+  for (const Stage& stage : stages) embedding = std::max(embedding, stage.memory.embedding);
   if (of_device())
     out += str("\nplan: memory of a rank's device: ", parts_text(*this, largest()), ", workspace of products ", b(kernels::kMatMulWorkspace), ": ", b(needed_bytes()),
-               "; in host memory: ", largest().away > 0 ? "activations " + b(largest().away) + ", " : "", rest);
+               "; in host memory: ", largest().away > 0 ? "activations " + b(largest().away) + ", " : "", embedding > 0 ? "embedding " + b(embedding) + ", " : "", rest);
   else
     out += str("\nplan: memory of a rank: ", parts_text(*this, largest()), ", ", rest);
   if (mesh.num_ranks() == 1) return out;
@@ -152,15 +154,24 @@ std::string fit_text(const Plan& plan, const Config& config, const ModelConfig& 
       {"parallel.zero=1", [&](Config& c) { return copies && c.parallel.zero < 1 && set(c.parallel.zero, 1); }},
       {"parallel.zero=2", [&](Config& c) { return copies && c.parallel.zero < 2 && set(c.parallel.zero, 2); }},
       {"parallel.zero=3", [&](Config& c) { return copies && c.parallel.zero < 3 && set(c.parallel.zero, 3); }},
+      {"model.embedding=host", [&](Config& c) { return plan.of_device() && adapts && !model.tie_embeddings && set(c.model.embedding, "host"); }},
+      {"optim.kind=adamw8bit", [&](Config& c) { return c.optim.kind == "adamw" && dtype != at::kDouble && set(c.optim.kind, "adamw8bit"); }},
+      {"optim.masters=false", [&](Config& c) { return dtype == at::kBFloat16 && set(c.optim.masters, false); }},
       {"optim.paged=true", [&](Config& c) { return plan.of_device() && !c.optim.offload && set(c.optim.paged, true); }},
       {"optim.offload=true", [&](Config& c) { return plan.of_device() && !c.optim.paged && c.optim.kind != "adafactor" && set(c.optim.offload, true); }},
       {"train.recompute=full", [&](Config& c) { return set(c.train.recompute, "full"); }},
+      {"train.mlp_tokens=1024", [&](Config& c) { return c.train.mlp_tokens == 0 && set(c.train.mlp_tokens, 1024); }},
       {"train.offload_activations=true", [&](Config& c) { return plan.of_device() && c.train.recompute == "full" && set(c.train.offload_activations, true); }},
       {"eval.micro_batch_size=1", [&](Config& c) { return plan.largest().in_evaluation && set(c.eval.micro_batch_size, 1); }},
       {"train.micro_batch_size=1", [&](Config& c) { return set(c.train.micro_batch_size, 1); }}};
   std::vector<std::string> fitting;
   auto try_it = [&](const Config& changed, const std::string& text) {
-    const Plan other = make_plan(changed, model, dtype, plan.mesh, plan.data);
+    Plan other;
+    try {
+      other = make_plan(changed, model, dtype, plan.mesh, plan.data);
+    } catch (const ConfigError&) {  // this mesh cannot have it so
+      return false;
+    }
     if (other.needed_bytes() <= bytes) fitting.push_back(str(text, " (", b(other.needed_bytes()), ")"));
     return other.needed_bytes() <= bytes;
   };

@@ -2,7 +2,6 @@
 
 #include <algorithm>
 #include <map>
-#include <numeric>
 
 #include "base/counted.h"
 #include "base/check.h"
@@ -37,7 +36,8 @@ bool any_trained(const Block& b) {
 
 // Tensor parallelism: of each gather of rows in forward the scatter in backward, and the reverse, each of the whole [T, C].
 // Backward comes as far as something before it is trained.
-int64_t row_exchanges(const Transformer& chunk, bool hidden_has_gradient, Recompute mode) {
+// `pieced`: the MLP's rows go through it piece by piece.
+int64_t row_exchanges(const Transformer& chunk, bool hidden_has_gradient, Recompute mode, bool pieced) {
   int64_t times = 0;
   bool gradient = hidden_has_gradient;
   auto pass = [&](int64_t forwards) { times += forwards + (gradient ? 1 : 0); };
@@ -51,9 +51,9 @@ int64_t row_exchanges(const Transformer& chunk, bool hidden_has_gradient, Recomp
     gradient |= trained(b.q) || trained(b.k) || trained(b.v) || trained(b.o) || trained(b.q_norm.weight_C) || trained(b.k_norm.weight_C);
     pass(forwards);  // behind o
     gradient |= trained(b.post_attention_norm.weight_C);
-    pass(forwards + (again && (keeps_input(b.gate) || keeps_input(b.up)) ? 1 : 0));  // for gate and up
+    pass(forwards + (again && (pieced || keeps_input(b.gate) || keeps_input(b.up)) ? 1 : 0));  // for gate and up
     gradient |= trained(b.gate) || trained(b.up) || trained(b.down);
-    pass(forwards);  // behind down
+    pass(b.down.lora && b.down.lora->magnitude_O.defined() && !pieced ? forwards : 1);  // behind down: what is computed again for backward ends before
   }
   if (chunk.has_head()) pass(1);
   return times;
@@ -139,13 +139,13 @@ Traffic step_traffic(const MeshModel& model, const Config& config, const MeshCoo
     const int64_t multiple = row_multiple(at::kCPU, model.dtype(), mesh.num_tensor());
     rows.push_back((batch.tokens + multiple - 1) / multiple * multiple);
   }
-  const int64_t all_rows = std::accumulate(rows.begin(), rows.end(), int64_t{0});
 
   add_gradients(t, model, config, rank, config.parallel.reduce == "micro_batch" ? count : 1);
   if (config.parallel.zero == 3) t.weights = gathered_blocks(model, config, coords, count).bytes_exchanged;
   if (mesh.num_tensor() > 1)
     for (const auto& chunk : rank.chunks) {
-      t.tensor += row_exchanges(*chunk, !chunk->has_embedding(), parse_recompute(config.train.recompute)) * all_rows * row_bytes;
+      for (const int64_t count : rows)
+        t.tensor += row_exchanges(*chunk, !chunk->has_embedding(), parse_recompute(config.train.recompute), config.train.mlp_tokens > 0 && config.train.mlp_tokens < count) * count * row_bytes;
       if (!chunk->has_head()) continue;
       const int64_t of_a_row = std::max<int64_t>(wide, 4) + 8 + 2 * 8;  // maximum, its place, sum and the target's logit
       for (const MicroBatch& batch : batches) t.tensor += batch.learnt * of_a_row;

@@ -26,6 +26,7 @@ Worker::Worker(const Config& config, Chunks chunks, std::unique_ptr<Task> task, 
   for (auto& chunk : chunks_) {
     chunk->set_training(true);
     chunk->set_recompute(parse_recompute(config.train.recompute), config.train.offload_activations);
+    chunk->set_mlp_rows(config.train.mlp_tokens);
   }
   GradientReducerOptions options;
   options.bucket_bytes = static_cast<int64_t>(config.comm.bucket_mb * (1 << 20));
