@@ -11,18 +11,31 @@ SHAPES = {"7B": dict(vocab_size=32000, hidden_size=4096, intermediate_size=11008
           "70B": dict(vocab_size=128256, hidden_size=8192, intermediate_size=28672, num_hidden_layers=80, num_attention_heads=64, num_key_value_heads=8)}
 
 
+def planned(work, config, *keys):
+    return run(work, "plan", f"--model.config={config}", "--plan.ranks=1", "--plan.memory_gb=80", "--train.dtype=bfloat16", "--train.recompute=full", "--data.max_length=2048",
+               "--lora.rank=16", *keys).stderr
+
+
 def test_memory_of_quantized_bases(tmp_path):
     for name, shape in SHAPES.items():
         (tmp_path / "config.json").write_text(json.dumps(COMMON | shape))
         cells = []
         for base in ("none", "int8", "nf4"):
-            said = run(tmp_path, "plan", f"--model.config={tmp_path}/config.json", "--plan.ranks=1", "--plan.memory_gb=80", "--train.dtype=bfloat16", "--train.recompute=full",
-                       "--train.micro_batch_size=1", "--data.max_length=2048", "--lora.rank=16", f"--quant.base={base}").stderr
+            said = planned(tmp_path, tmp_path / "config.json", "--train.micro_batch_size=1", f"--quant.base={base}")
             longest = re.search(r"rows of up to (\d+) tokens fit", said)
             row = "none" if not longest else "all" if longest[1] == "131072" else f"{int(longest[1]):,}"
             cells.append(f"{re.search('a rank needs ([0-9.]+ GiB)', said)[1]}, {row}")
         line = f"| {name} | {' | '.join(cells)} |"
         assert line in README.replace("all 131,072 tokens", "all"), line
+
+
+def test_the_smallest_footprint(tmp_path):
+    keys, rows = [], re.findall(r"^\| (?:AdamW in fp32|and `([^`]+)`) \| ([0-9.]+ GiB) \|$", README, re.M)
+    assert len(rows) == 5
+    for more, memory in rows:
+        keys += [f"--{key}" for key in more.split()]
+        said = planned(tmp_path, SOURCE / "benchmarks/gpu_llama_8b.json", "--train.micro_batch_size=2", "--quant.base=nf4", *keys)
+        assert f"a rank needs {memory} of its device" in said, (keys, said)
 
 
 def test_quality_of_quantized_bases():
