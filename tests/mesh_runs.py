@@ -76,7 +76,7 @@ def keys_of(work, kind, name, *keys, begins=False):
              f"--data.eval={QUICKSTART}/eval.jsonl:9", f"--eval.every={STEPS // 2}", "--eval.micro_batch_size=1", "--eval.restore_best=false",
              "--checkpoint.every=50"]
     of_kind = [key.format(work=work) for key in KINDS[kind][1] if not (begins and key.startswith("--lora.path"))]
-    return override(usual, [*of_kind, *keys])
+    return override(override(usual, of_kind), keys)
 
 
 def train(work, kind, name, *keys, ranks=1, status=0, begins=False):
