@@ -299,11 +299,14 @@ struct CutTensor {
   int64_t num_rows, num_columns;  // num_rows 0: a vector
   std::vector<std::array<int64_t, 4>> slices;  // rows and columns, [begin, end)
   int64_t piece;
-  double size = 1;  // of weights
+  double weights = 1, means = 1, gradients = 1;  // their size
 };
 const std::vector<CutTensor> kCuts = {
     {0, 1, {{0, 1, 0, 1}}, 1}, {0, 513, {{0, 1, 0, 513}}, 513}, {0, 2000, {{0, 1, 0, 900}, {0, 1, 900, 2000}}, 700}, {1, 5, {{0, 1, 0, 5}}, 5}, {5, 1, {{0, 5, 0, 1}}, 5},
-    {65, 512, {{0, 65, 0, 512}}, 65 * 512}, {130, 70, {{0, 130, 0, 70}}, 999}, {3, 1100, {{0, 1, 0, 1100}, {1, 3, 0, 1100}}, 4000}, {37, 1050, {{0, 37, 0, 521}, {0, 37, 521, 1050}}, 777}, {40, 30, {{0, 40, 0, 30}}, 1200, 1e-5}};
+    {65, 512, {{0, 65, 0, 512}}, 65 * 512}, {130, 70, {{0, 130, 0, 70}}, 999}, {3, 1100, {{0, 1, 0, 1100}, {1, 3, 0, 1100}}, 4000}, {37, 1050, {{0, 37, 0, 521}, {0, 37, 521, 1050}}, 777},
+    {40, 30, {{0, 40, 0, 30}}, 1200, 1e-5},  // moves by a thousandth of the step all the same
+    {90, 600, {{0, 90, 0, 600}}, 20000, 1, 1e-3}, {0, 2000, {{0, 1, 0, 2000}}, 700, 1, 1e-3},  // larger directions than it takes
+    {40, 30, {{0, 40, 0, 30}}, 700, 1, 0, 0}, {40, 30, {{0, 40, 0, 30}}, 700, 1, 0, 1e-5}, {0, 40, {{0, 1, 0, 40}}, 40, 1, 0, 0}};
 
 struct AdafactorStep {
   Type type;
@@ -318,10 +321,10 @@ struct AdafactorStep {
     const int64_t rows = std::max<int64_t>(cut.num_rows, 1), size = rows * cut.num_columns;
     const auto positive = [&](int64_t n, uint64_t seed) {
       Values out = random_values(Type::kFloat32, n, seed);
-      for (double& x : out) x = round_to(Type::kFloat32, 0.2 + std::abs(x));
+      for (double& x : out) x = round_to(Type::kFloat32, (0.2 + std::abs(x)) * cut.means);
       return out;
     };
-    before.weight = random_values(with_master ? Type::kFloat32 : type, size, 1, cut.size), grads = random_values(Type::kFloat32, size, 2);
+    before.weight = random_values(with_master ? Type::kFloat32 : type, size, 1, cut.weights), grads = random_values(Type::kFloat32, size, 2, cut.gradients);
     if (cut.num_rows > 0) before.rows = positive(rows, 3), before.columns = positive(cut.num_columns, 4);
     else before.squares = positive(size, 5);
     after = before;
