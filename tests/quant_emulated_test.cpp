@@ -96,6 +96,30 @@ TEST(QuantByKernels, Int8) {
   }
 }
 
+// Two have half of the columns each, and tell each other their rows' largest values.
+TEST(QuantByKernels, Int8OfPartsOfRowsIsThatOfWholeRows) {
+  for (at::ScalarType dtype : kDtypes)
+    for (const float threshold : {0.0f, 2.0f}) {
+      const at::Tensor x = test::gaussian(20 * 48, 4).view({20, 48}).to(dtype);
+      const auto codes_of_both = [&] {
+        const Int8Inputs whole = quantize_int8_inputs(x, threshold);
+        std::vector<at::Tensor> codes;
+        for (const auto& [begin, end] : {std::pair{0, 16}, {16, 48}}) {
+          const Int8Inputs part = quantize_int8_inputs(x.slice(1, begin, end).contiguous(), threshold, [&](at::Tensor absmax) {
+            EXPECT_TRUE((absmax <= whole.rows.absmax_R).all().item<bool>() && (absmax < whole.rows.absmax_R).any().item<bool>());
+            absmax.copy_(whole.rows.absmax_R);
+          });
+          EXPECT_TRUE(same_bits(part.rows.absmax_R, whole.rows.absmax_R));
+          codes.push_back(part.rows.codes_RC);
+        }
+        EXPECT_TRUE(same_bits(at::cat(codes, 1), whole.rows.codes_RC)) << dtype << " " << threshold;
+        return codes;
+      };
+      codes_of_both();
+      emulated(codes_of_both);
+    }
+}
+
 TEST(QuantByKernels, Affine) {
   for (const AffineFormat& format : {AffineFormat{8, false}, AffineFormat{8, true}, AffineFormat{4, false}, AffineFormat{4, true}})
     for (int64_t group : {0, 48, 128}) {
