@@ -6,6 +6,7 @@
 #include <torch/csrc/autograd/autograd.h>
 
 #include <filesystem>
+#include <numeric>
 
 #include "base/check.h"
 #include "checkpoint/checkpoint.h"
@@ -406,6 +407,27 @@ TEST(Buckets, OfOneBlockAndOneGroup) {
   Training run({.zero = 3, .bucket_bytes = 4000});
   for (const Bucket& bucket : run.reducer->layout())
     for (size_t i : bucket.parameters) EXPECT_EQ(block_of(run.reducer->slices()[i].name), bucket.unit);
+}
+
+// As the codes and scales of a block's layers do.
+TEST(Buckets, DtypesThatTakeTurnsAreInOneBucketEach) {
+  std::vector<Parameter> parameters;
+  for (int block = 0; block < 2; ++block)
+    for (int i = 0; i < 3; ++i)
+      for (const at::ScalarType type : {at::kByte, at::kFloat}) {
+        const at::Tensor value = at::zeros({type == at::kByte ? 1000 : 10}, type);
+        parameters.push_back({str("model.layers.", block, ".w", i, type == at::kByte ? "" : ".scale"), value, ShardSpec::whole(value)});
+      }
+  std::vector<size_t> all(parameters.size());
+  std::iota(all.begin(), all.end(), 0);
+  const auto buckets = cut_buckets(parameters, all, std::vector<size_t>(all.size(), 0), {2}, 1 << 20, true);
+  ASSERT_EQ(buckets.size(), 4u);
+  EXPECT_EQ(buckets[0].parameters, (std::vector<size_t>{11, 9, 7}));
+  EXPECT_EQ(buckets[0].offsets, (std::vector<int64_t>{0, 10, 20}));
+  EXPECT_EQ(buckets[1].parameters, (std::vector<size_t>{10, 8, 6}));
+  EXPECT_EQ(buckets[1].num_elements, 3000);
+  for (const Bucket& bucket : buckets) EXPECT_LT(bucket.unit, 2);
+  EXPECT_EQ(cut_buckets(parameters, all, std::vector<size_t>(all.size(), 0), {2}, 2500, true).size(), 6u);  // two codes' parameters in a bucket
 }
 
 }  // namespace

@@ -120,6 +120,10 @@ TEST(FourBitWeight, IsBroughtBackOnceWhereItsUsesMeet) {
   a->leaves()[0].value.fill_(0x77);  // other values in the same memory
   EXPECT_EQ(num_dequantized() - before, 0);
   EXPECT_FALSE(same_bits(linear(x.detach(), LinearWeight(a), {}, nullptr), y));
+  for (const double scale : {1.0, 2.0, 1.0}) {
+    a->set(weight(64, 64) * scale);  // other memory, as new as the one before
+    EXPECT_EQ(same_bits(linear(x.detach(), LinearWeight(a), {}, nullptr), y), scale == 1) << scale;
+  }
 }
 
 TEST(Int8Weight, MultipliesAsLlmInt8AndGoesBackThroughItsValues) {

@@ -15,6 +15,7 @@ namespace {
 struct Scratch {
   at::Tensor memory;        // bytes
   uint64_t weight = 0;      // that is in it
+  uint64_t times_set = 0;
   uint64_t version = 0;     // of its first leaf
   at::ScalarType dtype = at::kFloat;
 };
@@ -54,11 +55,11 @@ at::Tensor DequantizedWeight::in_scratch() const {
   }
   const at::Tensor w_OI = scratch.memory.narrow(0, 0, bytes).view(compute_).view({out_features_, in_features_});
   const auto version = static_cast<uint64_t>(leaf._version());
-  if (scratch.weight == id_ && scratch.version == version && scratch.dtype == compute_) return w_OI;
+  if (scratch.weight == id_ && scratch.times_set == times_set_ && scratch.version == version && scratch.dtype == compute_) return w_OI;
   scratch.weight = 0;  // until it is there
   dequantize(w_OI);
   ++count;
-  scratch.weight = id_, scratch.version = version, scratch.dtype = compute_;
+  scratch.weight = id_, scratch.times_set = times_set_, scratch.version = version, scratch.dtype = compute_;
   return w_OI;
 }
 

@@ -49,6 +49,7 @@ class FrozenWeight {
   std::string path_;  // of the layer, for messages
   int64_t out_features_, in_features_;
   std::vector<Leaf> leaves_;
+  uint64_t times_set_ = 0;
 };
 
 // The weight of a linear layer, in either form.

@@ -2,6 +2,7 @@
 
 #include <algorithm>
 #include <cstdlib>
+#include <map>
 
 #include "base/check.h"
 
@@ -26,24 +27,27 @@ std::vector<Bucket> cut_buckets(const std::vector<Parameter>& parameters, const 
   constexpr int64_t kNumBuckets = 8, kSmallest = 64 << 10;
   auto bytes_of = [&](size_t i) {
     const at::Tensor& value = parameters[i].value;
-    return value.numel() * static_cast<int64_t>(c10::elementSize(gradient_type(value.scalar_type())));
+    const at::ScalarType type = value.scalar_type();
+    return value.numel() * static_cast<int64_t>(c10::elementSize(c10::elementSize(type) == 1 ? type : gradient_type(type)));  // codes have no gradient
   };
   std::vector<Bucket> buckets;
   for (size_t g = 0; g < group_sizes.size(); ++g) {
     std::vector<size_t> members;
-    int64_t total = 0, used = 0;
+    int64_t total = 0, unit = -2;
     for (size_t i : chosen)
       if (group_of[i] == g) members.push_back(i), total += bytes_of(i);
+    std::map<at::ScalarType, std::pair<size_t, int64_t>> open;  // of each dtype the bucket that is being filled, and its bytes
     const int64_t limit = std::min(bucket_bytes, std::max(kSmallest, total / kNumBuckets));
     for (auto i = members.rbegin(); i != members.rend(); ++i) {
       const at::Tensor& value = parameters[*i].value;
-      const int64_t unit = by_unit ? block_of(parameters[*i].name) : -1;
-      if (i == members.rbegin() || used + bytes_of(*i) > limit || buckets.back().unit != unit ||
-          buckets.back().options.dtype() != value.dtype()) {
+      if (const int64_t next = by_unit ? block_of(parameters[*i].name) : -1; next != unit) open.clear(), unit = next;
+      const auto [found, is_new] = open.try_emplace(value.scalar_type());
+      auto& [number, used] = found->second;
+      if (is_new || used + bytes_of(*i) > limit) {
+        number = buckets.size(), used = 0;
         buckets.push_back({g, unit, {}, {}, 0, value.options().requires_grad(false)});
-        used = 0;
       }
-      Bucket& bucket = buckets.back();
+      Bucket& bucket = buckets[number];
       bucket.num_elements = (bucket.num_elements + align - 1) / align * align;
       bucket.parameters.push_back(*i);
       bucket.offsets.push_back(bucket.num_elements);

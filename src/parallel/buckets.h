@@ -19,8 +19,8 @@ struct Bucket {
 int64_t block_of(const std::string& name);
 
 // Cuts chosen parameters of each group apart from all others, so that every rank of a group cuts alike whatever else it
-// holds. A bucket has one dtype, at most bucket_bytes of fp32 gradients (fp64 for fp64; a larger parameter is alone) and,
-// `by_unit`, one block. A group that would fit into a few buckets gets more, of 64 KiB at least: all but the last travel
+// holds. A bucket has one dtype, at most bucket_bytes of fp32 gradients (fp64 for fp64; codes of a byte as they are; a larger parameter is alone) and,
+// `by_unit`, one block, however dtypes take turns in it. A group that would fit into a few buckets gets more, of 64 KiB at least: all but the last travel
 // during backward. In the order of groups, last parameters first.
 // `group_of`: of each parameter its group, `group_sizes`: the number of ranks of each. `align`: elements of a parameter that no part
 // may cut, from its first on.
