@@ -86,6 +86,28 @@ TEST(Int8Linear, IsTheProductOfCodes) {
     }
 }
 
+// The largest codes, whose pairs leave 16 bits; of columns and rows that are taken in several pieces, and of sizes that are in no eights.
+TEST(Int8Linear, AddsTheLargestCodesExactly) {
+  for (const auto& [T, I, O] : std::vector<std::tuple<int64_t, int64_t, int64_t>>{{1, 4096, 16}, {5, 61, 7}, {33, 2049, 1030}, {1030, 1025, 3}, {17, 64, 64}}) {
+    SCOPED_TRACE(testing::Message() << T << " x " << I << " x " << O);
+    at::manual_seed(1);
+    const auto codes = [](int64_t rows, int64_t columns) {
+      const at::Tensor any = at::randint(-127, 128, {rows, columns}, at::kChar);
+      for (int64_t r = 0; r < rows; r += 2) any[r] = r % 4 == 0 ? 127 : -127;
+      return any;
+    };
+    // Rows with a largest value of 127 are their own codes. Scales of 127 make products the codes', whose last bits fp32 may not have.
+    const at::Tensor x = codes(T, I), w = codes(O, I);
+    for (const at::Tensor& each : {x, w}) each.select(1, 0).fill_(127);
+    at::Tensor y = at::empty({T, O});
+    int8_linear(x.to(at::kFloat), {w, at::full({O}, 127.0f)}, {}, y, 0);
+    const at::Tensor products = at::mm(x.to(at::kDouble), w.to(at::kDouble).t()).to(at::kInt);
+    const std::vector<int32_t> integers(products.data_ptr<int32_t>(), products.data_ptr<int32_t>() + T * O);
+    const std::vector<float> of_x(static_cast<size_t>(T), 127.0f), of_w(static_cast<size_t>(O), 127.0f);
+    EXPECT_TRUE(same_bits(y, at::tensor(reference::scale_products(integers, of_x, of_w, {})).view({T, O})));
+  }
+}
+
 // With columns of outliers in 16 bits the error stays that of the others; without a threshold they spoil all.
 TEST(Int8Linear, OutliersAreMultipliedInTheirOwnDtype) {
   const int64_t T = 7, I = 64, O = 16;

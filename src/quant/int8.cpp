@@ -1,5 +1,7 @@
 #include "quant/int8.h"
 
+#include <algorithm>
+
 #include "ops/device.h"
 #include "ops/op_support.h"
 #include "ops/product.h"
@@ -8,17 +10,46 @@
 namespace trireme {
 namespace {
 
-constexpr int64_t kMostColumns = (int64_t{1} << 31) / (127 * 127);
+// Products of codes in int8 as the processor has them are exact with VNNI; without it they are added in pairs in 16 bits, of which oneDNN
+// says that they saturate. Asked of it and not of the processor, as its settings may keep it from using what is there.
+bool adds_codes_exactly() {
+  static const bool exact = [] {
+    constexpr int64_t kSize = 64;
+    const at::Tensor most = at::full({kSize, kSize}, 127, at::kChar);
+    return at::_int_mm(most, most).eq(kSize * 127 * 127).all().item<bool>();
+  }();
+  return exact;
+}
+
+// int32 [M, N] = a b^T in fp32 products of so few columns that every sum of theirs is an integer of 24 bits, which fp32 adds exactly; of
+// so few rows of both that what they need is no matter (14 MiB).
+at::Tensor product_in_fp32(const at::Tensor& a_MK, const at::Tensor& b_NK) {
+  constexpr int64_t kRun = (1 << 24) / (128 * 128), kRowsA = 1024, kRowsB = 512;
+  const auto pieces = [](int64_t size, int64_t most, const auto& f) {
+    for (int64_t i = 0; i < size; i += most) f(i, std::min(most, size - i));
+  };
+  at::Tensor y_MN = at::zeros({a_MK.size(0), b_NK.size(0)}, a_MK.options().dtype(at::kInt));
+  pieces(a_MK.size(0), kRowsA, [&](int64_t m, int64_t ms) {
+    pieces(a_MK.size(1), kRun, [&](int64_t k, int64_t ks) {
+      const at::Tensor a = a_MK.narrow(0, m, ms).narrow(1, k, ks).to(at::kFloat);
+      pieces(b_NK.size(0), kRowsB, [&](int64_t n, int64_t ns) {
+        const at::Tensor b = b_NK.narrow(0, n, ns).narrow(1, k, ks).to(at::kFloat);
+        y_MN.narrow(0, m, ms).narrow(1, n, ns).add_(at::mm(a, b.t()).to(at::kInt));
+      });
+    });
+  });
+  return y_MN;
+}
 
 // int32 [M, N] = a b^T
 at::Tensor product_of_codes(const at::Tensor& a_MK, const at::Tensor& b_NK) {
   const int64_t m = a_MK.size(0), n = b_NK.size(0), k = a_MK.size(1);
   if (m == 0 || n == 0 || k == 0) return at::zeros({m, n}, a_MK.options().dtype(at::kInt));
-  if (a_MK.is_cpu()) return at::_int_mm(a_MK, b_NK.t());
-  TRIREME_CHECK(n % 8 == 0 && k % 8 == 0, "products of int8 on a device take multiples of 8, not ", b_NK.sizes());
-  constexpr int64_t kLeastRows = 32;  // ATen's is 17
-  if (m >= kLeastRows) return at::_int_mm(a_MK, b_NK.t());
-  return at::_int_mm(at::cat({a_MK, at::zeros({kLeastRows - m, k}, a_MK.options())}), b_NK.t()).slice(0, 0, m);
+  if (a_MK.is_cpu()) return adds_codes_exactly() ? at::_int_mm(a_MK, b_NK.t()) : product_in_fp32(a_MK, b_NK);
+  // ATen's on a device: 17 rows and more, and sizes of b in eights.
+  const auto padded = [](const at::Tensor& x, int64_t rows, int64_t columns) { return rows == 0 && columns == 0 ? x : at::constant_pad_nd(x, {0, columns, 0, rows}); };
+  const int64_t more_m = std::max<int64_t>(32 - m, 0), more_n = -n & 7, more_k = -k & 7;
+  return at::_int_mm(padded(a_MK, more_m, more_k), padded(b_NK, more_n, more_k).t()).narrow(0, 0, m).narrow(1, 0, n).contiguous();
 }
 
 }  // namespace
@@ -70,7 +101,7 @@ void int8_linear(const at::Tensor& x_TI, const Int8Rows& w_OI, const at::Tensor&
   check_alike("int8_linear", {"x", x_TI}, {{"scales", w_OI.absmax_R}}, at::kFloat);
   check_alike("int8_linear", {"x", x_TI}, {{"bias", bias_O}, {"y", y_TO}});
   const int64_t rows = x_TI.size(0), width = w_OI.codes_RC.size(0);
-  TRIREME_CHECK(x_TI.dim() == 2 && x_TI.size(1) == w_OI.codes_RC.size(1) && x_TI.size(1) <= kMostColumns && w_OI.absmax_R.numel() == width, x_TI.sizes(), w_OI.codes_RC.sizes(),
+  TRIREME_CHECK(x_TI.dim() == 2 && x_TI.size(1) == w_OI.codes_RC.size(1) && x_TI.size(1) <= kInt8MostColumns && w_OI.absmax_R.numel() == width, x_TI.sizes(), w_OI.codes_RC.sizes(),
                 w_OI.absmax_R.sizes());
   TRIREME_CHECK(y_TO.dim() == 2 && y_TO.size(0) == rows && y_TO.size(1) == width && y_TO.is_contiguous(), y_TO.sizes(), y_TO.strides());
   const Int8Inputs q = quantize_int8_inputs(x_TI, threshold, maximum);

@@ -27,11 +27,13 @@ using RowMaximum = std::function<void(at::Tensor absmax_R)>;
 Int8Inputs quantize_int8_inputs(const at::Tensor& x_RC, float threshold, const RowMaximum& maximum = {});
 
 constexpr float kInt8Threshold = 6.0f;
+constexpr int64_t kInt8MostColumns = (int64_t{1} << 31) / (127 * 127);  // 133,144: of more the sum of products may leave int32
 
 // y = x w^T (+ bias): codes' products in int32, times absmax of both rows times 1 / 127^2 in fp32 (+ bias), rounded once; then the
 // columns of x with outliers times those of w's values in x's dtype are added. Which columns have outliers is of all rows of x
-// together. y and bias are of x's dtype. A gradient goes back through w's values (dequantize_int8_rows). On a device sizes of w must be
-// multiples of 8. InternalError: sizes, dtypes or devices do not fit; more than 133,144 columns, of which the sum may leave int32.
+// together. y and bias are of x's dtype. A gradient goes back through w's values (dequantize_int8_rows). On a device a w whose
+// sizes are no multiples of 8 is copied for each product. InternalError: sizes, dtypes or devices do not fit; more than
+// kInt8MostColumns.
 void int8_linear(const at::Tensor& x_TI, const Int8Rows& w_OI, const at::Tensor& bias_O, at::Tensor& y_TO, float threshold = kInt8Threshold,
                  const RowMaximum& maximum = {});
 
