@@ -98,7 +98,7 @@ step() { # NAME CONFIG ROWS LENGTH lora|full RECOMPUTE GFLOP_A_TOKEN TARGET TARG
   [ -z "$dry" ] || [ "$base" != fp8 ] || base=none # the CPU has no such products
   what=$([ "$kind" = lora ] && echo "LoRA rank 16" || echo "full fine-tuning")$([ "$base" = none ] || echo ", base in $base")
   [ -z "$dry" ] || { name=tiny config=$top/benchmarks/gpu_tiny.json rows=2 length=64 steps=5; }
-  shape="$name, $rows x $length$([ "$accumulation" = 1 ] || echo ", $accumulation times a step"), bf16 with gradients, master and moments in fp32, recomputation $recompute"
+  shape="$name, $rows x $length$([ "$accumulation" = 1 ] || echo ", $accumulation times a step"), bf16$([ $# -gt 12 ] || echo " with gradients, master and moments in fp32"), recomputation $recompute"
   for key in "${@:13}"; do keys+=("--$key") shape="$shape, $key"; done
   for _ in $(seq $((steps * accumulation * rows * length / 20000 + 2))); do cat "$top/configs/quickstart/train.jsonl"; done >"$work/text.txt"
   [ "$kind" != lora ] || keys+=(--lora.rank=16 --lora.alpha=16)
