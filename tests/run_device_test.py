@@ -269,8 +269,8 @@ def test_an_embedding_in_host_memory_is_not_on_the_device(work):
 def test_the_smallest_footprint_is_the_same_run_on_every_mesh(work, ranks, mesh):
     (work / "quads.json").write_text(json.dumps(SHAPE | dict(num_attention_heads=4, num_key_value_heads=2, intermediate_size=128)))
     name = "smallest_" + "_".join(key.split("=")[0].split(".")[1] for key in mesh)
-    device(work, "train", *keys_of(work, f"one_{name}", *SMALLEST, *(key for key in mesh if key.startswith("--optim")), model="quads"))
-    done = over_ranks(work, ranks, "train", *keys_of(work, name, *SMALLEST, *mesh, model="quads"))
+    device(work, "train", *keys_of(work, f"one_{name}", *override(SMALLEST, [key for key in mesh if key.startswith("--optim")]), model="quads"))
+    done = over_ranks(work, ranks, "train", *keys_of(work, name, *override(SMALLEST, mesh), model="quads"))
     assert done.returncode == 0, done.stderr
     assert curve(work, name) == pytest.approx(curve(work, f"one_{name}"), rel=CURVE_BF16)
 
