@@ -1,5 +1,6 @@
 // What attention and the loss never hold: a score matrix, the logits of all tokens.
 #include "support.h"
+#include "tensor_bytes.h"
 
 #include <torch/csrc/autograd/autograd.h>
 
@@ -55,12 +56,18 @@ TEST_P(OpsMemory, RowsInPiecesHoldOnePieceWide) {
   constexpr int64_t kWidth = 64, kWide = 1024, kPiece = 256;
   const at::Tensor up = random({kWide, kWidth}), gate = random({kWide, kWidth}), down = random({kWidth, kWide});
   const auto mlp = [&](int64_t, const at::Tensor& x) { return trireme::linear(swiglu(trireme::linear(x, gate), trireme::linear(x, up)), down); };
-  const int64_t wide = kTokens * kWide * bytes(), weights = 3 * kWide * kWidth * 2 * 4;
-  const int64_t whole = grown([&](int64_t tokens) { return mlp(0, random({tokens, kWidth})).sum(); });
-  EXPECT_GE(whole, 2 * wide);  // or this measured nothing: some is in memory that was freed before
-  EXPECT_LE(whole, 9 * wide / 2);  // gate, up, their product and its gradient, which becomes that of up
-  const int64_t pieces = grown([&](int64_t tokens) { return in_row_pieces(mlp, random({tokens, kWidth}), kPiece, kWidth, {up, gate, down}).sum(); });
-  EXPECT_LE(pieces, 5 * wide * kPiece / kTokens + 8 * kTokens * kWidth * 4 + 3 * weights);
+  const auto most = [&](bool in_pieces) {
+    for (const at::Tensor& leaf : {up, gate, down}) leaf.mutable_grad().reset();
+    return test::TensorBytes::install().grown([&] {
+      const at::Tensor x = random({kTokens, kWidth});
+      torch::autograd::backward({(in_pieces ? in_row_pieces(mlp, x, kPiece, kWidth, {up, gate, down}) : mlp(0, x)).sum()}, {});
+    });
+  };
+  // Gate, up, their product and its gradient, which becomes that of up; beside them what is narrow, and gradients of the weights.
+  const int64_t wide = kTokens * kWide * bytes(), narrow = 6 * kTokens * kWidth * 4 + 3 * kWide * kWidth * (4 + 2 * bytes());
+  EXPECT_GE(most(false), 4 * wide);
+  EXPECT_LE(most(false), 4 * wide + narrow);
+  EXPECT_LE(most(true), 4 * wide * kPiece / kTokens + narrow);
 }
 
 std::string name_of(const testing::TestParamInfo<at::ScalarType>& dtype) { return c10::toString(dtype.param); }
