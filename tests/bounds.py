@@ -37,4 +37,7 @@ LOGITS_BF16 = 1e-2            # norm of the difference / norm, after two layers
 # LLM.int8() rounds inputs to 8 bits, which makes steps of what rounds otherwise: bitsandbytes' own logits move by 0.018 where one code
 # of weights in a thousand is the next one.
 LOGITS_INT8 = 4e-2
+# One layer of it: theirs rounds products of codes, and what columns of outliers add, to float16.
+LAYER_INT8 = 4e-5             # norm of the difference / norm (seen: 2e-5; inputs that are not quantized: 7e-3)
+LAYER_INT8_OUTLIERS = 6e-4    # where a column of inputs is 30 times the others' (seen: 2.5e-4; 3e-3)
 GRADIENT_FP16 = 1e-2          # norm of the difference / norm, of a parameter

@@ -1,14 +1,16 @@
 // quant_dump FORMAT SIZE IN OUT: quantizes the fp32 values of file IN, for quant_parity_test.py.
 //   nf4 | fp4 | signed | unsigned (the dynamic maps)   in blocks of SIZE
 //   int8                                                rows of SIZE
+//   linear8                                             a layer in LLM.int8() of the second half of the rows of SIZE, with the first as inputs
 // Writes OUT.codes, OUT.absmax (fp32), OUT.values (fp32) and OUT.values16 (bf16); of nf4 and fp4 also OUT.nested_codes,
-// OUT.nested_absmax, OUT.offset and OUT.nested_values16, with scales in eight bits.
+// OUT.nested_absmax, OUT.offset and OUT.nested_values16, with scales in eight bits;
+// of linear8 the layer's outputs as OUT.y and, with these as gradients, that of the inputs as OUT.grad.
 #include <fstream>
 #include <iostream>
 
 #include "quant/dynamic_map.h"
 #include "quant/four_bit.h"
-#include "quant/int8.h"
+#include "quant/int8_weight.h"
 
 namespace {
 
@@ -44,6 +46,15 @@ void run(const std::string& format, int64_t size, const at::Tensor& x, const std
     const Int8Rows q = quantize_int8_rows(rows);
     write(out + ".codes", q.codes_RC), write(out + ".absmax", q.absmax_R);
     write_values(out, rows, ".values", [&](const at::Tensor& to) { dequantize_int8_rows(q, to); });
+  } else if (format == "linear8") {
+    const at::Tensor rows = x.view({2, -1, size}), inputs = rows[0];
+    const int64_t count = rows.size(1);
+    const auto w = int8_weight("layer", count, size, at::kFloat);
+    w->set(rows[1]);
+    at::Tensor y = at::empty({count, count}), grad = at::empty_like(inputs);
+    w->times_transposed()(inputs, {}, y);
+    w->times()(y, {}, grad);
+    write(out + ".y", y), write(out + ".grad", grad);
   } else if (format == "nf4" || format == "fp4") {
     FourBitTensor q = quantize_4bit(x, format == "nf4" ? FourBit::kNf4 : FourBit::kFp4, size);
     write(out + ".codes", q.codes), write(out + ".absmax", q.scales.absmax);

@@ -11,7 +11,10 @@ import pytest
 os.environ["TORCHDYNAMO_DISABLE"] = "1"  # bitsandbytes would compile what it runs once
 import torch  # noqa: E402
 
+import bitsandbytes  # noqa: E402
 import bitsandbytes.functional as functional  # noqa: E402
+
+import bounds  # noqa: E402
 
 BUILD = Path(os.environ["TRIREME_BINARY"]).parent
 TYPES = {"codes": np.uint8, "nested_codes": np.uint8, "values16": np.int16, "nested_values16": np.int16}
@@ -117,3 +120,33 @@ def test_int8_rows(tmp_path):
     theirs = functional.int8_vectorwise_dequant(mine_codes.view(1000, 1024), stats)
     assert torch.equal(mine["values"], theirs.flatten())
     assert torch.equal(mine["values16"], theirs.flatten().bfloat16())
+
+
+@pytest.mark.parametrize("outlier, bound", [(1, bounds.LAYER_INT8), (30, bounds.LAYER_INT8_OUTLIERS)])
+def test_a_layer_of_int8(tmp_path, outlier, bound):
+    """bitsandbytes' layer in eval(): in train() its CPU code does not quantize inputs."""
+    rows, width = 96, 256
+    generator = torch.Generator().manual_seed(3)
+    x = torch.randn(rows, width, generator=generator).clamp(-4, 4).half().float()  # float16 is what theirs takes
+    x[:, 5] *= outlier
+    w = torch.randn(rows, width, generator=generator) * 0.02
+    for matrix in (x, w):  # where theirs divide in another order
+        values = matrix.half().double()
+        steps = values * 127 / values.where(values.abs() < 6, 0).abs().amax(1, keepdim=True)
+        matrix[((steps.abs() % 1) - 0.5).abs() < 1e-4] = 0
+    layer = bitsandbytes.nn.Linear8bitLt(width, rows, bias=False, has_fp16_weights=False, threshold=6.0)
+    layer.weight = bitsandbytes.nn.Int8Params(w.clone(), requires_grad=False, has_fp16_weights=False)
+    layer = layer.to("cpu").eval()
+    given = x.clone().requires_grad_()
+    expected = layer(given)
+    mine = ours(tmp_path, "linear8", width, torch.stack([x, w]))
+    y, grad = mine["y"].view(rows, rows), mine["grad"].view(rows, width)
+    expected.backward(y)
+    values = layer.state.CB.float() * layer.state.SCB[:, None] / 127
+
+    def apart(found, from_what):
+        return ((found - from_what).norm() / from_what.norm()).item()
+
+    assert apart(y, expected.detach()) <= bound
+    assert apart(x @ values.t(), expected.detach()) > 4 * bound  # of inputs that are not quantized
+    assert apart(grad, given.grad) <= bounds.GRADIENT_FP32 < 100 * bounds.GRADIENT_FP32 < apart(y @ w, given.grad)

@@ -27,6 +27,14 @@ void check_stored(const FrozenBase& base, const std::string& path, const StoredF
   if (base.is_double != usual.is_double && base.is_double != f.is_double) throw differs("quant.double=", base.is_double ? "true" : "false");
 }
 
+// Why a layer cannot be kept in this form; empty where it can.
+std::string misfit(const std::string& kind, const Linear& l) {
+  const int64_t inputs = l.in_features();
+  if (kind == "int8" && inputs > kInt8MostColumns) return str(l.path, " has ", inputs, " inputs, but at most ", kInt8MostColumns, " products of 8 bits add up in 32 bits");
+  if ((kind == "nf4" || kind == "fp4") && inputs % 2 != 0) return str(l.path, " has ", inputs, " inputs, an odd number, whose codes of 4 bits fill no whole bytes");
+  return "";
+}
+
 }  // namespace
 
 void freeze_base(Transformer& model, const FrozenBase& base) {
@@ -37,6 +45,7 @@ void freeze_base(Transformer& model, const FrozenBase& base) {
     return four_bit_weight(l.path, l.out_features(), l.in_features(), {kind == "nf4" ? FourBit::kNf4 : FourBit::kFp4, block_size, is_double, base.compute.value_or(model.dtype())});
   };
   const auto made = [&](const Linear& l) -> std::shared_ptr<FrozenWeight> {
+    if (const std::string why = misfit(base.kind, l); !why.empty()) throw ConfigError(str("quant.base=", base.kind, ": ", why, ": add it to quant.skip"));
     if (base.kind == "fp8") return float8_weight(l.path, l.out_features(), l.in_features());
     if (base.kind == "int8") return int8_weight(l.path, l.out_features(), l.in_features(), model.dtype(), base.threshold);
     return four_bits(l, base.kind, base.block_size, base.is_double);
@@ -46,6 +55,7 @@ void freeze_base(Transformer& model, const FrozenBase& base) {
     check_stored(base, l.path, f);
     if (f.rows != l.out_features() || f.columns != l.in_features())
       throw DataError(str(l.path, " is stored in ", f.kind, " as ", f.rows, " x ", f.columns, ", but the model's is ", l.out_features(), " x ", l.in_features(), "."));
+    if (const std::string why = misfit(f.kind, l); !why.empty()) throw DataError(str(why, ", and the model's files hold it in ", f.kind, ": set quant.base=dense for the values that its codes stand for."));
     if (f.kind == "int8") return int8_weight(l.path, l.out_features(), l.in_features(), model.dtype(), base.threshold);
     return four_bits(l, f.kind, f.block_size, f.is_double);
   };

@@ -22,7 +22,7 @@ struct FrozenBase {
 
 // Gives every linear layer of the blocks but the skipped ones a weight in that form, and freezes all of the model. The model is on
 // the meta device: reading or initialising its leaves is encoding (FrozenWeight::encode). ConfigError: a layer that cannot be kept so,
-// a name that matches nothing, a stored layer of another form than `base` asks for. DataError: a stored layer of another shape.
+// a name that matches nothing, a stored layer of another form than `base` asks for. DataError: a stored layer of another shape, or that cannot be kept so.
 void freeze_base(Transformer& model, const FrozenBase& base);
 
 // Values for the leaves that are made of a layer's whole weight, or for parts of them, a layer at a time: weights in another form, and of

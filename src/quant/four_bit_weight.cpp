@@ -15,8 +15,7 @@ class FourBitWeight : public DequantizedWeight {
  public:
   FourBitWeight(const std::string& path, int64_t out_features, int64_t in_features, const FourBitOptions& options)
       : DequantizedWeight(path, out_features, in_features, options.compute), options_(options) {
-    if (in_features % 2 != 0)
-      throw ConfigError(str("quant.base: ", path, " has ", in_features, " inputs, an odd number, whose codes of 4 bits fill no whole bytes: add it to quant.skip"));
+    TRIREME_CHECK(in_features % 2 == 0, path, " has ", in_features, " inputs");
     const int64_t size = options.block_size, count = out_features * in_features, blocks = (count + size - 1) / size;
     leaves_.push_back(whole_leaf(".weight", {out_features, in_features / 2}, at::kByte));
     const auto scales = has_whole_blocks() ? std::vector<int64_t>{out_features, in_features / size} : std::vector<int64_t>{blocks};

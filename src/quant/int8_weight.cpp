@@ -2,6 +2,8 @@
 
 #include "quant/int8_weight.h"
 
+#include <algorithm>
+
 #include "base/check.h"
 #include "ops/weight_leaf.h"
 
@@ -13,18 +15,27 @@ class Int8Weight : public DequantizedWeight {
   Int8Weight(const std::string& path, int64_t out_features, int64_t in_features, at::ScalarType dtype, double threshold)
       : DequantizedWeight(path, out_features, in_features, dtype), threshold_(static_cast<float>(threshold)), dtype_size_(static_cast<int64_t>(c10::elementSize(dtype))) {
     leaves_ = {whole_leaf(".weight", {out_features, in_features}, at::kChar), whole_leaf(".SCB", {out_features}, at::kFloat)};
-    check_sizes();
+    TRIREME_CHECK(in_features <= kInt8MostColumns, path, " has ", in_features, " inputs");
   }
 
+  // As bitsandbytes has them: of the weights in float16. Some rows at a time, so that no second copy of the whole is there.
   std::vector<at::Tensor> encode(const at::Tensor& whole_OI) const override {
     check_finite(path_, whole_OI);
-    const Int8Rows q = quantize_int8_rows(whole_OI);
+    const int64_t rows = whole_OI.size(0), at_once = std::max<int64_t>(1, (int64_t{1} << 20) / whole_OI.size(1));
+    const Int8Rows q{at::empty(whole_OI.sizes(), whole_OI.options().dtype(at::kChar)), at::empty({rows}, whole_OI.options().dtype(at::kFloat))};
+    for (int64_t first = 0; first < rows; first += at_once) {
+      const int64_t count = std::min(at_once, rows - first);
+      const Int8Rows part = quantize_int8_rows(whole_OI.narrow(0, first, count).to(at::kHalf));
+      q.codes_RC.narrow(0, first, count).copy_(part.codes_RC);
+      q.absmax_R.narrow(0, first, count).copy_(part.absmax_R);
+    }
+    if (!q.absmax_R.isfinite().all().item<bool>())
+      throw ConfigError(str("quant.base=int8: ", path_, ".weight has values of up to ", whole_OI.abs().max().item<double>(), ", but LLM.int8() takes weights in float16, of 65504 at most: add it to quant.skip, or set quant.base=nf4"));
     return {q.codes_RC, q.absmax_R};
   }
 
   void keep(int64_t dim, int64_t begin, int64_t end) override {
     (dim == 0 ? out_features_ : in_features_) = end - begin;
-    check_sizes();
     for (Leaf& leaf : leaves_)
       if (dim < leaf.value.dim()) cut_leaf(leaf, dim, begin, end);
   }
@@ -45,13 +56,6 @@ class Int8Weight : public DequantizedWeight {
 
  private:
   Int8Rows rows() const { return {leaves_[0].value, leaves_[1].value}; }
-
-  void check_sizes() const {
-    constexpr int64_t kMostColumns = 133144;  // of products of 127 in int32
-    if (out_features_ % 8 != 0 || in_features_ % 8 != 0 || in_features_ > kMostColumns)
-      throw ConfigError(str("quant.base=int8: ", path_, " has ", out_features_, " outputs and ", in_features_, " inputs", in_features_ != leaves_[0].place.global_shape[1] || out_features_ != leaves_[0].place.global_shape[0] ? " on a rank" : "",
-                            "; multiples of 8 are allowed, and at most ", kMostColumns, " inputs: add it to quant.skip; weights that are stored so can be had by quant.base=dense"));
-  }
 
   float threshold_;
   int64_t dtype_size_;

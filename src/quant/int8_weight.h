@@ -6,9 +6,10 @@
 
 namespace trireme {
 
-// Leaves, under bitsandbytes' names: .weight (int8 [O, I]) and .SCB (fp32 [O], of whole rows). Gradients go back through the values that
-// the codes stand for. Inputs are quantized by their rows' largest values on all ranks that have some of the columns, so that every mesh
-// computes with the same codes. ConfigError, which names the layer: sizes that are no multiples of 8, or more inputs than int32 can sum.
+// Leaves, under bitsandbytes' names: .weight (int8 [O, I]) and .SCB (fp32 [O], of whole rows), of weights rounded to float16 first, as
+// bitsandbytes does (ConfigError, which names the layer, where one is beyond that). Gradients go back through the values that the codes
+// stand for. Inputs are quantized by their rows' largest values on all ranks that have some of the columns, so that every mesh computes
+// with the same codes. InternalError: more inputs than kInt8MostColumns.
 std::shared_ptr<FrozenWeight> int8_weight(const std::string& path, int64_t out_features, int64_t in_features, at::ScalarType dtype, double threshold = kInt8Threshold);
 
 }  // namespace trireme
