@@ -21,8 +21,10 @@ UNITS = {"KiB": 2**10, "MiB": 2**20, "GiB": 2**30}
     (["--lora.rank=4", "--train.micro_batch_size=24"], {"hidden_size": 256, "num_hidden_layers": 6}),
     (["--lora.rank=4", "--lora.dora=true", "--train.micro_batch_size=24"], {"hidden_size": 256, "num_hidden_layers": 6}),
     (["--lora.rank=4", "--lora.dora=true", "--lora.dropout=0.1", "--train.micro_batch_size=24"], {"hidden_size": 256, "num_hidden_layers": 6}),
+    (["--lora.rank=4", "--train.mlp_tokens=512", "--train.micro_batch_size=24"], {"hidden_size": 256, "num_hidden_layers": 6}),
+    (["--train.mlp_tokens=512", "--train.recompute=full", "--train.micro_batch_size=24"], {"hidden_size": 256, "num_hidden_layers": 6}),
     (["--train.recompute=full", "--train.micro_batch_size=2", "--data.eval_fraction=0.9", "--eval.every=1", "--eval.micro_batch_size=96"], {"hidden_size": 256, "num_hidden_layers": 2}),
-], ids=["wide vocabulary", "without masters", "adafactor", "selective", "lora", "dora", "dora with dropout", "evaluation"])
+], ids=["wide vocabulary", "without masters", "adafactor", "selective", "lora", "dora", "dora with dropout", "pieces", "pieces of a trained MLP", "evaluation"])
 def test_memory_is_at_most_what_the_plan_says_and_at_least_half(tmp_path, keys, shape):
     config = json.loads((SOURCE / "configs/quickstart/model/config.json").read_text())
     heads = shape["hidden_size"] // 64
