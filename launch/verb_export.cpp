@@ -17,13 +17,13 @@
 namespace trireme {
 namespace {
 
-void check_requantize(const Config& config, const ModelSource& source) {
+void check_requantize(const Config& config, const ModelSource& source, at::ScalarType dtype) {
   if (!config.lora.requantize) return;
   const bool stored = !source.config.stored.empty() && config.quant.base != "dense";
   if (!stored && config.quant.base != "nf4" && config.quant.base != "fp4" && config.quant.base != "int8")
     throw ConfigError(str("lora.requantize=true, but quant.base is ", config.quant.base, " and ", source.folder.empty() ? source.config.source : source.folder,
                           " is not quantized: set quant.base to nf4, fp4 or int8, as the adapter was trained beside, or leave lora.requantize out"));
-  if (exported_dtype(config, source, std::nullopt) == at::kDouble) throw ConfigError("lora.requantize=true is not possible with float64, of which bitsandbytes has no codes: set model.dtype=float32");
+  if (dtype == at::kDouble) throw ConfigError("lora.requantize=true is not possible with float64, of which bitsandbytes has no codes: set model.dtype=float32, or leave lora.requantize out");
 }
 
 // An adapter makes up for what its base had lost by rounding.
@@ -60,10 +60,10 @@ ExitStatus verb_export(const Config& config, const CommandLine& line, const Proc
   if (process.rank() != 0) return kExitDone;
   check_new_folder(config.run.dir, config.model.path);
   const ModelSource source = find_model(config);
-  check_requantize(config, source);
   std::optional<Checkpoint> checkpoint;
   if (from_checkpoint) checkpoint = open_checkpoint(config.run.resume);
   const at::ScalarType dtype = exported_dtype(config, source, checkpoint);
+  check_requantize(config, source, dtype);
   const bool quantized = !source.config.stored.empty() || config.quant.base == "nf4" || config.quant.base == "fp4" || config.quant.base == "int8";
   say_other_base(config, source);
   write_new_folder(config.run.dir, source.folder, [&](const std::string& folder) {

@@ -5,6 +5,7 @@ import os
 import re
 import shutil
 import signal
+import subprocess
 import time
 
 os.environ["TORCHDYNAMO_DISABLE"] = "1"  # bitsandbytes would compile what it runs once
@@ -359,3 +360,21 @@ def test_what_is_in_the_way_stays(work):
         assert done.returncode == status and said in done.stderr, done.stderr
         assert not (work / f"{name}.tmp/model.safetensors").exists()
     assert (work / "mine.tmp/kept").read_text() == "mine" and not (work / "mine").exists()
+
+
+def test_a_folder_that_is_there_and_empty(work):
+    (work / "linked").mkdir()
+    (work / "link").symlink_to(work / "linked")
+    done = run(work, "quantize", f"--model.path={work / 'base'}", "--quant.base=nf4", f"--run.dir={work / 'link'}")
+    assert done.returncode == 0 and (work / "link").is_symlink() and (work / "linked/config.json").exists(), done.stderr
+
+
+def test_a_disk_is_no_new_folder(work):
+    (work / "disk").mkdir()
+    if os.geteuid() != 0 or subprocess.run(["mount", "-t", "tmpfs", "-o", "size=1m", "tmpfs", work / "disk"], capture_output=True).returncode != 0:
+        pytest.skip("only root may mount a small disk")
+    try:
+        done = run(work, "quantize", f"--model.path={work / 'base'}", "--quant.base=nf4", f"--run.dir={work / 'disk'}")
+        assert done.returncode == 2 and f"error: run.dir={work / 'disk'} is where a disk is mounted; name a new folder in it" in done.stderr, done.stderr
+    finally:
+        subprocess.run(["umount", "-l", work / "disk"], capture_output=True)

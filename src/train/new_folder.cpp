@@ -1,5 +1,7 @@
 #include "train/new_folder.h"
 
+#include <sys/stat.h>
+
 #include <filesystem>
 
 #include "base/check.h"
@@ -20,6 +22,12 @@ void make_room(const std::string& made) {
   fs::create_directories(made);
 }
 
+// No folder can be given the name of such a one.
+bool is_mounted(const std::string& folder) {
+  struct stat here, above;
+  return stat(folder.c_str(), &here) == 0 && stat((folder + "/..").c_str(), &above) == 0 && here.st_dev != above.st_dev;
+}
+
 void clear(const std::string& made) {
   for (const auto& entry : fs::directory_iterator(made))
     if (entry.path().filename() != kLock) fs::remove_all(entry.path());
@@ -33,13 +41,14 @@ void check_new_folder(const std::string& folder, const std::string& model) {
   if (!fs::exists(folder)) return;
   if (fs::equivalent(folder, model, none)) throw ConfigError(str("run.dir=", folder, " is the folder of the model itself; name a new folder"));
   if (!fs::is_directory(folder)) throw ConfigError(str("run.dir=", folder, " is a file; name a new folder"));
+  if (is_mounted(folder)) throw ConfigError(str("run.dir=", folder, " is where a disk is mounted; name a new folder in it"));
   if (!fs::is_empty(folder)) throw ConfigError(str("run.dir=", folder, " is not empty; name a new folder"));
 }
 
 void write_new_folder(const std::string& folder, const std::string& model, const std::function<void(const std::string&)>& write) {
-  const std::string whole = fs::absolute(folder + "/").lexically_normal().parent_path().string(), made = whole + ".tmp";
   try {
     check_new_folder(folder, model);
+    const std::string whole = (fs::exists(folder) ? fs::canonical(folder) : fs::absolute(folder + "/").lexically_normal().parent_path()).string(), made = whole + ".tmp";
     make_room(made);
     const RunLock lock(made);
     try {

@@ -6,7 +6,7 @@
 
 namespace trireme {
 
-// ConfigError: `folder`, of run.dir, is there and not empty, is no folder, or is `model`, the folder that is read.
+// ConfigError: `folder`, of run.dir, is there and not empty, is no folder, a disk's own, or is `model`, the folder that is read.
 void check_new_folder(const std::string& folder, const std::string& model);
 
 // `write` writes into the folder that it is given, FOLDER.tmp, which then becomes `folder`. Where it throws nothing is left; what a killed
