@@ -302,6 +302,33 @@ def test_a_folder_in_8_bits(work, int8):
         assert done.returncode == status and f"error: {sentence}" in done.stderr, done.stderr
 
 
+def test_sizes_that_are_no_multiples_of_8(work):
+    hf_models.CASES["odd"] = ("llama", {**hf_models.heads(3, 1, 20), "hidden_size": 60, "intermediate_size": 101})
+    base = work / "odd-base"
+    hf_models.make("odd", work / "odd-fp32").to(torch.bfloat16).save_pretrained(base)
+    hf_models.add_tokenizer(base)
+    model = transformers.AutoModelForCausalLM.from_pretrained(base, quantization_config=transformers.BitsAndBytesConfig(load_in_8bit=True), dtype=torch.bfloat16)
+    model.save_pretrained(work / "odd8")
+    with torch.no_grad():
+        expected = model(torch.tensor(IDS)).logits[0].float()
+    loss = evaluated(work, "odd8", f"--eval.logits={work / 'logits.safetensors'}")
+    logits = load_file(work / "logits.safetensors")["logits.0"]
+    assert ((logits - expected).norm() / expected.norm()).item() <= bounds.LOGITS_INT8
+    assert evaluated(work, "odd-base", "--quant.base=int8") == pytest.approx(loss, rel=bounds.CURVE_BF16)
+    # Rows of an odd number of codes of 4 bits fill no bytes.
+    quantized(base, work / "odd4")
+    ids = f"--eval.token_ids={work / 'ids.json'}"
+    why = "model.layers.0.mlp.down_proj has 101 inputs, an odd number, whose codes of 4 bits fill no whole bytes"
+    for folder, keys, status, sentence in (("odd4", [], 3, f"{why}, and the model's files hold it in nf4: set quant.base=dense for the values that its codes stand for."),
+                                           ("odd-base", ["--quant.base=fp4"], 2, f"quant.base=fp4: {why}: add it to quant.skip")):
+        done = run(work, "eval", f"--model.path={work / folder}", ids, *keys)
+        assert done.returncode == status and f"error: {sentence}\n" in done.stderr and done.stderr.count("error: ") == 1, done.stderr
+    # The ways out.
+    as_base = evaluated(work, "odd-base")
+    for found in (evaluated(work, "odd4", "--quant.base=dense"), evaluated(work, "odd-base", "--quant.base=fp4", "--quant.skip=down_proj")):
+        assert found == pytest.approx(as_base, rel=0.05) and found != as_base
+
+
 SCB, FORMAT = Q.replace(".weight", ".SCB"), f"{Q}_format"
 
 

@@ -265,6 +265,27 @@ def test_8_bits_are_those_of_transformers(work):
     assert ((found - expected).norm() / expected.norm()).item() <= bounds.LOGITS_INT8
 
 
+def test_8_bits_of_fp32_are_those_of_transformers(work):
+    """Which takes weights in float16, and so this program does, in a folder and at load; it says where they do not fit."""
+    out = quantize(work, "int8-of-fp32", base="fp32", kind="int8")
+    transformers.AutoModelForCausalLM.from_pretrained(work / "fp32", quantization_config=transformers.BitsAndBytesConfig(load_in_8bit=True), dtype=torch.float32).save_pretrained(work / "int8-of-fp32-theirs")
+    mine, theirs = (load_file(folder / "model.safetensors") for folder in (out, work / "int8-of-fp32-theirs"))
+    assert mine.keys() == theirs.keys()
+    for name, value in theirs.items():
+        if value.dtype == torch.int8:  # at ties theirs go the other way
+            assert (mine[name] != value).float().mean() < 1e-3 and (mine[name].int() - value.int()).abs().max() <= 1, name
+        else:
+            assert torch.equal(mine[name], value), name
+    folder = shutil.copytree(work / "fp32", work / "beyond")
+    tensors = load_file(folder / "model.safetensors")
+    name = "model.layers.1.mlp.up_proj"
+    tensors[f"{name}.weight"][3, 5] = -70000
+    save_file(tensors, folder / "model.safetensors", {"format": "pt"})
+    for verb, keys in (("quantize", [f"--run.dir={work / 'beyond8'}"]), ("eval", [f"--eval.token_ids={work / 'ids.json'}"])):
+        done = run(work, verb, f"--model.path={folder}", "--quant.base=int8", *keys)
+        assert done.returncode == 2 and f"error: quant.base=int8: {name}.weight has values of up to 70000, but LLM.int8() takes weights in float16, of 65504 at most: add it to quant.skip" in done.stderr, done.stderr
+
+
 def test_weights_in_other_dtypes_and_shards(work):
     """Codes are of what the weights are in the dtype of the product."""
     as_bf16, of_bf16 = (load_file(quantize(work, name, *keys, base=base) / "model.safetensors")
