@@ -63,6 +63,28 @@ TEST(Plan, WeightsGradientsAndOptimizer) {
   EXPECT_EQ(plan.largest().optimizer, 12 * adapters);  // two moments and a master
 }
 
+// The largest layer whole, what is made of it, and its decomposition, where a step of few tokens takes less.
+TEST(Plan, WhatTheMakingOfWeightsTakes) {
+  const ModelConfig model = tiny({{"hidden_size", 512}, {"intermediate_size", 2048}});
+  const uint64_t whole = 512 * 2048, small = 512 * 512, codes = whole / 2 + whole / 64 + whole / 64 / 256 * 4 + 1024 + 4;
+  const auto of = [&](const std::vector<std::pair<std::string, std::string>>& keys, int ranks = 1, at::DeviceType device = at::kCPU) {
+    std::vector<std::pair<std::string, std::string>> all = {{"lora.rank", "2"}, {"lora.targets", "down_proj"}};
+    all.insert(all.end(), keys.begin(), keys.end());
+    return plan_of(config_with(all), model, at::kFloat, ranks, 8, device).largest();
+  };
+  const Footprint plain = of({});
+  for (const char* init : {"pissa", "pissa_niter_4"}) EXPECT_EQ(of({{"lora.init", init}}).total(), plain.weights + 2 * 4 * whole + 8 * (whole + 4 * small)) << init;
+  EXPECT_EQ(of({{"lora.init", "pissa"}}).total() - of({{"lora.init", "pissa"}}).weights, plain.total() - plain.weights);
+  EXPECT_EQ(of({{"lora.init", "pissa"}}, 1, at::kCUDA).total(), plain.weights + 2 * 4 * whole);  // decomposed in host memory
+  EXPECT_EQ(of({{"lora.init", "pissa"}, {"parallel.tensor", "2"}}, 2).total(), of({{"parallel.tensor", "2"}}, 2).weights + 2 * 4 * whole + 8 * (whole + 4 * small));  // each makes the whole
+  const Footprint nf4 = of({{"quant.base", "nf4"}});
+  EXPECT_EQ(of({{"quant.base", "nf4"}, {"lora.init", "loftq"}}).total(), nf4.weights + (4 + 2 * 4) * whole + codes + 8 * (2 * whole + 4 * small));
+  EXPECT_EQ(of({{"quant.base", "nf4"}, {"lora.dora", "true"}}).total(), nf4.weights + 2 * 512 * 4 + 2 * 4 * whole + codes);  // and two magnitudes
+  EXPECT_GE(plan_of(config_with({{"lora.rank", "2"}, {"lora.init", "pissa"}}), model, at::kFloat, 1, 8192).largest().activations, 8 * (whole + 4 * small));
+  EXPECT_EQ(plan_of(config_with({{"lora.rank", "2"}, {"lora.init", "pissa"}}), model, at::kFloat, 1, 8192).largest().weights,
+            plan_of(config_with({{"lora.rank", "2"}}), model, at::kFloat, 1, 8192).largest().weights);  // which takes more
+}
+
 // Zero over four copies of a model without anything to pad: 64 bytes a row of everything.
 TEST(Plan, WhatZeroLeavesOnARank) {
   const ModelConfig model = tiny();

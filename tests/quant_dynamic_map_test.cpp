@@ -96,7 +96,7 @@ TEST(DynamicMap, AnyMapIsSearched) {
 TEST(Blockwise, BitsOfTheRules) {
   for (bool is_signed : {true, false})
     for (at::ScalarType dtype : {at::kFloat, at::kBFloat16, at::kHalf})
-      for (int64_t size : {64, 256, 2048})
+      for (int64_t size = 32; size <= 4096; size *= 2)
         for (int64_t count : {int64_t{1}, size - 1, size, 3 * size + 17}) {
           const at::Tensor map = dynamic_map(is_signed);
           for (const auto& [name, values] : test::unusual_values(count, size)) {

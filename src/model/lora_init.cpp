@@ -108,9 +108,9 @@ LoraStart loftq_start(const at::Tensor& weight_OI, int64_t rank, double scale, i
   }
 }
 
-int64_t lora_start_bytes(int64_t out_features, int64_t in_features) {
+int64_t lora_start_bytes(int64_t out_features, int64_t in_features, bool is_loftq) {
   const int64_t n = std::min(out_features, in_features);
-  return 8 * (2 * out_features * in_features + 4 * n * n);  // two matrices of the weight's size; x x^T, its vectors, and what LAPACK takes
+  return 8 * ((is_loftq ? 2 : 1) * out_features * in_features + 4 * n * n);  // W, and W - Q; x x^T, its vectors, and twice that of LAPACK
 }
 
 std::string StartProgress::line(int64_t done, double seconds) {

@@ -28,7 +28,7 @@ LoraStart loftq_start(const at::Tensor& weight_OI, int64_t rank, double scale, i
                       const std::function<at::Tensor(const at::Tensor& base_OI)>& quantized);
 
 // Memory of the host that either takes for a weight of this size, at most.
-int64_t lora_start_bytes(int64_t out_features, int64_t in_features);
+int64_t lora_start_bytes(int64_t out_features, int64_t in_features, bool is_loftq);
 
 // Layers of which some take seconds, one after another: what is to be said of them, and when.
 class StartProgress {

@@ -3,6 +3,7 @@
 #include <algorithm>
 #include <map>
 
+#include "model/lora_init.h"
 #include "optim/adafactor.h"
 #include "optim/offload.h"
 #include "tasks/task.h"
@@ -46,9 +47,13 @@ struct BlockBytes {
 BlockBytes bytes_of(const Block& b, const ModelConfig& c, const Sizes& s, Recompute mode, bool input_has_gradient) {
   const int64_t q = b.q.out_features(), k = b.k.out_features(), v = b.v.out_features(), f = b.gate.out_features(), width = c.hidden_size;
   const int64_t heads = q / c.head_dim, all = s.tokens;
-  const bool qkv = keeps_input(b.q) || keeps_input(b.k) || keeps_input(b.v), mlp = keeps_input(b.gate) || keeps_input(b.up);
-  const bool in = input_has_gradient || trained(b.input_norm.weight_C), attended = in || qkv || keeps_input(b.o);
+  // DoRA with dropout multiplies x - d and d: each layer keeps a d of its own, and none what comes in; or makes both again.
+  const auto has_magnitude = [](const Linear& l) { return l.lora && l.lora->magnitude_O.defined(); };
   const bool selective = mode == Recompute::kSelective;
+  const auto drops = [&](const Linear& l) { return has_magnitude(l) && l.lora->dropout > 0; };
+  const auto keeps = [&](const Linear& l) { return keeps_input(l) && (selective || !drops(l)); };
+  const bool qkv = keeps(b.q) || keeps(b.k) || keeps(b.v), mlp = keeps(b.gate) || keeps(b.up);
+  const bool in = input_has_gradient || trained(b.input_norm.weight_C), attended = in || keeps_input(b.q) || keeps_input(b.k) || keeps_input(b.v) || keeps_input(b.o);
   std::vector<const Linear*> whole = {&b.q, &b.k, &b.v, &b.o}, of_mlp = {&b.gate, &b.up, &b.down};  // `whole`: all rows at once
   if (!s.pieced()) whole.insert(whole.end(), of_mlp.begin(), of_mlp.end());
   int64_t adapters = 0, split = 0;
@@ -56,24 +61,27 @@ BlockBytes bytes_of(const Block& b, const ModelConfig& c, const Sizes& s, Recomp
 
   // Elements a token of every rank's, and of this rank's rows.
   const int64_t attention = attended ? q + k + v + q : keeps_input(b.o) ? q : 0, middle = s.pieced() ? 0 : 2 * f;
-  const int64_t normed = (qkv ? width : 0) + (mlp || s.pieced() ? width : 0), product = keeps_input(b.down) && !s.pieced() ? f : 0;
+  const int64_t normed = (qkv ? width : 0) + (mlp || s.pieced() ? width : 0), product = keeps(b.down) && !s.pieced() ? f : 0;
   const int64_t twice = attended && b.q_norm.weight_C.defined() && !selective ? q + k : 0;  // before and behind their norm
   const int64_t small = (2 * s.rows + (attended ? all * heads : 0) + (b.q_norm.weight_C.defined() ? all * (q + k) / c.head_dim : 0)) * s.wide;
   const int64_t streams = (in ? 1 : 0) + 1;  // the block's input, and its sum with what attention adds
   auto in_rows = [&](int64_t per_token) { return (s.shared() ? all : s.rows) * per_token * s.element; };
-  // DoRA: the product that the norms scale; backward has two more of it. With dropout the two halves of the input and both products
-  // are counted, as measured (run_memory_test.py).
+  // DoRA keeps the product that the norms scale, for the magnitudes' gradient, and with it magnitudes, norms and their ratio. Its backward has
+  // that product's gradient and what it is summed from, and with dropout the gradients of d and of x - d beside what is handed on; where d is
+  // made again, it and the norm that it is made of.
   struct Scaled {
     int64_t kept = 0, backward = 0;
-    void add(const Linear& l, int64_t rows_in, int64_t rows_out) {
-      if (!l.lora || !l.lora->magnitude_O.defined()) return;
-      const int64_t product = rows_out * l.out_features(), halves = l.lora->dropout > 0 ? 2 * rows_in * l.in_features() : 0;
-      kept += product + halves + (halves > 0 ? product : 0);
-      backward = std::max(backward, 2 * product + halves);
-    }
   } scaled, scaled_in_piece;
-  for (const Linear* l : whole) scaled.add(*l, all, l->after || l == &b.o || l == &b.down ? s.rows : all);
-  const int64_t least = (all * (attention + twice + middle + adapters) + s.rows * streams * width + scaled.kept) * s.element + small;
+  int64_t magnitudes = 0;  // bytes
+  const auto add_scaled = [&](Scaled& to, const Linear& l, int64_t rows_in, int64_t rows_out) {
+    if (!has_magnitude(l)) return;
+    const int64_t turned = rows_out * l.out_features(), dropped = drops(l) ? rows_in * l.in_features() : 0;
+    to.kept += turned + (selective ? 0 : dropped);
+    to.backward = std::max(to.backward, 2 * (turned + dropped) + (selective ? dropped * (&l == &b.o || &l == &b.down ? 1 : 2) : 0));
+    magnitudes += l.out_features() * (2 * s.wide + s.element);
+  };
+  for (const Linear* l : whole) add_scaled(scaled, *l, all, l->after || l == &b.o || l == &b.down ? s.rows : all);
+  const int64_t least = (all * (attention + twice + middle + adapters) + s.rows * streams * width + scaled.kept) * s.element + small + magnitudes;
 
   BlockBytes bytes;
   bytes.whole = least + in_rows(normed) + all * product * s.element;
@@ -94,7 +102,7 @@ BlockBytes bytes_of(const Block& b, const ModelConfig& c, const Sizes& s, Recomp
     int64_t piece = s.mlp_rows * (4 * f + 4 * width), sums = 0;
     for (const Linear* l : of_mlp) {
       piece += s.mlp_rows * rank_of(*l);
-      scaled_in_piece.add(*l, s.mlp_rows, s.mlp_rows);
+      add_scaled(scaled_in_piece, *l, s.mlp_rows, s.mlp_rows);
       for (const at::Tensor& leaf : l->trained()) sums += leaf.numel() * (s.wide + s.element);
     }
     const int64_t mlp_bytes = (arrived + again + all * width + piece + scaled_in_piece.kept + scaled_in_piece.backward) * s.element + sums;
@@ -172,6 +180,28 @@ int64_t product_bytes(const Chunks& chunks, int64_t tokens) {
   for (const auto& chunk : chunks)
     for (const Linear* l : chunk->linears())
       if (l->frozen) most = std::max(most, l->frozen->product_bytes(tokens));
+  return most;
+}
+
+// What making a layer's weight takes beside its leaves, at most: quant.base, lora.init and lora.dora begin with the whole one, and all that is
+// made of it is there before a rank takes its part (FrozenLayers). A decomposition (model/lora_init.h) is in host memory.
+int64_t making_bytes(const Chunks& chunks, const LoraConfig& lora, int64_t element, int num_tensor, at::DeviceType device) {
+  int64_t most = 0;
+  for (const auto& chunk : chunks)
+    for (const Linear* l : chunk->linears()) {
+      const bool starts = l->lora && (lora.init == LoraInit::kPissa || (lora.init == LoraInit::kLoftq && l->frozen)), dora = l->lora && lora.dora;
+      if (!l->frozen && !starts && !dora) continue;
+      const int64_t o = l->out_features(), i = l->in_features(), whole = o * i * num_tensor;
+      int64_t bytes = whole * element;
+      if (l->frozen) bytes += l->frozen->num_bytes() * num_tensor;
+      if (starts && l->frozen) bytes += 2 * whole * 4;  // LoftQ: the base, and what it loses
+      else if (starts || (dora && l->frozen)) bytes += whole * element;
+      if (starts && device == at::kCPU) {
+        const bool by_columns = l->path.ends_with("o_proj") || l->path.ends_with("down_proj");
+        bytes += lora_start_bytes(by_columns ? o : o * num_tensor, by_columns ? i * num_tensor : i, lora.init == LoraInit::kLoftq);
+      }
+      most = std::max(most, bytes);
+    }
   return most;
 }
 
@@ -330,6 +360,11 @@ Footprint step_footprint(const MeshModel& model, const Config& config, const Mes
     if (f.in_evaluation) activations = forward, buffers = around;
   }
   f.activations = static_cast<uint64_t>(activations), f.buffers = static_cast<uint64_t>(buffers);
+  const uint64_t of_optimizer = device == at::kCPU ? f.optimizer : config.optim.offload ? 0 : config.optim.paged ? f.pages : f.optimizer;
+  const uint64_t beside = f.gradients + of_optimizer + f.activations + f.buffers;  // which is not there yet
+  const LoraConfig lora = config.lora.path.empty() && config.lora.rank > 0 ? lora_config(config) : LoraConfig();
+  const auto making = static_cast<uint64_t>(making_bytes(rank.chunks, lora, size_of(model.dtype()), mesh.num_tensor(), device));
+  f.weights += making - std::min(making, beside);
   return f;
 }
 

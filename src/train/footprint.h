@@ -13,7 +13,7 @@
 namespace trireme {
 
 struct Footprint {
-  uint64_t weights = 0;      // with the blocks that ZeRO 3 has gathered
+  uint64_t weights = 0;      // with the blocks that ZeRO 3 has gathered, and what making them takes beyond all that a step has beside them
   uint64_t gradients = 0;    // with the buckets that ZeRO 2 and 3 have on their way
   uint64_t optimizer = 0;    // with optim.offload all of it is host memory, and so are the buffers of its update, counted here
   uint64_t pages = 0;        // of it, what a device has to hold with optim.paged; the rest may be in host memory
