@@ -230,6 +230,20 @@ def test_the_plan_holds_what_tensors_take(work, base):
     device(work, "train", *keys_of(work, f"fits{base}", *keys), TRIREME_DOUBLE_BYTES=str(int(planned) + 10000))  # rounded as it is said
 
 
+@pytest.mark.parametrize("shape", [{}, dict(hidden_size=64, intermediate_size=512)], ids=["wide", "long MLP"])
+@pytest.mark.parametrize("keys", [[], ["--lora.dropout=0.1"], ["--lora.dropout=0.1", "--train.recompute=selective"]], ids=["plain", "dropout", "dropout selective"])
+def test_the_plan_holds_what_dora_takes(work, shape, keys):
+    """More closely than that: nearly all here is activations. Of some hundred small tensors each takes whole pieces of memory."""
+    (work / "dora.json").write_text(json.dumps(SHAPE | shape))
+    (work / "text.txt").write_text((QUICKSTART / "train.jsonl").read_text()[:20000])  # rows that are all as long as they may be
+    counts = work / "peak.json"
+    done = device(work, "train", *keys_of(work, f"dora{len(shape)}{len(keys)}", "--train.dtype=bfloat16", "--train.micro_batch_size=16", "--train.accumulation=1", "--train.steps=1", "--eval.every=0",
+                                          "--data.eval=", f"--data.train={work}/text.txt", "--task.kind=pretrain", "--lora.rank=2", "--lora.dora=true", *keys, model="dora"), TRIREME_DOUBLE_COUNTS=counts)
+    number, unit = re.search(r"plan: memory of a rank's device: weights .*, workspace of products 32.00 MiB: ([0-9.]+) ([KMG]iB); in host memory: ", done.stderr).groups()
+    planned, peak = float(number) * {"KiB": 2**10, "MiB": 2**20, "GiB": 2**30}[unit], json.loads(counts.read_text())["peak_bytes"]
+    assert 0.88 * (planned - WORKSPACE) <= peak - WORKSPACE <= planned - WORKSPACE + 2**14, done.stderr
+
+
 def test_what_leaves_the_device_is_not_on_it(work):
     """Of eight blocks all inputs but those of two, beside what they are there."""
     (work / "deep.json").write_text(json.dumps(SHAPE | dict(num_hidden_layers=8)))
