@@ -40,4 +40,5 @@ LOGITS_INT8 = 4e-2
 # One layer of it: theirs rounds products of codes, and what columns of outliers add, to float16.
 LAYER_INT8 = 4e-5             # norm of the difference / norm (seen: 2e-5; inputs that are not quantized: 7e-3)
 LAYER_INT8_OUTLIERS = 6e-4    # where a column of inputs is 30 times the others' (seen: 2.5e-4; 3e-3)
+CURVE_INT8 = 7.5e-5           # relative, over 50 steps in fp32 (seen: 4e-5; weights that are not quantized: 1.3e-4)
 GRADIENT_FP16 = 1e-2          # norm of the difference / norm, of a parameter

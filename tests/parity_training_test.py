@@ -261,13 +261,25 @@ def test_loss_curve_and_gradients_over_a_quantized_base(work, kind):
         assert all((plain[name] - expected).abs().max().item() > 100 * bounds.GRADIENT_FP32 * expected.abs().max().item() for name, expected in expected_gradients.items())
 
 
-@pytest.mark.parametrize("base", ["nf4", "fp4", "int8"])
+@pytest.mark.parametrize("base", ["nf4", "fp4"])
 def test_16_bit_curves_over_a_quantized_base_stay_near(work, base):
-    """As QLoRA and LLM.int8() are run, with products in bfloat16: what is rounded is the same, but for the order of sums."""
+    """As QLoRA is run, with products in bfloat16: what is rounded is the same, but for the order of sums."""
     expected, _ = reference_run(work, base, torch.bfloat16, STEPS, quantized_model(work, base, torch.bfloat16))
-    keys = ["--train.dtype=bfloat16", f"--lora.path={work}/{base}_adapter"]
-    found = curve(work, f"{base}-16", *keys, f"--quant.base={base}", *(["--quant.double=false"] if base != "int8" else []), base="wide")
+    found = curve(work, f"{base}-16", "--train.dtype=bfloat16", f"--lora.path={work}/{base}_adapter", f"--quant.base={base}", "--quant.double=false", base="wide")
     assert found == pytest.approx(expected, rel=bounds.LAYOUT_BF16)
+
+
+def test_loss_curve_over_int8(work):
+    """In fp32, where less hides what it is about, and with bitsandbytes' layers in eval(): in train() its CPU code does not quantize inputs.
+    tests/quant_parity_test.py has a layer, with outliers."""
+    model = quantized_model(work, "int8")
+    for module in model.modules():
+        if isinstance(module, bitsandbytes.nn.Linear8bitLt):
+            module.eval()
+    expected, _ = reference_run(work, "int8", torch.float32, STEPS, model)
+    keys = ["--train.dtype=float32", f"--lora.path={work}/int8_adapter"]
+    assert curve(work, "int8", *keys, "--quant.base=int8", base="wide") == pytest.approx(expected, rel=bounds.CURVE_INT8)
+    assert curve(work, "int8-not", *keys, base="wide") != pytest.approx(expected, rel=bounds.CURVE_INT8)
 
 
 @pytest.mark.parametrize("kind", STARTS)
