@@ -35,7 +35,7 @@ CURVE_BF16 = 5e-3             # relative, over 50 steps, against our own fp32
 CURVE_FP16 = 1e-3
 LOGITS_BF16 = 1e-2            # norm of the difference / norm, after two layers
 # LLM.int8() rounds inputs to 8 bits, which makes steps of what rounds otherwise: bitsandbytes' own logits move by 0.018 where one code
-# of weights in a thousand is the next one.
+# of weights in a thousand is the next one. Logits of inputs that are not quantized are no farther: one layer tells these apart.
 LOGITS_INT8 = 4e-2
 # One layer of it: theirs rounds products of codes, and what columns of outliers add, to float16.
 LAYER_INT8 = 4e-5             # norm of the difference / norm (seen: 2e-5; inputs that are not quantized: 7e-3)
