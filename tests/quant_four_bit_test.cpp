@@ -217,6 +217,24 @@ TEST(BlockScales, WrongOnesAreNamed) {
   EXPECT_EQ(check_scales(wrong).substr(0, 28), "nested scale 0 is negative (");
   wrong = nested, wrong.nested_map = nested.nested_map.clone(), wrong.nested_map[17] = NAN;
   EXPECT_EQ(check_scales(wrong), "number of the nested map 17 is NaN");
+  wrong = nested, wrong.absmax = nested.absmax.clone(), wrong.nested_absmax = nested.nested_absmax.clone();
+  wrong.absmax.fill_(127), wrong.absmax[300] = 255, wrong.nested_absmax[1] = 3e38F, wrong.offset = at::full({1}, 1e38F);
+  EXPECT_EQ(check_scales(wrong).substr(0, 28), "scale 300 stands for inf (no");
+  wrong = nested, wrong.absmax = nested.absmax.clone();
+  wrong.absmax[512] = 0;  // the mean less the farthest from it
+  EXPECT_EQ(check_scales(wrong), "");
+  wrong.nested_absmax = nested.nested_absmax.clone(), wrong.nested_absmax[2] = 100;
+  EXPECT_EQ(check_scales(wrong).substr(0, 25), "scale 512 stands for -98.");
+  // Blocks of zeros come back below 0 by a rounding, and are what honest files hold.
+  float least = 0;
+  for (int i = 0; i < 20; ++i) {
+    at::Tensor zeros = at::full({600}, 1.05F);
+    zeros[0] = 2.3F + 0.01F * static_cast<float>(i), zeros[7] = 0;
+    const BlockScales honest = double_quantized({.absmax = zeros});
+    least = std::min(least, plain_scales(honest).min().item<float>());
+    EXPECT_EQ(check_scales(honest), "") << i;
+  }
+  EXPECT_LT(least, -1e-3F);
 }
 
 }  // namespace

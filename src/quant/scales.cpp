@@ -1,7 +1,6 @@
 #include "quant/scales.h"
 
 #include <cmath>
-#include <limits>
 
 #include "ops/op_support.h"
 #include "quant/quant_loops.h"
@@ -69,8 +68,14 @@ std::string check_scales(const BlockScales& scales) {
   const float offset = scales.offset.item<float>();
   if (!std::isfinite(offset)) return str("its nested offset is ", offset);
   if (offset < 0) return str("its nested offset is negative (", offset, ")");
-  const double largest = scales.nested_absmax.max().item<double>() * scales.nested_map.abs().max().item<double>() + offset;
-  return largest > std::numeric_limits<float>::max() ? str("its nested scales stand for scales of up to ", largest, ", which are infinite in float32") : "";
+  const at::Tensor plain = plain_scales(scales).cpu(), nested = scales.nested_absmax.cpu(), numbers = std::get<0>(scales.nested_map.cpu().sort());
+  const float step = numbers.diff().max().item<float>();
+  const float *const values = plain.data_ptr<float>(), *const widths = nested.data_ptr<float>();
+  for (int64_t i = 0; i < plain.numel(); ++i) {
+    if (!std::isfinite(values[i])) return str("scale ", i, " stands for ", values[i], " (not finite)");
+    if (values[i] < -step * widths[scales.slice.whole(i) / scales.nested_block_size]) return str("scale ", i, " stands for ", values[i], " (negative)");
+  }
+  return "";
 }
 
 }  // namespace trireme

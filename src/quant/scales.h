@@ -36,8 +36,9 @@ BlockScales double_quantized(const BlockScales& plain);
 at::Tensor plain_scales(const BlockScales& scales);
 
 // What is wrong with scales that came from outside, as the end of a sentence that names the tensor: "scale 7 is NaN", "nested scale 2 is
-// negative (-0.5)", "its nested offset is inf"; empty: nothing. Scales must be finite and not negative, as what nested ones stand for must, the numbers
-// of a nested map finite. (What stands for a block of zeros may be below 0 by a rounding.)
+// negative (-0.5)", "its nested offset is inf", "scale 7 stands for -99 (negative)"; empty: nothing. Scales must be finite and not negative, as what nested
+// ones stand for must, the numbers of a nested map finite. (What stands for a block of zeros may be below 0 by the rounding of its code: the widest step
+// of the map times its nested scale.)
 std::string check_scales(const BlockScales& scales);
 
 }  // namespace trireme
