@@ -4,6 +4,7 @@
 
 #include <algorithm>
 #include <optional>
+#include <regex>
 
 #include "base/counted.h"
 #include "base/log.h"
@@ -26,13 +27,39 @@ void check_requantize(const Config& config, const ModelSource& source, at::Scala
   if (dtype == at::kDouble) throw ConfigError("lora.requantize=true is not possible with float64, of which bitsandbytes has no codes: set model.dtype=float32, or leave lora.requantize out");
 }
 
-// An adapter makes up for what its base had lost by rounding.
-void say_other_base(const Config& config, const ModelSource& source) {
-  if (config.lora.path.empty() || !config.lora.merge) return;
-  const std::string then = base_of_adapter(config.lora.path), now = quantized_base(config, source.config);
-  if (then.empty() || then == now) return;
-  log_warn(str("lora.path=", config.lora.path, " was trained beside a base in ", then, ", but is merged into ", now.empty() ? "the weights as they are" : str("one in ", now),
-               ": what it makes up for of that rounding is then too much; set quant.base and its keys as in training to merge it into what it was trained beside"));
+// The keys that give a base in the words of quantized_base(); "" where an adapter's file has others.
+std::string keys_of(const std::string& base) {
+  static const std::regex words("(nf4|fp4|int8)(, blocks of ([0-9]+), scales in (8|32) bits)?(, without (.+))?");
+  std::smatch found;
+  if (base.size() > 1000 || !std::regex_match(base, found, words)) return "";
+  const std::string block_size = found[3], scale_bits = found[4], skipped = found[6];
+  return str("quant.base=", found[1].str(), block_size.empty() || block_size == str(FrozenBase().block_size) ? "" : " quant.block_size=" + block_size, scale_bits == "32" ? " quant.double=false" : "",
+             skipped.empty() ? "" : " quant.skip=" + skipped);
+}
+
+// As a run's checkpoint says it.
+std::string base_of_run(const Checkpoint& checkpoint, const ModelConfig& model) {
+  const Json& state = checkpoint.state();
+  if (!state.is_object() || !state.contains("identity") || !state["identity"].is_object()) return "";
+  Config config;
+  for (const auto& f : fields(config))
+    if (const Json& text = state["identity"].value(f.key, Json()); f.key.starts_with("quant.") && text.is_string()) (void)f.set(text.get<std::string>());
+  return quantized_base(config, model);
+}
+
+// An adapter makes up for what its base had lost by rounding: beside another base that is too much. ConfigError, unless weights of 16 bits or more are
+// asked for by name.
+void check_base_of_adapter(const Config& config, const CommandLine& line, const ModelSource& source, const std::optional<Checkpoint>& checkpoint) {
+  if (!config.lora.merge) return;
+  const bool from_folder = !config.lora.path.empty(), is_stored = !source.config.stored.empty();
+  const auto form = [&](const std::string& base) { return is_stored ? base.substr(0, base.find(", without ")) : base; };  // a folder says itself which layers
+  const std::string then = from_folder ? base_of_adapter(config.lora.path) : checkpoint ? base_of_run(*checkpoint, source.config) : "", now = quantized_base(config, source.config);
+  const char* const values = is_stored ? "dense" : "none";
+  if (then.empty() || form(then) == form(now) || (now.empty() && line.is_given("quant.base") && config.quant.base == values)) return;
+  const std::string keys = is_stored ? "" : keys_of(then);
+  throw ConfigError(str(from_folder ? "lora.path=" + config.lora.path : "run.resume=" + config.run.resume, " was trained beside a base in ", then, ", and would be merged into ",
+                        now.empty() ? "weights that are not quantized" : "one in " + now, ": ", keys.empty() ? "set model.path to that base" : "set " + keys,
+                        ", or quant.base=", values, " to merge into these weights all the same"));
 }
 
 void say_left(const std::vector<UpdateLeft>& all) {
@@ -65,7 +92,7 @@ ExitStatus verb_export(const Config& config, const CommandLine& line, const Proc
   const at::ScalarType dtype = exported_dtype(config, source, checkpoint);
   check_requantize(config, source, dtype);
   const bool quantized = !source.config.stored.empty() || config.quant.base == "nf4" || config.quant.base == "fp4" || config.quant.base == "int8";
-  say_other_base(config, source);
+  check_base_of_adapter(config, line, source, checkpoint);
   write_new_folder(config.run.dir, source.folder, [&](const std::string& folder) {
     const std::vector<UpdateLeft> left = export_stored(folder, config, source, checkpoint);
     if (config.lora.requantize) {
@@ -74,7 +101,7 @@ ExitStatus verb_export(const Config& config, const CommandLine& line, const Proc
       say_left(left);
     } else if (config.lora.merge && quantized) {
       log_info(str("merged with what the quantized base stands for: logits differ from those of base and adapter by ", check_merged(folder, config, source, dtype, checkpoint),
-                   " of their norm (rounding explains ", merge_bound(config, dtype), ")"));
+                   " of their norm (rounding explains ", merge_bound(config, source.config, dtype), ")"));
     }
   });
   if (quantized && !config.lora.merge && config.lora.rank == 0 && config.quant.base != "none" && config.quant.base != "dense")

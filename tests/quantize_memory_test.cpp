@@ -12,6 +12,7 @@
 
 #include "checkpoint/bitsandbytes.h"
 #include "train/export.h"
+#include "train/merge_check.h"
 #include "train/quantize.h"
 
 namespace trireme {
@@ -64,6 +65,24 @@ TEST_F(QuantizedFolders, HoldOneWeightAtATime) {
     for (size_t i = 0; i < a.size(); ++i) EXPECT_TRUE(a[i].name == b[i].name && at::equal(a[i].value, b[i].value)) << a[i].name;
     fs::remove_all(out);
   }
+}
+
+TEST_F(QuantizedFolders, AreComparedWithWhatWasMergedOneBlockAtATime) {
+  const Config config = of("base", "nf4");
+  const ModelSource source = find_model(config);
+  export_stored(folder_ + "/values", config, source, {});
+  int64_t block = 0;
+  const auto model = built(of("base", "none"));
+  for (const Parameter& p : model->parameters())
+    if (p.name.find("layers.3.") != std::string::npos) block += static_cast<int64_t>(p.value.nbytes());
+  double differs = 1;
+  const int64_t grown = test::TensorBytes::install().grown([&] { differs = check_merged(folder_ + "/values", config, source, at::kFloat, {}); });
+  EXPECT_LE(grown, 2 * block) << "of six";
+  EXPECT_GE(grown, block) << "this measured nothing";
+  EXPECT_LT(differs, 1e-5);
+  // Of other values it is not a rounding.
+  EXPECT_THROW(check_merged(folder_ + "/base", config, source, at::kFloat, {}), DataError);
+  EXPECT_THROW(check_merged(folder_ + "/base", config, source, at::kBFloat16, {}), DataError);
 }
 
 // What a merge of adapters begins with.

@@ -324,15 +324,17 @@ std::vector<UpdateLeft> export_stored(const std::string& folder, const Config& c
   return {};
 }
 
-std::unique_ptr<Transformer> merged_model(const Config& config, const ModelSource& source, const std::optional<Checkpoint>& checkpoint) {
+std::unique_ptr<Transformer> merged_model(const Config& config, const ModelSource& source, const std::optional<Checkpoint>& checkpoint, WeightFill& fill) {
   at::NoGradGuard no_grad;
-  StoredTensors tensors(config, source, checkpoint);
+  const auto tensors = std::make_shared<StoredTensors>(config, source, checkpoint);
   Config dense = config;
   dense.lora = {};
   dense.quant = {};
   if (!source.config.stored.empty()) dense.quant.base = "dense";
-  auto model = build_model(dense, source, tensors.dtype(), false, at::kCPU);
-  for (const Parameter& p : model->parameters()) p.value.copy_(tensors.merged(p.name));
+  auto model = build_model(dense, source, tensors->dtype(), false, at::kCPU, false, {}, &fill);
+  fill = [tensors](const std::vector<Parameter>& parameters) {
+    for (const Parameter& p : parameters) p.value.detach().copy_(tensors->merged(p.name));
+  };
   return model;
 }
 

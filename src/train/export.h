@@ -33,7 +33,8 @@ struct UpdateLeft {
 std::vector<UpdateLeft> export_stored(const std::string& folder, const Config& config, const ModelSource& source,
                                       const std::optional<Checkpoint>& checkpoint, uint64_t max_shard_bytes = kMaxShardBytes);
 
-// The model whose weights are what export_stored() writes without lora.requantize, in memory.
-std::unique_ptr<Transformer> merged_model(const Config& config, const ModelSource& source, const std::optional<Checkpoint>& checkpoint);
+// The model whose weights are what export_stored() writes without lora.requantize. They have no memory: `fill` gives the values of whole ones, for as
+// long as the arguments live.
+std::unique_ptr<Transformer> merged_model(const Config& config, const ModelSource& source, const std::optional<Checkpoint>& checkpoint, WeightFill& fill);
 
 }  // namespace trireme

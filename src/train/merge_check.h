@@ -9,7 +9,8 @@
 namespace trireme {
 
 // DataError where the logits of the merged model in `folder` are farther from those of the model of `config` with its adapters (those of
-// `checkpoint`, if there is one), for fixed tokens, than merge_bound() of their norm. Both are in memory, one after the other. Returns how far.
+// `checkpoint`, if there is one), for fixed tokens, than merge_bound() of their norm. One block of one of them is in memory at a
+// time. Returns how far.
 double check_merged(const std::string& folder, const Config& config, const ModelSource& source, at::ScalarType dtype, const std::optional<Checkpoint>& checkpoint);
 
 // How far from those of base and adapter, in their norm, the logits of `folder` are, which lora.requantize has written, and those of the same
@@ -19,8 +20,8 @@ struct RequantizedLogits {
 };
 RequantizedLogits compare_requantized(const std::string& folder, const Config& config, const ModelSource& source, at::ScalarType dtype, const std::optional<Checkpoint>& checkpoint);
 
-// What rounding makes of logits: of the merged weights once and of every activation on both sides, or on one in quant.compute_dtype; with int8 also that inputs are
-// quantized on one side alone.
-double merge_bound(const Config& config, at::ScalarType dtype);
+// What rounding makes of logits: of the merged weights once and of every activation on both sides, or on one in quant.compute_dtype; with int8, asked for or stored, also that
+// inputs are quantized on one side alone.
+double merge_bound(const Config& config, const ModelConfig& model, at::ScalarType dtype);
 
 }  // namespace trireme
