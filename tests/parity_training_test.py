@@ -129,7 +129,7 @@ OPTIMIZERS = {
 
 # By the name of a run: quant.base, and whether its scales are in 8 bits. These bitsandbytes' CPU code quantizes by a table that misses the
 # nearest code of one scale in 600: what it has written is read as it is.
-QUANTIZED = {"nf4": ("nf4", False), "fp4": ("fp4", False), "nf4_stored": ("nf4", True)}
+QUANTIZED = {"nf4": ("nf4", False), "fp4": ("fp4", False), "nf4_stored": ("nf4", True), "nf4_dora": ("nf4", False)}
 
 
 def quantized_model(work, kind, dtype=torch.float32):
@@ -141,7 +141,7 @@ def quantized_model(work, kind, dtype=torch.float32):
         model.save_pretrained(work / kind)
         hf_models.add_tokenizer(work / kind)
     torch.manual_seed(2)
-    model = peft.get_peft_model(model, peft.LoraConfig(r=4, lora_alpha=8, target_modules="all-linear", task_type="CAUSAL_LM"))
+    model = peft.get_peft_model(model, peft.LoraConfig(r=4, lora_alpha=8, target_modules="all-linear", use_dora=kind.endswith("dora"), task_type="CAUSAL_LM"))
     for name, value in model.named_parameters():  # B of zeros would hide A's gradient
         if "lora_B" in name:
             torch.nn.init.normal_(value, std=0.02)

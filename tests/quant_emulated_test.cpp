@@ -50,7 +50,7 @@ TEST(QuantByKernels, Slices) {
   q.scales = double_quantized(q.scales);
   for (int64_t dim : {0, 1}) {
     const int64_t length = (dim == 0 ? rows : columns) / 2;
-    const FourBitTensor slice = slice_4bit(q, rows, columns, dim, length, 2 * length);
+    const FourBitTensor slice = test::slice_4bit(q, rows, columns, dim, length, 2 * length);
     const at::Tensor expected = at::empty({rows * columns / 2}), actual = at::empty({rows * columns / 2});
     dequantize_4bit(slice, expected);
     emulated([&] { return dequantize_4bit(slice, actual), 0; });

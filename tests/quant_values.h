@@ -7,6 +7,7 @@
 
 #include "base/check.h"
 #include "base/tensor.h"
+#include "quant/four_bit.h"
 #include "quant/quant_loops.h"
 
 namespace trireme::test {
@@ -60,6 +61,25 @@ inline std::vector<std::pair<const char*, at::Tensor>> unusual_values(int64_t co
           {"infinities", changed(normal, size + 5, INFINITY)},
           {"NaNs", changed(normal, 29, NAN)},
           {"zeros, NaNs and subnormals", mixed}};
+}
+
+// Elements [begin, end) along a dimension of a whole tensor [rows, columns], as a rank of FourBitWeight::keep holds them: its own codes and
+// scales, and all nested scales.
+inline FourBitTensor slice_4bit(const FourBitTensor& whole, int64_t rows, int64_t columns, int64_t dim, int64_t begin, int64_t end) {
+  const int64_t size = whole.block_size;
+  FourBitTensor part = whole;
+  const auto run = [&](const at::Tensor& x, int64_t first, int64_t last) { return x.flatten().slice(0, first, last).clone(); };
+  const auto run_of_rows = [&](const at::Tensor& x, int64_t first, int64_t last) { return x.view({rows, -1}).slice(1, first, last).contiguous().flatten(); };
+  if (dim == 0) {
+    part.scales.slice.first = begin * columns / size;
+    part.codes = run(whole.codes, begin * columns / 2, (end * columns + 1) / 2);
+    part.scales.absmax = run(whole.scales.absmax, begin * columns / size, (end * columns + size - 1) / size);
+  } else {
+    part.scales.slice = {begin / size, (end - begin) / size, columns / size};
+    part.codes = run_of_rows(whole.codes, begin / 2, end / 2);
+    part.scales.absmax = run_of_rows(whole.scales.absmax, begin / size, end / size);
+  }
+  return part;
 }
 
 }  // namespace trireme::test

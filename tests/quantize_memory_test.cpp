@@ -55,9 +55,12 @@ TEST_F(QuantizedFolders, HoldOneWeightAtATime) {
     EXPECT_LE(grown, kLargest * 3 / 2);
     EXPECT_GE(grown, kLargest) << "this measured nothing";
 
-    std::unique_ptr<Transformer> stored, made = built(config);
+    std::unique_ptr<Transformer> stored, made;
+    const int64_t loaded = test::TensorBytes::install().grown([&] { made = built(config); });
     int64_t bytes = 0;
     for (const Parameter& p : made->parameters()) bytes += static_cast<int64_t>(p.value.nbytes());
+    EXPECT_LE(loaded, bytes + kLargest * 3 / 2) << "more than the quantized model and one weight";
+    EXPECT_GE(loaded, bytes + kLargest / 2) << "this measured nothing";
     const int64_t read = test::TensorBytes::install().grown([&] { stored = built(of("out", "none")); });
     EXPECT_LE(read, bytes + kLargest / 16) << "leaves are read from the files";
     const auto a = stored->parameters(), b = made->parameters();

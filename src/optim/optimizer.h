@@ -7,6 +7,8 @@
 //   adamw8bit (Dettmers et al. 2022, "8-bit Optimizers via Block-wise Quantization"): adamw whose m and v are kept as codes of the dynamic
 //     8-bit map (quant/dynamic_map.h) in blocks of 256 elements of the whole tensor, which no rank's part may cut; of parameters of
 //     fewer than 4,096 elements in fp32, as bitsandbytes has it. An m below 0 is never kept as 0. Not for fp64 weights.
+//     Weights decay before the update, as above and in bitsandbytes' CPU code; its CUDA code lets them decay behind it, which differs by lr * weight_decay
+//     of the update.
 //   sgd, the arithmetic of torch.optim.SGD with momentum; weight decay is added to the gradient
 //     m = momentum * m + g + weight_decay * w;  w -= lr * m
 //   lion (Chen et al. 2023, "Symbolic Discovery of Optimization Algorithms"), for learning rates of a third to a tenth of AdamW's

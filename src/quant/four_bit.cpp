@@ -60,25 +60,4 @@ bool four_bit_slice_fits(int64_t rows, int64_t columns, int64_t dim, int64_t beg
   return columns % block_size == 0 && begin % block_size == 0 && end % block_size == 0;
 }
 
-FourBitTensor slice_4bit(const FourBitTensor& whole, int64_t rows, int64_t columns, int64_t dim, int64_t begin, int64_t end) {
-  const int64_t size = whole.block_size, count = rows * columns;
-  const BlockSlice& before = whole.scales.slice;
-  TRIREME_CHECK(before.first == 0 && before.per_row == 0 && whole.codes.numel() == (count + 1) / 2, before.first, " ", whole.codes.sizes(), rows, " x ", columns);
-  TRIREME_CHECK((dim == 0 || dim == 1) && 0 <= begin && begin < end && end <= (dim == 0 ? rows : columns), dim, " ", begin, " ", end);
-  TRIREME_CHECK(four_bit_slice_fits(rows, columns, dim, begin, end, size), "elements ", begin, " to ", end, " of dimension ", dim, " of ", rows, " x ", columns, " cut blocks of ", size);
-  FourBitTensor part = whole;
-  const auto run = [&](const at::Tensor& x, int64_t first, int64_t last) { return x.flatten().slice(0, first, last).clone(); };
-  const auto run_of_rows = [&](const at::Tensor& x, int64_t first, int64_t last) { return x.view({rows, -1}).slice(1, first, last).contiguous().flatten(); };
-  if (dim == 0) {
-    part.scales.slice.first = begin * columns / size;
-    part.codes = run(whole.codes, begin * columns / 2, (end * columns + 1) / 2);
-    part.scales.absmax = run(whole.scales.absmax, begin * columns / size, (end * columns + size - 1) / size);
-  } else {
-    part.scales.slice = {begin / size, (end - begin) / size, columns / size};
-    part.codes = run_of_rows(whole.codes, begin / 2, end / 2);
-    part.scales.absmax = run_of_rows(whole.scales.absmax, begin / size, end / size);
-  }
-  return part;
-}
-
 }  // namespace trireme

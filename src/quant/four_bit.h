@@ -33,10 +33,7 @@ FourBitTensor quantize_4bit(const at::Tensor& w, FourBit kind, int64_t block_siz
 // with nothing allocated. InternalError: sizes, dtypes or devices do not fit.
 void dequantize_4bit(const FourBitTensor& q, const at::Tensor& out);
 
-// Whether elements [begin, end) along dimension `dim` (0 or 1) of a tensor [rows, columns] cut no block: what slice_4bit needs.
+// Whether elements [begin, end) along dimension `dim` (0 or 1) of a tensor [rows, columns] cut no block.
 bool four_bit_slice_fits(int64_t rows, int64_t columns, int64_t dim, int64_t begin, int64_t end, int64_t block_size);
-// That slice of a whole tensor: its own codes and scales, and all nested scales, which are shared. The values of the slice are those of
-// the whole. InternalError: it does not fit.
-FourBitTensor slice_4bit(const FourBitTensor& whole, int64_t rows, int64_t columns, int64_t dim, int64_t begin, int64_t end);
 
 }  // namespace trireme
