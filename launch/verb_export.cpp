@@ -33,7 +33,7 @@ std::string keys_of(const std::string& base) {
   std::smatch found;
   if (base.size() > 1000 || !std::regex_match(base, found, words)) return "";
   const std::string block_size = found[3], scale_bits = found[4], skipped = found[6];
-  return str("quant.base=", found[1].str(), block_size.empty() || block_size == str(FrozenBase().block_size) ? "" : " quant.block_size=" + block_size, scale_bits == "32" ? " quant.double=false" : "",
+  return str("quant.base=", found[1].str(), block_size.empty() || block_size == str(FrozenBase().blocks()) ? "" : " quant.block_size=" + block_size, scale_bits == "32" ? " quant.double=false" : "",
              skipped.empty() ? "" : " quant.skip=" + skipped);
 }
 

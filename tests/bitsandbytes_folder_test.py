@@ -418,3 +418,15 @@ def test_other_quantizations(work, tmp_path, config, sentence):
 def test_random_weights_are_in_no_file(work, tmp_path):
     done = run(tmp_path, "plan", f"--model.config={work / 'nf4/config.json'}", "--train.steps=1", "--lora.rank=2")
     assert done.returncode == 3 and "config.json: has a quantization_config, but model.config starts from random weights" in done.stderr and "set quant.base=nf4" in done.stderr, done.stderr
+
+
+@pytest.mark.parametrize("key, held", [("block_size=64", "in blocks of 128 with scales in 32 bits"), ("double=true", "in blocks of 128 with scales in 32 bits")])
+@pytest.mark.parametrize("base", ["none", "nf4"])
+def test_what_is_asked_for_is_not_overruled(work, key, held, base):
+    """Also where it is what a folder without quantization is given unasked."""
+    if not (work / "wide").exists():
+        quantized(work / "base", work / "wide", double=False, block_size=128)
+    evaluated(work, "wide", f"--quant.base={base}")
+    evaluated(work, "wide", "--quant.block_size=128", "--quant.double=false", "--quant.base=nf4")
+    done = run(work, "eval", f"--model.path={work / 'wide'}", f"--eval.token_ids={work / 'ids.json'}", f"--quant.{key}", f"--quant.base={base}")
+    assert done.returncode == 2 and f"error: quant.{key}, but the model's files hold model.layers.0.self_attn.q_proj in nf4, {held}: leave it out" in done.stderr, done.stderr

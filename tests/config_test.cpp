@@ -182,7 +182,7 @@ TEST(Config, ValuesAtTheEdges) {
       {"--data.learn=", ": allowed are completion, all"}, 
       {"--lora.init=pissa_niter_N", of_init}, {"--lora.init=pissa_niter_", of_init}, {"--lora.init=pissa_niter_0", of_init}, {"--lora.init=pissa_niter_1000", of_init},
       {"--lora.init=pissa_niter_16x", of_init}, {"--lora.init=pissa_niter", of_init},
-      {"--quant.block_size=16", ": allowed are 32, 64, 128, 256, 512, 1024, 2048, 4096"}, {"--quant.block_size=33", ": allowed are 32, 64, 128, 256, 512, 1024, 2048, 4096"},
+      {"--quant.block_size=16", ": allowed are 0, 32, 64, 128, 256, 512, 1024, 2048, 4096"}, {"--quant.block_size=33", ": allowed are 0, 32, 64, 128, 256, 512, 1024, 2048, 4096"},
       {"--data.truncation=Left", ": allowed are auto, right, left, drop, error, chunk; did you mean left?"}};
   for (const auto& [word, problem] : cases) EXPECT_EQ(refusal({"train", word}), std::string(word).substr(2) + problem) << word;
 

@@ -364,7 +364,7 @@ def test_a_killed_writer_leaves_nothing_that_looks_whole_and_runs_again(tmp_path
     (["--quant.base=nf4", "--run.dir=WORK/fp32"], 2, "run.dir=WORK/fp32 is not empty; name a new folder"),
     (["--quant.base=nf4", "--run.dir=WORK/ids.json"], 2, "run.dir=WORK/ids.json is a file; name a new folder"),
     (["--quant.base=nf4", "--run.dir="], 2, "run.dir is not set: the folder to write"),
-    (["--quant.base=nf4", "--quant.block_size=48"], 2, "quant.block_size=48: allowed are 32, 64, 128, 256, 512, 1024, 2048, 4096"),
+    (["--quant.base=nf4", "--quant.block_size=48"], 2, "quant.block_size=48: allowed are 0, 32, 64, 128, 256, 512, 1024, 2048, 4096"),
     (["--quant.base=nf4", "--quant.skip=nose_proj"], 2, "quant.skip=nose_proj: no linear layer has this name; there are down_proj, gate_proj, k_proj, o_proj, q_proj, up_proj, v_proj, or all-linear"),
     (["--quant.base=nf4", "--quant.skip=all-linear"], 2, "quant.skip leaves no layer to quantize: name fewer layers, or leave quant.base=nf4 out"),
     (["--quant.base=nf4", "--model.dtype=float64"], 2, "bitsandbytes quantizes float32, bfloat16 and float16, but the weights are float64: set model.dtype=float32"),

@@ -89,8 +89,8 @@ def test_evaluation_and_answers_are_of_what_was_trained(work):
 
 @pytest.mark.parametrize("keys, said", [
     (["--lora.rank=0", "--lora.dropout=0"], "quant.base=nf4 freezes the weights, and nothing would be trained: set lora.rank, or leave quant.base out"),
-    (["--quant.block_size=96"], "quant.block_size=96: allowed are 32, 64, 128, 256, 512, 1024, 2048, 4096"),
-    (["--quant.block_size=16"], "quant.block_size=16: allowed are 32, 64, 128, 256, 512, 1024, 2048, 4096"),
+    (["--quant.block_size=96"], "quant.block_size=96: allowed are 0, 32, 64, 128, 256, 512, 1024, 2048, 4096"),
+    (["--quant.block_size=16"], "quant.block_size=16: allowed are 0, 32, 64, 128, 256, 512, 1024, 2048, 4096"),
     (["--quant.skip=all-linear"], "quant.skip leaves no layer to quantize: name fewer layers, or leave quant.base=nf4 out"),
     (["--quant.base=dense"], "quant.base=dense is set, but WORK/model.json has no quantization_config: the weights are dense already; leave quant.base out"),
     (["--quant.base=int8", "--quant.threshold=-3"], "quant.threshold=-3: must be from -1 to 1e+06"),

@@ -64,9 +64,8 @@ struct Config {
   } lora;
   struct {
     std::string base = "none";
-    int64_t block_size = 64;
-    bool double_quant = true;
-    std::string compute_dtype = "auto";
+    int64_t block_size = 0;
+    std::string double_quant = "auto", compute_dtype = "auto";
     double threshold = -1;
     std::vector<std::string> skip;
   } quant;

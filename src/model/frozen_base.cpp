@@ -19,12 +19,14 @@ namespace {
 
 // What is stored cannot be brought into another form: its values are rounded already.
 void check_stored(const FrozenBase& base, const std::string& path, const StoredFormat& f) {
-  const FrozenBase usual;
-  const auto differs = [&](const auto&... key) { return ConfigError(str(key..., ", but the model's files hold ", path, " in ", f.kind, f.kind == "int8" ? std::string() : str(", in blocks of ", f.block_size, " with scales in ", f.is_double ? "8 bits" : "32 bits"),
-                                                                        ": leave it out, or set quant.base=dense and quantize what that exports")); };
+  const bool four_bits = f.kind != "int8";
+  const auto differs = [&](const auto&... key) {
+    const std::string blocks = four_bits ? str(", in blocks of ", f.block_size, " with scales in ", f.is_double ? "8 bits" : "32 bits") : "";
+    return ConfigError(str(key..., ", but the model's files hold ", path, " in ", f.kind, blocks, ": leave it out, or set quant.base=dense and quantize what that exports"));
+  };
   if (base.kind != "none" && base.kind != f.kind) throw differs("quant.base=", base.kind);
-  if (base.block_size != usual.block_size && base.block_size != f.block_size) throw differs("quant.block_size=", base.block_size);
-  if (base.is_double != usual.is_double && base.is_double != f.is_double) throw differs("quant.double=", base.is_double ? "true" : "false");
+  if (four_bits && base.block_size.value_or(f.block_size) != f.block_size) throw differs("quant.block_size=", *base.block_size);
+  if (four_bits && base.is_double.value_or(f.is_double) != f.is_double) throw differs("quant.double=", *base.is_double ? "true" : "false");
 }
 
 // Why a layer cannot be kept in this form; empty where it can.
@@ -48,7 +50,7 @@ void freeze_base(Transformer& model, const FrozenBase& base) {
     if (const std::string why = misfit(base.kind, l); !why.empty()) throw ConfigError(str("quant.base=", base.kind, ": ", why, ": add it to quant.skip"));
     if (base.kind == "fp8") return float8_weight(l.path, l.out_features(), l.in_features());
     if (base.kind == "int8") return int8_weight(l.path, l.out_features(), l.in_features(), model.dtype(), base.threshold);
-    return four_bits(l, base.kind, base.block_size, base.is_double);
+    return four_bits(l, base.kind, base.blocks(), base.has_double());
   };
   const auto as_stored = [&](const Linear& l) -> std::shared_ptr<FrozenWeight> {
     const StoredFormat& f = base.stored.at(l.path);

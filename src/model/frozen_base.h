@@ -1,6 +1,8 @@
 // The weights of a model's linear layers in fewer bits, frozen: what quant.base chooses.
 #pragma once
 
+#include <optional>
+
 #include "model/lora.h"
 #include "quant/stored_format.h"
 
@@ -9,8 +11,8 @@ namespace trireme {
 struct FrozenBase {
   std::string kind = "none";         // fp8: products of float8 (ops/float8.h); nf4, fp4: codes of 4 bits (quant/four_bit_weight.h);
                                      // int8: LLM.int8() (quant/int8_weight.h)
-  int64_t block_size = 64;           // values that share a scale
-  bool is_double = true;             // scales in 8 bits
+  std::optional<int64_t> block_size = {};  // values that share a scale; empty: 64, or what is stored
+  std::optional<bool> is_double = {};      // scales in 8 bits; empty: yes, or what is stored
   std::optional<at::ScalarType> compute = {};  // of products with what was in 4 bits; empty: the model's
   double threshold = 6.0;             // of int8's outliers
   std::vector<std::string> skipped;  // layers that stay as they are, by name (model/linear_names.h)
@@ -18,6 +20,9 @@ struct FrozenBase {
   std::map<std::string, StoredFormat> stored = {};
 
   bool none() const { return kind == "none" && stored.empty(); }
+  // Of layers that are not stored.
+  int64_t blocks() const { return block_size.value_or(64); }
+  bool has_double() const { return is_double.value_or(true); }
 };
 
 // Gives every linear layer of the blocks but the skipped ones a weight in that form, and freezes all of the model. The model is on

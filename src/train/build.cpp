@@ -195,7 +195,12 @@ ModelCut forward_cut(const ModelConfig& model, const MeshComms& comms) {
 }
 
 FrozenBase frozen_base(const Config& config) {
-  FrozenBase base{config.quant.base == "dense" ? "none" : config.quant.base, config.quant.block_size, config.quant.double_quant, {}, config.quant.threshold < 0 ? FrozenBase().threshold : config.quant.threshold, config.quant.skip};
+  FrozenBase base;
+  if (config.quant.base != "dense") base.kind = config.quant.base;
+  if (config.quant.block_size > 0) base.block_size = config.quant.block_size;
+  if (config.quant.double_quant != "auto") base.is_double = config.quant.double_quant == "true";
+  if (config.quant.threshold >= 0) base.threshold = config.quant.threshold;
+  base.skipped = config.quant.skip;
   if (config.quant.compute_dtype != "auto") base.compute = parse_dtype(config.quant.compute_dtype, "quant.compute_dtype");
   return base;
 }
@@ -213,7 +218,7 @@ FrozenBase frozen_base(const Config& config, const ModelConfig& model) {
 
 std::string quantized_base(const Config& config, const ModelConfig& model) {
   const FrozenBase base = frozen_base(config, model);
-  const StoredFormat format = base.stored.empty() ? StoredFormat{base.kind, base.block_size, base.is_double} : base.stored.begin()->second;
+  const StoredFormat format = base.stored.empty() ? StoredFormat{base.kind, base.blocks(), base.has_double()} : base.stored.begin()->second;
   if (format.kind == "none" || format.kind == "fp8") return "";
   std::string text = format.kind;
   if (format.kind != "int8") text += str(", blocks of ", format.block_size, ", scales in ", format.is_double ? "8 bits" : "32 bits");

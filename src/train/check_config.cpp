@@ -132,10 +132,13 @@ void find_conflicts(const Config& c, const CommandLine& line, int num_ranks, std
     wrong("eval.logits=", c.eval.logits, ": there is no folder ", file.parent_path().string(), "; make it, or name a file in one that is there");
   const Config unset;
   const bool four_bits = c.quant.base == "nf4" || c.quant.base == "fp4";
+  // A config.ini from before 0 and auto meant these names them always.
+  const bool block_size = c.quant.block_size != unset.quant.block_size && c.quant.block_size != FrozenBase().blocks();
+  const bool is_double = c.quant.double_quant != unset.quant.double_quant && (c.quant.double_quant == "true") != FrozenBase().has_double();
   const std::tuple<const char*, bool, bool> quant_keys[] = {{"quant.skip", c.quant.skip != unset.quant.skip, quantizes},
                                                             {"quant.threshold", c.quant.threshold != unset.quant.threshold, c.quant.base == "int8"},
-                                                            {"quant.block_size", c.quant.block_size != unset.quant.block_size, four_bits},
-                                                            {"quant.double", c.quant.double_quant != unset.quant.double_quant, four_bits},
+                                                            {"quant.block_size", block_size, four_bits},
+                                                            {"quant.double", is_double, four_bits},
                                                             {"quant.compute_dtype", c.quant.compute_dtype != unset.quant.compute_dtype, four_bits}};
   for (const auto& [key, is_set, is_read] : quant_keys)
     if (is_set && !is_read) wrong(key, " is set, but quant.base is ", c.quant.base, ": set quant.base", !quantizes ? "" : std::string_view(key) == "quant.threshold" ? " to int8" : " to nf4 or fp4", ", or leave ", key, " out");

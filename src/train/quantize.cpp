@@ -40,7 +40,7 @@ QuantizedLayers::QuantizedLayers(Transformer& model, const FrozenBase& base) : b
     }
     const std::string name = l->path + ".weight";
     weights_[name] = l->frozen;
-    formats_[name] = base.stored.empty() ? StoredFormat{base.kind, base.block_size, base.is_double, l->out_features(), l->in_features()} : base.stored.at(l->path);
+    formats_[name] = base.stored.empty() ? StoredFormat{base.kind, base.blocks(), base.has_double(), l->out_features(), l->in_features()} : base.stored.at(l->path);
   }
 }
 

@@ -95,8 +95,10 @@ void check_identity(const Json& saved, const Json& now, const std::string& check
   for (const auto& f : fields(defaults)) {
     if (!now.contains(f.key)) continue;
     std::string then = saved.value(f.key, f.text());  // a key that is younger than the checkpoint had its default then
-    if (f.key == "quant.threshold" && then == "6" && now[f.key] == f.text()) continue;  // how it was said until -1 did
-    if (now[f.key] != then) differs(f.key, then, now[f.key]);
+    // What "not set" stands for, and how it was said once.
+    static const std::map<std::string, std::string> kOnce = {{"quant.threshold", "6"}, {"quant.block_size", "64"}, {"quant.double", "true"}};
+    const auto meant = [&](const std::string& value) { return kOnce.count(f.key) && kOnce.at(f.key) == value ? f.text() : value; };
+    if (meant(now[f.key]) != meant(then)) differs(f.key, then, now[f.key]);
   }
   const Json &old_fields = saved.at("config.json"), &new_fields = now.at("config.json");
   constexpr size_t kShown = 100;
