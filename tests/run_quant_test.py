@@ -216,6 +216,11 @@ def test_what_fewer_bits_would_hide_is_found(work):
                 done = run(work, verb, *keys, *more)
                 assert done.returncode == 3 and "model.layers.1.mlp.up_proj.weight: 1 of 8192 values are not finite" in done.stderr, done.stderr
                 assert not (work / "damaged").exists() and not (work / "damaged.tmp").exists()
+        for init, keys in (("pissa", []), ("pissa_niter_2", []), ("pissa_niter_2", ["--quant.base=nf4"]), ("loftq", ["--quant.base=nf4"])):
+            done = run(work, "train", f"--model.path={work}/sound/model", f"--data.train={QUICKSTART}/train.jsonl:8", "--data.max_length=32", "--train.steps=1", "--lora.rank=4",
+                       f"--lora.init={init}", f"--run.dir={work}/begun_{bad}_{init}{len(keys)}", *keys)
+            said = f"model.layers.1.mlp.up_proj.weight: 1 of 8192 values are not finite, and lora.init={init} begins with them: the model's weights are damaged"
+            assert done.returncode == 3 and said in done.stderr, done.stderr
 
 
 def test_a_run_that_computed_in_another_dtype_is_merged(work):

@@ -11,6 +11,7 @@
 #include "model/lora_init.h"
 #include "ops/dequantized_weight.h"
 #include "ops/float8.h"
+#include "ops/weight_leaf.h"
 #include "quant/four_bit_weight.h"
 #include "quant/int8_weight.h"
 
@@ -97,6 +98,8 @@ std::vector<at::Tensor> FrozenLayers::values(const Layer& layer, const at::Tenso
   const auto* weight = dynamic_cast<const DequantizedWeight*>(layer.weight.get());
   TRIREME_CHECK(weight || !layer.weight || (lora_.init != LoraInit::kLoftq && !layer.dora), layer.whole.name, ": its form has no values");
   TRIREME_CHECK(codes.empty() || !layer.starts, layer.whole.name, " is stored in its form");
+  // One bad value is in all sums of a decomposition: none of what it gives could name it.
+  if (layer.starts) check_finite(layer.whole.name.substr(0, layer.whole.name.rfind(".weight")), whole_OI, str("and lora.init=", lora_.init_name(), " begins with them"));
   const at::ScalarType dtype = layer.whole.value.scalar_type();
   const at::Device device = codes.empty() ? whole_OI.device() : codes[0].device();
   const auto decoded = [&](const std::vector<at::Tensor>& of, at::ScalarType type) {

@@ -20,11 +20,11 @@ inline void cut_leaf(FrozenWeight::Leaf& leaf, int64_t dim, int64_t begin, int64
   leaf.place.offset[static_cast<size_t>(dim)] = begin;
 }
 
-// DataError where a weight is not finite: its codes would hide it.
-inline void check_finite(const std::string& path, const at::Tensor& whole_OI) {
+// DataError where a weight is not finite. `harm`: what would come of it.
+inline void check_finite(const std::string& path, const at::Tensor& whole_OI, const std::string& harm = "which fewer bits would hide") {
   const auto [lowest, highest] = at::aminmax(whole_OI.detach());
   if (std::isfinite(lowest.item<double>()) && std::isfinite(highest.item<double>())) return;
-  throw DataError(str(path, ".weight: ", whole_OI.numel() - at::isfinite(whole_OI).sum().item<int64_t>(), " of ", whole_OI.numel(), " values are not finite, which fewer bits would hide: the model's weights are damaged; copy its folder again"));
+  throw DataError(str(path, ".weight: ", whole_OI.numel() - at::isfinite(whole_OI).sum().item<int64_t>(), " of ", whole_OI.numel(), " values are not finite, ", harm, ": the model's weights are damaged; copy its folder again"));
 }
 
 }  // namespace trireme
