@@ -2,12 +2,16 @@
 
 #include <gtest/gtest.h>
 #include <sys/resource.h>
+#include <sys/syscall.h>
+#include <unistd.h>
 
+#include <condition_variable>
 #include <csignal>
 #include <cstdlib>
 #include <filesystem>
 #include <fstream>
 #include <functional>
+#include <mutex>
 
 #include "base/check.h"
 #include "base/file.h"
@@ -15,6 +19,42 @@
 #include "base/json.h"
 #include "checkpoint/manifest.h"
 #include "scratch.h"
+
+namespace {
+
+// Between hold() and release(), whoever deletes a file named "held" waits, unless another deletes it too.
+struct HeldFile {
+  std::mutex mutex;
+  std::condition_variable changed;
+  bool released = true;
+  int deleters = 0;
+
+  void hold() {
+    std::lock_guard lock(mutex);
+    released = false;
+    deleters = 0;
+  }
+  void wait() {
+    std::unique_lock lock(mutex);
+    ++deleters;
+    changed.notify_all();
+    changed.wait(lock, [this] { return released || deleters > 1; });
+  }
+  void release() {
+    std::lock_guard lock(mutex);
+    released = true;
+    changed.notify_all();
+  }
+};
+HeldFile held_file;
+
+}  // namespace
+
+// In place of libc's, which std::filesystem::remove_all calls.
+extern "C" int unlinkat(int folder, const char* path, int flags) noexcept {
+  if (std::string_view(path).ends_with("held")) held_file.wait();
+  return static_cast<int>(syscall(SYS_unlinkat, folder, path, flags));
+}
 
 namespace trireme {
 namespace {
@@ -306,6 +346,26 @@ TEST_F(CheckpointTest, KeepsTheNewestAndTheBest) {
   EXPECT_EQ(saved.newest()->step(), 5);
   save(saved, 6, 6);
   EXPECT_EQ(listing(), "best latest step-5 step-6 ");
+}
+
+// Saves that end while what was given up before is still being deleted.
+TEST_F(CheckpointTest, WhatIsGivenUpIsDeletedOnceAndNoSaveWaitsForIt) {
+  CheckpointStore saved = store(1);
+  save(saved, 1);
+  on_rank0([&] { std::ofstream(folder_ + "/step-1/held"); });
+  held_file.hold();
+  testing::internal::CaptureStderr();
+  for (int step = 2; step <= 4; ++step) {
+    saved.start_save(step, slices(globals(), comm_, true), {});
+    saved.wait();
+  }
+  const bool was_there = comm_.agree(fs::exists(folder_ + "/step-1.deleted.tmp/held")) == 1;
+  held_file.release();
+  save(saved, 5);  // returns when all is deleted
+  const std::string warnings = testing::internal::GetCapturedStderr();
+  EXPECT_TRUE(was_there);
+  EXPECT_EQ(warnings, "");
+  EXPECT_EQ(listing(), "latest step-5 ");
 }
 
 TEST_F(CheckpointTest, StepsOfABranchThatWasLeftAreSetAside) {

@@ -352,8 +352,10 @@ void CheckpointStore::prune(const Job& job) {
     fs::rename(path_of(steps[i]), deleted);  // at once no checkpoint any more, whenever we are killed
     leftovers.push_back(deleted);
   }
-  // Freeing many gigabytes takes a while; no step should wait for it.
-  cleaner_ = std::jthread([leftovers] {
+  // Freeing many gigabytes takes a while; no step should wait for it. What the cleaner before is still deleting is among
+  // the leftovers too: one after the other, or two would delete the same folder.
+  cleaner_ = std::jthread([leftovers, before = std::move(cleaner_)]() mutable {
+    if (before.joinable()) before.join();
     for (const std::string& path : leftovers) remove_folder(path);
   });
 }
