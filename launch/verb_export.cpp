@@ -62,6 +62,16 @@ void check_base_of_adapter(const Config& config, const CommandLine& line, const 
                         ", or quant.base=", values, " to merge into these weights all the same"));
 }
 
+// An adapter brings its own rank and the like: beside lora.path those of a run's config.ini are left out, as eval and generate do. Of a
+// checkpoint they are what it holds.
+Config beside_adapter(Config config, const CommandLine& line, bool from_checkpoint) {
+  if (config.lora.path.empty() || from_checkpoint || line.config_file.empty()) return config;
+  Config own;
+  own.lora.path = config.lora.path, own.lora.merge = config.lora.merge, own.lora.requantize = config.lora.requantize;
+  config.lora = own.lora;
+  return config;
+}
+
 void say_left(const std::vector<UpdateLeft>& all) {
   if (all.empty()) return;
   const auto least = std::min_element(all.begin(), all.end(), [](const UpdateLeft& a, const UpdateLeft& b) { return a.left < b.left; });
@@ -74,14 +84,16 @@ void say_left(const std::vector<UpdateLeft>& all) {
 
 }  // namespace
 
-ExitStatus verb_export(const Config& config, const CommandLine& line, const Process& process) {
+ExitStatus verb_export(const Config& given, const CommandLine& line, const Process& process) {
+  const bool from_checkpoint = given.run.resume != "auto" && given.run.resume != "never";
+  const Config config = beside_adapter(given, line, from_checkpoint);
   check_config(config, line);
   if (config.run.dir.empty()) throw ConfigError("run.dir is not set: the folder to write");
-  const bool from_checkpoint = config.run.resume != "auto" && config.run.resume != "never";
   if (!config.lora.path.empty() && !config.lora.merge && !from_checkpoint)
     throw ConfigError("lora.path is set: say lora.merge=true to write the merged model (the adapter itself is exported already)");
   if (config.lora.rank > 0 && !from_checkpoint)
-    throw ConfigError("lora.rank is set, but no checkpoint with adapters: set run.resume to its folder, or lora.path to an adapter");
+    throw ConfigError(config.lora.path.empty() ? "lora.rank is set, but no checkpoint with adapters: set run.resume to its folder, or lora.path to an adapter"
+                                               : "lora.rank and lora.path are both set: the adapter of lora.path has a rank; set one");
   if (config.lora.merge && config.lora.path.empty() && config.lora.rank == 0)
     throw ConfigError("lora.merge needs lora.path, the adapter to merge");
   if (process.rank() != 0) return kExitDone;

@@ -71,6 +71,8 @@ def work(tmp_path):
      "adapter_config.json in it", 1),
     ("export", [RANDOM, "--run.dir=WORK/out", "--lora.rank=4"], 2, "lora.rank is set, but no checkpoint with adapters: set run.resume to its "
      "folder, or lora.path to an adapter", 1),
+    ("export", [RANDOM, "--run.dir=WORK/out", "--lora.rank=4", "--lora.path=WORK", "--lora.merge=true"], 2, "lora.rank and lora.path are both set: the adapter of lora.path has a rank; "
+     "set one", 1),
     ("export", [RANDOM, "--run.dir=WORK/out", "--lora.merge=true"], 2, "lora.merge needs lora.path, the adapter to merge", 1),
     ("doctor", ["--optim.lr=1"], 2, "optim.lr is read by train, plan, not by doctor: leave it out (a configuration file may hold it)", 2),
 ])

@@ -90,7 +90,7 @@ TEST(FourBitWeight, CutsNoBlock) {
     return std::string();
   };
   EXPECT_EQ(refusal(1, 64, 128, 128, 128), "quant.block_size=128: a rank's columns 64 to 127 of model.layers.0.mlp.down_proj (64 x 128) would cut a block of scales: take 32, 64; or set another "
-                                           "parallel.tensor, or add the layer to quant.skip; weights that are stored so can be had by quant.base=dense");
+                                           "parallel.tensor, or add the layer to quant.skip");
   EXPECT_NE(refusal(1, 0, 24, 48, 32).find("no block size fits; or set another parallel.tensor"), std::string::npos);
   EXPECT_NE(refusal(0, 0, 1, 48, 64).find("rows 0 to 0"), std::string::npos);
   EXPECT_EQ(refusal(1, 64, 128, 128, 64), "");

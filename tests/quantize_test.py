@@ -257,6 +257,10 @@ def test_an_adapter_is_merged_into_the_base_that_is_named(work, adapters):
         shutil.rmtree(work / "told", ignore_errors=True)
         done = run(work, "export", f"--model.path={work}/fp32", f"--lora.path={adapters[adapter]}", "--lora.merge=true", *keys, f"--run.dir={work}/told")
         assert done.returncode == 0 and "warning" not in done.stderr, done.stderr
+    # The run's own keys beside its adapter: what the adapter says of itself is not said twice.
+    run_of = [f"{work}/of-int8/config.ini", f"--lora.path={adapters['int8']}", "--lora.merge=true"]
+    done = run(work, "export", *run_of, f"--run.dir={work}/told-run")
+    assert done.returncode == 0 and (work / "told-run/model.safetensors").read_bytes() == (work / "told/model.safetensors").read_bytes(), done.stderr
     # What is stored knows itself which layers are left out.
     quantize(work, "stored-int8", "--quant.skip=q_proj", base="fp32", kind="int8")
     merge = [f"--model.path={work}/stored-int8", "--lora.merge=true", "--model.dtype=float32"]
@@ -383,6 +387,21 @@ def test_what_is_refused(work, keys, status, sentence):
     done = run(work, "quantize", *(key for key in usual if key.split("=")[0] not in {k.split("=")[0] for k in keys}), *keys)
     assert done.returncode == status and f"error: {sentence.replace('WORK', str(work))}" in done.stderr and done.stderr.count("error: ") == 1, done.stderr
     assert not (work / "never").exists() and not (work / "never.tmp").exists()
+
+
+@pytest.mark.parametrize("keys, ranks, sentence", [
+    (["--parallel.tensor=2"], 2, "a rank's columns 0 to 63 of model.layers.0.self_attn.o_proj (128 x 128) would cut a block of 256 values, whose scale is one in the model's files: set another "
+     "parallel.tensor, or quant.base=dense for the values that the codes stand for"),
+    *((["--lora.init=loftq", *base], 1, "lora.init=loftq begins with the weights, but those of WORK/coarse are stored in nf4 already: set lora.init=random, or quant.base=dense with lora.init=pissa")
+      for base in ([], ["--quant.base=nf4"], ["--quant.base=dense"]))], ids=["cut", "loftq", "loftq on nf4", "loftq on dense"])
+def test_what_is_stored_stays_and_what_is_advised_can_be_done(work, keys, ranks, sentence):
+    if not (work / "coarse").exists():
+        quantize(work, "coarse", "--quant.block_size=256")
+    usual = [f"--model.path={work / 'coarse'}", f"--data.train={SOURCE}/configs/quickstart/train.jsonl:8", "--data.max_length=32", "--train.steps=1", "--lora.rank=4", "--lora.targets=down_proj"]
+    done = run(work, "train", *usual, *keys, f"--run.dir={work}/never", ranks=ranks)
+    assert done.returncode == 2 and f"error: {sentence.replace('WORK', str(work))}\n" in done.stderr, done.stderr
+    done = run(work, "train", *usual, *override(keys, ["--quant.base=dense", *(["--lora.init=pissa"] if ranks == 1 else [])]), f"--run.dir={work}/dense{len(keys)}{ranks}{keys[-1][-3:]}", ranks=ranks)
+    assert done.returncode == 0, done.stderr
 
 
 def test_two_writers_of_one_folder_do_not_mix(work):

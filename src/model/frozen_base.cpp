@@ -45,7 +45,7 @@ void freeze_base(Transformer& model, const FrozenBase& base) {
   TRIREME_CHECK(model.device().is_meta(), base.kind);
   const auto four_bits = [&](const Linear& l, const std::string& kind, int64_t block_size, bool is_double) {
     TRIREME_CHECK(kind == "nf4" || kind == "fp4", kind);
-    return four_bit_weight(l.path, l.out_features(), l.in_features(), {kind == "nf4" ? FourBit::kNf4 : FourBit::kFp4, block_size, is_double, base.compute.value_or(model.dtype())});
+    return four_bit_weight(l.path, l.out_features(), l.in_features(), {kind == "nf4" ? FourBit::kNf4 : FourBit::kFp4, block_size, is_double, base.compute.value_or(model.dtype()), !base.stored.empty()});
   };
   const auto made = [&](const Linear& l) -> std::shared_ptr<FrozenWeight> {
     if (const std::string why = misfit(base.kind, l); !why.empty()) throw ConfigError(str("quant.base=", base.kind, ": ", why, ": add it to quant.skip"));

@@ -77,11 +77,14 @@ class FourBitWeight : public DequantizedWeight {
   int64_t whole_columns() const { return 2 * leaves_[kCodes].place.global_shape[1]; }
 
   [[noreturn]] void refuse(int64_t dim, int64_t begin, int64_t end) const {
+    const std::string slice = str("a rank's ", dim == 0 ? "rows " : "columns ", begin, " to ", end - 1, " of ", path_, " (", out_features_, " x ", in_features_, ") would cut a block of ");
+    if (options_.is_stored)
+      throw ConfigError(str(slice, options_.block_size, " values, whose scale is one in the model's files: set another parallel.tensor, or quant.base=dense for the values that the codes stand for"));
     std::string fitting;
     for (int64_t size = 32; size <= 4096; size *= 2)
       if (four_bit_slice_fits(out_features_, in_features_, dim, begin, end, size)) fitting += str(fitting.empty() ? "" : ", ", size);
-    throw ConfigError(str("quant.block_size=", options_.block_size, ": a rank's ", dim == 0 ? "rows " : "columns ", begin, " to ", end - 1, " of ", path_, " (", out_features_, " x ", in_features_,
-                          ") would cut a block of scales: ", fitting.empty() ? "no block size fits; " : str("take ", fitting, "; "), "or set another parallel.tensor, or add the layer to quant.skip; weights that are stored so can be had by quant.base=dense"));
+    throw ConfigError(str("quant.block_size=", options_.block_size, ": ", slice, "scales: ", fitting.empty() ? "no block size fits; " : str("take ", fitting, "; "),
+                          "or set another parallel.tensor, or add the layer to quant.skip"));
   }
 
   FourBitOptions options_;

@@ -29,6 +29,15 @@ std::string base_model_of(const std::string& adapter) {
   }
 }
 
+// What the weights of a folder are stored in; empty where they are dense, or there is none.
+std::string stored_form(const Config& c) {
+  try {
+    return c.model.path.empty() ? "" : read_model_config(resolve_model_folder(c.model.path, c.model.revision)).quantization;
+  } catch (const Error&) {  // said elsewhere
+    return "";
+  }
+}
+
 // The product of a run, model/ or adapter/, never replaces what the run begins with.
 void check_product(const Config& c, const std::string& run_dir, std::vector<std::string>& problems) {
   std::error_code none;
@@ -142,7 +151,10 @@ void find_conflicts(const Config& c, const CommandLine& line, int num_ranks, std
                                                             {"quant.compute_dtype", c.quant.compute_dtype != unset.quant.compute_dtype, four_bits}};
   for (const auto& [key, is_set, is_read] : quant_keys)
     if (is_set && !is_read) wrong(key, " is set, but quant.base is ", c.quant.base, ": set quant.base", !quantizes ? "" : std::string_view(key) == "quant.threshold" ? " to int8" : " to nf4 or fp4", ", or leave ", key, " out");
-  if (c.lora.init == "loftq" && !four_bits)
+  const std::string stored = c.lora.init == "loftq" ? stored_form(c) : "";
+  if (!stored.empty() && line.verb != "export")
+    wrong("lora.init=loftq begins with the weights, but those of ", c.model.path, " are stored in ", stored, " already: set lora.init=random, or quant.base=dense with lora.init=pissa");
+  else if (c.lora.init == "loftq" && !four_bits)
     wrong("lora.init=loftq makes up for what 4 bits lose, but quant.base is ", c.quant.base, ": ",
           line.verb == "export" ? "name the run's config.ini, as in trireme export RUN/config.ini" : "set quant.base=nf4 or fp4, or lora.init=pissa");
   if (c.quant.threshold < 0 && c.quant.threshold != unset.quant.threshold) wrong("quant.threshold=", c.quant.threshold, ": must be 0 (no outliers) or more, or -1: 6, or what the model's folder says");
