@@ -26,7 +26,7 @@ at::Tensor take(const at::Tensor& tensor);
 at::Tensor part(const at::Tensor& tensor, int64_t begin, int64_t size);
 
 const std::vector<at::ScalarType> kTypes{at::kFloat, at::kDouble, at::kBFloat16, at::kHalf,
-                                         at::kLong,  at::kInt,    at::kByte};
+                                         at::kLong,  at::kInt,    at::kChar,     at::kByte};
 // 0, one, odd, around the switch from one round of messages to two, and more than one piece of 4 MiB.
 const std::vector<int64_t> kSizes{0, 1, 7, 1023, 4099, 40961};
 

@@ -93,7 +93,7 @@ bool joined(NcclHandle comm) {
 }
 
 CommType type_of(int type) {
-  static const std::map<int, CommType> types{{1, CommType::kUint8},   {2, CommType::kInt32},   {4, CommType::kInt64},   {6, CommType::kFloat16},
+  static const std::map<int, CommType> types{{0, CommType::kInt8},    {1, CommType::kUint8},   {2, CommType::kInt32},   {4, CommType::kInt64},   {6, CommType::kFloat16},
                                              {7, CommType::kFloat32}, {8, CommType::kFloat64}, {9, CommType::kBfloat16}};
   return types.at(type);
 }

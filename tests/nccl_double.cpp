@@ -239,7 +239,7 @@ struct Kernel {
           std::vector<const void*> parts;
           for (size_t p = received.size(); p-- > 0;) parts.push_back(received[p].data());
           static const std::map<int, CommType> types{
-              {1, CommType::kUint8},   {2, CommType::kInt32},   {4, CommType::kInt64},   {6, CommType::kFloat16},
+              {0, CommType::kInt8},    {1, CommType::kUint8},   {2, CommType::kInt32},   {4, CommType::kInt64},   {6, CommType::kFloat16},
               {7, CommType::kFloat32}, {8, CommType::kFloat64}, {9, CommType::kBfloat16}};
           static const std::map<int, ReduceOp> operations{{0, ReduceOp::kSum}, {2, ReduceOp::kMax}, {3, ReduceOp::kMin}};
           reduce_parts(types.at(op.type), operations.at(op.op), parts, output, static_cast<int64_t>(op.count));

@@ -309,6 +309,7 @@ TEST(NcclApi, HasTheNumbersAndLayoutsOfTheHeader) {
   EXPECT_EQ(nccl_type(CommType::kFloat16), ncclFloat16);
   EXPECT_EQ(nccl_type(CommType::kInt64), ncclInt64);
   EXPECT_EQ(nccl_type(CommType::kInt32), ncclInt32);
+  EXPECT_EQ(nccl_type(CommType::kInt8), ncclInt8);
   EXPECT_EQ(nccl_type(CommType::kUint8), ncclUint8);
   EXPECT_EQ(nccl_op(ReduceOp::kSum), ncclSum);
   EXPECT_EQ(nccl_op(ReduceOp::kMax), ncclMax);

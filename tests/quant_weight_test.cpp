@@ -5,6 +5,7 @@
 #include "ops/ops.h"
 #include "quant/four_bit_weight.h"
 #include "quant/int8_weight.h"
+#include "tensor_bytes.h"
 
 namespace trireme {
 namespace {
@@ -123,6 +124,22 @@ TEST(FourBitWeight, IsBroughtBackOnceWhereItsUsesMeet) {
   for (const double scale : {1.0, 2.0, 1.0}) {
     a->set(weight(64, 64) * scale);  // other memory, as new as the one before
     EXPECT_EQ(same_bits(linear(x.detach(), LinearWeight(a), {}, nullptr), y), scale == 1) << scale;
+  }
+}
+
+// Rows in the model's dtype are converted to that of products.
+TEST(FourBitWeight, SaysWhatAProductTakes) {
+  test::TensorBytes::install();
+  for (const at::ScalarType compute : {at::kBFloat16, at::kFloat}) {
+    FourBitOptions options;
+    options.compute = compute;
+    const auto q = made(weight(64, 128), options);
+    const at::Tensor x = at::randn({3000, 128}).to(at::kBFloat16);
+    const auto multiplied = [&] { linear(x, LinearWeight(q), {}, nullptr); };
+    multiplied();  // the scratch is there from here on
+    const int64_t scratch = q->product_bytes(0, at::kBFloat16), said = q->product_bytes(x.size(0), at::kBFloat16) - scratch;
+    EXPECT_EQ(scratch, 64 * 128 * static_cast<int64_t>(c10::elementSize(compute)));
+    EXPECT_NEAR(static_cast<double>(test::TensorBytes::install().grown(multiplied) - 3000 * 64 * 2), static_cast<double>(said), 4e5);  // oneDNN takes some, too
   }
 }
 

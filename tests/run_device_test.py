@@ -276,6 +276,7 @@ def test_an_embedding_in_host_memory_is_not_on_the_device(work):
     assert curves["host"] == pytest.approx(curve(work, "table_cpu"), rel=CURVE_BF16)
     of_adapter = [f"--model.config={work}/model.json", "--model.dtype=bfloat16", f"--model.tokenizer={QUICKSTART}/model", f"--lora.path={work}/table_host/adapter"]
     for verb, more in (("eval", [f"--data.eval={QUICKSTART}/eval.jsonl:4", "--data.max_length=32"]), ("generate", ["--generate.max_tokens=6", "What is"])):
+        assert cpu(work, verb, *of_adapter[:3], *more, "--model.embedding=host").stdout == cpu(work, verb, *of_adapter[:3], *more).stdout != ""
         assert device(work, verb, *of_adapter, *more, "--model.embedding=host").stdout == device(work, verb, *of_adapter, *more).stdout != ""
 
 

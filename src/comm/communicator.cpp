@@ -45,6 +45,7 @@ CommType comm_type(const at::Tensor& tensor) {
     case at::kHalf: return CommType::kFloat16;
     case at::kLong: return CommType::kInt64;
     case at::kInt: return CommType::kInt32;
+    case at::kChar: return CommType::kInt8;
     case at::kByte: return CommType::kUint8;
     default: TRIREME_CHECK(false, "a Communicator has no ", c10::toString(tensor.scalar_type()));
   }

@@ -87,6 +87,7 @@ void set_nccl_api(const NcclApi* api) { replaced = api; }
 
 int nccl_type(CommType type) {
   switch (type) {
+    case CommType::kInt8: return 0;
     case CommType::kUint8: return 1;
     case CommType::kInt32: return 2;
     case CommType::kInt64: return 4;

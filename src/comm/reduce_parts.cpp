@@ -120,6 +120,7 @@ int64_t comm_type_bytes(CommType type) {
     case CommType::kInt32: return 4;
     case CommType::kBfloat16:
     case CommType::kFloat16: return 2;
+    case CommType::kInt8:
     case CommType::kUint8: return 1;
   }
   return 0;
@@ -135,6 +136,7 @@ void reduce_parts(CommType type, ReduceOp op, const std::vector<const void*>& pa
     case CommType::kFloat16: return reduce_typed<Fp16>(op, parts, output, num_elements);
     case CommType::kInt64: return reduce_typed<int64_t>(op, parts, output, num_elements);
     case CommType::kInt32: return reduce_typed<int32_t>(op, parts, output, num_elements);
+    case CommType::kInt8: return reduce_typed<int8_t>(op, parts, output, num_elements);
     case CommType::kUint8: return reduce_typed<uint8_t>(op, parts, output, num_elements);
   }
 }

@@ -6,7 +6,7 @@
 
 namespace trireme {
 
-enum class CommType { kFloat32, kFloat64, kBfloat16, kFloat16, kInt64, kInt32, kUint8 };
+enum class CommType { kFloat32, kFloat64, kBfloat16, kFloat16, kInt64, kInt32, kInt8, kUint8 };
 enum class ReduceOp { kSum, kMax, kMin };
 
 int64_t comm_type_bytes(CommType type);

@@ -114,7 +114,7 @@ class Transformer {
   bool has_head() const { return has_head_; }
   // The table of the tokens' vectors stays in host memory, from where a device reads a batch's rows. Before there is memory; it is
   // frozen then, and no head is tied to it.
-  void keep_embedding_on_host() { embedding_on_host_ = true; }
+  void keep_embedding_on_host() { embedding_on_host_ = true, embedding_VC_.requires_grad_(false); }
   std::vector<Linear*> linears();  // q, k, v, o, gate, up, down of every block, in order; not the head
   std::vector<Block>& blocks() { return blocks_; }
 

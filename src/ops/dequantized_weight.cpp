@@ -71,7 +71,10 @@ FrozenWeight::Product DequantizedWeight::times() const {
   return in_dtype(compute_, [w_OI = in_scratch()](const at::Tensor& grad_TO, const at::Tensor&, at::Tensor& y_TI) { product(grad_TO, w_OI, y_TI); });
 }
 
-int64_t DequantizedWeight::product_bytes(int64_t) const { return out_features_ * in_features_ * static_cast<int64_t>(c10::elementSize(compute_)); }
+int64_t DequantizedWeight::product_bytes(int64_t rows, at::ScalarType dtype) const {
+  const int64_t converted = dtype == compute_ ? 0 : rows * (out_features_ + in_features_);
+  return (out_features_ * in_features_ + converted) * static_cast<int64_t>(c10::elementSize(compute_));
+}
 
 int64_t num_dequantized() { return count; }
 

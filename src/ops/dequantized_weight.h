@@ -10,7 +10,7 @@ class DequantizedWeight : public FrozenWeight {
  public:
   Product times_transposed() const override;
   Product times() const override;
-  int64_t product_bytes(int64_t rows) const override;  // the scratch
+  int64_t product_bytes(int64_t rows, at::ScalarType dtype) const override;  // the scratch, and rows and y in the dtype of products where that is another
 
   // In the dtype of products, until the next product of another weight.
   at::Tensor in_scratch() const;

@@ -74,7 +74,7 @@ struct Embedding : Function<Embedding> {
 }  // namespace
 
 at::Tensor embedding(const at::Tensor& w_VC, const at::Tensor& ids_T) {
-  const bool from_host = w_VC.is_cpu() && !ids_T.is_cpu();
+  const bool from_host = w_VC.is_cpu() && (ids_T.is_cuda() || ids_T.is_privateuseone());
   if (!from_host) check_alike("embedding", {"weight", w_VC}, {{"ids", ids_T}}, at::kLong);
   TRIREME_CHECK(w_VC.dim() == 2 && ids_T.dim() == 1, w_VC.sizes(), ids_T.sizes());
   if (!from_host) return Embedding::apply(w_VC, ids_T.contiguous());

@@ -65,7 +65,7 @@ class Float8Weight : public FrozenWeight {
   Product times_transposed() const override { return product_with(leaves_[0].value, Type::kFloat8E4M3); }
   Product times() const override { return product_with(leaves_[1].value, Type::kFloat8E5M2); }
 
-  int64_t product_bytes(int64_t rows) const override { return rows * std::max(in_features_, out_features_) + kernels::kFloat8Partials * 4; }
+  int64_t product_bytes(int64_t rows, at::ScalarType) const override { return rows * std::max(in_features_, out_features_) + kernels::kFloat8Partials * 4; }
 
  private:
   void check_sizes() const {

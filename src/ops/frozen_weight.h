@@ -37,8 +37,8 @@ class FrozenWeight {
   virtual bool takes_rows_together() const { return false; }
   // Makes numbers of rows the largest of the ranks that hold the weight's other columns, for who looks at whole rows; null: there are none.
   std::function<void(at::Tensor)> maximum_over_inputs;
-  // Memory of a product of so many rows beside the rows and y, at most.
-  virtual int64_t product_bytes(int64_t rows) const = 0;
+  // Memory of a product of so many rows beside the rows and y, which are of `dtype`, at most.
+  virtual int64_t product_bytes(int64_t rows, at::ScalarType dtype) const = 0;
 
   void set(const at::Tensor& whole_OI);  // encoded, as the leaves' values
   int64_t num_bytes() const;             // of all leaves

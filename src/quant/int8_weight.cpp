@@ -50,8 +50,8 @@ class Int8Weight : public DequantizedWeight {
   void decode(const std::vector<at::Tensor>& values, const at::Tensor& out_OI) const override { dequantize_int8_rows({values.at(0), values.at(1)}, out_OI); }
 
   // Codes of the inputs and the product in int32; outliers and what they meet, at most all of both.
-  int64_t product_bytes(int64_t num_rows) const override {
-    return DequantizedWeight::product_bytes(num_rows) + num_rows * (in_features_ + 4 * out_features_) + dtype_size_ * num_rows * in_features_;
+  int64_t product_bytes(int64_t num_rows, at::ScalarType dtype) const override {
+    return DequantizedWeight::product_bytes(num_rows, dtype) + num_rows * (in_features_ + 4 * out_features_) + dtype_size_ * num_rows * in_features_;
   }
 
  private:

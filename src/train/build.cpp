@@ -243,6 +243,7 @@ std::unique_ptr<Transformer> model_shapes(const Config& config, const ModelConfi
   const FrozenBase base = frozen_base(config, shape);
   if (!base.stored.empty() && shape.quantization == "int8" && dtype == at::kDouble)
     throw ConfigError(str(shape.source, ": the weights are stored in int8, which goes with float32 or 16 bits, but the dtype is float64: set another, or quant.base=dense"));
+  if (base.kind == "int8" && dtype == at::kDouble) throw ConfigError("quant.base=int8 goes with float32 or 16 bits, but the dtype is float64: set another, or leave quant.base out");
   if (attach && !base.stored.empty() && config.lora.rank == 0 && config.lora.path.empty())
     throw ConfigError(str(shape.source, ": the weights are stored in ", shape.quantization, ", which stays as it is, and nothing would be trained: set lora.rank, or quant.base=dense to train the values that they stand for"));
   if (attach && !base.stored.empty() && config.lora.init != "random")

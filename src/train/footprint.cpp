@@ -77,6 +77,7 @@ BlockBytes bytes_of(const Block& b, const ModelConfig& c, const Sizes& s, Recomp
     if (!has_magnitude(l)) return;
     const int64_t turned = rows_out * l.out_features(), dropped = drops(l) ? rows_in * l.in_features() : 0;
     to.kept += turned + (selective ? 0 : dropped);
+    if (drops(l) && s.device == at::kCPU) to.kept += turned + dropped;  // which the heap keeps in pieces too small for the next of their kind: as measured
     to.backward = std::max(to.backward, 2 * (turned + dropped) + (selective ? dropped * (&l == &b.o || &l == &b.down ? 1 : 2) : 0));
     magnitudes += l.out_features() * (2 * s.wide + s.element);
   };
@@ -179,7 +180,7 @@ int64_t product_bytes(const Chunks& chunks, int64_t tokens) {
   int64_t most = 0;
   for (const auto& chunk : chunks)
     for (const Linear* l : chunk->linears())
-      if (l->frozen) most = std::max(most, l->frozen->product_bytes(tokens));
+      if (l->frozen) most = std::max(most, l->frozen->product_bytes(tokens, chunk->dtype()));
   return most;
 }
 
