@@ -81,7 +81,8 @@ const char* detail(const at::Tensor& tensor, ReduceOp op = ReduceOp::kSum) {
   static constexpr const char* kWords[][3] = {
       {"float32", "float32, max", "float32, min"}, {"float64", "float64, max", "float64, min"},
       {"bfloat16", "bfloat16, max", "bfloat16, min"}, {"float16", "float16, max", "float16, min"},
-      {"int64", "int64, max", "int64, min"}, {"int32", "int32, max", "int32, min"}, {"uint8", "uint8, max", "uint8, min"}};
+      {"int64", "int64, max", "int64, min"}, {"int32", "int32, max", "int32, min"}, {"int8", "int8, max", "int8, min"}, {"uint8", "uint8, max", "uint8, min"}};
+  static_assert(std::size(kWords) == static_cast<size_t>(CommType::kUint8) + 1);
   return kWords[static_cast<int>(comm_type(tensor))][static_cast<int>(op)];
 }
 
