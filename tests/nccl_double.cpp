@@ -346,7 +346,7 @@ int launch(std::vector<Call> calls) {
 int call(NcclHandle handle, void* stream, Op op) {
   auto* comm = static_cast<Comm*>(handle);
   if (!comm || op.peer < 0 || op.peer >= comm->size) return refuse("no such rank", kInvalidArgument);
-  static const std::map<int, int64_t> sizes{{1, 1}, {2, 4}, {4, 8}, {6, 2}, {7, 4}, {8, 8}, {9, 2}};
+  static const std::map<int, int64_t> sizes{{0, 1}, {1, 1}, {2, 4}, {4, 8}, {6, 2}, {7, 4}, {8, 8}, {9, 2}};
   if (!sizes.contains(op.type)) return refuse("no such type", kInvalidArgument);
   op.num_bytes = static_cast<int64_t>(op.count) * sizes.at(op.type);
   const Call made{comm, static_cast<c10::StreamId>(reinterpret_cast<intptr_t>(stream)), op};

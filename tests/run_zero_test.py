@@ -61,7 +61,7 @@ def test_no_stage_changes_a_bit_of_weights_without_masters(tmp_path, kind, ranks
 @pytest.mark.parametrize("rule, state", [("sgd", "momentum_buffer"), ("lion", "exp_avg")])
 def test_no_stage_changes_a_bit_of_another_rule(tmp_path, rule, state):
     """Nor does a run that goes on in another stage, with the optimizer in host memory."""
-    keys = (f"--optim.kind={rule}", "--optim.lr=1e-3")
+    keys = (f"--optim.kind={rule}", "--optim.lr=1e-3", *(["--optim.beta2=0.999"] if rule == "sgd" else []))  # which sgd does not read: the file's goes
     train(tmp_path, "plain", "tensor", 0, 4, *keys)
     for start, zero in enumerate((3, 1, 2)):
         train(tmp_path, "cut", "tensor", zero, 4, *keys, *(["--optim.offload=true"] if zero == 1 else []), *(["--train.stop_after=1"] if start < 2 else []),
